@@ -1,0 +1,177 @@
+"""Artifacts: folders with a `manifest.json` that says what they are, written atomically.
+
+A step writes through `new_artifact`, which gives it a staging folder beside the final one and, if
+the step succeeds, hashes the files, writes the manifest last and renames the folder into place.
+A step that dies leaves nothing at the final path. A step reads through `open_artifact`, which
+refuses a folder that is incomplete, of another kind, or changed since it was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flagscale.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_LIBRARIES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is.
+
+    Attributes:
+        kind: `dataset`, `teacher`, `student`, `distilled-student`, `evaluation` or `export`.
+        recipe: the sections of the recipe that the step was given.
+        parents: name of an input artifact -> its `digest`.
+        files: path inside the folder -> `sha256:<hex>`.
+        facts: what the step found out: counts, shapes, proofs, figures.
+        tokenizer_hash: digest of the tokenizer's files, equal wherever vocabularies agree.
+        libraries: versions of what wrote it.
+        format_version: of this manifest.
+    """
+
+    kind: str
+    recipe: dict[str, Any]
+    parents: dict[str, str]
+    files: dict[str, str]
+    facts: dict[str, Any]
+    tokenizer_hash: str | None
+    libraries: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: files, facts and origin, not time or place."""
+        return digest(asdict(self))
+
+
+@dataclass
+class Staging:
+    """A folder that is being written. Fill `path`, `facts` and `tokenizer_hash`."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    tokenizer_hash: str | None = None
+    manifest: Manifest | None = None
+
+
+@contextmanager
+def new_artifact(
+    output: Path, kind: str, recipe: dict[str, Any], parents: dict[str, Manifest] | None = None
+) -> Iterator[Staging]:
+    """Write an artifact at `output`; on success `staging.manifest` holds its manifest.
+
+    Args:
+        output: final folder; what stands there is replaced.
+        kind: what the artifact is.
+        recipe: name of a section -> the section as plain values.
+        parents: manifests of the inputs, by name.
+
+    Raises:
+        UserError: the disk is full. Nothing is left behind, whatever is raised.
+    """
+    staging = Staging(output.with_name(f".{output.name}.partial"))
+    shutil.rmtree(staging.path, ignore_errors=True)
+    try:
+        staging.path.mkdir(parents=True)
+        yield staging
+        manifest = Manifest(
+            kind=kind,
+            recipe=recipe,
+            parents={name: parent.digest for name, parent in (parents or {}).items()},
+            files=hash_files(staging.path),
+            facts=staging.facts,
+            tokenizer_hash=staging.tokenizer_hash,
+            libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        )
+        write_json(staging.path / MANIFEST, asdict(manifest))
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(staging.path, output)
+        staging.manifest = manifest
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(output) from error
+        raise
+    finally:
+        shutil.rmtree(staging.path, ignore_errors=True)
+
+
+def open_artifact(path: Path, kind: str) -> Manifest:
+    """Check an artifact and return its manifest.
+
+    Raises:
+        UserError: no such folder, an unfinished or changed one, or one of another kind.
+    """
+    try:
+        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest(**values)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no {kind} here ({MANIFEST} is missing)") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST}: not a manifest: {error}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {manifest.format_version}, this program reads "
+            f"{FORMAT_VERSION}; make it anew"
+        )
+    if manifest.kind != kind:
+        raise UserError(f"{path}: is a {manifest.kind!r}, but a {kind!r} is needed")
+    found = hash_files(path)
+    if found != manifest.files:
+        changed = sorted(set(found.items()) ^ set(manifest.files.items()))
+        raise UserError(f"{path}: {changed[0][0]} is missing or changed; make the {kind} anew")
+    return manifest
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Relative path -> `sha256:<hex>` of every file below `folder` but the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    hashes = {}
+    for path in files:
+        with path.open("rb") as stream:
+            value = hashlib.file_digest(stream, "sha256").hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = f"sha256:{value}"
+    return hashes
+
+
+def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """`sha256:<hex>` of a JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write `value` atomically, readable by people."""
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that the disk or the quota is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def disk_full(path: Path) -> UserError:
+    """The error for a full disk, with what is free."""
+    folder = next(p for p in (path, *path.parents) if p.exists())
+    free = shutil.disk_usage(folder).free / 2**20
+    return UserError(f"no space left on the disk of {folder} ({free:.0f} MiB free); free some")

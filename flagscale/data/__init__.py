@@ -1,0 +1,1 @@
+"""Documents to tokens, to indexed datasets, to batches."""

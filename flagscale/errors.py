@@ -1,0 +1,13 @@
+"""The errors that a user can do something about."""
+
+
+class UserError(Exception):
+    """Something that the user can put right: a recipe, a file, a server.
+
+    The message names the field or file, the value found, and what would be right. Entry points
+    print it without a traceback.
+    """
+
+
+class Interrupted(Exception):  # noqa: N818 - it reports a request to stop, not a fault
+    """The step was asked to stop (Ctrl-C or SIGTERM) and has saved what it could resume from."""

@@ -1,0 +1,1 @@
+"""Hugging Face models to Megatron-Core and back, with proof."""

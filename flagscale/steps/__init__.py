@@ -1,0 +1,1 @@
+"""The steps of the pipeline, each a plain function of recipe sections and paths."""

@@ -1,0 +1,1 @@
+"""The three core functions and the training loop around them."""
