@@ -1,0 +1,302 @@
+"""The shape of a model: what `model.json` of an artifact holds, under Megatron's argument names.
+
+`from_hf_config` reads it off a Hugging Face configuration (Llama, Qwen2 and Qwen3 families),
+`student_shape` derives the student's from the teacher's, and `hf_config_for` turns it back into a
+Hugging Face configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagscale.artifacts import write_json
+from flagscale.errors import UserError
+from flagscale.recipe import StudentRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MODEL_JSON = "model.json"
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Megatron-Core has Llama 3's RoPE scaling with these constants; only the factor can be chosen.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that fixes a GPT model but its weights.
+
+    Attributes:
+        model_type: Hugging Face family: `llama`, `qwen2` or `qwen3`.
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width inside the gated MLP.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads; divides the query heads.
+        kv_channels: width of one head.
+        vocab_size: tokens that the model knows (Hugging Face's `vocab_size`).
+        padded_vocab_size: rows of the embedding in Megatron-Core; those past `vocab_size` are
+            padding and never reach a loss or an export.
+        max_position_embeddings: longest sequence, in tokens.
+        norm_epsilon: of every RMSNorm.
+        rotary_base: RoPE's theta.
+        use_rope_scaling: Llama 3's RoPE scaling.
+        rope_scaling_factor: its factor.
+        qk_layernorm: RMSNorm on every query and key head.
+        add_qkv_bias: bias on the query, key and value projections.
+        untie_embeddings_and_output_weights: whether the output layer has weights of its own.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    padded_vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+
+    def save(self, artifact: Path) -> None:
+        """Write `model.json` into an artifact's folder."""
+        write_json(artifact / MODEL_JSON, asdict(self))
+
+    @classmethod
+    def load(cls, artifact: Path) -> ModelShape:
+        """Read `model.json` of an artifact.
+
+        Raises:
+            UserError: the file is missing, no JSON, or has other fields than this class.
+        """
+        path = artifact / MODEL_JSON
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a model's shape: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise UserError(f"{path}: must hold exactly the fields {', '.join(sorted(names))}")
+        return cls(**values)
+
+
+def pad_vocab_size(vocab_size: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that holds `vocab_size` tokens."""
+    return -(-vocab_size // divisor) * divisor
+
+
+def from_hf_config(config: PreTrainedConfig, make_vocab_size_divisible_by: int = 128) -> ModelShape:
+    """Read the shape off a Hugging Face configuration.
+
+    Args:
+        config: of a Llama, Qwen2 or Qwen3 causal language model.
+        make_vocab_size_divisible_by: the embedding gets padding rows up to a multiple of this.
+
+    Raises:
+        UserError: another family, or a feature that the Megatron-Core model would not honour.
+    """
+    family = getattr(config, "model_type", None)
+    if family not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"teacher: model_type={family!r} is not supported; supported: {known}")
+    _refuse_unsupported(config, family)
+    use_scaling, factor, base = _rope(config, family)
+    heads = config.num_attention_heads
+    if not getattr(config, "head_dim", None):
+        _check_divides(f"{family} teacher", "hidden_size", config.hidden_size, heads)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise UserError(
+            f"{family} teacher: num_attention_heads={heads} is not divisible by "
+            f"num_key_value_heads={groups}"
+        )
+    return ModelShape(
+        model_type=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=pad_vocab_size(config.vocab_size, make_vocab_size_divisible_by),
+        max_position_embeddings=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        rotary_base=base,
+        use_rope_scaling=use_scaling,
+        rope_scaling_factor=factor,
+        qk_layernorm=family == "qwen3",
+        add_qkv_bias=family == "qwen2",
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+    )
+
+
+def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ...]:
+    """Which of the teacher's layers, counted from 0, a pruned or copied student starts from.
+
+    Without `keep_layers` they are spread evenly, first and last included.
+
+    Raises:
+        UserError: more layers than the teacher has, or a layer that it does not have.
+    """
+    count = student.num_layers or len(student.keep_layers or ()) or teacher_layers
+    if count > teacher_layers:
+        raise UserError(
+            f"student.num_layers={count}: the teacher has only {teacher_layers} layers; "
+            f"choose at most {teacher_layers}"
+        )
+    if student.keep_layers is not None:
+        if student.keep_layers[-1] >= teacher_layers:
+            raise UserError(
+                f"student.keep_layers={list(student.keep_layers)}: the teacher's layers are "
+                f"0 to {teacher_layers - 1}"
+            )
+        return student.keep_layers
+    if count == 1:
+        return (0,)
+    return tuple(round(i * (teacher_layers - 1) / (count - 1)) for i in range(count))
+
+
+def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
+    """The shape that the recipe gives the student of `teacher`.
+
+    Heads keep the teacher's width if that is independent of the hidden size (Qwen3); else it
+    follows from the student's hidden size and heads.
+
+    Raises:
+        UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide.
+    """
+    layers = len(layers_to_keep(teacher.num_layers, student))
+    if student.init != "scratch":
+        return replace(teacher, num_layers=layers)
+    hidden = student.hidden_size or teacher.hidden_size
+    heads = student.num_attention_heads or teacher.num_attention_heads
+    groups = student.num_query_groups or teacher.num_query_groups
+    if heads % groups:
+        raise UserError(
+            f"student.num_attention_heads={heads} is not divisible by num_query_groups={groups} "
+            "(what the recipe leaves out is the teacher's)"
+        )
+    kv_channels = teacher.kv_channels
+    if kv_channels * teacher.num_attention_heads == teacher.hidden_size:
+        _check_divides("student", "hidden_size", hidden, heads)
+        kv_channels = hidden // heads
+    if kv_channels % 2:
+        raise UserError(
+            f"student.hidden_size={hidden} over {heads} heads makes heads of {kv_channels} "
+            "channels; rotary embeddings need an even number"
+        )
+    return replace(
+        teacher,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=student.ffn_hidden_size or teacher.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=kv_channels,
+    )
+
+
+def hf_config_for(shape: ModelShape, template: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of `template` (the teacher's configuration) that describes `shape`.
+
+    What a shape does not hold (special token ids, activation, initialisation) stays as it is.
+    """
+    config = copy.deepcopy(template)
+    for stale in ("quantization_config", "_name_or_path"):
+        config.__dict__.pop(stale, None)
+    config.architectures = [ARCHITECTURES[shape.model_type]]
+    config.num_hidden_layers = shape.num_layers
+    config.hidden_size = shape.hidden_size
+    config.intermediate_size = shape.ffn_hidden_size
+    config.num_attention_heads = shape.num_attention_heads
+    config.num_key_value_heads = shape.num_query_groups
+    config.head_dim = shape.kv_channels
+    config.vocab_size = shape.vocab_size
+    config.tie_word_embeddings = not shape.untie_embeddings_and_output_weights
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * shape.num_layers
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = shape.num_layers
+    return config
+
+
+def _check_divides(where: str, name: str, value: int, heads: int) -> None:
+    if value % heads:
+        raise UserError(f"{where}: {name}={value} is not divisible by num_attention_heads={heads}")
+
+
+def _refuse_unsupported(config: PreTrainedConfig, family: str) -> None:
+    """Refuse what would be silently wrong."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "hidden_act": ("silu",),
+        "attention_dropout": (0, 0.0, None),
+    }
+    for name, allowed in expected.items():
+        value = getattr(config, name, None)
+        if value not in allowed:
+            raise UserError(
+                f"{family} teacher: {name}={value!r} is not supported, {allowed[0]!r} is"
+            )
+    windowed = [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"]
+    if windowed or (getattr(config, "use_sliding_window", False) and config.sliding_window):
+        raise UserError(
+            f"{family} teacher: sliding-window attention (sliding_window="
+            f"{getattr(config, 'sliding_window', None)}) is not supported, full attention is"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and _get(quantised, "quant_method") != "gguf":
+        raise UserError(
+            f"{family} teacher: weights quantised with {_get(quantised, 'quant_method')!r} are not "
+            "supported; give the unquantised model or a GGUF file"
+        )
+
+
+def _rope(config: PreTrainedConfig, family: str) -> tuple[bool, float, float]:
+    """(scaled, factor, base) of the rotary embedding."""
+    rope = dict(config.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"{family} teacher: partial_rotary_factor={rope['partial_rotary_factor']} is not "
+            "supported, 1.0 is"
+        )
+    base = float(rope.get("rope_theta", 10000.0))
+    if kind == "default":
+        return False, 8.0, base
+    if kind != "llama3":
+        raise UserError(
+            f"{family} teacher: rope_type={kind!r} is not supported; supported: default, llama3"
+        )
+    for name, value in _LLAMA3_ROPE.items():
+        if rope.get(name) != value:
+            raise UserError(
+                f"{family} teacher: llama3 RoPE scaling with {name}={rope.get(name)} is not "
+                f"supported; Megatron-Core's is {value}"
+            )
+    return True, float(rope["factor"]), base
+
+
+def _get(value: Any, name: str) -> Any:  # noqa: ANN401 - a mapping or an object
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)

