@@ -148,6 +148,9 @@ class DistillationRecipe(Section):
     kd_loss_scale: float = Field(
         1.0, gt=0, description="Weight of the KD loss beside the LM loss (skip_lm_loss: false)"
     )
+    intermediate_loss_scale: float = Field(
+        1.0, gt=0, description="Weight of the intermediate terms' mean beside the logits term"
+    )
     intermediate_layer_pairs: tuple[tuple[str, str] | tuple[str, str, str], ...] = Field(
         (), description="(student module, teacher module[, cosine|mse]) whose outputs are matched"
     )
@@ -160,6 +163,11 @@ class DistillationRecipe(Section):
             )
         if self.loss == "none" and self.intermediate_layer_pairs:
             raise ValueError("intermediate_layer_pairs need loss=logits, but loss=none")
+        if self.intermediate_loss_scale != 1 and not self.intermediate_layer_pairs:
+            raise ValueError(
+                f"intermediate_loss_scale={self.intermediate_loss_scale} has no effect without "
+                "intermediate_layer_pairs"
+            )
         for pair in self.intermediate_layer_pairs:
             if len(pair) == 3 and pair[2] not in ("cosine", "mse"):
                 raise ValueError(f"intermediate loss {pair[2]!r}: must be cosine or mse")

@@ -1,0 +1,170 @@
+"""Weights and training checkpoints in Megatron-Core's distributed format.
+
+`save_weights` and `load_weights` are for a model alone. `TrainingCheckpoints` keeps what an
+interrupted training needs to go on as if nothing had happened. A checkpoint is written into a
+folder that no reader looks at, renamed when it is whole, and only then becomes the latest: a kill
+at any point leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+
+from flagscale.artifacts import disk_full, is_disk_full, write_json
+from flagscale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LATEST = "latest.json"
+_KEPT = 2
+
+
+def save_weights(model: GPTModel, folder: Path) -> None:
+    """Write a model's weights as a distributed checkpoint. All ranks call it.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    _save({"model": unwrap_model(model).sharded_state_dict()}, folder)
+
+
+def load_weights(model: GPTModel, folder: Path) -> None:
+    """Read weights that `save_weights` wrote into a model of the same shape.
+
+    Raises:
+        UserError: there is no checkpoint, or it has other tensors or shapes than the model.
+    """
+    unwrapped = unwrap_model(model)
+    state = _load({"model": unwrapped.sharded_state_dict()}, folder)
+    unwrapped.load_state_dict(state["model"])
+
+
+@dataclass
+class TrainingState:
+    """Where training stands, beside the tensors.
+
+    Attributes:
+        step: optimiser steps done; the position in the data follows from it.
+        training: one record a step.
+        validation: one record a validation.
+    """
+
+    step: int = 0
+    training: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one training run, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use `folder`, which need not exist yet."""
+        self.folder = folder
+
+    def save(
+        self,
+        state: TrainingState,
+        model: GPTModel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """Write a checkpoint, make it the latest, and delete all but the newest two.
+
+        Raises:
+            UserError: the disk is full; the checkpoint before is untouched.
+        """
+        name = f"step-{state.step:08d}"
+        partial, final = self.folder / f".{name}.partial", self.folder / name
+        if final.exists():
+            return
+        for stale in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(stale)
+        _save(_sharded_state(model, optimizer, scheduler), partial / "state")
+        history = {"training": state.training, "validation": state.validation}
+        _explaining_full_disk(lambda: write_json(partial / "history.json", history), partial)
+        os.replace(partial, final)
+        write_json(self.folder / _LATEST, {"step": state.step, "folder": name})
+        for old in sorted(self.folder.glob("step-*"))[:-_KEPT]:
+            shutil.rmtree(old)
+
+    def restore(
+        self,
+        model: GPTModel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> TrainingState:
+        """Load the latest checkpoint, if there is one, and say where training stands.
+
+        Raises:
+            UserError: the latest checkpoint cannot be read.
+        """
+        try:
+            latest = json.loads((self.folder / _LATEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return TrainingState()
+        folder = self.folder / latest["folder"]
+        loaded = _load(
+            _sharded_state(model, optimizer, scheduler, is_loading=True), folder / "state"
+        )
+        unwrap_model(model).load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        torch.set_rng_state(loaded["rng_state"])
+        history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        return TrainingState(latest["step"], history["training"], history["validation"])
+
+
+def _sharded_state(
+    model: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    is_loading: bool = False,
+) -> dict[str, Any]:
+    weights = unwrap_model(model).sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "rng_state": torch.get_rng_state(),
+    }
+
+
+def _save(sharded_state: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    _explaining_full_disk(lambda: dist_checkpointing.save(sharded_state, str(folder)), folder)
+
+
+def _load(sharded_state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise UserError(f"{folder}: no complete checkpoint here (metadata.json is missing)")
+    try:
+        state: dict[str, Any] = dist_checkpointing.load(
+            sharded_state, str(folder), strict=StrictHandling.RAISE_ALL
+        )
+    except (dist_checkpointing.core.CheckpointingException, RuntimeError, OSError) as error:
+        raise UserError(f"{folder}: the checkpoint cannot be read: {error}") from error
+    return state
+
+
+def _explaining_full_disk(write: Callable[[], None], folder: Path) -> None:
+    try:
+        write()
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(folder) from error
+        raise

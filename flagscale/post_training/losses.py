@@ -1,0 +1,103 @@
+"""The distillation losses that ModelOpt is given, and how they add up."""
+
+from __future__ import annotations
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from modelopt.torch.distill.plugins.megatron import BaseLoss
+
+from flagscale.post_training.kl_divergence import forward_kl
+
+CriterionOutput = tuple[torch.Tensor, bool, bool]
+
+
+class LogitsKLLoss(BaseLoss):
+    """Forward KL of the student's logits to the teacher's, per token, times `T^2`.
+
+    Takes the place of ModelOpt's class of the same name, whose value lacks the `T^2` and whose
+    autograd holds about eight vocabulary-sized buffers (see `kl_divergence`).
+    """
+
+    def __init__(self, model_config: TransformerConfig, temperature: float = 1.0) -> None:
+        """Keep what the loss needs to know.
+
+        Args:
+            model_config: the student's.
+            temperature: divides both models' logits.
+        """
+        super().__init__(model_config)
+        self._temperature = temperature
+
+    def forward(
+        self,
+        predictions: tuple[torch.Tensor, torch.Tensor | None],
+        targets: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> CriterionOutput:
+        """Compute the loss of what the two output layers returned.
+
+        Args:
+            predictions: the student's logits [s, b, V / TP] (and bias).
+            targets: the teacher's.
+
+        Returns:
+            ModelOpt's triple: loss [b, s], whether it still has to be summed over tensor-parallel
+            ranks (no: it is global), whether its sequence is split over them (no).
+        """
+        student_logits_sbv, teacher_logits_sbv = self.pre_forward(predictions, targets)
+        group = parallel_state.get_tensor_model_parallel_group()
+        loss_sb = forward_kl(student_logits_sbv, teacher_logits_sbv, self._temperature, group)
+        result: CriterionOutput = self.post_forward(loss_sb)
+        return result
+
+
+class WeightedLossBalancer(mtd.DistillationLossBalancer):
+    """Adds the losses up with fixed weights.
+
+    ModelOpt's own balancer rescales the terms to each other's size anew in every micro-batch, which
+    is not linear: the sum over micro-batches or ranks is then not the loss of the whole batch, and
+    the reported KD loss is no KL. Fixed weights keep both true.
+    """
+
+    def __init__(
+        self, skip_lm_loss: bool, kd_loss_scale: float, intermediate_loss_scale: float
+    ) -> None:
+        """Keep the weights.
+
+        Args:
+            skip_lm_loss: leave the student's LM loss out of the total.
+            kd_loss_scale: of all distillation terms, beside the LM loss.
+            intermediate_loss_scale: of the mean of the intermediate terms, beside the logits term.
+        """
+        super().__init__()
+        self.skip_lm_loss = skip_lm_loss
+        self._kd_loss_scale = kd_loss_scale
+        self._intermediate_loss_scale = intermediate_loss_scale
+
+    def forward(self, loss_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Total of the losses that `compute_kd_loss` collected.
+
+        Args:
+            loss_dict: name -> summed loss (0-dim): the student's own, one of a class whose name
+                contains `Logits`, and any number of intermediate ones.
+
+        Returns:
+            `kd_loss` (the total), `logits_loss` and `intermediate_loss` (unweighted), 0-dim.
+        """
+        losses = dict(loss_dict)
+        lm_loss = losses.pop(mtd.loss_balancers.STUDENT_LOSS_KEY)
+        logits_loss = losses.pop(next(name for name in losses if "Logits" in name))
+        intermediate_loss = torch.zeros_like(logits_loss)
+        if losses:
+            intermediate_loss = torch.stack(list(losses.values())).mean()
+        total = self._kd_loss_scale * (
+            logits_loss + self._intermediate_loss_scale * intermediate_loss
+        )
+        if not self.skip_lm_loss:
+            total = lm_loss + total
+        return {
+            "kd_loss": total,
+            "logits_loss": logits_loss,
+            "intermediate_loss": intermediate_loss,
+        }

@@ -1,0 +1,131 @@
+"""The model provider where ModelOpt has a part: the student with its teacher inside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MethodType
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core.models.gpt import GPTModel
+from modelopt.torch.distill.plugins.megatron import (
+    DistillationConfig,
+    HiddenStateCosineLoss,
+    MSELoss,
+    ProjectionLayer,
+    adjust_distillation_model_for_mcore,
+)
+
+from flagscale.checkpoint import load_weights
+from flagscale.models.shape import ModelShape
+from flagscale.post_training.losses import LogitsKLLoss, WeightedLossBalancer
+from flagscale.recipe import DistillationRecipe
+from flagscale.train.arguments import Arguments
+from flagscale.train.global_vars import get_args
+from flagscale.train.gpt_builder import build_gpt_model
+
+_INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
+_OUTPUT_LAYERS = ("output_layer", "output_layer")
+
+
+def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.DistillationModel:
+    """Build the student, with random weights, converted for distillation from the run's teacher.
+
+    Raises:
+        UserError: the teacher's artifact is missing or damaged.
+        ValueError: the two vocabularies differ.
+    """
+    args = get_args()
+    teacher = _build_teacher(args, pre_process, post_process)
+    student = build_gpt_model(args, pre_process, post_process)
+    return convert_for_distillation(student, teacher, args.export_kd_cfg or DistillationRecipe())
+
+
+def convert_for_distillation(
+    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe
+) -> mtd.DistillationModel:
+    """Convert `student` in place to ModelOpt's `kd_loss` mode.
+
+    Its forward pass then runs the teacher too, and `compute_kd_loss` compares what both computed.
+    The teacher is frozen and stays out of state dicts.
+
+    Raises:
+        ValueError: the two vocabularies differ, or an intermediate layer does not exist.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"the student's vocabulary ({student.vocab_size}, padded) must be the teacher's "
+            f"({teacher.vocab_size})"
+        )
+    config = DistillationConfig(
+        skip_lm_loss=distillation.skip_lm_loss,
+        kd_loss_scale=distillation.kd_loss_scale,
+        logit_kl_temperature=distillation.temperature,
+        criterion=_criteria(student, teacher, distillation),
+        loss_balancer=WeightedLossBalancer(
+            distillation.skip_lm_loss,
+            distillation.kd_loss_scale,
+            distillation.intermediate_loss_scale,
+        ),
+    )
+    mode = {
+        "teacher_model": teacher,
+        "criterion": config.criterion,
+        "loss_balancer": config.loss_balancer,
+    }
+    model = mtd.convert(student, mode=[("kd_loss", mode)])
+    adjust_distillation_model_for_mcore(model, config)
+    _keep_logits_for_the_kd_loss(model)
+    return model
+
+
+def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
+    folder = args.export_kd_teacher_load
+    assert folder is not None, "called without ModelOpt arguments"
+    teacher_args = replace(args, shape=ModelShape.load(folder), recompute_activations=False)
+    teacher = build_gpt_model(teacher_args, pre_process, post_process)
+    load_weights(teacher, folder / "weights")
+    return teacher.requires_grad_(False).eval()
+
+
+def _criteria(
+    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe
+) -> dict[tuple[str, str], torch.nn.Module]:
+    if not student.post_process:
+        return {}
+    criteria: dict[tuple[str, str], torch.nn.Module] = {
+        _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
+    }
+    projection = ProjectionLayer(student.config, teacher.config)  # shared by all pairs
+    for student_layer, teacher_layer, *kind in distillation.intermediate_layer_pairs:
+        for model, name in ((student, student_layer), (teacher, teacher_layer)):
+            try:
+                model.get_submodule(name)
+            except AttributeError as error:
+                raise ValueError(f"intermediate_layer_pairs: no layer {name!r}: {error}") from error
+        loss = _INTERMEDIATE_LOSSES[kind[0] if kind else "cosine"]
+        criteria[student_layer, teacher_layer] = loss(student.config, projection_layer=projection)
+    return criteria
+
+
+def _keep_logits_for_the_kd_loss(model: mtd.DistillationModel) -> None:
+    """Let the student's cross entropy work on a copy of its logits.
+
+    Megatron-Core's cross entropy overwrites fp32 logits in place, before the KD loss reads them:
+    the KD loss is then silently that of other numbers. In bf16 it makes itself an fp32 copy, so
+    this costs fp32 what bf16 pays anyway.
+    """
+    compute = model.compute_language_model_loss
+
+    def compute_language_model_loss(
+        self: GPTModel, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        if logits.dtype == torch.float32 and not (self.training and _skips_lm_loss(self)):
+            logits = logits.clone()
+        return compute(labels, logits)
+
+    model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
+
+
+def _skips_lm_loss(model: mtd.DistillationModel) -> bool:
+    return model.loss_balancer.skip_lm_loss

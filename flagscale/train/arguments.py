@@ -1,0 +1,77 @@
+"""The run-wide arguments that `get_args()` gives: derived from the recipe, named as in Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from flagscale import platform
+from flagscale.models.shape import ModelShape
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the core functions and the training loop need to know.
+
+    Attributes:
+        shape: of the model; Megatron's model arguments.
+        seq_length: tokens a sample.
+        micro_batch_size: sequences a forward pass.
+        global_batch_size: sequences an optimiser step.
+        params_dtype: of the parameters.
+        transformer_impl: `local` or `transformer_engine`.
+        recompute_activations: recompute each layer in the backward pass.
+        seed: of weights, data order and dropout.
+        use_legacy_models: build Megatron-LM's legacy model.
+        check_for_nan_in_loss_and_grad: stop at the first NaN or infinite loss.
+        check_for_spiky_loss: warn of a loss far above all before.
+        export_kd_teacher_load: the teacher's artifact; set, it makes the model a distillation model.
+        export_kd_cfg: the distillation, if so.
+    """
+
+    shape: ModelShape
+    seq_length: int
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    params_dtype: torch.dtype = torch.float32
+    transformer_impl: str = "local"
+    recompute_activations: bool = False
+    seed: int = 1234
+    use_legacy_models: bool = False
+    check_for_nan_in_loss_and_grad: bool = True
+    check_for_spiky_loss: bool = False
+    export_kd_teacher_load: Path | None = None
+    export_kd_cfg: DistillationRecipe | None = None
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes an optimiser step."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+def model_arguments(shape: ModelShape, seq_length: int, micro_batch_size: int = 1) -> Arguments:
+    """Arguments for running a model in fp32 with the implementation that is exact everywhere."""
+    return Arguments(shape=shape, seq_length=seq_length, micro_batch_size=micro_batch_size)
+
+
+def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRecipe) -> Arguments:
+    """Arguments for training a standard model as the recipe says."""
+    return Arguments(
+        shape=shape,
+        seq_length=seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        params_dtype=platform.training_dtype(training.precision),
+        transformer_impl=platform.transformer_impl(training.transformer_impl),
+        recompute_activations=training.recompute_activations,
+        seed=training.seed,
+        check_for_spiky_loss=True,
+    )
+
+
+def with_teacher(args: Arguments, teacher: Path, distillation: DistillationRecipe) -> Arguments:
+    """The same arguments for the model converted for distillation from the teacher's artifact."""
+    return replace(args, export_kd_teacher_load=teacher, export_kd_cfg=distillation)

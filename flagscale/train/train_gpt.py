@@ -1,0 +1,148 @@
+"""The three core functions: how a model is built, what its loss is, what a step forward is.
+
+Every step of the pipeline that runs a model goes through these, with Megatron's calling convention:
+`model_provider` for a chunk of a model, `forward_step` as the function that Megatron-Core's
+schedules call, `loss_func` as what it returns. They read the run's arguments from
+`flagscale.train.global_vars`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import StragglerDetector
+
+from flagscale.post_training.arguments import modelopt_args_enabled
+from flagscale.post_training.loss_func import loss_func as loss_func_modelopt
+from flagscale.post_training.model_provider import model_provider as model_provider_modelopt
+from flagscale.train.batches import get_batch
+from flagscale.train.global_vars import get_args, get_timers
+from flagscale.train.gpt_builder import build_gpt_model, build_legacy_gpt_model
+
+if TYPE_CHECKING:
+    import megatron.legacy.model
+
+# Ten times the largest loss seen so far is no noise (Megatron's factor).
+SPIKY_LOSS_FACTOR = 10
+
+stimer = StragglerDetector()
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: Optional[int] = None,
+    is_dualpipev_first_chunk: Optional[bool] = False,
+) -> Union[GPTModel, megatron.legacy.model.GPTModel]:
+    """Build one chunk of the model that the run's arguments describe.
+
+    With ModelOpt arguments it is the student converted for distillation, its teacher inside;
+    otherwise a standard GPT model, or Megatron-LM's legacy one (`use_legacy_models`).
+
+    Args:
+        pre_process: the chunk computes the embedding.
+        post_process: the chunk computes the output layer and the loss.
+        vp_stage: which virtual pipeline stage, with an interleaved pipeline.
+        is_dualpipev_first_chunk: whether the chunk is the first of DualPipeV's two.
+
+    Raises:
+        ValueError: a combination that would be built wrongly.
+        UserError: the legacy model's package is missing.
+    """
+    args = get_args()
+    if is_dualpipev_first_chunk:
+        raise ValueError(
+            "is_dualpipev_first_chunk=True: Megatron-Core has no DualPipeV schedule to place it in"
+        )
+    if modelopt_args_enabled(args):
+        if vp_stage is not None:
+            raise ValueError(
+                f"vp_stage={vp_stage}: ModelOpt's distillation cannot be interleaved; must be None"
+            )
+        return model_provider_modelopt(pre_process, post_process)
+    if args.use_legacy_models:
+        return build_legacy_gpt_model(args, pre_process, post_process)
+    return build_gpt_model(args, pre_process, post_process, vp_stage)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor, model: Optional[GPTModel] = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch: sums and counts, which the schedule normalises.
+
+    Args:
+        loss_mask: [b, s]; 0 excludes a position.
+        output_tensor: [b, s]; each token's LM loss, nats.
+        model: the model that computed it, wrapped or not; the distillation loss asks it for the
+            teacher's part.
+
+    Returns:
+        The summed loss to differentiate (0-dim), the number of unmasked tokens (0-dim int32), and
+        for each reported loss a tensor `[sum, count]`, to be reduced over data-parallel ranks.
+
+    Raises:
+        RuntimeError: the loss is NaN or infinite, where `check_for_nan_in_loss_and_grad` is set.
+    """
+    args = get_args()
+    if modelopt_args_enabled(args):
+        loss, num_tokens, report = loss_func_modelopt(loss_mask, output_tensor, model=model)
+    else:
+        mask = loss_mask.reshape(-1).float()
+        loss = torch.sum(output_tensor.reshape(-1).float() * mask)
+        num_tokens = mask.sum().to(torch.int)
+        report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+    _validate_loss(args, loss)
+    return loss, num_tokens, report
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel
+) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
+    """Run the model on the next micro-batch; the schedule calls it.
+
+    Args:
+        data_iterator: see `flagscale.train.batches.get_batch`.
+        model: wrapped or not.
+
+    Returns:
+        The model's output (each token's LM loss, [b, s]) and the loss function of it.
+    """
+    args = get_args()
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    # Megatron-LM's legacy models know no loss mask.
+    extra: dict[str, Any] = {} if args.use_legacy_models else {"loss_mask": loss_mask}
+    with stimer:
+        output_tensor = model(tokens, position_ids, attention_mask, labels=labels, **extra)
+    # The model goes along, so that the loss can reach the teacher.
+    return output_tensor, partial(loss_func, loss_mask, model=model)
+
+
+def _validate_loss(args: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - Arguments or a test's
+    """Check the loss through Megatron-Core's rerun state machine."""
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejection_func, message in (
+            (torch.isnan, "found NaN in local forward loss calculation"),
+            (torch.isinf, "found Inf in local forward loss calculation"),
+        ):
+            machine.validate_result(
+                result=loss, rejection_func=rejection_func, message=message, fatal=True
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="spiky loss",
+            fatal=False,
+        )
