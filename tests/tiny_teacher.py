@@ -34,7 +34,7 @@ def make_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> PreTra
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD, pad_token=EOD)
 
 
-def make_teacher(folder: Path, steps: int = 120) -> float:
+def make_teacher(folder: Path, steps: int = 300) -> float:
     """Write the model and its tokenizer; returns the last training loss, nats a token."""
     documents = text()
     tokenizer = make_tokenizer(documents)
@@ -50,17 +50,18 @@ def make_teacher(folder: Path, steps: int = 120) -> float:
         head_dim=16,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.05,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps, pct_start=0.1)
     draw = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        starts = torch.randint(len(ids) - 129, (16,), generator=draw)
-        batch = torch.stack([ids[start : start + 129] for start in starts.tolist()])
+        starts = torch.randint(len(ids) - 65, (8,), generator=draw)
+        batch = torch.stack([ids[start : start + 65] for start in starts.tolist()])
         loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
