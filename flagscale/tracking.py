@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from flagscale.errors import Interrupted, UserError
+from flagscale.processes import is_alive, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -307,7 +306,7 @@ def _start_step(name: str, params: Mapping[str, Any]) -> StepRun:
         experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or _experiment(
             client, os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
         )
-        tags = {PROCESS_TAG: _this_process()}
+        tags = {PROCESS_TAG: f"{socket.gethostname()}:{this_process()}"}
         parent = os.environ.get("MLFLOW_RUN_ID")
         if parent:
             tags[PARENT_TAG] = parent
@@ -326,7 +325,7 @@ def _start_pipeline(recipe: Recipe, uri: str, runs: Path) -> PipelineRun:
         store = runs.absolute() / "mlartifacts" if uri.startswith("sqlite:") else None
         experiment_id = _experiment(client, recipe.tracking.experiment, store)
         _end_dead_runs(client, experiment_id)
-        tags = {PROCESS_TAG: _this_process()}
+        tags = {PROCESS_TAG: f"{socket.gethostname()}:{this_process()}"}
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags=tags).info.run_id
     except UserError:
         raise
@@ -385,21 +384,9 @@ def _experiment(client: MlflowClient, name: str, store: Path | None = None) -> s
 def _end_dead_runs(client: MlflowClient, experiment_id: str) -> None:
     """Mark as KILLED the runs whose process, on this machine, ended without saying so."""
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        process = run.data.tags.get(PROCESS_TAG, "")
-        if process.startswith(f"{socket.gethostname()}:") and not _is_alive(process):
+        host, _, process = run.data.tags.get(PROCESS_TAG, "").partition(":")
+        if host == socket.gethostname() and not is_alive(process):
             client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _this_process() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
-
-
-def _is_alive(process: str) -> bool:
-    _, pid, started = process.rsplit(":", 2)
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 2
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _metric_name(name: str) -> str:

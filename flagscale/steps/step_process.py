@@ -1,0 +1,246 @@
+"""The process of a step: logging, signals, the error it ends with, its figures.
+
+A component's body runs inside `step_process`, on a laptop and on a cluster alike:
+
+    with step_process("prepare-data") as step:
+        from flagscale.steps.prepare_data import prepare_data
+
+        step.report(prepare_data(section, output), metrics)
+
+SIGTERM (and Ctrl-C) raise `Interrupted` in the main thread. A loop that can save its state first
+runs inside `deferred_stop` and asks `stop_requested` once a step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from flagscale.artifacts import write_json
+from flagscale.errors import Interrupted, UserError
+from flagscale.processes import is_alive
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "FLAGSCALE_STEP_FOLDER"  # where to note the process and its error, if set
+RUNNER_VARIABLE = "FLAGSCALE_RUNNER"  # "<pid>:<start time>" of the runner; the step ends with it
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 143
+_LOCK_SECONDS = 120.0
+_QUIET_LOGGERS = ("alembic", "mlflow", "urllib3", "httpx", "datasets", "matplotlib", "filelock")
+
+
+class Metrics(Protocol):
+    """What KFP's `Metrics` artifact offers."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+class _Stop:
+    """Whether somebody asked this process to stop, and whether to raise at once."""
+
+    requested = False
+    deferred = False
+
+
+def stop_requested() -> bool:
+    """Whether the step was asked to stop: save, then raise `Interrupted`."""
+    return _Stop.requested
+
+
+@contextmanager
+def deferred_stop() -> Iterator[None]:
+    """Inside, a signal only sets what `stop_requested` tells; it raises nothing."""
+    before, _Stop.deferred = _Stop.deferred, True
+    try:
+        yield
+    finally:
+        _Stop.deferred = before
+
+
+class Step:
+    """The running step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def report(self, figures: Mapping[str, float], metrics: Metrics) -> None:
+        """Hand the figures to KFP: into the UI and, as a file, into what its cache looks for.
+
+        Args:
+            figures: name -> value; values that JSON cannot hold (NaN, infinity) are left out.
+            metrics: the component's `Output[Metrics]`.
+        """
+        values = {name: float(value) for name, value in figures.items()}
+        metrics.metadata.update({n: v for n, v in values.items() if math.isfinite(v)})
+        path = Path(metrics.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(metrics.metadata))
+
+
+@contextmanager
+def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
+    """Run a step's work as the whole of this process.
+
+    Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
+    last line of the log, and no traceback where it is the user's to put right.
+
+    Args:
+        name: of the step.
+        exclusive: a folder that only one process at a time may write, e.g. of checkpoints; an
+            earlier process that is still ending is waited for.
+
+    Raises:
+        SystemExit: the step failed or was interrupted.
+    """
+    _configure_logging()
+    with _signals_raise():
+        try:
+            _note(
+                {"process": f"{os.getpid()}:{psutil.Process().create_time():.0f}"}, "process.json"
+            )
+            _end_with_runner()
+            with _lock(exclusive):
+                yield Step(name)
+        except (Interrupted, KeyboardInterrupt) as error:
+            _fail(name, error, "interrupted: " + (str(error) or "stopped by a signal"))
+            sys.exit(EXIT_INTERRUPTED)
+        except UserError as error:
+            _fail(name, error, str(error))
+            sys.exit(EXIT_ERROR)
+        except Exception as error:
+            logger.error("%s", traceback.format_exc().rstrip())
+            _fail(name, error, f"{type(error).__name__}: {error}")
+            sys.exit(EXIT_ERROR)
+
+
+def _fail(name: str, error: BaseException, message: str) -> None:
+    _note({"step": name, "type": type(error).__name__, "message": message}, "error.json")
+    logger.error("%s: %s", name, message)
+
+
+def _note(value: dict[str, str], file: str) -> None:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        write_json(Path(folder) / file, value)
+
+
+def _configure_logging() -> None:
+    """One line a message, straight to stdout: KFP shows a step's stdout as its log."""
+    logging.basicConfig(
+        level=os.environ.get("FLAGSCALE_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    for noisy in _QUIET_LOGGERS:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    # Import-time notes of the libraries about features that are not installed or not used here.
+    for pattern in (
+        ".*Apex.*",
+        ".*[Tt]ransformer[_ ]?[Ee]ngine.*",
+        ".*is deprecated.*",
+        ".*flash.attn.*",
+        ".*CUDA is not available.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C into `Interrupted`; under a runner only SIGTERM counts.
+
+    A terminal sends Ctrl-C to the runner and to the step. The runner passes it on as SIGTERM, so
+    that one key press asks once.
+    """
+    owner = os.getpid()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker, e.g. of a pool that is being closed
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        first, _Stop.requested = not _Stop.requested, True
+        if first and not _Stop.deferred:
+            raise Interrupted("stopped by a signal")
+
+    _Stop.requested = False
+    under_runner = RUNNER_VARIABLE in os.environ
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, handle),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if under_runner else handle),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_runner() -> None:
+    """Watch the runner: when it is killed, this process must not train on unseen."""
+    runner = os.environ.get(RUNNER_VARIABLE)
+    if runner is None:
+        return
+
+    def watch() -> None:
+        while is_alive(runner):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _lock(folder: str | None) -> Iterator[None]:
+    if folder is None:
+        yield
+        return
+    path = Path(f"{folder}.lock")  # beside it: the folder holds checkpoints and nothing else
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _try_lock(stream.fileno()):
+            if time.monotonic() > deadline:
+                raise UserError(f"{folder}: another process writes there; stop it, or wait for it")
+            logger.info("waiting for another process to leave %s", folder)
+            time.sleep(2)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks: nobody can be kept out there
+        logger.warning("no lock: %s", error)
+    return True
+
+
+def read_error(folder: Path) -> str | None:
+    """What a step wrote about its own end into the folder it was given, None if nothing."""
+    try:
+        return str(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"])
+    except FileNotFoundError:
+        return None
