@@ -5,7 +5,7 @@ A component's body runs inside `step_process`, on a laptop and on a cluster alik
     with step_process("prepare-data") as step:
         from flagscale.steps.prepare_data import prepare_data
 
-        step.report(prepare_data(section, output), metrics)
+        step.report(prepare_data(step.section(DataRecipe, data), output), metrics)
 
 SIGTERM (and Ctrl-C) raise `Interrupted` in the main thread. A loop that can save its state first
 runs inside `deferred_stop` and asks `stop_requested` once a step.
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,8 @@ from typing import Any, Protocol
 
 from flagscale.artifacts import write_json
 from flagscale.errors import Interrupted, UserError
-from flagscale.processes import is_alive
+from flagscale.processes import is_alive, this_process
+from flagscale.recipe import SectionT, parse_section
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,23 @@ class Step:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
+        """A section of the recipe, checked again: KFP hands over its numbers as floats.
+
+        Raises:
+            UserError: a field is unknown or has a wrong value.
+        """
+        return parse_section(kind, values, where=self.name)
+
+    def copy(self, source: Path, target: str) -> None:
+        """Copy a file to where an output artifact of KFP is to be.
+
+        Raises:
+            FileNotFoundError: the step wrote no such file.
+        """
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
     def report(self, figures: Mapping[str, float], metrics: Metrics) -> None:
         """Hand the figures to KFP: into the UI and, as a file, into what its cache looks for.
 
@@ -111,9 +130,7 @@ def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
     _configure_logging()
     with _signals_raise():
         try:
-            _note(
-                {"process": f"{os.getpid()}:{psutil.Process().create_time():.0f}"}, "process.json"
-            )
+            _note({"process": this_process()}, "process.json")
             _end_with_runner()
             with _lock(exclusive):
                 yield Step(name)

@@ -1,0 +1,1 @@
+"""The steps as Kubeflow components: an import, one call, the outputs."""

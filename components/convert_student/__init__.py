@@ -1,0 +1,1 @@
+"""Teacher to student, conversion proven."""

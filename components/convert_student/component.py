@@ -1,0 +1,38 @@
+"""The step that makes the student."""
+
+from kfp import dsl
+
+from components.image import image
+
+
+@dsl.component(base_image=image(), install_kfp_package=False)
+def convert_student(
+    student: dict,
+    code_version: str,
+    teacher: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Make the student from the teacher and prove that it can be distilled.
+
+    Args:
+        student: the recipe's section `student`.
+        code_version: changes when the code does; KFP's cache sees only parameters.
+        teacher: from prepare-teacher.
+        dataset: from prepare-data: text for the proofs.
+        model: the student before training, as a Megatron-Core distributed checkpoint.
+        metrics: figures of the proofs, parameters of the student.
+    """
+    from flagscale.steps.step_process import step_process
+
+    with step_process("convert-student") as step:
+        from pathlib import Path
+
+        from flagscale.steps.convert_student import convert_student
+
+        from flagscale.recipe import StudentRecipe
+
+        inputs = (Path(teacher.path), Path(dataset.path))
+        figures = convert_student(step.section(StudentRecipe, student), *inputs, Path(model.path))
+        step.report(figures, metrics)

@@ -1,0 +1,51 @@
+"""The step that trains the student."""
+
+from kfp import dsl
+
+from components.image import image
+
+
+@dsl.component(base_image=image(), install_kfp_package=False)
+def distil_student(
+    distillation: dict,
+    training: dict,
+    checkpoints: str,
+    code_version: str,
+    teacher: dsl.Input[dsl.Model],
+    student: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Train the student on the teacher's logits; goes on from the last checkpoint by itself.
+
+    Args:
+        distillation: the recipe's section `distillation`.
+        training: the recipe's section `training`.
+        checkpoints: folder of training checkpoints; the same path resumes an interrupted run.
+        code_version: changes when the code does; KFP's cache sees only parameters.
+        teacher: from prepare-teacher.
+        student: from convert-student.
+        dataset: from prepare-data.
+        model: the student after training, with its loss curves.
+        metrics: last losses, speed.
+    """
+    from flagscale.steps.step_process import step_process
+
+    with step_process("distil-student", exclusive=checkpoints) as step:
+        from pathlib import Path
+
+        from flagscale.steps.distil_student import distil_student
+
+        from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+        figures = distil_student(
+            step.section(DistillationRecipe, distillation),
+            step.section(TrainingRecipe, training),
+            teacher=Path(teacher.path),
+            student=Path(student.path),
+            dataset=Path(dataset.path),
+            checkpoints=Path(checkpoints),
+            output=Path(model.path),
+        )
+        step.report(figures, metrics)

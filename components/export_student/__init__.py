@@ -1,0 +1,1 @@
+"""Trained student to a Hugging Face folder."""

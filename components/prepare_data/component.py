@@ -1,0 +1,32 @@
+"""The step that turns text into token datasets."""
+
+from kfp import dsl
+
+from components.image import image
+
+
+@dsl.component(base_image=image(), install_kfp_package=False)
+def prepare_data(
+    data: dict,
+    code_version: str,
+    dataset: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Turn documents into token datasets, split by the documents' hashes.
+
+    Args:
+        data: the recipe's section `data`.
+        code_version: changes when the code does; KFP's cache sees only parameters.
+        dataset: train, validation and test tokens, and the tokenizer.
+        metrics: counts of documents, tokens and characters.
+    """
+    from flagscale.steps.step_process import step_process
+
+    with step_process("prepare-data") as step:
+        from pathlib import Path
+
+        from flagscale.recipe import DataRecipe
+        from flagscale.steps.prepare_data import prepare_data
+
+        figures = prepare_data(step.section(DataRecipe, data), Path(dataset.path))
+        step.report(figures, metrics)

@@ -1,0 +1,1 @@
+"""Hugging Face teacher to Megatron checkpoint."""
