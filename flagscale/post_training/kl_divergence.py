@@ -74,8 +74,10 @@ class _ForwardKL(torch.autograd.Function):
         for rows in _chunks(student):
             log_p = (teacher[rows].float() / temperature).sub_(lse[1, rows, None])
             log_q = (student[rows].float() / temperature).sub_(lse[0, rows, None])
-            ratio = log_p.sub(log_q)
-            loss[rows] = ratio.mul_(log_p.exp_()).sum(-1)
+            log_ratio = log_p - log_q
+            # sum p log(p/q) - p + q: the same, since both sum to 1, but without the rounding of the
+            # two logsumexps, which is as large as the loss itself once the student is close.
+            loss[rows] = log_ratio.sub_(1).mul_(log_p.exp_()).add_(log_q.exp_()).sum(-1)
         if group is not None and group.size() > 1:
             dist.all_reduce(loss, group=group)
         ctx.save_for_backward(student_logits, teacher_logits, lse)
