@@ -1,0 +1,115 @@
+"""Text -> token ids and a split."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from flagscale.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+EOD_TOKEN = "<|endoftext|>"  # noqa: S105 - not a secret
+
+
+class EncodedDocument(NamedTuple):
+    """A document as it is stored.
+
+    Attributes:
+        split: `train`, `validation` or `test`.
+        hash64: 64 bits of the text's SHA-256, to find repeats.
+        characters: of the text.
+        ids: token ids [tokens], EOD last.
+    """
+
+    split: str
+    hash64: int
+    characters: int
+    ids: np.ndarray
+
+
+def find_eod(tokenizer: PreTrainedTokenizerFast, eod_token: str | None) -> int:
+    """Id of the token between documents: `eod_token`, else `<|endoftext|>` if known, else EOS.
+
+    Raises:
+        UserError: the tokenizer does not know the token, or has no EOS.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if eod_token is None:
+        eod_token = EOD_TOKEN if EOD_TOKEN in vocabulary else tokenizer.eos_token
+        if eod_token is None:
+            raise UserError("data.eod_token: the tokenizer has no EOS token, so one must be named")
+    if eod_token not in vocabulary:
+        known = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        near = difflib.get_close_matches(eod_token, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"special tokens: {', '.join(known)}"
+        raise UserError(f"data.eod_token={eod_token!r}: not in the tokenizer's vocabulary; {hint}")
+    return vocabulary[eod_token]
+
+
+def choose_split(digest: bytes, validation_fraction: float, test_fraction: float) -> str:
+    """The split of a document, from its text alone.
+
+    Args:
+        digest: SHA-256 of the text in UTF-8. Equal texts are never in two splits, in whatever order
+            and beside whatever other documents they come.
+        validation_fraction: expected share of the documents.
+        test_fraction: likewise.
+    """
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < test_fraction:
+        return "test"
+    return "validation" if place < test_fraction + validation_fraction else "train"
+
+
+class Encoder:
+    """Texts -> token ids with EOD at the end. Safe to call from several threads.
+
+    A special token's name inside a text is text, not a control token: what somebody wrote about
+    `<|endoftext|>` must not end a document. Nothing is added in front (no BOS).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        eod_id: int,
+        validation_fraction: float,
+        test_fraction: float,
+    ) -> None:
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        names = {*map(str, tokenizer.all_special_tokens), str(backend.id_to_token(eod_id))}
+        # some tokenizers hold them as ordinary added tokens, which would match inside texts
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens(
+            [AddedToken(name, special=True, normalized=False) for name in sorted(names & added)]
+        )
+        backend.encode_special_tokens = True
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.dtype = DType.optimal_dtype(self.vocab_size)
+        self._backend = backend
+        self._eod_id = eod_id
+        self._fractions = (validation_fraction, test_fraction)
+
+    def __call__(self, texts: list[str]) -> list[EncodedDocument]:
+        """Encode a batch and choose the splits."""
+        encoded = []
+        # `encode` would hold the interpreter's lock
+        for text, found in zip(
+            texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
+        ):
+            ids = np.empty(len(found) + 1, self.dtype)
+            ids[:-1] = found.ids
+            ids[-1] = self._eod_id
+            digest = hashlib.sha256(text.encode()).digest()
+            split = choose_split(digest, *self._fractions)
+            encoded.append(
+                EncodedDocument(split, int.from_bytes(digest[-8:], "big"), len(text), ids)
+            )
+        return encoded

@@ -1,0 +1,294 @@
+"""Documents from wherever text is kept, one after the other, never all in memory.
+
+Sources: `python-docs`, plain text, JSONL and Parquet files (local, or any URL that fsspec knows;
+.gz, .bz2, .xz and .zst are unpacked on the way) and Hugging Face datasets.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flagscale.data.python_docs import python_documents
+from flagscale.errors import UserError
+from flagscale.recipe import DataRecipe
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = {
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_PASSAGE = 4_000  # characters of a document cut from a single text file
+_LONGEST = 1_000_000  # characters of a document cut from one text file of several
+_ROWS_A_BATCH = 256
+
+
+class Document(NamedTuple):
+    """A text that stands alone.
+
+    Attributes:
+        text: not blank; halves of surrogate pairs are replaced by U+FFFD.
+        origin: where it comes from, for messages.
+    """
+
+    text: str
+    origin: str
+
+
+class _File(NamedTuple):
+    filesystem: Any  # fsspec.AbstractFileSystem, which has no type information
+    path: str
+
+    def open(self, compression: str | None = "infer") -> IO[bytes]:
+        return self.filesystem.open(self.path, "rb", compression=compression)
+
+
+def documents(data: DataRecipe) -> Iterator[Document]:
+    """Stream the documents of a source, blank ones left out, always in the same order.
+
+    Args:
+        data: `source`, `format`, `text_field`, `subset`, `split`, `revision` and `max_documents`
+            are used.
+
+    Raises:
+        UserError: the source is missing, unreadable, malformed (naming file and line), has no such
+            field (naming those there are), or holds no text at all.
+    """
+    kind = data.format if data.format != "auto" else _detect(data.source)
+    found: Iterator[Document]
+    if kind == "python-docs":
+        found = (Document(text, name) for name, text in python_documents())
+    elif kind == "huggingface":
+        found = _huggingface(data)
+    else:
+        found = _files(data, kind)
+    count = 0
+    for document in itertools.islice(_presentable(found), data.max_documents):
+        count += 1
+        yield document
+    if not count:
+        raise UserError(f"data.source={data.source!r}: the corpus is empty, no text was found")
+
+
+def _presentable(found: Iterator[Document]) -> Iterator[Document]:
+    blank = 0
+    for document in found:
+        if not document.text or document.text.isspace():
+            blank += 1
+        elif _SURROGATES.search(document.text):
+            yield document._replace(text=_SURROGATES.sub("\ufffd", document.text))
+        else:
+            yield document
+    if blank:
+        logger.info("%d blank documents left out", blank)
+
+
+def _detect(source: str) -> str:
+    """The format by the source's name: a source, `huggingface`, or `files` of possibly several."""
+    if source == "python-docs":
+        return source
+    if not source.strip():
+        raise UserError(f"data.source={source!r}: must name a source of text")
+    path = Path(source).expanduser()
+    looks_like_files = (
+        "://" in source
+        or _is_glob(source)
+        or source.startswith(("/", ".", "~"))
+        or source.count("/") > 1
+        or _format_of(source) is not None
+        or path.exists()
+    )
+    return "files" if looks_like_files or not _HUB_ID.fullmatch(source) else "huggingface"
+
+
+def _is_glob(source: str) -> bool:
+    signs = "*[" if source.startswith(("http:", "https:")) else "*?["
+    return any(sign in source for sign in signs)
+
+
+def _format_of(path: str) -> str | None:
+    """The format by a path's ending, or a URL's before its query."""
+    suffixes = PurePosixPath(path.partition("?")[0]).suffixes
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _files(data: DataRecipe, kind: str) -> Iterator[Document]:
+    files = _list_files(data.source)
+    if kind == "files":
+        chosen = [(file, name) for file in files if (name := _format_of(file.path))]
+        if not chosen:
+            raise UserError(
+                f"data.source={data.source!r}: {len(files)} file(s), first {files[0].path}, none "
+                f"with a known ending ({', '.join(_SUFFIXES)}); set data.format"
+            )
+        if len(chosen) < len(files):
+            logger.info("%d files of other kinds left out", len(files) - len(chosen))
+    else:
+        chosen = [(file, kind) for file in files]
+    longest = _PASSAGE if len(chosen) == 1 else _LONGEST
+    for file, name in chosen:
+        with _explained(file.path):
+            if name == "text":
+                yield from _text(file, longest)
+            else:
+                yield from _STRUCTURED[name](file, data.text_field)
+
+
+def _list_files(source: str) -> list[_File]:
+    """Files of a path, folder, glob or URL, sorted by path; hidden ones in folders left out."""
+    local = str(Path(source).expanduser()) if source.startswith("~") else source
+    try:
+        filesystem, path = fsspec.url_to_fs(local)
+        if _is_glob(local):
+            paths = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
+        elif _format_of(path) is None and filesystem.isdir(path):
+            inside = ((p, p.removeprefix(path)) for p in filesystem.find(path))
+            paths = [p for p, relative in inside if "/." not in f"/{relative}"]
+        else:
+            paths = [path] if filesystem.exists(path) else []
+    except Exception as error:  # each kind of storage raises its own
+        raise UserError(f"data.source={source!r} cannot be opened: {_first_line(error)}") from error
+    if not paths:
+        raise UserError(f"data.source={source!r}: no such file, or no files there")
+    return [_File(filesystem, p) for p in sorted(paths)]
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason}); "
+            "convert it, or set data.format"
+        ) from error
+    except _UNREADABLE as error:
+        raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
+    except (ImportError, ValueError) as error:  # unknown or uninstalled compression
+        raise UserError(f"{where}: cannot be opened: {_first_line(error)}") from error
+
+
+def _text(file: _File, longest: int) -> Iterator[Document]:
+    """A file as one document, or, if longer than `longest` characters, as several.
+
+    It is cut at the first blank line after `longest` characters, at the first line end after twice
+    that, or within a line longer than that.
+    """
+    with file.open() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
+        parts: list[str] = []
+        size = number = 0
+        while line := stream.readline(longest):
+            parts.append(line)
+            size += len(line)
+            if size >= 2 * longest or (size >= longest and line == "\n"):
+                number += 1
+                yield Document("".join(parts), f"{file.path}#{number}")
+                parts, size = [], 0
+        if parts:
+            yield Document("".join(parts), f"{file.path}#{number + 1}" if number else file.path)
+
+
+def _jsonl(file: _File, field: str) -> Iterator[Document]:
+    with file.open() as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{file.path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                reason = f"{error.msg} at column {error.colno}"
+                raise UserError(f"{where}: not valid JSON: {reason}") from None
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: not UTF-8 text") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: must be an object, found {_kind(row)}")
+            yield Document(_value(row, field, where), where)
+
+
+def _parquet(file: _File, field: str) -> Iterator[Document]:
+    with file.open(compression=None) as stream:
+        table = pq.ParquetFile(stream)
+        names = table.schema_arrow.names
+        if field not in names:
+            raise UserError(_missing(file.path, field, names))
+        row = 0
+        for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                where = f"{file.path}: row {row}"
+                yield Document(_value({field: value}, field, where), where)
+
+
+_STRUCTURED: dict[str, Callable[[_File, str], Iterator[Document]]] = {
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+}
+
+
+def _huggingface(data: DataRecipe) -> Iterator[Document]:
+    import datasets  # takes a second, and no other source needs it
+
+    try:
+        rows = datasets.load_dataset(
+            data.source, data.subset, split=data.split, revision=data.revision, streaming=True
+        )
+        for number, row in enumerate(rows):
+            where = f"{data.source}: row {number}"
+            yield Document(_value(row, data.text_field, where), where)
+    except UserError:
+        raise
+    except Exception as error:  # hub, network, archives and loading scripts raise their own
+        raise UserError(
+            f"data.source={data.source!r}: no such file here, and as a Hugging Face dataset "
+            f"(data.subset={data.subset}, data.split={data.split}, data.revision={data.revision}) "
+            f"it cannot be read: {_first_line(error)}. Check these fields, the network and "
+            "HF_TOKEN, or name a local file or folder"
+        ) from error
+
+
+def _value(row: dict[str, Any], field: str, where: str) -> str:
+    """The text of a row; null counts as blank."""
+    if field not in row:
+        raise UserError(_missing(where, field, list(row)))
+    value = row[field]
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: field {field!r} must be text, found {_kind(value)}")
+    return value or ""
+
+
+def _missing(where: str, field: str, names: list[str]) -> str:
+    return f"{where}: no field {field!r}; there are: {', '.join(names)}. Set data.text_field"
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
