@@ -227,7 +227,12 @@ class TrainingRecipe(Section):
 class EvaluationRecipe(Section):
     """How the models are compared on the held-out test split."""
 
-    max_documents: PositiveInt | None = Field(None, description="Default: the whole test split")
+    max_documents: PositiveInt | None = Field(
+        None, description="Evenly spread over the test split; default: the whole split"
+    )
+    max_document_tokens: PositiveInt | None = Field(
+        None, description="Predict no more of each document's start; default: whole documents"
+    )
     micro_batch_size: PositiveInt = Field(4, description="Sequences a forward pass")
     bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
         1000, description="Resamples of the documents for the confidence intervals"
