@@ -28,7 +28,7 @@ class Arguments:
         use_legacy_models: build Megatron-LM's legacy model.
         check_for_nan_in_loss_and_grad: stop at the first NaN or infinite loss.
         check_for_spiky_loss: warn of a loss far above all before.
-        export_kd_teacher_load: the teacher's artifact; set, it makes the model a distillation model.
+        export_kd_teacher_load: the teacher's artifact; where set, the model is distilled.
         export_kd_cfg: the distillation, if so.
     """
 

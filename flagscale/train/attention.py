@@ -40,7 +40,7 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ValueError(
-                f"context_parallel_size={config.context_parallel_size}: must be 1 with this attention"
+                f"context_parallel_size={config.context_parallel_size}: must be 1 here"
             )
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"attn_mask_type={attn_mask_type}: must be causal")

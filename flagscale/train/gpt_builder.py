@@ -117,8 +117,8 @@ def build_legacy_gpt_model(
         from megatron.legacy.model import GPTModel as LegacyGPTModel
     except ImportError as error:
         raise UserError(
-            f"use_legacy_models=True needs megatron.legacy ({error}): put a checkout of Megatron-LM "
-            "at tag core_v0.16.1 on PYTHONPATH, or set use_legacy_models=False"
+            f"use_legacy_models=True needs megatron.legacy ({error}): put a checkout of Megatron-"
+            "LM at tag core_v0.16.1 on PYTHONPATH, or set use_legacy_models=False"
         ) from error
     return LegacyGPTModel(
         transformer_config(args),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -38,7 +38,7 @@ def train(
     training: TrainingRecipe,
     state: TrainingState,
     train_batches: Batches,
-    validation_batches: Callable[[], Batches],
+    validation_batches: Iterable[dict[str, torch.Tensor]],
     checkpoints: TrainingCheckpoints,
     observer: Observer,
     stop_requested: Callable[[], bool],
@@ -50,7 +50,7 @@ def train(
         training: the recipe's optimisation.
         state: updated in place, one record a step and a validation.
         train_batches: micro-batches, from step `state.step` on.
-        validation_batches: gives the same micro-batches at every call.
+        validation_batches: gives the same micro-batches at every iteration.
         checkpoints: where to save every `save_interval` steps and at the end.
         observer: told of every record.
         stop_requested: asked after every step.
@@ -60,7 +60,7 @@ def train(
     """
 
     def validate() -> None:
-        losses = evaluate_loss(trainer.model, validation_batches(), training.eval_iters)
+        losses = evaluate_loss(trainer.model, iter(validation_batches), training.eval_iters)
         state.validation.append({"step": state.step, **losses})
         observer.validated(state.validation[-1])
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -37,7 +38,7 @@ class Progress:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)
         self._recent.append((first_step, time.monotonic()))
         self._next_line = 0.0
-        self._bar: tqdm[int] | None = None
+        self._bar: tqdm[Any] | None = None
         self._redirect = logging_redirect_tqdm()
         if sys.stdout.isatty():
             self._bar = tqdm(initial=first_step, total=last_step, unit="step", file=sys.stdout)

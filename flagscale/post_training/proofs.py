@@ -1,0 +1,67 @@
+"""Proofs that a student converts for distillation rightly, before any long work relies on it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from flagscale.errors import UserError
+from flagscale.post_training.loss_func import loss_func
+from flagscale.post_training.model_provider import convert_for_distillation
+from flagscale.recipe import DistillationRecipe
+
+# A model's own logits give exactly 0; what else comes is a wrong loss, nats a token.
+_MAX_LOSS_WHEN_EQUAL = 1e-6
+
+
+def prove_distillation(
+    student: GPTModel, teacher: GPTModel, batch: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Prove ModelOpt's conversion on copies of the models.
+
+    That the KD loss of a model against itself is 0, and that one backward pass reaches every
+    parameter of the student and none of the teacher.
+
+    Args:
+        student: its weights as training will start from; unchanged.
+        teacher: unchanged, but frozen.
+        batch: one micro-batch of the data loader.
+
+    Returns:
+        `kd_loss_when_equal` and `kd_loss_at_start`, nats a token.
+
+    Raises:
+        UserError: a proof failed, and which parameter or number shows it.
+    """
+    when_equal = _kd_loss(copy.deepcopy(teacher), teacher, batch)[0].item()
+    if not abs(when_equal) <= _MAX_LOSS_WHEN_EQUAL:
+        raise UserError(
+            f"the KD loss of the teacher against itself is {when_equal:.3g} nats a token, "
+            "not 0: the conversion is wrong"
+        )
+    loss, model = _kd_loss(copy.deepcopy(student), teacher, batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("_teacher_model."):
+            if parameter.requires_grad or parameter.grad is not None:
+                raise UserError(f"the teacher's {name} got a gradient: it would not stay as it is")
+        elif parameter.grad is None or not parameter.grad.isfinite().all():
+            raise UserError(f"the student's {name} got no finite gradient: it would not learn")
+        elif not parameter.grad.any():
+            raise UserError(f"the student's {name} got a gradient of zeros: it would not learn")
+    if any(parameter.grad is not None for parameter in teacher.parameters()):
+        raise UserError("the teacher got a gradient: it would not stay as it is")
+    return {"kd_loss_when_equal": when_equal, "kd_loss_at_start": loss.item()}
+
+
+def _kd_loss(
+    student: GPTModel, teacher: GPTModel, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, GPTModel]:
+    """The KD loss in training mode, nats a token, and the converted model."""
+    model = convert_for_distillation(student, teacher, DistillationRecipe())
+    model.train()
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    loss, num_tokens, _ = loss_func(batch["loss_mask"], output, model=model)
+    return loss / num_tokens, model
