@@ -126,17 +126,6 @@ def measure(
     )
 
 
-def spread(count: int, wanted: int | None) -> list[int]:
-    """Indices of `wanted` of `count` documents, evenly spread, or of all of them.
-
-    Documents come in the order of their source, where neighbours are alike: evenly spread ones
-    stand for the whole split better than the first ones do.
-    """
-    if wanted is None or wanted >= count:
-        return list(range(count))
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
-
-
 def _hash(document: np.ndarray) -> str:
     return f"sha256:{hashlib.sha256(document.astype('<i8').tobytes()).hexdigest()}"
 

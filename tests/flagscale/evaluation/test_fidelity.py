@@ -18,7 +18,6 @@ from flagscale.evaluation.fidelity import (
     compare_rows,
     measure,
     read_rows,
-    spread,
 )
 
 VOCAB = 101
@@ -196,18 +195,3 @@ def test_documents_are_known_by_their_tokens() -> None:
     first = measure(uniform, {}, [a, b], 8, 2).documents
     assert first == measure(uniform, {}, [a.astype(np.int64), b], 4, 1).documents
     assert first != measure(uniform, {}, [b, a], 8, 2).documents
-
-
-@given(st.integers(1, 200), st.integers(1, 200))
-def test_spread_is_even(count: int, wanted: int) -> None:
-    indices = spread(count, wanted)
-    assert len(indices) == min(count, wanted)
-    assert sorted(set(indices)) == indices
-    gaps = np.diff([-1, *indices, count])
-    assert indices[0] >= 0
-    assert indices[-1] < count
-    assert gaps[1:-1].size == 0 or gaps[1:-1].max() - gaps[1:-1].min() <= 1
-
-
-def test_spread_takes_all_by_default() -> None:
-    assert spread(3, None) == [0, 1, 2]

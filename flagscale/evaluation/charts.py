@@ -1,0 +1,194 @@
+"""The report's charts: inline SVG whose colours follow the page's light or dark mode.
+
+Matplotlib draws with one placeholder colour per role, which becomes a CSS variable. The same data
+gives the same bytes: identifiers are hashed with a fixed salt and no date is written.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_ROLES = {
+    "ink": "#010203",
+    "muted": "#010204",
+    "grid": "#010205",
+    "teacher": "#010206",
+    "before": "#010207",
+    "after": "#010208",
+    "other": "#010209",
+    "surface": "#01020a",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flagscale",
+    "font.size": 8.5,
+    "text.color": _ROLES["ink"],
+    "axes.edgecolor": _ROLES["grid"],
+    "axes.labelcolor": _ROLES["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _ROLES["grid"],
+    "grid.linewidth": 0.7,
+    "xtick.color": _ROLES["grid"],
+    "ytick.color": _ROLES["grid"],
+    "xtick.labelcolor": _ROLES["muted"],
+    "ytick.labelcolor": _ROLES["muted"],
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+_LOSSES = {  # key of training.jsonl -> label and role
+    "logits distillation loss": ("distillation loss (KL)", "after"),
+    "lm loss": ("LM loss", "before"),
+    "intermediate distillation loss": ("intermediate loss", "other"),
+}
+_MOST_DUMBBELLS = 120
+
+Log = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for a page.
+
+    Attributes:
+        title: its caption.
+        svg: the drawing, which describes itself to screen readers.
+    """
+
+    title: str
+    svg: Markup
+
+
+def losses(training: Log, validation: Log) -> Chart | None:
+    """Losses against the optimiser step: training as lines, validation as points."""
+    shown = [key for key in _LOSSES if any(key in row for row in training)]
+    if not shown:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for key in shown:
+            label, role = _LOSSES[key]
+            steps, values = _series(training, key)
+            axes.plot(steps, values, color=_ROLES[role], alpha=0.85, label=f"{label}, training")
+            steps, values = _series(validation, key)
+            if steps:
+                axes.plot(
+                    steps,
+                    values,
+                    "o",
+                    color=_ROLES[role],
+                    markeredgecolor=_ROLES["surface"],
+                    markersize=6.5,
+                    label=f"{label}, validation",
+                )
+        axes.set_ylabel("nats a token")
+        axes.set_ylim(bottom=0)
+
+    return _chart("losses", "Losses during training", _describe(training, shown), draw)
+
+
+def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
+    """One quantity of training.jsonl against the optimiser step; None where it was not logged."""
+    steps, values = _series(training, key)
+    if not steps:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.plot(steps, values, color=_ROLES[role])
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+
+    return _chart(key.replace(" ", "-"), title, _describe(training, (key,)), draw)
+
+
+def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
+    """KL of each document before and after, in nats a token, by its KL afterwards."""
+    order = np.argsort(after_d, kind="stable")
+    if len(order) > _MOST_DUMBBELLS:
+        order = order[np.linspace(0, len(order) - 1, _MOST_DUMBBELLS).round().astype(int)]
+
+    def draw(axes: Axes) -> None:
+        x = np.arange(1, len(order) + 1)
+        low, high = before_d[order], after_d[order]
+        axes.vlines(x, low, high, color=_ROLES["grid"], linewidth=1.2)
+        axes.plot(x, low, "o", color=_ROLES["before"], markersize=3.6, label="before")
+        axes.plot(x, high, "o", color=_ROLES["after"], markersize=3.6, label="after")
+        axes.set_ylabel("KL, nats a token")
+        axes.set_xlabel("documents, the best matched first")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks([])
+
+    better = int((after_d < before_d).sum())
+    text = (
+        f"{better} of {len(after_d)} documents are closer to the teacher after distillation. "
+        f"Median KL before {np.median(before_d):.3g}, after {np.median(after_d):.3g}."
+    )
+    return _chart("documents", "KL to the teacher, document by document", text, draw)
+
+
+def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _describe(log: Log, keys: Sequence[str]) -> str:
+    parts = []
+    for key in keys:
+        steps, values = _series(log, key)
+        parts.append(
+            f"{_LOSSES[key][0] if key in _LOSSES else key}: {values[0]:.3g} at step "
+            f"{steps[0]:.0f}, {values[-1]:.3g} at step {steps[-1]:.0f}"
+        )
+    return f"{'; '.join(parts)}."
+
+
+def _chart(name: str, title: str, description: str, draw: Callable[[Axes], None]) -> Chart:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.3, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        if not axes.get_xlabel():
+            axes.set_xlabel("optimiser step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=1.4)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return Chart(title, _inline(stream.getvalue(), name, title, description))
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> Markup:
+    """An SVG file as an element of a page: no prologue, no sizes, no shared ids, CSS colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    for role, colour in _ROLES.items():
+        svg = svg.replace(colour, f"var(--{role})")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    box = re.search(r'viewBox="[^"]+"', svg)
+    assert box, "Matplotlib writes a viewBox"
+    opening = (
+        f'<svg {box.group()} role="img" aria-labelledby="{name}-title {name}-text">'
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-text">{escape(description)}</desc>'
+    )
+    # Its parts are Matplotlib's own; only the labels above could have held anything else.
+    return Markup(opening + svg[svg.index(">") + 1 :].rstrip())  # noqa: S704

@@ -1,0 +1,218 @@
+"""The report: one HTML file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from flagscale.artifacts import Manifest
+from flagscale.evaluation import charts
+from flagscale.evaluation.fidelity import TEACHER, Fidelity
+from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
+
+LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of.
+
+    Attributes:
+        metrics: as in metrics.json.
+        fidelity: sums per document.
+        training: rows of training.jsonl.
+        validation: rows of validation.jsonl.
+        generations: one mapping a prompt: `prompt`, and each model's continuation.
+        layers: of each model.
+        parameters: of each model.
+        manifests: of the inputs, by name, in the order in which they were made.
+        evaluation: the recipe's section.
+    """
+
+    metrics: Mapping[str, Any]
+    fidelity: Fidelity
+    training: Sequence[Mapping[str, float]]
+    validation: Sequence[Mapping[str, float]]
+    generations: Sequence[Mapping[str, str]]
+    layers: Mapping[str, int]
+    parameters: Mapping[str, int]
+    manifests: Mapping[str, Manifest]
+    evaluation: Mapping[str, Any]
+
+
+def render(data: ReportData) -> str:
+    """The report as HTML. The same data give the same bytes."""
+    environment = Environment(
+        loader=PackageLoader("flagscale.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    tokens_d = np.maximum(data.fidelity.tokens_d, 1)
+    kl = {m: data.fidelity.sums[m]["kl"] / tokens_d for m in (BEFORE, AFTER)}
+    drawn = (
+        charts.losses(data.training, data.validation),
+        charts.documents(kl[BEFORE], kl[AFTER]),
+        charts.curve(data.training, "grad norm", "Gradient norm", "other"),
+        charts.curve(data.training, "learning rate", "Learning rate", "teacher"),
+    )
+    return environment.get_template("report.html.j2").render(
+        headline=headline(data.metrics),
+        subtitle=_subtitle(data),
+        tiles=_tiles(data),
+        columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
+        models=_model_rows(data),
+        paired=_paired_rows(data.metrics),
+        charts=[chart for chart in drawn if chart is not None],
+        generations=data.generations,
+        labels=LABELS,
+        metrics=data.metrics,
+        recipe=_recipe(data),
+        facts=_facts(data.manifests),
+        provenance=_provenance(data),
+    )
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The outcome in one sentence, which claims no more than the intervals allow."""
+    difference, reduction = metrics["paired"]["kl"], metrics["kl_reduction"]
+    outcome = verdict("kl", difference)
+    if reduction is None or outcome in ("not clear", "equal"):
+        value = SHOWN["kl"].text(metrics["models"][AFTER]["kl"]["value"])
+        clear = {"better": "lower than", "worse": "higher than", "equal": "the same as"}
+        return f"KL to the teacher is {value} nats, {clear.get(outcome, 'not clearly off')} before"
+    if reduction < 0:
+        return f"KL to the teacher rises by {-100 * reduction:.0f}%"
+    return f"KL to the teacher falls by {_percent(reduction)}"
+
+
+def _percent(share: float) -> str:
+    """Whole percents, but never a 100% that is not one."""
+    return f"{100 * share:.0f}%" if share < 0.99 else f"{100 * share:.2f}%"
+
+
+def _subtitle(data: ReportData) -> str:
+    layers, metrics = data.layers, data.metrics
+    teacher = data.manifests["teacher"].recipe.get("teacher", {}).get("source", "teacher")
+    return (
+        f"{teacher}, {layers[TEACHER]} layers, taught a student of {layers[AFTER]}. Measured on "
+        f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens."
+    )
+
+
+def _tiles(data: ReportData) -> list[dict[str, str]]:
+    models = data.metrics["models"]
+    tiles = []
+    for key in ("kl", "top1_agreement", "lm_loss"):
+        figure = SHOWN[key]
+        reference = f"teacher {figure.text(models[TEACHER][key]['value'])}"
+        tiles.append(
+            {
+                "label": figure.label,
+                "before": figure.text(models[BEFORE][key]["value"]),
+                "after": figure.text(models[AFTER][key]["value"]),
+                "note": reference
+                if key == "lm_loss"
+                else ("nats a token", "of tokens")[figure.percent],
+            }
+        )
+    share = data.parameters[AFTER] / data.parameters[TEACHER]
+    tiles.append(
+        {
+            "label": "Parameters",
+            "before": _count(data.parameters[TEACHER]),
+            "after": _count(data.parameters[AFTER]),
+            "note": f"{100 * share:.0f}% of the teacher's",
+        }
+    )
+    return tiles
+
+
+def _model_rows(data: ReportData) -> list[dict[str, Any]]:
+    rows = []
+    for model, figures in data.metrics["models"].items():
+        cells = []
+        for key, shown in SHOWN.items():
+            itself = model == TEACHER and key in ("kl", "top1_agreement")
+            value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
+            interval = "by definition" if itself else f"{low} to {high}"
+            cells.append({"label": shown.label, "value": value, "interval": interval})
+        size = f"{data.layers[model]} layers, {_count(data.parameters[model])}"
+        rows.append({"key": model, "name": LABELS[model], "size": size, "cells": cells})
+    return rows
+
+
+def _paired_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    rows = []
+    for key, shown in SHOWN.items():
+        if key not in metrics["paired"]:
+            continue
+        difference = metrics["paired"][key]
+        value, low, high = (
+            shown.text(difference[x], signed=True) for x in ("value", "low", "high")
+        )
+        rows.append(
+            {
+                "label": shown.label,
+                "value": value,
+                "interval": f"{low} to {high}".replace(" points", ""),
+                "verdict": verdict(key, difference),
+            }
+        )
+    return rows
+
+
+def _recipe(data: ReportData) -> dict[str, list[tuple[str, str]]]:
+    """Section -> its fields, in the order of the steps that were given them."""
+    sections: dict[str, Any] = {}
+    for manifest in data.manifests.values():
+        sections |= manifest.recipe
+    sections["evaluation"] = data.evaluation
+    return {name: _flat(values) for name, values in sections.items()}
+
+
+def _facts(manifests: Mapping[str, Manifest]) -> dict[str, list[tuple[str, str]]]:
+    return {name: _flat(manifest.facts) for name, manifest in manifests.items() if manifest.facts}
+
+
+def _provenance(data: ReportData) -> list[tuple[str, str]]:
+    rows = [(f"{name} artifact", manifest.digest) for name, manifest in data.manifests.items()]
+    hashes = {m.tokenizer_hash for m in data.manifests.values() if m.tokenizer_hash}
+    rows += [("tokenizer", value) for value in sorted(hashes)]
+    return rows + list(data.manifests["distilled"].libraries.items())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of name and text."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{name}: ")
+        elif isinstance(value, list | tuple):
+            rows.append((name, ", ".join(_text(item) for item in value) or "none"))
+        else:
+            rows.append((name, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def _count(parameters: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
