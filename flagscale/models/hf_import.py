@@ -23,7 +23,9 @@ EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"
 
 
-def import_from_hf(hf_model: PreTrainedModel, shape: ModelShape, seq_length: int) -> GPTModel:
+def import_from_hf(
+    hf_model: PreTrainedModel, shape: ModelShape, seq_length: int, workspace: Path | None = None
+) -> GPTModel:
     """Build the Megatron-Core model of `shape` with the weights of a transformers model.
 
     Call within `platform.runtime()`. The importer reads safetensors, and wants the embedding as
@@ -34,12 +36,13 @@ def import_from_hf(hf_model: PreTrainedModel, shape: ModelShape, seq_length: int
         hf_model: of the family and shape that `shape` was read from.
         shape: of the model to build.
         seq_length: longest sequence that it will see, tokens.
+        workspace: folder for the temporary one; default: the system's.
 
     Returns:
         The model in fp32, in evaluation mode.
     """
     model = build_model(shape, seq_length)
-    with tempfile.TemporaryDirectory(prefix="flagscale-import-") as name:
+    with tempfile.TemporaryDirectory(prefix="flagscale-import-", dir=workspace) as name:
         folder = Path(name)
         hf_config_for(shape, hf_model.config).save_pretrained(folder)
         save_torch_state_dict(_padded_state(hf_model, shape), folder)

@@ -107,6 +107,11 @@ def load_hf_model(
     return model.eval()
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether the source is a GGUF file, of which even the configuration is slow to read."""
+    return str(source).endswith(".gguf") or str(source).startswith(PACKAGE_PREFIX)
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Identity of what a tokenizer does: vocabulary, merges, pre-processing and special tokens.
 
