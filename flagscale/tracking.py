@@ -52,7 +52,11 @@ _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-_HTTP_LIMITS_AT_START = {**_HTTP_LIMITS, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_HTTP_LIMITS_AT_START = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
 _UPLOAD_TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300"}
 
 
@@ -208,8 +212,7 @@ def pipeline_run(recipe: Recipe, runs: Path) -> Iterator[PipelineRun]:
     Raises:
         UserError: the tracking server does not answer, or refuses, within seconds.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
-    run = _start_pipeline(recipe, uri, runs)
+    run = _start_pipeline(recipe, runs)
     with _truthful_status(run):
         yield run
 
@@ -302,7 +305,7 @@ def _start_step(name: str, params: Mapping[str, Any]) -> StepRun:
     if not uri:
         return StepRun(None, None)
     try:
-        client = _client(uri, _HTTP_LIMITS)
+        client = _client(uri)
         experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or _experiment(
             client, os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
         )
@@ -319,26 +322,46 @@ def _start_step(name: str, params: Mapping[str, Any]) -> StepRun:
     return run
 
 
-def _start_pipeline(recipe: Recipe, uri: str, runs: Path) -> PipelineRun:
+def _start_pipeline(recipe: Recipe, runs: Path) -> PipelineRun:
+    uri, client, experiment_id = connect(recipe, runs)
     try:
-        client = _client(uri, _HTTP_LIMITS_AT_START)
-        store = runs.absolute() / "mlartifacts" if uri.startswith("sqlite:") else None
-        experiment_id = _experiment(client, recipe.tracking.experiment, store)
         _end_dead_runs(client, experiment_id)
         tags = {PROCESS_TAG: f"{socket.gethostname()}:{this_process()}"}
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags=tags).info.run_id
-    except UserError:
-        raise
     except Exception as error:  # MLflow and its databases raise many kinds
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={uri}: no usable tracking server there: {_first_line(error)}; "
-            "start one, or unset the variable to track into a file"
-        ) from error
-    os.environ.update(_HTTP_LIMITS)
+        raise _unusable(uri, error) from error
     run = PipelineRun(client, run_id, experiment_id, uri)
     run.log_params(recipe.model_dump(mode="json"))
     run.log_text(recipe_yaml(recipe), "recipe.yaml")
     return run
+
+
+def connect(recipe: Recipe, runs: Path) -> tuple[str, MlflowClient, str]:
+    """Reach the tracking server and the recipe's experiment.
+
+    Returns:
+        The server's URI, a client, and the experiment's id.
+
+    Raises:
+        UserError: the server does not answer, or refuses, within seconds.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
+    store = runs.absolute() / "mlartifacts" if uri.startswith("sqlite:") else None
+    try:
+        with _environment(_HTTP_LIMITS_AT_START):
+            client = _client(uri)
+            return uri, client, _experiment(client, recipe.tracking.experiment, store)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow and its databases raise many kinds
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> UserError:
+    return UserError(
+        f"MLFLOW_TRACKING_URI={uri}: no usable tracking server there: {_first_line(error)}; "
+        "start one, or unset the variable to track into a file"
+    )
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -348,9 +371,9 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _client(uri: str, limits: Mapping[str, str]) -> MlflowClient:
+def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name, value in limits.items():
+    for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     import mlflow
 

@@ -14,7 +14,6 @@ runs inside `deferred_stop` and asks `stop_requested` once a step.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import math
 import os
@@ -33,13 +32,11 @@ from typing import Any, Protocol
 
 from flagscale.artifacts import write_json
 from flagscale.errors import Interrupted, UserError
-from flagscale.processes import is_alive, this_process
+from flagscale.processes import RUNNER_VARIABLE, is_alive, note_error, note_process
 from flagscale.recipe import SectionT, parse_section
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "FLAGSCALE_STEP_FOLDER"  # where to note the process and its error, if set
-RUNNER_VARIABLE = "FLAGSCALE_RUNNER"  # "<pid>:<start time>" of the runner; the step ends with it
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 143
 _LOCK_SECONDS = 120.0
@@ -130,31 +127,25 @@ def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
     _configure_logging()
     with _signals_raise():
         try:
-            _note({"process": this_process()}, "process.json")
+            note_process()
             _end_with_runner()
             with _lock(exclusive):
                 yield Step(name)
         except (Interrupted, KeyboardInterrupt) as error:
-            _fail(name, error, "interrupted: " + (str(error) or "stopped by a signal"))
+            _fail(name, "interrupted: " + (str(error) or "stopped by a signal"))
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
-            _fail(name, error, str(error))
+            _fail(name, str(error))
             sys.exit(EXIT_ERROR)
         except Exception as error:
             logger.error("%s", traceback.format_exc().rstrip())
-            _fail(name, error, f"{type(error).__name__}: {error}")
+            _fail(name, f"{type(error).__name__}: {error}")
             sys.exit(EXIT_ERROR)
 
 
-def _fail(name: str, error: BaseException, message: str) -> None:
-    _note({"step": name, "type": type(error).__name__, "message": message}, "error.json")
+def _fail(name: str, message: str) -> None:
+    note_error(name, message)
     logger.error("%s: %s", name, message)
-
-
-def _note(value: dict[str, str], file: str) -> None:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        write_json(Path(folder) / file, value)
 
 
 def _configure_logging() -> None:
@@ -253,11 +244,3 @@ def _try_lock(descriptor: int) -> bool:
     except OSError as error:  # a file system without locks: nobody can be kept out there
         logger.warning("no lock: %s", error)
     return True
-
-
-def read_error(folder: Path) -> str | None:
-    """What a step wrote about its own end into the folder it was given, None if nothing."""
-    try:
-        return str(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"])
-    except FileNotFoundError:
-        return None

@@ -1,0 +1,1 @@
+"""The pipeline: what runs after what, and on which resources. Run with `python -m pipelines`."""

@@ -1,0 +1,106 @@
+"""Commands: `python -m pipelines run RECIPE` and `python -m pipelines compile RECIPE`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from flagscale.errors import Interrupted, UserError
+from flagscale.recipe import Recipe, load_recipe
+from pipelines.compiling import compile_recipe
+from pipelines.local import StepFailed, run_recipe
+from pipelines.summary import summary
+
+_EXAMPLES = """examples:
+  python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
+      distil on this machine; results in runs/latest
+
+  python -m pipelines run recipes/tiny.yaml --set distillation.temperature=2
+      the same with another temperature: data, teacher and conversion come from the cache
+
+  python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml -o distillation.yaml
+      write the pipeline for Kubeflow; upload the file in its UI
+
+environment:
+  MLFLOW_TRACKING_URI   tracking server of `run`; default: a file in the runs folder
+  FLAGSCALE_IMAGE       container image of the compiled steps
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, do, and turn errors into one last line and an exit code.
+
+    Returns:
+        0; 1 when a step failed; 2 for something the user can put right; 130 or 143 when stopped
+        by Ctrl-C or SIGTERM.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.command == "compile":
+            print(f"wrote {compile_recipe(recipe, arguments.output)}")
+        else:
+            print(_run(recipe, arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StepFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"{error or 'stopped'}; the same command goes on from there", file=sys.stderr)
+        return 143 if "SIGTERM" in str(error) else 130
+    return 0
+
+
+def _run(recipe: Recipe, arguments: argparse.Namespace) -> str:
+    return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines",
+        description="Distil a teacher into a smaller student, here or on Kubeflow.",
+        epilog=_EXAMPLES,
+        formatter_class=shape,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="run the pipeline on this machine", epilog=_EXAMPLES, formatter_class=shape
+    )
+    run.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)"
+    )
+    run.add_argument(
+        "--no-cache",
+        dest="reuse",
+        action="store_false",
+        help="repeat every step, and the training from its beginning",
+    )
+    compiled = commands.add_parser(
+        "compile", help="write the pipeline for Kubeflow", epilog=_EXAMPLES, formatter_class=shape
+    )
+    compiled.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("pipelines/compiled/distillation.yaml"),
+        help="file to write (default: %(default)s)",
+    )
+    for command in (run, compiled):
+        command.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="SECTION.FIELD=VALUE",
+            help="change a field of the recipe; may be repeated",
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

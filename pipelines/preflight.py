@@ -1,0 +1,149 @@
+"""Checks before a run begins: what would fail later fails now, in seconds.
+
+The sources are looked at in a process of their own (`python -m pipelines.preflight`, a resolved
+recipe on its standard input), so that the runner does not keep torch in memory for hours.
+"""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from flagscale.errors import UserError
+from flagscale.recipe import DataRecipe, Recipe, parse_section
+
+_PACKAGE = "package:"
+_BAD_SOURCE = 3  # exit code: standard output holds the user's error
+
+
+class SourceCheck:
+    """A check of the recipe's teacher and text that runs beside other preparations."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.preflight"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(recipe.model_dump_json())
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def wait(self) -> None:
+        """Wait for the verdict.
+
+        Raises:
+            UserError: the teacher or the text is not there, or the student is deeper than it.
+        """
+        out, err = self._process.communicate()
+        if self._process.returncode == _BAD_SOURCE:
+            raise UserError(out.strip())
+        if self._process.returncode:
+            raise UserError(f"the check of teacher and text broke down:\n{err.strip()}")
+
+    def cancel(self) -> None:
+        """End it, whatever it would have said."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def with_fingerprints(recipe: Recipe) -> Recipe:
+    """The recipe with `teacher.fingerprint` and `data.fingerprint` filled in for local sources.
+
+    The cache sees a recipe's text; these make it see that a file behind an equal path has changed.
+    """
+    teacher, data = recipe.teacher, recipe.data
+    if teacher.fingerprint is None:
+        teacher = teacher.model_copy(update={"fingerprint": fingerprint(teacher.source)})
+    if data.fingerprint is None:
+        parts = [fingerprint(source) for source in (data.source, data.tokenizer) if source]
+        known = [part for part in parts if part]
+        data = data.model_copy(update={"fingerprint": "+".join(known) or None})
+    return recipe.model_copy(update={"teacher": teacher, "data": data})
+
+
+def fingerprint(source: str) -> str | None:
+    """A digest of names, sizes and modification times below `source`; None if it is not local."""
+    if source == "python-docs":
+        return f"python {sys.version.split()[0]}"
+    if source.startswith(_PACKAGE):
+        module = source.removeprefix(_PACKAGE).replace("-", "_")
+        spec = importlib.util.find_spec(module)
+        roots = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
+    else:
+        path = Path(source).expanduser()
+        roots = [path] if path.exists() else sorted(_glob(path))
+    if not roots:
+        return None
+    value = hashlib.sha256()
+    for root in roots:
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        for file in files:
+            if "__pycache__" in file.parts:
+                continue
+            facts = file.stat()
+            value.update(f"{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return f"files {value.hexdigest()[:16]}"
+
+
+def _glob(path: Path) -> list[Path]:
+    if not any(sign in str(path) for sign in "*?[") or "://" in str(path):
+        return []
+    anchor = Path(path.anchor or ".")
+    return list(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Look at the teacher's configuration and the first document.
+
+    Raises:
+        UserError: one of them is missing or unreadable, or the student has more layers.
+    """
+    from flagscale.models.source import load_hf_config
+
+    config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
+    layers = int(config.num_hidden_layers)
+    student = recipe.student
+    if student.init != "scratch":
+        if student.num_layers is not None and student.num_layers > layers:
+            raise UserError(
+                f"student.num_layers={student.num_layers}: deeper than the teacher "
+                f"{recipe.teacher.source}, which has {layers} layers"
+            )
+        if student.keep_layers and student.keep_layers[-1] >= layers:
+            raise UserError(
+                f"student.keep_layers={list(student.keep_layers)}: the teacher "
+                f"{recipe.teacher.source} has layers 0 to {layers - 1}"
+            )
+    if not _is_on_the_hub(recipe.data):
+        from flagscale.data.sources import documents
+
+        next(documents(recipe.data))
+
+
+def _is_on_the_hub(data: DataRecipe) -> bool:
+    """Whether reading the first document would download a data set."""
+    if data.format == "auto":
+        remote = "/" in data.source and fingerprint(data.source) is None
+        return remote and "://" not in data.source and not data.source.startswith(("/", ".", "~"))
+    return data.format == "huggingface"
+
+
+def _main() -> int:
+    values: Any = json.load(sys.stdin)
+    try:
+        check_sources(parse_section(Recipe, values, where="recipe"))
+    except UserError as error:
+        sys.stdout.write(f"{error}\n")
+        return _BAD_SOURCE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
