@@ -168,6 +168,9 @@ class DistillationRecipe(Section):
                 f"intermediate_loss_scale={self.intermediate_loss_scale} has no effect without "
                 "intermediate_layer_pairs"
             )
+        layers = [pair[:2] for pair in self.intermediate_layer_pairs]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"intermediate_layer_pairs={layers}: a pair of layers stands twice")
         for pair in self.intermediate_layer_pairs:
             if len(pair) == 3 and pair[2] not in ("cosine", "mse"):
                 raise ValueError(f"intermediate loss {pair[2]!r}: must be cosine or mse")

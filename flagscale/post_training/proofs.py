@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from megatron.core.models.gpt import GPTModel
 
@@ -17,16 +15,17 @@ _MAX_LOSS_WHEN_EQUAL = 1e-6
 
 
 def prove_distillation(
-    student: GPTModel, teacher: GPTModel, batch: dict[str, torch.Tensor]
+    student: GPTModel, teacher: GPTModel, twin: GPTModel, batch: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Prove ModelOpt's conversion on copies of the models.
+    """Prove ModelOpt's conversion on models that are not needed afterwards.
 
     That the KD loss of a model against itself is 0, and that one backward pass reaches every
     parameter of the student and none of the teacher.
 
     Args:
-        student: its weights as training will start from; unchanged.
-        teacher: unchanged, but frozen.
+        student: its weights as training will start from; it is converted.
+        teacher: it is frozen.
+        twin: a second copy of the teacher; it is converted.
         batch: one micro-batch of the data loader.
 
     Returns:
@@ -35,13 +34,13 @@ def prove_distillation(
     Raises:
         UserError: a proof failed, and which parameter or number shows it.
     """
-    when_equal = _kd_loss(copy.deepcopy(teacher), teacher, batch)[0].item()
+    when_equal = _kd_loss(twin, teacher, batch)[0].item()
     if not abs(when_equal) <= _MAX_LOSS_WHEN_EQUAL:
         raise UserError(
             f"the KD loss of the teacher against itself is {when_equal:.3g} nats a token, "
             "not 0: the conversion is wrong"
         )
-    loss, model = _kd_loss(copy.deepcopy(student), teacher, batch)
+    loss, model = _kd_loss(student, teacher, batch)
     loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("_teacher_model."):
