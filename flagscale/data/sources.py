@@ -262,12 +262,12 @@ def _huggingface(data: DataRecipe) -> Iterator[Document]:
             yield Document(_value(row, data.text_field, where), where)
     except UserError:
         raise
-    except Exception as error:  # hub, network, archives and loading scripts raise their own
+    except Exception as error:  # hub, network and archives raise their own
+        asked = f"data.subset={data.subset}, data.split={data.split}, data.revision={data.revision}"
         raise UserError(
-            f"data.source={data.source!r}: no such file here, and as a Hugging Face dataset "
-            f"(data.subset={data.subset}, data.split={data.split}, data.revision={data.revision}) "
-            f"it cannot be read: {_first_line(error)}. Check these fields, the network and "
-            "HF_TOKEN, or name a local file or folder"
+            f"data.source={data.source!r}: {'no such file, and ' if data.format == 'auto' else ''}"
+            f"as a Hugging Face dataset ({asked}) it cannot be read: {_first_line(error)}. Check "
+            "these fields, the network and HF_TOKEN, or name a local file or folder"
         ) from error
 
 

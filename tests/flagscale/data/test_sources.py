@@ -1,0 +1,238 @@
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flagscale.data.sources import documents
+from flagscale.errors import UserError
+from flagscale.recipe import DataRecipe
+
+
+def texts(source: object, **options: object) -> list[str]:
+    return [d.text for d in documents(DataRecipe(source=str(source), **options))]
+
+
+def write_jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_python_docs() -> None:
+    found = texts("python-docs", max_documents=3)
+    assert len(found) == 3
+    assert found == texts("ignored", format="python-docs", max_documents=3)
+
+
+def test_files_of_a_folder_are_a_document_each(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second " * 2000)
+    (tmp_path / "a.md").write_bytes("\ufeffféte\r\nline".encode())
+    (tmp_path / "c").mkdir()
+    write_jsonl(tmp_path / "c" / "c.jsonl", {"text": "third"}, {"text": "fourth"})
+    (tmp_path / "logo.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "no.txt").write_text("no")
+    assert texts(tmp_path) == ["féte\nline", "second " * 2000, "third", "fourth"]
+    assert texts(f"{tmp_path}/") == texts(tmp_path)
+
+
+def test_a_single_file_becomes_passages(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    paragraphs = [f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(60)]
+    path.write_text("".join(paragraphs))
+    found = texts(path)
+    assert "".join(found) == "".join(paragraphs)
+    assert len(found) > 5
+    assert all(text.startswith("Paragraph") and len(text) < 5000 for text in found)
+
+
+def test_a_long_line_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text("x" * 50_000)
+    assert "".join(texts(path)) == "x" * 50_000
+    assert max(map(len, texts(path))) <= 12_000
+
+
+def test_glob(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert texts(tmp_path / "[ac].*") == ["a.txt", "c.md"]
+
+
+def test_unknown_ending_with_a_given_format(tmp_path: Path) -> None:
+    (tmp_path / "data.log").write_text("some text")
+    assert texts(tmp_path / "data.log", format="text") == ["some text"]
+    with pytest.raises(UserError, match=r"none with a known ending \(.txt.*set data.format"):
+        texts(tmp_path / "data.log")
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compressed(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"data.jsonl.{ending}"
+    path.write_bytes(compress(b'{"text": "packed"}\n\n{"text": "twice"}'))
+    assert texts(path) == ["packed", "twice"]
+
+
+def test_truncated_archive(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt.gz"
+    path.write_bytes(gzip.compress(bytes(range(256)) * 500)[:-300])
+    with pytest.raises(UserError, match=r"data.txt.gz: (cannot be read|not UTF-8)"):
+        texts(path)
+    path.write_bytes(b"not gzip at all")
+    with pytest.raises(UserError, match=r"data.txt.gz: cannot be read: BadGzipFile"):
+        texts(path)
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A real fsspec filesystem that is not the local disk."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a.jsonl", b'{"text": "one"}\n')
+    memory.pipe("/bucket/b.txt", b"two")
+    table = pa.table({"text": ["three", None, "four"]})
+    with memory.open("/bucket/c.parquet", "wb") as stream:
+        pq.write_table(table, stream)
+    yield "memory://bucket"
+    memory.rm("/bucket", recursive=True)
+
+
+def test_url(bucket: str) -> None:
+    assert texts(f"{bucket}/a.jsonl") == ["one"]
+    assert texts(bucket) == ["one", "two", "three", "four"]
+    assert texts(f"{bucket}/*.parquet") == ["three", "four"]
+    with pytest.raises(UserError, match="no such file"):
+        texts(f"{bucket}/missing.jsonl")
+
+
+def test_unknown_protocol() -> None:
+    with pytest.raises(
+        UserError, match=r"data.source='nosuch://x/a.txt' cannot be opened: .*nosuch"
+    ):
+        texts("nosuch://x/a.txt")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [f"row {i}" for i in range(1000)]
+    pq.write_table(pa.table({"id": range(1000), "body": rows}), path, row_group_size=100)
+    assert texts(path, text_field="body") == rows
+    with pytest.raises(UserError, match=r"no field 'text'; there are: id, body. Set data.text_f"):
+        texts(path)
+    with pytest.raises(UserError, match=r"row 1: field 'id' must be text, found int '0'"):
+        texts(path, text_field="id")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"rows.parquet: cannot be read: ArrowInvalid"):
+        texts(path)
+
+
+def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "fine"}, {"body": "x", "id": 1})
+    stream = documents(DataRecipe(source=str(path)))
+    assert next(stream).text == "fine"  # nothing further has been read
+    with pytest.raises(UserError, match=r"a.jsonl:2: no field 'text'; there are: body, id"):
+        next(stream)
+    path.write_text('{"text": "fine"}\n\n{"text": "no')
+    with pytest.raises(UserError, match=r"a.jsonl:3: not valid JSON: .* at column 10"):
+        texts(path)
+    write_jsonl(path, ["text"])
+    with pytest.raises(UserError, match=r"a.jsonl:1: must be an object, found list"):
+        texts(path)
+    write_jsonl(path, {"text": 7})
+    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text' must be text, found int '7'"):
+        texts(path)
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1: not UTF-8"):
+        texts(path)
+
+
+def test_blank_documents_and_half_characters(tmp_path: Path) -> None:
+    rows = [{"text": t} for t in ("", "  \n", None, "a\ud83d b", "c")]
+    assert texts(write_jsonl(tmp_path / "a.jsonl", *rows)) == ["a\ufffd b", "c"]
+
+
+def test_max_documents(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", *({"text": str(i)} for i in range(9)))
+    assert texts(path, max_documents=4) == ["0", "1", "2", "3"]
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"a.txt: not UTF-8 text \(byte 0xe9"):
+        texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("source", ["/no/such/file.txt", "gone.jsonl", "./nowhere", "/no/*.txt"])
+def test_missing(source: str) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        texts(source)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path)  # permissions do not stop root
+    with pytest.raises(UserError, match=r"a.txt: cannot be read: IsADirectoryError"):
+        texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("source", ["", "  "])
+def test_no_source(source: str) -> None:
+    with pytest.raises(UserError, match="must name a source"):
+        texts(source)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_empty_corpus(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError, match="the corpus is empty"):
+        texts(tmp_path / "a.txt")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no files there"):
+        texts(tmp_path)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_huggingface_dataset(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", *({"text": f"t{i}", "n": i} for i in range(50)))
+    options = {"format": "huggingface"}
+    assert texts(tmp_path, **options) == [f"t{i}" for i in range(50)]
+    assert texts(tmp_path, max_documents=2, **options) == ["t0", "t1"]
+    with pytest.raises(UserError, match=r"row 0: no field 'body'; there are: text, n"):
+        texts(tmp_path, text_field="body", **options)
+    with pytest.raises(UserError, match=r"data.split=dev.*Available splits: \['train'\]"):
+        texts(tmp_path, split="dev", **options)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_huggingface_out_of_reach() -> None:
+    with pytest.raises(UserError, match=r"'some/dataset': no such file, and as a Hugging Face"):
+        texts("some/dataset")
+
+
+def test_streams(tmp_path: Path) -> None:
+    """The first documents of a file come without the rest of it."""
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as stream:
+        for i in range(20_000):
+            stream.write(json.dumps({"text": str(i)}) + "\n")
+        stream.write("broken")
+    first = itertools.islice(documents(DataRecipe(source=str(path))), 20_000)
+    assert sum(1 for _ in first) == 20_000

@@ -1,0 +1,178 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from flagscale.artifacts import open_artifact
+from flagscale.data.encoder import Encoder
+from flagscale.data.loader import split_documents, train_iterator
+from flagscale.data.sources import Document
+from flagscale.data.writer import Counts
+from flagscale.errors import UserError
+from flagscale.models.source import load_tokenizer, tokenizer_hash
+from flagscale.recipe import DataRecipe
+from flagscale.steps import prepare_data as step
+from flagscale.steps.prepare_data import prepare_data
+
+CODE = """
+import sys
+from pathlib import Path
+from flagscale.recipe import DataRecipe
+from flagscale.steps.prepare_data import prepare_data
+prepare_data(DataRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([topics["for"]], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    rows = [{"text": f"Number {i}. " + "Some words. " * (i % 11)} for i in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+    return path
+
+
+def recipe(tokenizer: Path, source: Path, **changes: object) -> DataRecipe:
+    values = {"tokenizer": str(tokenizer), "source": str(source), "seq_length": 32}
+    return DataRecipe.model_validate({**values, **changes})
+
+
+def test_dataset(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dataset"
+    metrics = prepare_data(recipe(tokenizer, corpus), output)
+    manifest = open_artifact(output, "dataset")
+    facts = manifest.facts
+    assert facts["eod_id"] == 0
+    assert facts["vocab_size"] == 400
+    assert facts["seq_length"] == 32
+    assert sum(split["documents"] for split in facts["splits"].values()) == 201
+    assert facts["duplicate_documents"] == metrics["duplicate_documents"] == 1
+    assert manifest.tokenizer_hash == tokenizer_hash(load_tokenizer(output / "tokenizer"))
+    assert manifest.recipe["data"]["source"] == str(corpus)
+    for name, split in facts["splits"].items():
+        documents = split_documents(output, name)
+        assert len(documents) == split["documents"] == metrics[f"{name}_documents"]
+        assert sum(map(len, documents)) == split["tokens"] == metrics[f"{name}_tokens"]
+        assert metrics[f"{name}_sequences"] == (split["tokens"] - 1) // 32 > 0
+    assert all(isinstance(value, float) for value in metrics.values())
+    batches = train_iterator(
+        output, tmp_path / "cache", micro_batch_size=2, global_batch_size=2, seed=0
+    )
+    assert next(batches)["tokens"].shape == (2, 32)
+
+
+def test_the_same_again(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        prepare_data(recipe(tokenizer, corpus), tmp_path / name)
+        digests.add(open_artifact(tmp_path / name, "dataset").digest)
+    assert len(digests) == 1
+
+
+def test_python_docs(tokenizer: Path, tmp_path: Path) -> None:
+    data = DataRecipe(tokenizer=str(tokenizer), max_documents=100, seq_length=64)
+    metrics = prepare_data(data, tmp_path / "dataset")
+    assert metrics["train_documents"] > 80
+    assert metrics["test_sequences"] > 0
+
+
+def test_what_the_user_can_put_right(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dataset"
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "A single line."}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    cases = [
+        (recipe(tokenizer, few), "split has .* but one sequence of data.seq_length=32 needs 33"),
+        (recipe(tokenizer, corpus, seq_length=10_000), "needs 10001; the whole corpus has 201"),
+        (recipe(tokenizer, empty), "the corpus is empty"),
+        (recipe(tokenizer, tmp_path / "gone.jsonl"), "no such file"),
+        (recipe(tokenizer, corpus, text_field="body"), "no field 'body'; there are: text"),
+        (recipe(tokenizer, corpus, eod_token="<eod>"), "data.eod_token='<eod>': not in"),
+        (recipe(tmp_path / "nothing", corpus), "nothing: no such folder"),
+        (DataRecipe(source=str(corpus)), "data.tokenizer is not set"),
+    ]
+    for data, message in cases:
+        with pytest.raises(UserError, match=message):
+            prepare_data(data, output)
+        assert not output.exists()
+        assert not list(tmp_path.glob(".dataset*"))
+
+
+def test_a_failure_leaves_the_last_result(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dataset"
+    prepare_data(recipe(tokenizer, corpus), output)
+    before = open_artifact(output, "dataset")
+    with pytest.raises(UserError):
+        prepare_data(recipe(tokenizer, corpus, seq_length=10_000), output)
+    assert open_artifact(output, "dataset") == before
+
+
+def test_full_disk(
+    tokenizer: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC, met while tokens are written."""
+    real = step.write_splits
+
+    def onto_a_full_disk(
+        documents: Iterable[Document], encoder: Encoder, folder: Path, workers: int | None
+    ) -> Counts:
+        (folder / "train.bin").symlink_to("/dev/full")
+        return real(documents, encoder, folder, workers)
+
+    monkeypatch.setattr(step, "write_splits", onto_a_full_disk)
+    with pytest.raises(UserError, match=r"no space left on the disk of .*MiB free\); free some"):
+        prepare_data(recipe(tokenizer, corpus), tmp_path / "dataset")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+def test_killed(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    """Kill -9 in the middle: no artifact is there, and the next run makes it."""
+    large, output = tmp_path / "large.jsonl", tmp_path / "dataset"
+    large.write_text((json.dumps({"text": "Some words. " * 100}) + "\n") * 20_000)
+    arguments = [recipe(tokenizer, large).model_dump_json(), str(output)]
+    process = subprocess.Popen([sys.executable, "-c", CODE, *arguments], stderr=subprocess.DEVNULL)
+    partial = tmp_path / ".dataset.partial"
+    while not any(path.stat().st_size for path in partial.glob("*.bin")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert partial.exists()
+    assert not output.exists()
+    with pytest.raises(UserError, match="no dataset here"):
+        open_artifact(output, "dataset")
+    prepare_data(recipe(tokenizer, corpus), output)
+    assert open_artifact(output, "dataset").facts["splits"]
+    assert not partial.exists()
+
+
+def test_rate_is_measured(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    metrics = prepare_data(recipe(tokenizer, corpus), tmp_path / "dataset")
+    tokens = sum(metrics[f"{name}_tokens"] for name in ("train", "validation", "test"))
+    assert metrics["tokens_per_second"] > tokens / (time.monotonic() - start)
