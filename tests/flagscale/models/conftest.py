@@ -14,6 +14,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama untied, llama3 rope": {
         "model_type": "llama",
         "tie_word_embeddings": False,
+        "max_position_embeddings": 16384,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,

@@ -1,0 +1,134 @@
+"""Step 6: the distilled student -> an `export` artifact: a Hugging Face folder that is proven."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flagscale import platform, tracking
+from flagscale.artifacts import Manifest, new_artifact, open_artifact
+from flagscale.errors import UserError
+from flagscale.evaluation import METRICS
+from flagscale.models.card import model_card
+from flagscale.models.hf_export import (
+    Reloaded,
+    export_to_hf,
+    reload_in_fresh_process,
+    round_weights,
+)
+from flagscale.models.megatron import load_model, logits
+from flagscale.models.origin import Origin
+from flagscale.models.parity import (
+    Parity,
+    check_logits,
+    check_weights,
+    compare_logits,
+    fixed_tokens,
+)
+from flagscale.models.shape import ModelShape
+from flagscale.models.source import load_tokenizer
+from flagscale.recipe import ExportRecipe
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_TOKENS = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_student(
+    export: ExportRecipe, distilled: Path, evaluation: Path, output: Path
+) -> dict[str, float]:
+    """Write the student as a Hugging Face folder, prove that it loads, and register it in MLflow.
+
+    Args:
+        export: the recipe's section.
+        distilled: a `distilled-student` artifact.
+        evaluation: the `evaluation` artifact of that student; its figures go into the model card.
+        output: folder of the `export` artifact, which `AutoModelForCausalLM` loads.
+
+    Returns:
+        `max_logit_difference` and `mean_logit_difference` between the Megatron-Core model and what
+        transformers loads in a fresh process, `top1_agreement`, and `bytes` of the weights.
+
+    Raises:
+        UserError: the artifacts do not belong together, or the logits differ by more than
+            `max_logit_difference`. Nothing is left at `output`.
+        RuntimeError: transformers cannot load what was written.
+    """
+    parents = {
+        "distilled": open_artifact(distilled, "distilled-student"),
+        "evaluation": open_artifact(evaluation, "evaluation"),
+    }
+    metrics = _metrics_of(evaluation, parents)
+    recipe = {"export": export.model_dump(mode="json")}
+    with tracking.step_run("export-student", recipe) as run:
+        with new_artifact(output, "export", recipe, parents) as staging:
+            parity, reloaded = _export(export, distilled, staging.path)
+            weights = sorted(staging.path.glob("*.safetensors"))
+            figures = {
+                "max_logit_difference": parity.max_abs_difference,
+                "mean_logit_difference": parity.mean_abs_difference,
+                "top1_agreement": parity.top1_agreement,
+                "bytes": float(sum(path.stat().st_size for path in weights)),
+            }
+            card = model_card(
+                export.registered_model_name or "Distilled student",
+                Origin.load(distilled / "hf"),
+                ModelShape.load(distilled),
+                _sections(parents["distilled"]),
+                metrics,
+            )
+            (staging.path / "README.md").write_text(card, encoding="utf-8")
+            staging.facts = {**figures, "dtype": export.dtype, "generated": reloaded.text}
+            staging.tokenizer_hash = parents["distilled"].tokenizer_hash
+        run.log_metrics(figures)
+        if export.registered_model_name:
+            uri = run.log_model(output, export.registered_model_name)
+            if uri:
+                logger.info("registered in MLflow as %s", uri)
+    return figures
+
+
+def _metrics_of(evaluation: Path, parents: dict[str, Manifest]) -> dict[str, Any]:
+    """The evaluation's figures, which must be of this student."""
+    measured = parents["evaluation"].parents.get("distilled")
+    if measured != parents["distilled"].digest:
+        raise UserError(
+            f"{evaluation}: measured another student ({measured}) than the one to export "
+            f"({parents['distilled'].digest}); give the artifacts of one run"
+        )
+    values: dict[str, Any] = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
+    return values
+
+
+def _export(export: ExportRecipe, distilled: Path, folder: Path) -> tuple[Parity, Reloaded]:
+    """Write the folder; compare what transformers makes of it with the model it came from."""
+    shape, template = ModelShape.load(distilled), distilled / "hf"
+    dtype = _DTYPES[export.dtype]
+    tokens = fixed_tokens(load_tokenizer(template), shape.max_position_embeddings)
+    with platform.runtime():
+        model = load_model(distilled, tokens.size(1))
+        check_weights(model, f"student {distilled}")
+        export_to_hf(model, shape, template, folder, dtype)
+        round_weights(model, dtype)
+        expected_bsv = logits(model, tokens).cpu()
+        del model
+    reloaded = reload_in_fresh_process(folder, tokens, tokens[0, :_PROMPT_TOKENS].tolist())
+    parity = compare_logits(expected_bsv, reloaded.logits_bsv)
+    logger.info(
+        "transformers loads the export: logits differ by at most %.3g over %d positions; it writes "
+        "%r",
+        parity.max_abs_difference,
+        parity.num_tokens,
+        reloaded.text,
+    )
+    check_logits(parity, export.max_logit_difference, "export.max_logit_difference")
+    return parity, reloaded
+
+
+def _sections(distilled: Manifest) -> dict[str, dict[str, Any]]:
+    return {name: distilled.recipe.get(name, {}) for name in ("distillation", "training")}
