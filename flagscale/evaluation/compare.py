@@ -74,22 +74,22 @@ def compare(a: Path, b: Path, names: tuple[str, str] = ("A", "B")) -> Comparison
     Raises:
         UserError: they are no evaluations, or not of the same documents, windows and teacher.
     """
-    if names[0] == names[1] or {*names} & {"teacher", "student before"}:
+    if len({*names, "Teacher", "Student before"}) < 4:
         raise UserError(
-            f"names {names[0]!r} and {names[1]!r}: must differ from each other and "
-            "from 'teacher' and 'student before'"
+            f"names {names[0]!r} and {names[1]!r}: must differ from each other, from 'Teacher' and "
+            "from 'Student before'"
         )
     metrics_a, fidelity_a = _read(a)
     metrics_b, fidelity_b = _read(b)
     _check_same(a, b, metrics_a, metrics_b, fidelity_a, fidelity_b)
     sums = {
-        TEACHER: fidelity_a.sums[TEACHER],
-        "student before": fidelity_a.sums[BEFORE],
+        "Teacher": fidelity_a.sums[TEACHER],
+        "Student before": fidelity_a.sums[BEFORE],
         names[0]: fidelity_a.sums[AFTER],
         names[1]: fidelity_b.sums[AFTER],
     }
     if not _close(fidelity_a.sums[BEFORE], fidelity_b.sums[BEFORE]):
-        del sums["student before"]  # they started from different students
+        del sums["Student before"]  # they started from different students
     both = Fidelity(fidelity_a.documents, fidelity_a.tokens_d, sums)
     found = estimates(both, metrics_a["bootstrap_samples"], metrics_a["seed"])
     confidence = metrics_a["confidence"]

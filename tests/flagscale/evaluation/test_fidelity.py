@@ -51,6 +51,9 @@ def student() -> LlamaForCausalLM:
     return make_model(1)
 
 
+MODELS = as_function(make_model(0)), as_function(make_model(1))
+
+
 def make_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, VOCAB, n).astype(np.int32) for n in lengths]
@@ -135,7 +138,7 @@ def test_inputs_are_left_as_they_are() -> None:
 def test_batching_and_padding_change_nothing(
     lengths: list[int], seq_length: int, micro_batch_size: int
 ) -> None:
-    teacher, student = as_function(make_model(0)), as_function(make_model(1))
+    teacher, student = MODELS
     documents = make_documents(lengths)
     alone = measure(teacher, {"student": student}, documents, seq_length, 1)
     together = measure(teacher, {"student": student}, documents, seq_length, micro_batch_size)
