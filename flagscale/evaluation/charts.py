@@ -54,8 +54,8 @@ _STYLE: dict[Any, Any] = {
 }
 _LOSSES = {  # key of training.jsonl -> label and role
     "logits distillation loss": ("distillation loss (KL)", "after"),
-    "lm loss": ("LM loss", "before"),
-    "intermediate distillation loss": ("intermediate loss", "other"),
+    "lm loss": ("LM loss", "other"),
+    "intermediate distillation loss": ("intermediate loss", "teacher"),
 }
 _MOST_DUMBBELLS = 120
 

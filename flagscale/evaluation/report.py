@@ -58,8 +58,8 @@ def render(data: ReportData) -> str:
     drawn = (
         charts.losses(data.training, data.validation),
         charts.documents(kl[BEFORE], kl[AFTER]),
-        charts.curve(data.training, "grad norm", "Gradient norm", "other"),
-        charts.curve(data.training, "learning rate", "Learning rate", "teacher"),
+        charts.curve(data.training, "grad norm", "Gradient norm", "muted"),
+        charts.curve(data.training, "learning rate", "Learning rate", "muted"),
     )
     return environment.get_template("report.html.j2").render(
         headline=headline(data.metrics),
@@ -84,8 +84,13 @@ def headline(metrics: Mapping[str, Any]) -> str:
     outcome = verdict("kl", difference)
     if reduction is None or outcome in ("not clear", "equal"):
         value = SHOWN["kl"].text(metrics["models"][AFTER]["kl"]["value"])
-        clear = {"better": "lower than", "worse": "higher than", "equal": "the same as"}
-        return f"KL to the teacher is {value} nats, {clear.get(outcome, 'not clearly off')} before"
+        than = {
+            "better": "less than",
+            "worse": "more than",
+            "equal": "the same as",
+            "not clear": "not clearly different from",
+        }
+        return f"KL to the teacher is {value}, {than[outcome]} before"
     if reduction < 0:
         return f"KL to the teacher rises by {-100 * reduction:.0f}%"
     return f"KL to the teacher falls by {_percent(reduction)}"

@@ -159,7 +159,7 @@ def test_many_documents(fidelity_of: Callable[..., Fidelity]) -> None:
         ({"kl_after": 2.0}, "falls by 80%"),
         ({"kl_after": 0.001}, "falls by 99.99%"),
         ({"kl_after": 12.0}, "rises by 20%"),
-        ({"kl_after": 2.0, "kl_before": 0.0}, "higher than before"),
+        ({"kl_after": 2.0, "kl_before": 0.0}, "more than before"),
         ({"kl_after": 10.0}, "the same as before"),
     ],
 )

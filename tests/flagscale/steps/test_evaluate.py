@@ -212,4 +212,4 @@ def test_a_student_that_is_its_teacher(artifacts: Path, tmp_path: Path) -> None:
     assert scalars["distilled/top1_agreement"] == 1
     assert "kl_reduction" not in scalars
     report = (tmp_path / "evaluation" / REPORT).read_text()
-    assert "KL to the teacher is 0.000 nats, the same as before" in report
+    assert "KL to the teacher is 0.000, the same as before" in report
