@@ -1,9 +1,14 @@
 """Fixtures that several folders of tests share."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+
+# Threads of tiny models wait for each other longer than they work, above all on a busy machine.
+# Before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

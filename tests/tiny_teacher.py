@@ -36,6 +36,7 @@ def make_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> PreTra
 
 def make_teacher(folder: Path, steps: int = 300) -> float:
     """Write the model and its tokenizer; returns the last training loss, nats a token."""
+    torch.set_num_threads(1)  # more only wait for each other, at this size
     documents = text()
     tokenizer = make_tokenizer(documents)
     ids = torch.tensor(tokenizer("".join(documents))["input_ids"])

@@ -1,0 +1,179 @@
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flagscale import platform
+from flagscale.artifacts import open_artifact
+from flagscale.errors import UserError
+from flagscale.models.megatron import load_model
+from flagscale.models.parity import hf_logits, logit_difference
+from flagscale.models.shape import ModelShape
+from flagscale.models.source import load_hf_model, load_tokenizer
+from flagscale.recipe import DataRecipe, TeacherRecipe
+from flagscale.steps.prepare_data import prepare_data
+from flagscale.steps.prepare_teacher import prepare_teacher
+
+SEQ_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("text")
+    for name in sorted(topics)[:40]:
+        (folder / f"{name.replace('/', '-')}.txt").write_text(topics[name], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _prepare_data(tiny_teacher, text, tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture
+def source(tiny_teacher: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the teacher to spoil; afterwards nothing may be left of the artifact."""
+    yield Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def _prepare_data(tokenizer: Path, text: Path, output: Path) -> Path:
+    recipe = DataRecipe(
+        source=str(text),
+        tokenizer=str(tokenizer),
+        seq_length=SEQ_LENGTH,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+        workers=1,
+    )
+    prepare_data(recipe, output)
+    return output
+
+
+def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "teacher"
+    figures = prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, output)
+    assert figures["max_logit_difference"] <= 1e-5
+    assert figures["top1_agreement"] == 1
+    assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
+    hf_model = load_hf_model(tiny_teacher)
+    assert figures["parameters"] == hf_model.num_parameters()
+    manifest = open_artifact(output, "teacher")
+    assert manifest.facts.items() >= figures.items()
+    assert manifest.facts["origin"] == {
+        "source": str(tiny_teacher),
+        "base_model": None,
+        "license": None,
+    }
+    data = open_artifact(dataset, "dataset")
+    assert manifest.tokenizer_hash == data.tokenizer_hash
+    assert manifest.parents == {"dataset": data.digest}
+    shape = ModelShape.load(output)
+    assert (shape.vocab_size, shape.padded_vocab_size) == (1000, 1024)
+    assert not list((output / "hf").glob("*.safetensors"))
+    with platform.runtime():
+        tokens = torch.arange(SEQ_LENGTH)[None]
+        parity = logit_difference(load_model(output, SEQ_LENGTH), hf_model, tokens)
+    assert parity.max_abs_difference <= 1e-5
+    assert load_tokenizer(output / "hf")("a list")["input_ids"]
+
+
+def test_the_loss_is_that_of_transformers(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """The validation loss, computed again with transformers on the same samples."""
+    from flagscale.data.loader import validation_batches
+
+    figures = prepare_teacher(
+        TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "teacher"
+    )
+    hf_model = load_hf_model(tiny_teacher)
+    batches = validation_batches(
+        dataset, tmp_path / "cache", micro_batch_size=1, global_batch_size=1, eval_iters=8
+    )
+    losses = [
+        torch.nn.functional.cross_entropy(
+            hf_logits(hf_model, batch["tokens"])[0].double(), batch["labels"][0]
+        )
+        for batch in batches
+    ]
+    assert figures["validation_loss"] == pytest.approx(float(sum(losses) / 8), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_weights_that_are_zero_or_not_finite(source: Path, dataset: Path, value: float) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(value)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_corrupt_weights(source: Path, dataset: Path) -> None:
+    (source / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=f"model of {source} cannot be read"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_missing_teacher(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/no/such/model: no such folder"):
+        prepare_teacher(TeacherRecipe(source="/no/such/model"), dataset, tmp_path / "teacher")
+
+
+def test_a_model_that_was_never_trained(source: Path, dataset: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(source)
+    config.initializer_range = 0.5
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    with pytest.raises(UserError, match=r"LM loss .* above the limit of 6.908 \(what guessing"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_limits_of_the_recipe(source: Path, dataset: Path) -> None:
+    output = source.with_name("teacher")
+    strict = TeacherRecipe(source=str(source), max_validation_loss=1.0)
+    with pytest.raises(UserError, match=r"above the limit of 1.000; set teacher.max_validation"):
+        prepare_teacher(strict, dataset, output)
+
+
+def test_a_tokenizer_that_does_not_match(source: Path, dataset: Path) -> None:
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(source)
+    with pytest.raises(UserError, match="tokenizer that does not match the teacher"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    tiny_teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(source)
+    dataset = _prepare_data(source, text, tmp_path / "dataset")
+    with pytest.raises(UserError, match="has token 1000, the model's vocab_size=1000"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_sequences_longer_than_the_model_knows(source: Path, dataset: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["max_position_embeddings"] = 16
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"data.seq_length=32 is more than .*=16"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_an_unsupported_family(source: Path, dataset: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
+    with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
