@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights
+from flagscale.data.loader import train_iterator, validation_batches
+from flagscale.errors import Interrupted
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.train.arguments import training_arguments, with_teacher
+from flagscale.train.global_vars import use_args
+from flagscale.train.loop import reduce_reports, train
+from flagscale.train.setup import setup_training
+from flagscale.train.train_gpt import model_provider
+
+RECIPE = TrainingRecipe(
+    train_iters=6,
+    micro_batch_size=2,
+    global_batch_size=4,
+    lr=1e-3,
+    min_lr=1e-4,
+    lr_warmup_iters=2,
+    weight_decay=0.1,
+    clip_grad=0.5,
+    eval_interval=3,
+    eval_iters=2,
+    save_interval=2,
+    seed=5,
+)
+
+
+class Records:
+    """Keeps what the loop tells, and asks it to stop after a step."""
+
+    def __init__(self, stop_after=None):
+        self.training, self.validation, self.stop_after = [], [], stop_after
+
+    def trained(self, record):
+        self.training.append(record)
+
+    def validated(self, record):
+        self.validation.append(record)
+
+    def stop_requested(self):
+        return self.training[-1]["step"] == self.stop_after
+
+    def losses(self):
+        """Everything but the clock's part."""
+        return [
+            {name: value for name, value in record.items() if name != "tokens per second"}
+            for record in self.training
+        ]
+
+
+@pytest.fixture
+def run(runtime, args, student, teacher, dataset, tmp_path):
+    def run(recipe=RECIPE, folder=tmp_path / "checkpoints", stop_after=None, distil=True):
+        chosen = training_arguments(args.shape, args.seq_length, recipe)
+        if distil:
+            chosen = with_teacher(chosen, teacher, DistillationRecipe(temperature=2.0))
+        records = Records(stop_after)
+        with use_args(chosen):
+            model = model_provider()
+            load_weights(model, student / "weights")
+            trainer = setup_training(model, chosen, recipe)
+            trainer.model.train()
+            checkpoints = TrainingCheckpoints(folder)
+            state = checkpoints.restore(trainer.model, trainer.optimizer, trainer.scheduler)
+            sizes = {"micro_batch_size": 2, "global_batch_size": 4}
+            train(
+                trainer,
+                recipe,
+                state,
+                train_iterator(
+                    dataset, tmp_path / "data", seed=recipe.seed, start_step=state.step, **sizes
+                ),
+                validation_batches(
+                    dataset, tmp_path / "data", eval_iters=recipe.eval_iters, **sizes
+                ),
+                checkpoints,
+                records,
+                records.stop_requested,
+            )
+        return records, state
+
+    return run
+
+
+def learning_rates(recipe):
+    """Linear warmup from one notch above 0, then cosine, as Megatron counts."""
+    rates = []
+    for step in range(recipe.train_iters):
+        if step < recipe.lr_warmup_iters:
+            first = recipe.lr / (recipe.lr_warmup_iters + 1)
+            rates.append(first + (recipe.lr - first) * step / recipe.lr_warmup_iters)
+            continue
+        done = (step - recipe.lr_warmup_iters) / (recipe.train_iters - recipe.lr_warmup_iters)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        rates.append(recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine)
+    return rates
+
+
+def plain_training(reference, dataset, cache, recipe):
+    """The same training with transformers and torch alone, in float64."""
+    student, teacher = reference.student, reference.teacher
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_eps,
+        weight_decay=recipe.weight_decay,
+    )
+    batches = train_iterator(
+        dataset, cache, micro_batch_size=4, global_batch_size=4, seed=recipe.seed
+    )
+    losses, norms = [], []
+    for rate in learning_rates(recipe):
+        batch = next(batches)
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher(batch["tokens"]).logits / 2, -1)
+        log_q = F.log_softmax(student(batch["tokens"]).logits / 2, -1)
+        loss = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip_grad).item()
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def test_equals_plain_training_in_float64(run, reference, dataset, tmp_path):
+    """Accumulation, clipping, schedule, AdamW and the KD loss, six steps long."""
+    records, _ = run()
+    losses, norms = plain_training(reference, dataset, tmp_path / "plain", RECIPE)
+    for record, loss, norm, rate in zip(
+        records.training, losses, norms, learning_rates(RECIPE), strict=True
+    ):
+        assert record["logits distillation loss"] == pytest.approx(loss, rel=1e-4)
+        assert record["grad norm"] == pytest.approx(norm, rel=1e-3)
+        assert record["learning rate"] == pytest.approx(rate, rel=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_same_seed_same_losses(run, tmp_path):
+    first, _ = run(folder=tmp_path / "a")
+    second, _ = run(folder=tmp_path / "b")
+    other, _ = run(folder=tmp_path / "c", recipe=RECIPE.model_copy(update={"seed": 6}))
+    assert first.losses() == second.losses()
+    assert first.validation == second.validation
+    assert first.losses() != other.losses()
+
+
+@pytest.mark.parametrize(("stop_after", "distil"), [(1, True), (4, True), (3, False)])
+def test_interrupted_and_resumed_equals_uninterrupted(run, tmp_path, stop_after, distil):
+    whole, whole_state = run(folder=tmp_path / "whole", distil=distil)
+    with pytest.raises(Interrupted, match=f"after step {stop_after} of 6"):
+        run(stop_after=stop_after, distil=distil)
+    rest, state = run(distil=distil)
+    assert rest.training[0]["step"] == stop_after + 1
+    assert rest.losses() == whole.losses()[stop_after:]
+    assert state.validation == whole_state.validation
+    assert [r["step"] for r in state.training] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoint_that_was_never_finished_is_ignored(run, tmp_path):
+    with pytest.raises(Interrupted):
+        run(stop_after=2)
+    folder = tmp_path / "checkpoints"
+    half = folder / ".step-00000003.partial"
+    half.mkdir()
+    (half / "state").write_text("cut short")
+    rest, _ = run()
+    assert rest.training[0]["step"] == 3
+    assert not half.exists()
+
+
+def test_validates_and_saves_at_interval_and_end(run, tmp_path):
+    records, state = run(recipe=RECIPE.model_copy(update={"eval_interval": 4}))
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000004", "step-00000006"]
+    assert [r["step"] for r in records.validation] == [0, 4, 6]
+    assert state.validation == records.validation
+    assert records.validation[-1]["lm loss"] < records.validation[0]["lm loss"]
+
+
+def test_wsd_schedule(run):
+    recipe = RECIPE.model_copy(update={"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2})
+    records, _ = run(recipe=recipe)
+    rates = [record["learning rate"] for record in records.training]
+    assert rates[2:5] == pytest.approx([recipe.lr] * 3)  # decay begins after step 4
+    assert rates[5] < recipe.lr
+
+
+def test_reports_are_weighted_by_their_tokens(runtime):
+    reports = [{"lm loss": torch.tensor([6.0, 3.0])}, {"lm loss": torch.tensor([4.0, 1.0])}]
+    assert reduce_reports(reports) == {"lm loss": 2.5}
+    assert reduce_reports([{"lm loss": torch.zeros(2)}]) == {"lm loss": 0.0}
+
+
+def test_fresh_folder_starts_at_zero(runtime, tmp_path):
+    assert TrainingCheckpoints(tmp_path / "none").restore(None, None, None) == TrainingState()
+
+
+def test_recompute_changes_no_loss(run, tmp_path):
+    plain, _ = run(folder=tmp_path / "a")
+    recomputed, _ = run(
+        folder=tmp_path / "b", recipe=RECIPE.model_copy(update={"recompute_activations": True})
+    )
+    for ours, theirs in zip(recomputed.losses(), plain.losses(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
