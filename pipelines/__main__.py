@@ -3,12 +3,14 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from flagscale.errors import Interrupted, UserError
-from flagscale.recipe import Recipe, load_recipe
+from flagscale.errors import UserError
+from flagscale.recipe import load_recipe
 from pipelines.compiling import compile_recipe
 from pipelines.local import StepFailed, run_recipe
+from pipelines.stopping import Stopped
 from pipelines.summary import summary
 
 _EXAMPLES = """examples:
@@ -28,34 +30,43 @@ environment:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, do, and turn errors into one last line and an exit code.
+    """Parse and do; the exit code is `ended`'s."""
+    arguments = _parser().parse_args(argv)
+
+    def work() -> str:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.command == "compile":
+            return f"wrote {compile_recipe(recipe, arguments.output)}"
+        return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
+
+    return ended(work)
+
+
+def ended(work: Callable[[], str]) -> int:
+    """Do the work and print what it says, or else its error as the last line.
 
     Returns:
         0; 1 when a step failed; 2 for something the user can put right; 130 or 143 when stopped
         by Ctrl-C or SIGTERM.
     """
-    arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        if arguments.command == "compile":
-            print(f"wrote {compile_recipe(recipe, arguments.output)}")
-        else:
-            print(_run(recipe, arguments))
+        print(work())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _last_word(f"error: {error}", 2)
     except StepFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt) as error:
-        print(f"{error or 'stopped'}; the same command goes on from there", file=sys.stderr)
-        return 143 if "SIGTERM" in str(error) else 130
+        return _last_word(f"error: {error}", 1)
+    except Stopped as stop:
+        return _last_word(f"{stop}; the same command goes on from there", stop.exit_code)
+    except KeyboardInterrupt:
+        return _last_word("stopped before any work", 130)
     return 0
 
 
-def _run(recipe: Recipe, arguments: argparse.Namespace) -> str:
-    return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
+def _last_word(text: str, exit_code: int) -> int:
+    sys.stdout.flush()
+    print(text, file=sys.stderr)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,14 +25,13 @@ from typing import Any
 from kfp.dsl.base_component import BaseComponent
 
 from flagscale.artifacts import digest, write_json
-from flagscale.errors import Interrupted
 from flagscale.processes import FOLDER_VARIABLE, RUNNER_VARIABLE, read_error, this_process
 from flagscale.recipe import Recipe
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.output import quiet_kfp
 from pipelines.preflight import SourceCheck, with_fingerprints
 from pipelines.step_cache import kfp_local
-from pipelines.stopping import Stopper
+from pipelines.stopping import Stopped, Stopper
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
         UserError: the teacher, the text or the tracking server does not serve, or the student is
             deeper than the teacher: before any work.
         StepFailed: a step failed.
-        Interrupted: a signal came, and the running step has ended.
+        Stopped: a signal came, and the running step has ended.
     """
     from flagscale import tracking
 
@@ -131,7 +130,7 @@ def run_pipeline(
     Raises:
         UserError: the tracking server is not usable.
         StepFailed: a step failed.
-        Interrupted: a signal came, and the running step has ended.
+        Stopped: a signal came, and the running step has ended.
     """
     from flagscale import tracking
 
@@ -181,7 +180,7 @@ class Steps:
         self._begin = 0.0
 
     def started(self, name: str) -> None:
-        """Give the step a folder for its notes; raises `Interrupted` when a signal has come."""
+        """Give the step a folder for its notes; raises `Stopped` when a signal has come."""
         self._stopper.check()
         logger.info("%s %s ...", self._position(), name)
         notes = self._result.folder / "steps" / name
@@ -218,7 +217,7 @@ class Steps:
         """The error to raise after KFP has said that a step failed."""
         notes, self._stopper.step_folder = self._stopper.step_folder, None
         if self._stopper.signal is not None:
-            return Interrupted(f"{self._current} was stopped")
+            return Stopped(self._stopper.signal, self._current)
         message = notes and read_error(notes)
         return StepFailed(
             f"{self._current} failed: "

@@ -25,13 +25,25 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = float(os.environ.get("FLAGSCALE_GRACE_SECONDS", "60"))
 
 
+class Stopped(Interrupted):
+    """The run was stopped by a signal.
+
+    Attributes:
+        exit_code: what a shell expects of a program that this signal ended.
+    """
+
+    def __init__(self, number: int, step: str = "") -> None:
+        super().__init__(f"{step or 'the run'} was stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
 class Stopper:
     """What the runner does about signals while `handling` is active.
 
     Attributes:
         signal: number of the first signal that came; None if none has.
         step_folder: set by the runner while a step runs: where the step notes its process.
-            Without a running step a signal raises `Interrupted`.
+            Without a running step a signal raises `Stopped`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +57,7 @@ class Stopper:
         """Handle SIGINT and SIGTERM inside; before returning, no child process is left.
 
         Raises:
-            Interrupted: a signal came while no step was running.
+            Stopped: a signal came while no step was running.
         """
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -59,9 +71,9 @@ class Stopper:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
+        """Raise `Stopped` if a signal has come."""
         if self.signal is not None:
-            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}")
+            raise Stopped(self.signal)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:

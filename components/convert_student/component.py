@@ -29,9 +29,8 @@ def convert_student(
     with step_process("convert-student") as step:
         from pathlib import Path
 
-        from flagscale.steps.convert_student import convert_student
-
         from flagscale.recipe import StudentRecipe
+        from flagscale.steps.convert_student import convert_student
 
         inputs = (Path(teacher.path), Path(dataset.path))
         figures = convert_student(step.section(StudentRecipe, student), *inputs, Path(model.path))

@@ -35,9 +35,8 @@ def distil_student(
     with step_process("distil-student", exclusive=checkpoints) as step:
         from pathlib import Path
 
-        from flagscale.steps.distil_student import distil_student
-
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+        from flagscale.steps.distil_student import distil_student
 
         figures = distil_student(
             step.section(DistillationRecipe, distillation),

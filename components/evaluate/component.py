@@ -35,9 +35,8 @@ def evaluate(
     with step_process("evaluate") as step:
         from pathlib import Path
 
-        from flagscale.steps.evaluate import evaluate
-
         from flagscale.recipe import EvaluationRecipe
+        from flagscale.steps.evaluate import evaluate
 
         figures = evaluate(
             step.section(EvaluationRecipe, evaluation),

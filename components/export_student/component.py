@@ -29,9 +29,8 @@ def export_student(
     with step_process("export-student") as step:
         from pathlib import Path
 
-        from flagscale.steps.export_student import export_student
-
         from flagscale.recipe import ExportRecipe
+        from flagscale.steps.export_student import export_student
 
         section = step.section(ExportRecipe, export)
         inputs = (Path(distilled.path), Path(evaluation.path))

@@ -27,9 +27,8 @@ def prepare_teacher(
     with step_process("prepare-teacher") as step:
         from pathlib import Path
 
-        from flagscale.steps.prepare_teacher import prepare_teacher
-
         from flagscale.recipe import TeacherRecipe
+        from flagscale.steps.prepare_teacher import prepare_teacher
 
         section = step.section(TeacherRecipe, teacher)
         figures = prepare_teacher(section, Path(dataset.path), Path(model.path))

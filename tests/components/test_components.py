@@ -1,0 +1,75 @@
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kfp.dsl.base_component import BaseComponent
+
+from components.__main__ import all_components, readme
+from components.image import VERSION, image
+
+FOUND = all_components()
+by_name = pytest.mark.parametrize(
+    ("folder", "component"), list(FOUND.items()), ids=[folder.name for folder in FOUND]
+)
+
+
+def test_there_is_a_component_for_each_step() -> None:
+    assert [folder.name for folder in FOUND] == [
+        "convert_student",
+        "distil_student",
+        "evaluate",
+        "export_student",
+        "prepare_data",
+        "prepare_teacher",
+    ]
+
+
+@by_name
+def test_the_readme_is_current(folder: Path, component: BaseComponent) -> None:
+    text = (folder / "README.md").read_text()
+    assert text == readme(component), "run: python -m components"
+
+
+@by_name
+def test_a_component_installs_nothing_and_uses_the_one_image(
+    folder: Path, component: BaseComponent
+) -> None:
+    container = component.component_spec.implementation.container  # type: ignore[union-attr]
+    assert container
+    assert container.image == image()
+    assert "pip install" not in " ".join(container.command or [])
+
+
+@by_name
+def test_the_body_is_imports_one_call_and_outputs(folder: Path, component: BaseComponent) -> None:
+    tree = ast.parse(inspect.getsource(sys.modules[f"components.{folder.name}.component"]))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
+    _, the_import, block = function.body  # docstring, import, with
+    assert isinstance(the_import, ast.ImportFrom)
+    assert isinstance(block, ast.With)
+    work = [node for node in block.body if not isinstance(node, ast.ImportFrom)]
+    assert len(work) <= 4
+    calls = [node for node in ast.walk(block) if isinstance(node, ast.Call)]
+    step = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == folder.name]
+    assert len(step) == 1
+    assert len(function.args.args) <= 12
+
+
+def test_importing_components_and_pipelines_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, pipelines.__main__, components.__main__ as m; m.all_components()\n"
+        "heavy = {'torch', 'megatron', 'modelopt', 'transformers', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_image_is_named_once_and_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLAGSCALE_IMAGE", raising=False)
+    assert image() == f"flagscale-distillation:{VERSION}-cpu"
+    assert image(accelerators=2) == f"flagscale-distillation:{VERSION}-gpu"
+    monkeypatch.setenv("FLAGSCALE_IMAGE", "registry.example/distil@sha256:0")
+    assert image() == image(1) == "registry.example/distil@sha256:0"

@@ -1,0 +1,95 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe
+from pipelines.local import checkpoint_folder, run_recipe
+from pipelines.preflight import check_sources, fingerprint, with_fingerprints
+
+
+def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "r",
+            "teacher": {"source": str(teacher)},
+            "student": student or {"num_layers": 2},
+            "data": {"source": str(source)},
+            "training": {"train_iters": 1, "lr": 1e-3},
+        }
+    )
+
+
+def test_a_fingerprint_follows_local_files(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub" / "a.txt"
+    file.write_text("one")
+    sources = [str(tmp_path), str(file), str(tmp_path / "*" / "*.txt")]
+    before = [fingerprint(source) for source in sources]
+    assert None not in before
+    assert before == [fingerprint(source) for source in sources]
+    file.write_text("two")
+    os.utime(file, ns=(1, 1))
+    assert all(a != b for a, b in zip(before, map(fingerprint, sources), strict=True))
+
+
+def test_what_is_not_local_has_no_fingerprint() -> None:
+    assert fingerprint("HuggingFaceTB/SmolLM2-135M") is None
+    assert fingerprint("s3://bucket/*.jsonl") is None
+    assert fingerprint("python-docs") == f"python {sys.version.split()[0]}"
+
+
+def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    filled = with_fingerprints(recipe(tmp_path, text))
+    assert filled.teacher.fingerprint == fingerprint(str(tmp_path))
+    # The tokenizer is the teacher's, and the tokens depend on it.
+    assert filled.data.fingerprint == f"{fingerprint(str(text))}+{fingerprint(str(tmp_path))}"
+    assert with_fingerprints(filled) == filled
+
+
+def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
+    one = recipe("t", num_layers=2)
+    same = one.model_copy(
+        update={"evaluation": one.evaluation.model_copy(update={"max_documents": 3})}
+    )
+    other = one.model_copy(update={"training": one.training.model_copy(update={"seed": 1})})
+    folders = [checkpoint_folder(r, tmp_path) for r in (one, same, other)]
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_good_sources_pass(tiny_teacher: Path) -> None:
+    check_sources(recipe(tiny_teacher, num_layers=4))
+    check_sources(recipe(tiny_teacher, init="scratch", num_layers=40))
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"num_layers": 5}, "num_layers=5: deeper than the teacher .* which has 4 layers"),
+        ({"keep_layers": [0, 4]}, r"keep_layers=\[0, 4\]: the teacher .* has layers 0 to 3"),
+    ],
+)
+def test_a_student_deeper_than_its_teacher(tiny_teacher: Path, student: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_sources(recipe(tiny_teacher, **student))
+
+
+def test_missing_text(tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.txt"):
+        check_sources(recipe(tiny_teacher, tmp_path / "none.txt"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(UserError, match="empty"):
+        check_sources(recipe(tiny_teacher, empty))
+
+
+def test_a_missing_teacher_ends_the_run_before_any_work(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match="no such folder"):
+        run_recipe(recipe(tmp_path / "none"), runs)
+    assert not (runs / "artifacts").exists()
+    assert not (runs / "latest").exists()

@@ -1,0 +1,64 @@
+import io
+import json
+from pathlib import Path
+
+from pipelines.local import RunResult, StepResult, duration
+from pipelines.output import StepOutput
+from pipelines.summary import summary
+
+
+def interval(value: float, half: float) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    figures = {"lm_loss": 3.2, "perplexity": 24.5, "kl": 0.0, "top1_agreement": 1.0}
+    models = {
+        "teacher": {f: interval(v, 0) for f, v in figures.items()},
+        "student": {f: interval(v + 9, 0.5) for f, v in figures.items()},
+        "distilled": {f: interval(v + 2, 0.25) for f, v in figures.items()},
+    }
+    metrics = {"models": models, "documents": 12, "tokens": 3456, "confidence": 0.95}
+    (results / "metrics.json").write_text(json.dumps({**metrics, "kl_reduction": 0.8125}))
+    result = RunResult(tmp_path, "sqlite:////x/mlflow.db", seconds=200.4)
+    result.steps["prepare-data"] = StepResult(3.0, reused=True, outputs={})
+    report = tmp_path / "report"
+    result.steps["evaluate"] = StepResult(
+        61.0, reused=False, outputs={"results": results, "report": report}
+    )
+    text = summary(result)
+    assert "12 documents, 3,456 tokens; 95% intervals" in text
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "12.200 [11.700, 12.700]" in lines["student before"]
+    assert lines["teacher"].split()[1:] == ["3.200", "24.5", "0.000", "1.000"]
+    assert "removed 81.2% of the student's KL" in text
+    assert "Wall time 3 min 20 s" in text
+    assert "prepare-data     reused from cache" in text
+    assert "evaluate         1 min 01 s" in text
+    assert f"report   {report}" in text
+    assert "mlflow ui --backend-store-uri sqlite:////x/mlflow.db" in text
+    facts = json.loads((tmp_path / "summary.json").read_text())
+    assert facts["steps"]["prepare-data"]["reused"] is True
+    assert facts["metrics"]["kl_reduction"] == 0.8125
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.2, 59.4, 60, 3725)] == [
+        "0 s",
+        "59 s",
+        "1 min 00 s",
+        "62 min 05 s",
+    ]
+
+
+def test_step_output_drops_what_kfp_adds() -> None:
+    shown = io.StringIO()
+    output = StepOutput(shown)
+    output.write("    [KFP Executor 2026 INFO]: Got executor_input:\n    {\n        'a': 1\n")
+    output.write("    }\n    12:00:00 step 1")
+    assert shown.getvalue() == ""
+    output.write("\n    \n" + "-" * 80 + "\n")
+    output.write("    [KFP Executor 2026 INFO]: Looking\n        indented\n")
+    assert shown.getvalue() == "    12:00:00 step 1\n        indented\n"
