@@ -80,6 +80,29 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(distilled=distilled, evaluation=evaluated, student=student)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A tracked export."""
+
+    folder: Path
+    figures: dict[str, float]
+    tracking_uri: str
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("exported")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    export = ExportRecipe(registered_model_name="tiny-student")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        figures = export_student(export, run.distilled, run.evaluation, folder / "export")
+    return Exported(folder / "export", figures, uri)
+
+
 @pytest.fixture
 def spoilt(run: Run, tmp_path: Path) -> Iterator[Path]:
     """A copy of the distilled student to spoil; afterwards nothing is left of an export."""
@@ -101,23 +124,19 @@ def _evaluation_of(distilled: Path, evaluation: Path, copy: Path) -> Path:
     return copy
 
 
-def test_export_in_float32(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "export"
-    figures = export_student(
-        ExportRecipe(registered_model_name="tiny"), run.distilled, run.evaluation, output
-    )
-    assert figures["max_logit_difference"] <= 1e-5
-    assert figures["top1_agreement"] == 1
-    manifest = open_artifact(output, "export")
-    assert manifest.facts.items() >= figures.items()
+def test_export_in_float32(run: Run, exported: Exported) -> None:
+    assert exported.figures["max_logit_difference"] <= 1e-5
+    assert exported.figures["top1_agreement"] == 1
+    manifest = open_artifact(exported.folder, "export")
+    assert manifest.facts.items() >= exported.figures.items()
     assert manifest.facts["generated"]
-    model = AutoModelForCausalLM.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(exported.folder)
     assert model.config.num_hidden_layers == 2
     assert model.get_input_embeddings().weight.shape == (1000, 64)  # 1024 in Megatron-Core
     with platform.runtime():
         expected = logits(load_model(run.distilled, 60), TOKENS)
     assert compare_logits(hf_logits(model, TOKENS), expected).max_abs_difference <= 1e-5
-    assert not (output / "origin.json").exists()
+    assert not (exported.folder / "origin.json").exists()
 
 
 def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
@@ -138,46 +157,35 @@ def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
     assert compare_logits(hf_logits(model, TOKENS), expected).max_abs_difference <= 1e-5
 
 
-def test_model_card(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "export"
-    export_student(
-        ExportRecipe(registered_model_name="tiny"), run.distilled, run.evaluation, output
-    )
-    _, front_matter, text = (output / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+def test_model_card(run: Run, exported: Exported) -> None:
+    card = (exported.folder / "README.md").read_text(encoding="utf-8")
+    _, front_matter, text = card.split("---\n", 2)
     values = yaml.safe_load(front_matter)
     assert values["library_name"] == "transformers"
     assert values["pipeline_tag"] == "text-generation"
     assert "license" not in values  # that of the tests' teacher is unknown
     figures = json.loads((run.evaluation / "metrics.json").read_text())["models"]
-    assert "# tiny\n" in text
+    assert "# tiny-student\n" in text
     for model in ("teacher", "student", "distilled"):
         assert f"{figures[model]['lm_loss']['value']:.3f}" in text
     assert "| `training.lr` | 0.001 |" in text
     assert "| `distillation.temperature` | 1.0 |" in text
 
 
-def test_mlflow_registers_what_transformers_loads(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    export = ExportRecipe(registered_model_name="tiny-student")
-    figures = export_student(export, run.distilled, run.evaluation, tmp_path / "export")
-    client = mlflow.MlflowClient(tracking_uri=uri)
+def test_mlflow_registers_what_transformers_loads(exported: Exported) -> None:
+    client = mlflow.MlflowClient(tracking_uri=exported.tracking_uri)
     version = client.get_model_version("tiny-student", "1")
     tracked = client.get_run(version.run_id)
     assert tracked.info.status == "FINISHED"
-    assert tracked.data.metrics["max_logit_difference"] == figures["max_logit_difference"]
-    folder = mlflow.artifacts.download_artifacts("models:/tiny-student/1", tracking_uri=uri)
+    difference = exported.figures["max_logit_difference"]
+    assert tracked.data.metrics["max_logit_difference"] == difference
+    folder = mlflow.artifacts.download_artifacts(
+        "models:/tiny-student/1", tracking_uri=exported.tracking_uri
+    )
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
 
 
-def test_it_loads_with_no_variable_of_this_project(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "export"
-    export_student(ExportRecipe(), run.distilled, run.evaluation, output)
+def test_it_loads_with_no_variable_of_this_project(exported: Exported, tmp_path: Path) -> None:
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; f = sys.argv[1];"
         "m = AutoModelForCausalLM.from_pretrained(f); t = AutoTokenizer.from_pretrained(f);"
@@ -185,7 +193,7 @@ def test_it_loads_with_no_variable_of_this_project(run: Run, tmp_path: Path) -> 
         "print(t.decode(m.generate(**x, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0]))"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(output)],
+        [sys.executable, "-I", "-c", code, str(exported.folder)],
         env={"PATH": os.defpath, "HOME": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
