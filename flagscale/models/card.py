@@ -12,7 +12,7 @@ from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN
 from flagscale.models.origin import Origin
 from flagscale.models.shape import ModelShape
 
-_ROWS = {TEACHER: "Teacher", BEFORE: "Student before distillation", AFTER: "This model"}
+_ROWS = {TEACHER: "Teacher", BEFORE: "Before training", AFTER: "This model"}
 
 
 def model_card(
@@ -36,8 +36,7 @@ def model_card(
         f"---\n{yaml.safe_dump(_front_matter(origin), sort_keys=False)}---",
         f"# {name}",
         f"A {shape.model_type} model of {shape.num_layers} layers and "
-        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, distilled from `{teacher}` with "
-        "Megatron-Core and NVIDIA ModelOpt.",
+        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_training(training)}",
         f"## How to use it\n\n{_USAGE}",
@@ -68,6 +67,12 @@ def _front_matter(origin: Origin) -> dict[str, Any]:
     if origin.base_model:
         values["base_model"] = origin.base_model
     return values
+
+
+def _made(training: Mapping[str, Mapping[str, Any]], teacher: str) -> str:
+    if training["distillation"]["loss"] == "none":
+        return f"made from `{teacher}` and trained, without a teacher, with Megatron-Core."
+    return f"distilled from `{teacher}` with Megatron-Core and NVIDIA ModelOpt."
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
@@ -106,4 +111,4 @@ def _training(sections: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _license(origin: Origin, teacher: str) -> str:
     known = f"`{origin.license}`, that" if origin.license else "Not known: it is that"
-    return f"{known} of its teacher `{teacher}`, from whose weights this model is derived."
+    return f"{known} of `{teacher}`, from which this model is derived."

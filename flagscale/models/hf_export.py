@@ -77,6 +77,8 @@ def export_to_hf(
         if key in state:
             state[key] = state[key][: shape.vocab_size].clone()
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors"):  # written readable by its owner alone
+        shutil.copymode(folder / "config.json", path)
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def reload_in_fresh_process(folder: Path, tokens: torch.Tensor, prompt: Sequence
         request.write_text(json.dumps({"tokens": tokens.tolist(), "prompt": list(prompt)}))
         done = subprocess.run(  # noqa: S603 - our own script
             [sys.executable, "-I", reload_hf.__file__, str(folder), str(request), str(answer)],
-            env={"PATH": os.defpath, "HOME": name, "HF_HUB_OFFLINE": "1"},
+            env={**_loader_path(), "PATH": os.defpath, "HOME": name, "HF_HUB_OFFLINE": "1"},
             cwd=name,
             capture_output=True,
             text=True,
@@ -119,3 +121,8 @@ def reload_in_fresh_process(folder: Path, tokens: torch.Tensor, prompt: Sequence
             last_words = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"transformers cannot load the exported {folder}: {last_words}")
         return Reloaded(logits_bsv=load_file(answer)["logits"], text=json.loads(done.stdout))
+
+
+def _loader_path() -> dict[str, str]:
+    """Where the system finds shared libraries: in some images torch does not load without it."""
+    return {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}

