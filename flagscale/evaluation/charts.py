@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
 }
 _LOSSES = {  # key of training.jsonl -> label and role
-    "logits distillation loss": ("distillation loss (KL)", "after"),
+    "logits distillation loss": ("distillation loss", "after"),
     "lm loss": ("LM loss", "other"),
     "intermediate distillation loss": ("intermediate loss", "teacher"),
 }
@@ -76,31 +76,31 @@ class Chart:
 
 
 def losses(training: Log, validation: Log) -> Chart | None:
-    """Losses against the optimiser step: training as lines, validation as points."""
-    shown = [key for key in _LOSSES if any(key in row for row in training)]
+    """Losses against the optimiser step: training as lines, validation as points.
+
+    A loss that is 0 throughout was not part of the training and is left out.
+    """
+    shown = [k for k in _LOSSES if any(row.get(k) for row in (*training, *validation))]
     if not shown:
         return None
 
     def draw(axes: Axes) -> None:
         for key in shown:
             label, role = _LOSSES[key]
+            colour, points = _ROLES[role], _series(validation, key)
             steps, values = _series(training, key)
-            axes.plot(steps, values, color=_ROLES[role], alpha=0.85, label=f"{label}, training")
-            steps, values = _series(validation, key)
             if steps:
-                axes.plot(
-                    steps,
-                    values,
-                    "o",
-                    color=_ROLES[role],
-                    markeredgecolor=_ROLES["surface"],
-                    markersize=6.5,
-                    label=f"{label}, validation",
-                )
+                axes.plot(steps, values, color=colour, label=label)
+            elif points[0]:
+                axes.plot(*points, "--", color=colour, linewidth=1, label=label)
+            axes.plot(*points, "o", color=colour, markeredgecolor=_ROLES["surface"], markersize=6.5)
+        if validation:
+            axes.plot([], [], "o", color=_ROLES["muted"], markersize=5, label="validation")
         axes.set_ylabel("nats a token")
         axes.set_ylim(bottom=0)
 
-    return _chart("losses", "Losses during training", _describe(training, shown), draw)
+    text = f"{_describe(training, shown, 'Training')} {_describe(validation, shown, 'Validation')}"
+    return _chart("losses", "Losses during training", text, draw)
 
 
 def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
@@ -114,7 +114,7 @@ def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
-    return _chart(key.replace(" ", "-"), title, _describe(training, (key,)), draw)
+    return _chart(key.replace(" ", "-"), title, _describe(training, (key,), "Training"), draw)
 
 
 def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
@@ -147,15 +147,15 @@ def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _describe(log: Log, keys: Sequence[str]) -> str:
+def _describe(log: Log, keys: Sequence[str], name: str) -> str:
     parts = []
     for key in keys:
         steps, values = _series(log, key)
-        parts.append(
-            f"{_LOSSES[key][0] if key in _LOSSES else key}: {values[0]:.3g} at step "
-            f"{steps[0]:.0f}, {values[-1]:.3g} at step {steps[-1]:.0f}"
-        )
-    return f"{'; '.join(parts)}."
+        if steps:
+            label = _LOSSES[key][0] if key in _LOSSES else key
+            first, last = f"{values[0]:.3g} at step {steps[0]:.0f}", f"{values[-1]:.3g} at step"
+            parts.append(f"{label} {first}, {last} {steps[-1]:.0f}")
+    return f"{name}: {'; '.join(parts)}." if parts else ""
 
 
 def _chart(name: str, title: str, description: str, draw: Callable[[Axes], None]) -> Chart:

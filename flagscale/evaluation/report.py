@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def render(data: ReportData) -> str:
         models=_model_rows(data),
         paired=_paired_rows(data.metrics),
         charts=[chart for chart in drawn if chart is not None],
-        generations=data.generations,
+        generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
         labels=LABELS,
         metrics=data.metrics,
         recipe=_recipe(data),
@@ -96,6 +97,11 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return f"KL to the teacher falls by {_percent(reduction)}"
 
 
+def _shown(text: str) -> str:
+    """A continuation without the page of blank lines that a poor model may write."""
+    return re.sub(r"\n\s*\n\s*\n", "\n\n", text).rstrip()
+
+
 def _percent(share: float) -> str:
     """Whole percents, but never a 100% that is not one."""
     return f"{100 * share:.0f}%" if share < 0.99 else f"{100 * share:.2f}%"
@@ -103,7 +109,8 @@ def _percent(share: float) -> str:
 
 def _subtitle(data: ReportData) -> str:
     layers, metrics = data.layers, data.metrics
-    teacher = data.manifests["teacher"].recipe.get("teacher", {}).get("source", "teacher")
+    origin = data.manifests["teacher"].facts.get("origin", {})
+    teacher = origin.get("base_model") or data.manifests["teacher"].recipe["teacher"]["source"]
     return (
         f"{teacher}, {layers[TEACHER]} layers, taught a student of {layers[AFTER]}. Measured on "
         f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens."
@@ -211,6 +218,8 @@ def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
         return "default"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)

@@ -149,6 +149,20 @@ def test_without_logs_or_prompts(data: ReportData) -> None:
     assert "What the models write" not in "".join(page.text)
 
 
+def test_losses_that_are_nothing_are_left_out(data: ReportData) -> None:
+    training = [{"step": s, "lm loss": 5 / s, "logits distillation loss": 0.0} for s in (1, 2)]
+    validation = [{"step": 2, "lm loss": 3.0, "intermediate distillation loss": 0.0}]
+    html = render(replace(data, training=training, validation=validation))
+    assert "Training: LM loss 5 at step 1, 2.5 at step 2. Validation: LM loss 3 at step 2" in html
+    assert "intermediate loss" not in html
+
+
+def test_blank_lines_do_not_fill_the_page(data: ReportData) -> None:
+    long = "one\n\n\n \n\ntwo" + "\n" * 50
+    html = render(replace(data, generations=[{**data.generations[0], "teacher": long}]))
+    assert "one\n\ntwo</p>" in html
+
+
 def test_many_documents(fidelity_of: Callable[..., Fidelity]) -> None:
     assert len(render(make_data(fidelity_of(documents=5000)))) < 200_000
 
