@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -50,7 +52,13 @@ def load_weights(model: GPTModel, folder: Path) -> None:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
     unwrapped = unwrap_model(model)
-    state = _load({"model": unwrapped.sharded_state_dict()}, folder)
+    # A distillation model's projections are trained, but are no part of the student.
+    weights = {
+        name: tensor
+        for name, tensor in unwrapped.sharded_state_dict().items()
+        if not name.startswith("_loss_modules.")
+    }
+    state = _load({"model": weights}, folder)
     unwrapped.load_state_dict(state["model"])
 
 
@@ -146,6 +154,9 @@ def _sharded_state(
 
 def _save(sharded_state: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True)
+    # Megatron-Core hands the writers' results on through a manager process, which takes two seconds
+    # to start and outlives a kill for ever. We save synchronously: a queue in this process will do.
+    filesystem_async._results_queue = queue.Queue()
     _explaining_full_disk(lambda: dist_checkpointing.save(sharded_state, str(folder)), folder)
 
 

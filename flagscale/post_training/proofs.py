@@ -34,13 +34,13 @@ def prove_distillation(
     Raises:
         UserError: a proof failed, and which parameter or number shows it.
     """
-    when_equal = _kd_loss(twin, teacher, batch)[0].item()
+    _, when_equal, _ = _losses(twin, teacher, batch)
     if not abs(when_equal) <= _MAX_LOSS_WHEN_EQUAL:
         raise UserError(
             f"the KD loss of the teacher against itself is {when_equal:.3g} nats a token, "
             "not 0: the conversion is wrong"
         )
-    loss, model = _kd_loss(student, teacher, batch)
+    loss, at_start, model = _losses(student, teacher, batch)
     loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("_teacher_model."):
@@ -52,15 +52,19 @@ def prove_distillation(
             raise UserError(f"the student's {name} got a gradient of zeros: it would not learn")
     if any(parameter.grad is not None for parameter in teacher.parameters()):
         raise UserError("the teacher got a gradient: it would not stay as it is")
-    return {"kd_loss_when_equal": when_equal, "kd_loss_at_start": loss.item()}
+    return {"kd_loss_when_equal": when_equal, "kd_loss_at_start": at_start}
 
 
-def _kd_loss(
+def _losses(
     student: GPTModel, teacher: GPTModel, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, GPTModel]:
-    """The KD loss in training mode, nats a token, and the converted model."""
-    model = convert_for_distillation(student, teacher, DistillationRecipe())
+) -> tuple[torch.Tensor, float, GPTModel]:
+    """A total loss to differentiate, the KD loss in it (nats a token), the converted model.
+
+    The LM loss is part of the total: against itself a model gets no gradient from the KD loss.
+    """
+    model = convert_for_distillation(student, teacher, DistillationRecipe(skip_lm_loss=False))
     model.train()
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    loss, num_tokens, _ = loss_func(batch["loss_mask"], output, model=model)
-    return loss / num_tokens, model
+    loss, num_tokens, report = loss_func(batch["loss_mask"], output, model=model)
+    kd_loss, _ = report["logits distillation loss"]
+    return loss, (kd_loss / num_tokens).item(), model

@@ -40,7 +40,25 @@ logger = logging.getLogger(__name__)
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 143
 _LOCK_SECONDS = 120.0
-_QUIET_LOGGERS = ("alembic", "mlflow", "urllib3", "httpx", "datasets", "matplotlib", "filelock")
+_QUIET_LOGGERS = {
+    **dict.fromkeys(
+        ("alembic", "mlflow", "urllib3", "httpx", "datasets", "matplotlib", "filelock", "modelopt"),
+        logging.WARNING,
+    ),
+    "megatron": logging.WARNING,
+    "megatron.core.datasets": logging.ERROR,  # warns of splits that are not asked for
+}
+# Notes of the libraries about features that are not installed here, or about one another.
+_QUIET_WARNINGS = (
+    ".*Apex.*",
+    ".*[Tt]ransformer[_ ]?[Ee]ngine.*",
+    ".*is deprecated.*",
+    ".*flash.attn.*",
+    ".*CUDA is not available.*",
+    ".*is not tested with nvidia-modelopt.*",
+    ".*we are deprecating ShardedTensor.*",
+    ".*already has an intermediate output stored.*",
+)
 
 
 class Metrics(Protocol):
@@ -157,21 +175,21 @@ def _configure_logging() -> None:
         stream=sys.stdout,
         force=True,
     )
-    for noisy in _QUIET_LOGGERS:
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name, level in _QUIET_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
     logging.captureWarnings(True)
-    # Import-time notes of the libraries about features that are not installed or not used here.
-    for pattern in (
-        ".*Apex.*",
-        ".*[Tt]ransformer[_ ]?[Ee]ngine.*",
-        ".*is deprecated.*",
-        ".*flash.attn.*",
-        ".*CUDA is not available.*",
-    ):
+    warnings.formatwarning = _one_line
+    for pattern in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], file: str, line: int, source: str | None = None
+) -> str:
+    return f"{category.__name__}: {message} ({file}:{line})"
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from flagscale import platform
+from flagscale.artifacts import open_artifact
+from flagscale.data.loader import validation_batches
+from flagscale.errors import UserError
+from flagscale.models.megatron import build_model, load_model
+from flagscale.models.shape import ModelShape
+from flagscale.models.student import copy_from_teacher
+from flagscale.post_training.proofs import prove_distillation
+from flagscale.recipe import StudentRecipe
+from flagscale.steps.convert_student import convert_student
+
+
+def layer(model, index):
+    return {k: v for k, v in model.decoder.layers[index].state_dict().items() if v is not None}
+
+
+def test_pruned_student_has_the_kept_layers(student, teacher):
+    manifest = open_artifact(student, "student")
+    assert manifest.facts["keep_layers"] == [0, 3]
+    assert manifest.facts["layers"] == 2
+    assert manifest.facts["kd_loss_when_equal"] == 0
+    assert manifest.facts["kd_loss_at_start"] > 0.01
+    assert manifest.facts["reload_logit_difference"] == 0
+    with platform.runtime():
+        ours, theirs = load_model(student, 64), load_model(teacher, 64)
+        for index, kept in ((0, 0), (1, 3)):
+            for name, value in layer(ours, index).items():
+                assert torch.equal(value, layer(theirs, kept)[name]), name
+        assert torch.equal(
+            ours.embedding.word_embeddings.weight, theirs.embedding.word_embeddings.weight
+        )
+
+
+def test_hugging_face_files_describe_the_student(student, teacher):
+    config = json.loads((student / "hf" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert (student / "hf" / "tokenizer.json").read_bytes() == (
+        teacher / "hf" / "tokenizer.json"
+    ).read_bytes()
+    assert not list((student / "hf").glob("*.safetensors"))
+
+
+def test_student_from_scratch_may_be_narrower(teacher, dataset, tmp_path):
+    recipe = StudentRecipe(
+        init="scratch",
+        num_layers=1,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=2,
+        num_query_groups=1,
+    )
+    figures = convert_student(recipe, teacher, dataset, tmp_path / "student")
+    shape = ModelShape.load(tmp_path / "student")
+    assert (shape.hidden_size, shape.ffn_hidden_size, shape.num_query_groups) == (32, 48, 1)
+    assert figures["layers"] == 1
+    again = convert_student(recipe, teacher, dataset, tmp_path / "again")
+    assert again == figures  # same seed, same weights
+
+
+def test_copied_student_starts_at_the_teacher(teacher, dataset, tmp_path):
+    figures = convert_student(StudentRecipe(init="copy"), teacher, dataset, tmp_path / "student")
+    assert figures["layers"] == 4
+    assert figures["kd_loss_at_start"] == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (StudentRecipe(num_layers=5), "num_layers=5.*only 4 layers"),
+        (StudentRecipe(keep_layers=(0, 7)), "keep_layers.*0 to 3"),
+        (
+            StudentRecipe(init="scratch", num_attention_heads=3),
+            "num_attention_heads=3 is not divisible",
+        ),
+    ],
+)
+def test_impossible_student_is_refused_before_anything_is_built(
+    teacher, dataset, tmp_path, recipe, message
+):
+    with pytest.raises(UserError, match=message):
+        convert_student(recipe, teacher, dataset, tmp_path / "student")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_tokenizer_is_refused(teacher, dataset, tmp_path):
+    other = tmp_path / "dataset"
+    shutil.copytree(dataset, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer_hash"] = "sha256:another"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="tokenized with sha256:another"):
+        convert_student(StudentRecipe(num_layers=2), teacher, other, tmp_path / "student")
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_damaged_teacher_is_refused(teacher, dataset, tmp_path, damage):
+    broken = tmp_path / "teacher"
+    shutil.copytree(teacher, broken)
+    if damage == "missing":
+        (broken / "manifest.json").unlink()
+    else:
+        with (broken / "model.json").open("a") as stream:
+            stream.write(" ")
+    with pytest.raises(UserError, match=r"manifest\.json is missing|model\.json is missing or ch"):
+        convert_student(StudentRecipe(num_layers=2), broken, dataset, tmp_path / "student")
+
+
+def test_proof_notices_a_parameter_that_cannot_learn(teacher, dataset, tmp_path):
+    shape = ModelShape.load(teacher)
+    with platform.runtime():
+        models = [load_model(teacher, 64) for _ in range(2)]
+        student = build_model(shape, 64)
+        copy_from_teacher(student, models[0], range(4))
+        # The MLP of layer 1 is cut off: its gate is closed for every input.
+        student.decoder.layers[1].mlp.linear_fc2.weight.data.zero_()
+        student.decoder.layers[1].mlp.linear_fc1.weight.data.zero_()
+        batches = validation_batches(
+            dataset, tmp_path, micro_batch_size=1, global_batch_size=1, eval_iters=1
+        )
+        with pytest.raises(UserError, match=r"decoder\.layers\.1\..*would not learn"):
+            prove_distillation(student, *models, next(iter(batches)))

@@ -1,0 +1,170 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flagscale import platform
+from flagscale.artifacts import open_artifact
+from flagscale.models.megatron import load_model, logits
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.distil_student import distil_student
+
+TRAINING = TrainingRecipe(
+    train_iters=8,
+    micro_batch_size=2,
+    global_batch_size=4,
+    lr=1e-3,
+    lr_warmup_iters=1,
+    eval_interval=4,
+    eval_iters=1,
+    save_interval=2,
+)
+
+PROCESS = """
+import sys
+from pathlib import Path
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.distil_student import distil_student
+from flagscale.steps.step_process import step_process
+
+if __name__ == "__main__":
+    training = TrainingRecipe.model_validate_json(sys.argv[1])
+    with step_process("distil-student"):
+        distil_student(DistillationRecipe(), training, *map(Path, sys.argv[2:]))
+"""
+
+
+def records(artifact, name="training"):
+    """What was logged, but for the speed."""
+    lines = (artifact / f"{name}.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens per second"} for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def inputs(teacher, student, dataset):
+    return teacher, student, dataset
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    figures = distil_student(
+        DistillationRecipe(), TRAINING, *inputs, folder / "checkpoints", folder / "distilled"
+    )
+    return folder, figures
+
+
+def test_student_comes_closer_to_the_teacher(uninterrupted):
+    folder, figures = uninterrupted
+    validation = records(folder / "distilled", "validation")
+    assert [record["step"] for record in validation] == [0, 4, 8]
+    losses = [record["logits distillation loss"] for record in validation]
+    assert losses[2] < losses[1] < losses[0]
+    assert figures["validation logits distillation loss"] == losses[2]
+    assert figures["steps"] == 8
+
+
+def test_artifact_is_a_plain_trained_model(uninterrupted, student):
+    folder, _ = uninterrupted
+    open_artifact(folder / "distilled", "distilled-student")
+    tokens = torch.arange(64).view(1, 64)
+    with platform.runtime():
+        before, after = (load_model(path, 64) for path in (student, folder / "distilled"))
+        assert (logits(before, tokens) - logits(after, tokens)).abs().max() > 0.01
+
+
+def test_checkpoints_go_when_the_artifact_is_there(uninterrupted):
+    folder, _ = uninterrupted
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_gives_the_same_losses(inputs, uninterrupted, tmp_path, kill):
+    paths = [*inputs, tmp_path / "checkpoints", tmp_path / "distilled"]
+    (tmp_path / "process.py").write_text(PROCESS)
+    command = [sys.executable, tmp_path / "process.py", TRAINING.model_dump_json(), *paths]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/*/latest.json")), process)
+    process.send_signal(kill)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == (-9 if kill == signal.SIGKILL else 143), output
+    assert not (tmp_path / "distilled").exists()
+
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming after step" in second.stdout
+    whole, _ = uninterrupted
+    assert records(tmp_path / "distilled") == records(whole / "distilled")
+    assert records(tmp_path / "distilled", "validation") == records(
+        whole / "distilled", "validation"
+    )
+
+
+def wait_for(condition, process):
+    for _ in range(1200):
+        if condition():
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_another_recipe_does_not_resume(inputs, tmp_path):
+    """Only checkpoints of the very same training count."""
+    from flagscale.steps.distil_student import _fingerprint
+
+    parents = {"teacher": open_artifact(inputs[0], "teacher")}
+
+    def name(**changes):
+        training = {**TRAINING.model_dump(), **changes}
+        return _fingerprint({"distillation": {"loss": "logits"}, "training": training}, parents)
+
+    assert name() == name(save_interval=5)
+    assert len({name(), name(seed=1), name(lr=0.1), name(train_iters=9)}) == 4
+
+
+def test_baseline_trains_without_the_teacher(inputs, tmp_path):
+    distil_student(
+        DistillationRecipe(loss="none"),
+        TRAINING,
+        *inputs,
+        tmp_path / "checkpoints",
+        tmp_path / "baseline",
+    )
+    training = records(tmp_path / "baseline")
+    assert all("lm loss" in r and "logits distillation loss" not in r for r in training)
+
+
+def test_intermediate_terms_with_a_narrower_student(teacher, dataset, tmp_path):
+    """The projection between the widths is trained, and stays out of the student."""
+    from flagscale.recipe import StudentRecipe
+    from flagscale.steps.convert_student import convert_student
+
+    narrow = StudentRecipe(init="scratch", num_layers=1, hidden_size=32, num_attention_heads=2)
+    convert_student(narrow, teacher, dataset, tmp_path / "student")
+    pair = ("decoder.final_layernorm", "decoder.final_layernorm", "mse")
+    distil_student(
+        DistillationRecipe(intermediate_layer_pairs=(pair,), skip_lm_loss=False),
+        TRAINING,
+        teacher,
+        tmp_path / "student",
+        dataset,
+        tmp_path / "checkpoints",
+        tmp_path / "distilled",
+    )
+    first, *_, last = records(tmp_path / "distilled")
+    assert last["intermediate distillation loss"] < first["intermediate distillation loss"]
+    assert last["total loss"] == pytest.approx(
+        last["lm loss"]
+        + last["logits distillation loss"]
+        + last["intermediate distillation loss"],
+        rel=1e-5,
+    )
+    with platform.runtime():
+        load_model(tmp_path / "distilled", 64)
