@@ -1,4 +1,4 @@
-"""Commands: `python -m pipelines run RECIPE` and `python -m pipelines compile RECIPE`."""
+"""Commands: `python -m pipelines run|compile|compare`; `--help` shows examples."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
+from pipelines.comparison import compare_with_baseline
 from pipelines.compiling import compile_recipe
 from pipelines.local import StepFailed, run_recipe
 from pipelines.stopping import Stopped
@@ -23,6 +24,9 @@ _EXAMPLES = """examples:
   python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml -o distillation.yaml
       write the pipeline for Kubeflow; upload the file in its UI
 
+  python -m pipelines compare recipes/tiny.yaml
+      its newest run beside the newest with `--set distillation.loss=none`
+
 environment:
   MLFLOW_TRACKING_URI   tracking server of `run`; default: a file in the runs folder
   FLAGSCALE_IMAGE       container image of the compiled steps
@@ -37,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.command == "compile":
             return f"wrote {compile_recipe(recipe, arguments.output)}"
+        if arguments.command == "compare":
+            return compare_with_baseline(recipe, arguments.runs)
         return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
 
     return ended(work)
@@ -82,9 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run the pipeline on this machine", epilog=_EXAMPLES, formatter_class=shape
     )
     run.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)"
-    )
-    run.add_argument(
         "--no-cache",
         dest="reuse",
         action="store_false",
@@ -100,8 +103,24 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("pipelines/compiled/distillation.yaml"),
         help="file to write (default: %(default)s)",
     )
-    for command in (run, compiled):
-        command.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+    compared = commands.add_parser(
+        "compare",
+        help="a run beside the same training without a teacher",
+        epilog=_EXAMPLES,
+        formatter_class=shape,
+    )
+    for command in (run, compared):
+        command.add_argument(
+            "--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)"
+        )
+    for command in (run, compiled, compared):
+        command.add_argument(
+            "recipe",
+            type=Path,
+            nargs="?",
+            default=Path("recipes/smollm2-135m-to-10-layers.yaml"),
+            help="a YAML file (default: %(default)s)",
+        )
         command.add_argument(
             "--set",
             dest="overrides",

@@ -64,8 +64,10 @@ def _table(metrics: Mapping[str, Any]) -> str:
         rows.append([label, *(_cell(figures.get(f), d) for f, (_, d) in _FIGURES.items())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    if metrics.get("kl_reduction") is not None:
-        lines.append(f"Distillation removed {metrics['kl_reduction']:.1%} of the student's KL.")
+    reduction = metrics.get("kl_reduction")
+    if reduction is not None:
+        verb = "fell" if reduction >= 0 else "rose"
+        lines.append(f"The student's KL {verb} by {abs(reduction):.1%} in training.")
     return "\n".join([title, *lines])
 
 
@@ -88,12 +90,10 @@ def _times(result: RunResult) -> str:
 
 def _places(result: RunResult) -> str:
     lines = [("run", result.folder)]
-    for label, step, output in (
-        ("report", "evaluate", "report"),
-        ("student", "export-student", "model"),
-    ):
-        if step in result.steps:
-            lines.append((label, result.steps[step].outputs[output]))
+    if "evaluate" in result.steps:
+        lines.append(("report", result.folder / "evaluate-results" / "report.html"))
+    if "export-student" in result.steps:
+        lines.append(("student", result.folder / "export-student-model"))
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
         text.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {result.tracking_uri}")

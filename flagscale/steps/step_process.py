@@ -47,6 +47,7 @@ _QUIET_LOGGERS = {
     ),
     "megatron": logging.WARNING,
     "megatron.core.datasets": logging.ERROR,  # warns of splits that are not asked for
+    "megatron.core.rerun_state_machine": logging.ERROR,  # warns that it is not used
 }
 # Notes of the libraries about features that are not installed here, or about one another.
 _QUIET_WARNINGS = (
@@ -187,9 +188,13 @@ def _configure_logging() -> None:
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], file: str, line: int, source: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
-    return f"{category.__name__}: {message} ({file}:{line})"
+    return f"{category.__name__}: {message} ({filename}:{lineno})"
 
 
 @contextmanager

@@ -33,11 +33,11 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "12.200 [11.700, 12.700]" in lines["student before"]
     assert lines["teacher"].split()[1:] == ["3.200", "24.5", "0.000", "1.000"]
-    assert "removed 81.2% of the student's KL" in text
+    assert "The student's KL fell by 81.2% in training." in text
     assert "Wall time 3 min 20 s" in text
     assert "prepare-data     reused from cache" in text
     assert "evaluate         1 min 01 s" in text
-    assert f"report   {report}" in text
+    assert f"report   {tmp_path}/evaluate-results/report.html" in text
     assert "mlflow ui --backend-store-uri sqlite:////x/mlflow.db" in text
     facts = json.loads((tmp_path / "summary.json").read_text())
     assert facts["steps"]["prepare-data"]["reused"] is True
