@@ -122,7 +122,7 @@ class DataRecipe(Section):
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
-    workers: PositiveInt | None = Field(None, description="Tokenising processes; default: cores")
+    workers: PositiveInt | None = Field(None, description="Tokenising threads; default: cores")
 
     @model_validator(mode="after")
     def _check(self) -> DataRecipe:
