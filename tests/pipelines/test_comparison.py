@@ -49,5 +49,5 @@ def test_the_newest_runs_of_the_same_recipe_are_taken(tmp_path: Path) -> None:
 
 def test_a_missing_run_comes_with_its_command(tmp_path: Path) -> None:
     finished(tmp_path, "2026-01-01", RECIPE)
-    with pytest.raises(UserError, match="--set distillation.loss=none"):
+    with pytest.raises(UserError, match=r"--set distillation\.loss=none"):
         compare_with_baseline(RECIPE, tmp_path)
