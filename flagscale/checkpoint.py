@@ -8,6 +8,7 @@ at any point leaves the one before.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,12 +21,14 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale.artifacts import disk_full, is_disk_full, write_json
 from flagscale.errors import UserError
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
 _KEPT = 2
+_NOTHING_FREE = 2**16  # bytes
 
 
 def save_weights(model: GPTModel, folder: Path) -> None:
@@ -167,15 +171,21 @@ def _load(sharded_state: dict[str, Any], folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = dist_checkpointing.load(
             sharded_state, str(folder), strict=StrictHandling.RAISE_ALL
         )
-    except (dist_checkpointing.core.CheckpointingException, RuntimeError, OSError) as error:
-        raise UserError(f"{folder}: the checkpoint cannot be read: {error}") from error
+    except (CheckpointingException, CheckpointException, RuntimeError, OSError) as error:
+        last_line = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder}: the checkpoint cannot be read: {last_line}") from error
     return state
 
 
 def _explaining_full_disk(write: Callable[[], None], folder: Path) -> None:
     try:
         write()
-    except Exception as error:
-        if is_disk_full(error):
+    except (Exception, CheckpointException) as error:
+        # Torch passes on a writer's error as text, or says only that writing failed.
+        text = os.strerror(errno.ENOSPC)
+        nothing_free = shutil.disk_usage(folder).free < _NOTHING_FREE
+        if is_disk_full(error) or text in str(error) or nothing_free:
             raise disk_full(folder) from error
+        if isinstance(error, CheckpointException):  # torch's is no Exception
+            raise RuntimeError(f"{folder}: the checkpoint was not written: {error}") from error
         raise
