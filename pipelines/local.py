@@ -158,6 +158,9 @@ def run_pipeline(
                 raise steps.failure() from error
         result.seconds = time.monotonic() - begin
         run.log_metrics({f"seconds/{name}": step.seconds for name, step in result.steps.items()})
+        evaluation = result.steps.get("evaluate")
+        if evaluation:  # so that runs compare without opening their children
+            run.log_metrics(_scalars(evaluation.outputs.get("metrics")))
     return result
 
 
