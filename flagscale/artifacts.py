@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,7 +69,11 @@ class Staging:
 
 @contextmanager
 def new_artifact(
-    output: Path, kind: str, recipe: dict[str, Any], parents: dict[str, Manifest] | None = None
+    output: Path,
+    kind: str,
+    recipe: dict[str, Any],
+    parents: dict[str, Manifest] | None = None,
+    log: Callable[[Path], object] | None = None,
 ) -> Iterator[Staging]:
     """Write an artifact at `output`; on success `staging.manifest` holds its manifest.
 
@@ -78,6 +82,7 @@ def new_artifact(
         kind: what the artifact is.
         recipe: name of a section -> the section as plain values.
         parents: manifests of the inputs, by name.
+        log: given the manifest's path when the artifact is in place; must not raise.
 
     Raises:
         UserError: the disk is full. Nothing is left behind, whatever is raised.
@@ -100,6 +105,8 @@ def new_artifact(
         shutil.rmtree(output, ignore_errors=True)
         os.replace(staging.path, output)
         staging.manifest = manifest
+        if log is not None:
+            log(output / MANIFEST)
     except OSError as error:
         if is_disk_full(error):
             raise disk_full(output) from error

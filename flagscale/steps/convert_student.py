@@ -58,7 +58,7 @@ def convert_student(
     with (
         tracking.step_run("convert-student", recipe) as run,
         platform.runtime(student.seed),
-        new_artifact(output, "student", recipe, parents) as staging,
+        new_artifact(output, "student", recipe, parents, run.log_artifact) as staging,
     ):
         teacher_model = load_model(teacher, seq_length)
         student_model = build_model(shape, seq_length)

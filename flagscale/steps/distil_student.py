@@ -92,7 +92,9 @@ def distil_student(
                 stop_requested,
             )
         figures = _figures(state)
-        with new_artifact(output, "distilled-student", recipe, parents) as staging:
+        with new_artifact(
+            output, "distilled-student", recipe, parents, run.log_artifact
+        ) as staging:
             _save(trainer, state, student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
             staging.tokenizer_hash = parents["student"].tokenizer_hash

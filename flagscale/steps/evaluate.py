@@ -73,7 +73,7 @@ def evaluate(
     recipe = {"evaluation": evaluation.model_dump(mode="json")}
     with (
         tracking.step_run("evaluate", recipe) as run,
-        new_artifact(output, "evaluation", recipe, manifests) as staging,
+        new_artifact(output, "evaluation", recipe, manifests, run.log_artifact) as staging,
     ):
         stop_ids = {int(manifests["dataset"].facts["eod_id"]), tokenizer.eos_token_id}
         seq_length = int(manifests["dataset"].facts["seq_length"])

@@ -66,7 +66,7 @@ def export_student(
     metrics = _metrics_of(evaluation, parents)
     recipe = {"export": export.model_dump(mode="json")}
     with tracking.step_run("export-student", recipe) as run:
-        with new_artifact(output, "export", recipe, parents) as staging:
+        with new_artifact(output, "export", recipe, parents, run.log_artifact) as staging:
             parity, reloaded = _export(export, distilled, staging.path)
             weights = sorted(staging.path.glob("*.safetensors"))
             figures = {

@@ -41,7 +41,7 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         eod_id = find_eod(tokenizer, data.eod_token)
         encoder = Encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
         start = time.monotonic()
-        with new_artifact(output, "dataset", params) as staging:
+        with new_artifact(output, "dataset", params, log=run.log_artifact) as staging:
             counts = write_splits(documents(data), encoder, staging.path, data.workers)
             check_counts(counts, data.seq_length, data.validation_fraction, data.test_fraction)
             tokenizer.save_pretrained(staging.path / "tokenizer")
@@ -56,7 +56,6 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
             }
         metrics = _metrics(counts, data.seq_length, time.monotonic() - start)
         run.log_metrics(metrics)
-        run.log_artifact(output / "manifest.json")
     return metrics
 
 

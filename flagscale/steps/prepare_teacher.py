@@ -72,7 +72,10 @@ def prepare_teacher(teacher: TeacherRecipe, dataset: Path, output: Path) -> dict
         shape = from_hf_config(hf_model.config)
         _check_fits(shape, parents)
         check_weights(hf_model, f"teacher {teacher.source}")
-        with new_artifact(output, "teacher", recipe, parents) as staging, platform.runtime():
+        with (
+            new_artifact(output, "teacher", recipe, parents, run.log_artifact) as staging,
+            platform.runtime(),
+        ):
             seq_length = parents["dataset"].facts["seq_length"]
             model = import_from_hf(hf_model, shape, seq_length, staging.path)
             figures = _prove(teacher, model, hf_model, shape, tokenizer, seq_length)
@@ -85,7 +88,6 @@ def prepare_teacher(teacher: TeacherRecipe, dataset: Path, output: Path) -> dict
             staging.facts.update(figures, seq_length=seq_length)
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
         run.log_metrics(figures)
-        run.log_artifact(output / "manifest.json")
     return figures
 
 

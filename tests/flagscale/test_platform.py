@@ -34,11 +34,11 @@ def test_everything_is_put_back():
 
 
 def test_is_put_back_after_an_error_too():
-    class Boom(Exception):
+    class BoomError(Exception):
         pass
 
-    with pytest.raises(Boom), platform.runtime():
-        raise Boom
+    with pytest.raises(BoomError), platform.runtime():
+        raise BoomError
     assert not torch.distributed.is_initialized()
     with platform.runtime():
         pass

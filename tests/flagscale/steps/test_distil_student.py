@@ -161,9 +161,7 @@ def test_intermediate_terms_with_a_narrower_student(teacher, dataset, tmp_path):
     first, *_, last = records(tmp_path / "distilled")
     assert last["intermediate distillation loss"] < first["intermediate distillation loss"]
     assert last["total loss"] == pytest.approx(
-        last["lm loss"]
-        + last["logits distillation loss"]
-        + last["intermediate distillation loss"],
+        last["lm loss"] + last["logits distillation loss"] + last["intermediate distillation loss"],
         rel=1e-5,
     )
     with platform.runtime():

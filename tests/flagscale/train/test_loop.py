@@ -124,9 +124,7 @@ def plain_training(reference, dataset, cache, recipe):
         loss = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
-        norms.append(
-            torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip_grad).item()
-        )
+        norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip_grad).item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
