@@ -1,5 +1,5 @@
 # Image of the steps on NVIDIA GPUs. Build from the repository's root:
-#   docker build -f images/Dockerfile.gpu -t flagscale-distillation:0.1.0-gpu .
+#   docker build -f images/gpu.Dockerfile -t flagscale-distillation:0.1.0-gpu .
 # Both bases must have the CUDA major version of the torch in constraints.txt.
 ARG BUILD_BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 ARG BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04

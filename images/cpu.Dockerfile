@@ -1,5 +1,5 @@
 # Image of the steps on a CPU. Build from the repository's root:
-#   docker build -f images/Dockerfile.cpu -t flagscale-distillation:0.1.0-cpu .
+#   docker build -f images/cpu.Dockerfile -t flagscale-distillation:0.1.0-cpu .
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
