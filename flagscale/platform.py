@@ -78,9 +78,21 @@ def runtime(seed: int = 1234) -> Iterator[None]:
         stack.callback(parallel_state.destroy_model_parallel)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+        with _silent("megatron.core.rerun_state_machine"):  # it announces itself as a warning
+            initialize_rerun_state_machine(mode=RerunMode.DISABLED)
         stack.callback(destroy_rerun_state_machine)
         yield
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    named = logging.getLogger(name)
+    level = named.level
+    named.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        named.setLevel(level)
 
 
 def _start_process_group() -> None:

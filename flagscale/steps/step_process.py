@@ -47,7 +47,6 @@ _QUIET_LOGGERS = {
     ),
     "megatron": logging.WARNING,
     "megatron.core.datasets": logging.ERROR,  # warns of splits that are not asked for
-    "megatron.core.rerun_state_machine": logging.ERROR,  # warns that it is not used
 }
 # Notes of the libraries about features that are not installed here, or about one another.
 _QUIET_WARNINGS = (

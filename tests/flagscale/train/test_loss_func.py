@@ -189,6 +189,7 @@ def test_non_finite_loss_stops(runtime, args, value, word):
 
 
 def test_spiky_loss_warns(runtime, args, caplog):
+    caplog.set_level("WARNING", logger="megatron.core.rerun_state_machine")
     with use_args(replace(args, check_for_spiky_loss=True)):
         for _ in range(300):
             loss_func(torch.ones(1, 4), torch.ones(1, 4))
