@@ -72,10 +72,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.run: $(VENV)/.base teacher-requirements.txt
 	@echo "Installing into $(VENV); the first time takes some minutes"
-	$(PIP) install --quiet --constraint constraints.txt --editable .
-	$(PIP) install --quiet --no-deps --require-hashes --requirement teacher-requirements.txt
+	$(PIP) install -qq --constraint constraints.txt --editable .
+	$(PIP) install -qq --no-deps --require-hashes --requirement teacher-requirements.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -15,6 +15,7 @@ _FIGURES = {  # name in metrics.json -> heading, decimals
     "kl": ("KL to teacher", 3),
     "top1_agreement": ("top-1 agreement", 3),
 }
+_LONG = 1e5
 
 
 def summary(result: RunResult) -> str:
@@ -74,10 +75,11 @@ def _table(metrics: Mapping[str, Any]) -> str:
 def _cell(figure: Mapping[str, float] | None, decimals: int) -> str:
     if figure is None:
         return "-"
-    value, low, high = (figure[key] for key in ("value", "low", "high"))
-    if low == high:
-        return f"{value:.{decimals}f}"
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    values = [figure[key] for key in ("value", "low", "high")]
+    # An untrained student's perplexity has nine digits, of which three say something.
+    form = ".2e" if max(values) >= _LONG else f".{decimals}f"
+    value, low, high = (f"{number:{form}}" for number in values)
+    return value if low == high else f"{value} [{low}, {high}]"
 
 
 def _times(result: RunResult) -> str:

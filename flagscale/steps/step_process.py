@@ -175,6 +175,13 @@ def _configure_logging() -> None:
         stream=sys.stdout,
         force=True,
     )
+    # huggingface_hub names a logger by its file's path and tells it of every temporary folder.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(
+            lambda record: (
+                record.levelno >= logging.WARNING or "huggingface_hub" not in record.pathname
+            )
+        )
     for name, level in _QUIET_LOGGERS.items():
         logging.getLogger(name).setLevel(level)
     logging.captureWarnings(True)

@@ -50,6 +50,10 @@ def setup_training(model: GPTModel, args: Arguments, training: TrainingRecipe) -
     )
     wrapped = DistributedDataParallel(config, ddp_config, model)
     optimizer = get_megatron_optimizer(_optimizer_config(args, training), [wrapped])
+    if not platform.HAS_GPU:
+        # Megatron-Core falls back to torch's AdamW as a dozen passes over memory; this is one.
+        for group in optimizer.param_groups:
+            group["fused"] = True
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = wrapped.no_sync
