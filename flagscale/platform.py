@@ -12,10 +12,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -51,6 +54,21 @@ def transformer_impl(choice: str) -> str:
     except ImportError:
         return "local"
     return "transformer_engine" if HAS_GPU else "local"
+
+
+def has_distributed_optimizer() -> bool:
+    """Whether Megatron-Core's distributed optimiser can be resumed here.
+
+    Its state does not survive a resume with torch's Adam, which is all that a CPU has.
+    """
+    return HAS_GPU
+
+
+def tune_optimizer(optimizer: MegatronOptimizer) -> None:
+    """Make torch's AdamW, which Megatron-Core falls back to on a CPU, one pass over memory."""
+    if not HAS_GPU:
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 @contextlib.contextmanager

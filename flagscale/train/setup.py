@@ -45,15 +45,11 @@ def setup_training(model: GPTModel, args: Arguments, training: TrainingRecipe) -
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
-        # With torch's Adam, which is all a CPU has, its state does not survive a resume.
-        use_distributed_optimizer=platform.HAS_GPU,
+        use_distributed_optimizer=platform.has_distributed_optimizer(),
     )
     wrapped = DistributedDataParallel(config, ddp_config, model)
     optimizer = get_megatron_optimizer(_optimizer_config(args, training), [wrapped])
-    if not platform.HAS_GPU:
-        # Megatron-Core falls back to torch's AdamW as a dozen passes over memory; this is one.
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    platform.tune_optimizer(optimizer)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = wrapped.no_sync
@@ -72,7 +68,7 @@ def _optimizer_config(args: Arguments, training: TrainingRecipe) -> OptimizerCon
         clip_grad=training.clip_grad,
         bf16=args.params_dtype == torch.bfloat16,
         params_dtype=args.params_dtype,
-        use_distributed_optimizer=platform.HAS_GPU,
+        use_distributed_optimizer=platform.has_distributed_optimizer(),
     )
 
 
