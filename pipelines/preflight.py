@@ -103,24 +103,14 @@ def check_sources(recipe: Recipe) -> None:
     """Look at the teacher's configuration and the first document.
 
     Raises:
-        UserError: one of them is missing or unreadable, or the student has more layers.
+        UserError: one of them is missing or unreadable, the teacher is of a family that is not
+            supported, or the student does not fit it.
     """
+    from flagscale.models.shape import from_hf_config, student_shape
     from flagscale.models.source import load_hf_config
 
     config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
-    layers = int(config.num_hidden_layers)
-    student = recipe.student
-    if student.init != "scratch":
-        if student.num_layers is not None and student.num_layers > layers:
-            raise UserError(
-                f"student.num_layers={student.num_layers}: deeper than the teacher "
-                f"{recipe.teacher.source}, which has {layers} layers"
-            )
-        if student.keep_layers and student.keep_layers[-1] >= layers:
-            raise UserError(
-                f"student.keep_layers={list(student.keep_layers)}: the teacher "
-                f"{recipe.teacher.source} has layers 0 to {layers - 1}"
-            )
+    student_shape(from_hf_config(config), recipe.student)
     if not _is_on_the_hub(recipe.data):
         from flagscale.data.sources import documents
 

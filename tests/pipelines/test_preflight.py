@@ -63,17 +63,21 @@ def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
 
 def test_good_sources_pass(tiny_teacher: Path) -> None:
     check_sources(recipe(tiny_teacher, num_layers=4))
-    check_sources(recipe(tiny_teacher, init="scratch", num_layers=40))
+    check_sources(recipe(tiny_teacher, init="scratch", num_layers=3))
 
 
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"num_layers": 5}, "num_layers=5: deeper than the teacher .* which has 4 layers"),
-        ({"keep_layers": [0, 4]}, r"keep_layers=\[0, 4\]: the teacher .* has layers 0 to 3"),
+        ({"num_layers": 5}, "num_layers=5: the teacher has only 4 layers"),
+        ({"init": "scratch", "num_layers": 5}, "num_layers=5: the teacher has only 4 layers"),
+        ({"keep_layers": [0, 4]}, r"keep_layers=\[0, 4\]: the teacher's layers are 0 to 3"),
+        ({"init": "scratch", "num_attention_heads": 3}, "num_attention_heads=3 is not divisible"),
     ],
 )
-def test_a_student_deeper_than_its_teacher(tiny_teacher: Path, student: dict, message: str) -> None:
+def test_a_student_that_does_not_fit_its_teacher(
+    tiny_teacher: Path, student: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         check_sources(recipe(tiny_teacher, **student))
 
