@@ -1,19 +1,25 @@
-"""Fixtures that several folders of tests share."""
+"""A tiny teacher and the artifacts of a tiny run, made once by the real steps."""
 
 import importlib.util
+import json
 import os
+import pydoc_data.topics
 from pathlib import Path
 
 import pytest
+
+from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
 
 # Threads of tiny models wait for each other longer than they work, above all on a busy machine.
 # Before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SEQ_LENGTH = 64
+
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny trained Llama and its tokenizer, made once a session."""
+    """Folder of a tiny trained Llama and its tokenizer."""
     path = Path(__file__).with_name("tiny_teacher.py")
     spec = importlib.util.spec_from_file_location("tiny_teacher", path)
     assert spec
@@ -23,3 +29,45 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-teacher")
     module.make_teacher(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def dataset(artifacts: Path, tiny_teacher: Path) -> Path:
+    from flagscale.steps.prepare_data import prepare_data
+
+    corpus = artifacts / "corpus.jsonl"
+    lines = [json.dumps({"text": text}) for text in pydoc_data.topics.topics.values()]
+    corpus.write_text("\n".join(lines))
+    recipe = DataRecipe(
+        source=str(corpus),
+        tokenizer=str(tiny_teacher),
+        seq_length=SEQ_LENGTH,
+        validation_fraction=0.1,
+        test_fraction=0.1,
+        workers=1,
+    )
+    prepare_data(recipe, artifacts / "dataset")
+    return artifacts / "dataset"
+
+
+@pytest.fixture(scope="session")
+def teacher(artifacts: Path, dataset: Path, tiny_teacher: Path) -> Path:
+    from flagscale.steps.prepare_teacher import prepare_teacher
+
+    prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, artifacts / "teacher")
+    return artifacts / "teacher"
+
+
+@pytest.fixture(scope="session")
+def student(artifacts: Path, dataset: Path, teacher: Path) -> Path:
+    """The teacher's layers 0 and 3."""
+    from flagscale.steps.convert_student import convert_student
+
+    recipe = StudentRecipe(init="prune", num_layers=2)
+    convert_student(recipe, teacher, dataset, artifacts / "student")
+    return artifacts / "student"
