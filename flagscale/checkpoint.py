@@ -46,7 +46,7 @@ def save_weights(model: GPTModel, folder: Path) -> None:
     Raises:
         UserError: the disk is full.
     """
-    _save({"model": unwrap_model(model).sharded_state_dict()}, folder)
+    _save({"model": _weights(unwrap_model(model))}, folder)
 
 
 def load_weights(model: GPTModel, folder: Path) -> None:
@@ -56,14 +56,10 @@ def load_weights(model: GPTModel, folder: Path) -> None:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
     unwrapped = unwrap_model(model)
-    # A distillation model's projections are trained, but are no part of the student.
-    weights = {
-        name: tensor
-        for name, tensor in unwrapped.sharded_state_dict().items()
-        if not name.startswith("_loss_modules.")
-    }
-    state = _load({"model": weights}, folder)
-    unwrapped.load_state_dict(state["model"])
+    state = _load({"model": _weights(unwrapped)}, folder)
+    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
+    # against the checkpoint.
+    unwrapped.load_state_dict(state["model"], strict=False)
 
 
 @dataclass
@@ -139,6 +135,19 @@ class TrainingCheckpoints:
         torch.set_rng_state(loaded["rng_state"])
         history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         return TrainingState(latest["step"], history["training"], history["validation"])
+
+
+def _weights(model: GPTModel) -> dict[str, Any]:
+    """The sharded tensors that are the model, whatever its layers are implemented with.
+
+    Without transformer-engine's extra states (FP8 scales), which a model of local layers lacks, and
+    without a distillation model's projections, which are trained but are no part of the student.
+    """
+    return {
+        name: tensor
+        for name, tensor in model.sharded_state_dict().items()
+        if not name.endswith("_extra_state") and not name.startswith("_loss_modules.")
+    }
 
 
 def _sharded_state(

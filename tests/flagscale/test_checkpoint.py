@@ -110,3 +110,13 @@ def test_full_disk_is_one_clear_error(tmp_path):
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert f"ERROR: no space left on the disk of {disk}" in output
+
+
+def test_weights_do_not_depend_on_the_layers_implementation(model, tmp_path):
+    """transformer-engine's layers have extra states that local ones lack."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    save_weights(model, tmp_path / "weights")
+    saved = set(FileSystemReader(tmp_path / "weights").read_metadata().state_dict_metadata)
+    assert "decoder.final_layernorm.weight" in saved
+    assert not [name for name in saved if "_extra_state" in name]
