@@ -61,6 +61,9 @@ _QUIET_WARNINGS = (
 )
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class Metrics(Protocol):
     """What KFP's `Metrics` artifact offers."""
 
@@ -69,10 +72,11 @@ class Metrics(Protocol):
 
 
 class _Stop:
-    """Whether somebody asked this process to stop, and whether to raise at once."""
+    """Whether somebody asked this process to stop, whether to raise at once, and who listens."""
 
     requested = False
     deferred = False
+    handling = False
 
 
 def stop_requested() -> bool:
@@ -210,13 +214,8 @@ def _signals_raise() -> Iterator[None]:
     A terminal sends Ctrl-C to the runner and to the step. The runner passes it on as SIGTERM, so
     that one key press asks once.
     """
-    owner = os.getpid()
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker, e.g. of a pool that is being closed
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
+    def handle(_number: int, _frame: FrameType | None) -> None:
         first, _Stop.requested = not _Stop.requested, True
         if first and not _Stop.deferred:
             raise Interrupted("stopped by a signal")
@@ -227,11 +226,43 @@ def _signals_raise() -> Iterator[None]:
         signal.SIGTERM: signal.signal(signal.SIGTERM, handle),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if under_runner else handle),
     }
+    _Stop.handling = True
     try:
         yield
     finally:
+        _Stop.handling = False
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _before_fork() -> None:
+    if _Stop.handling:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    if _Stop.handling:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _after_fork_in_child() -> None:
+    """A forked worker, e.g. of a pool that is being closed, just ends.
+
+    The signals are blocked over the fork: Python forgets one that reaches a child before it runs.
+    """
+    if _Stop.handling:
+        _Stop.handling = False
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 def _end_with_runner() -> None:

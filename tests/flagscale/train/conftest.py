@@ -49,6 +49,8 @@ class Reference:
 def reference(tiny_teacher):
     def load(keep=None):
         model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float64).eval()
+        # Here it is the end-of-document token: an input like others, with a gradient like others.
+        model.model.embed_tokens.padding_idx = None
         if keep:
             model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in keep)
             for index, layer in enumerate(model.model.layers):
