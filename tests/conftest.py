@@ -6,6 +6,7 @@ import os
 import pydoc_data.topics
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
@@ -13,6 +14,11 @@ from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
 # Threads of tiny models wait for each other longer than they work, above all on a busy machine.
 # Before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# CI tries the same examples every time; people's runs look for new ones.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("people", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "people")
 
 SEQ_LENGTH = 64
 
