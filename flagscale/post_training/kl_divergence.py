@@ -65,22 +65,21 @@ class _ForwardKL(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         student, teacher = _rows(student_logits), _rows(teacher_logits)
-        lse = torch.stack([_logsumexp(x, temperature) for x in (student, teacher)])
+        # [model, 2, N]: each row's largest logit and the log of its shifted sum of exponentials.
+        norms = torch.stack([_normalisers(x, temperature) for x in (student, teacher)])
         if group is not None and group.size() > 1:
-            parts = torch.empty(group.size(), *lse.shape, dtype=lse.dtype, device=lse.device)
-            dist.all_gather_into_tensor(parts.flatten(0, 1), lse, group=group)
-            lse = torch.logsumexp(parts, dim=0)
-        loss = torch.empty_like(lse[0])
+            norms = _merge(norms, temperature, group)
+        loss = torch.empty_like(norms[0, 0])
         for rows in _chunks(student):
-            log_p = _log_softmax(teacher[rows], lse[1, rows], temperature)
-            log_q = _log_softmax(student[rows], lse[0, rows], temperature)
+            log_p = _log_softmax(teacher[rows], norms[1, :, rows], temperature)
+            log_q = _log_softmax(student[rows], norms[0, :, rows], temperature)
             log_ratio = log_p - log_q
             # sum p log(p/q) - p + q: the same, since both sum to 1, but without the rounding of the
             # two logsumexps, which is as large as the loss itself once the student is close.
             loss[rows] = log_ratio.sub_(1).mul_(log_p.exp_()).add_(log_q.exp_()).sum(-1)
         if group is not None and group.size() > 1:
             dist.all_reduce(loss, group=group)
-        ctx.save_for_backward(student_logits, teacher_logits, lse)
+        ctx.save_for_backward(student_logits, teacher_logits, norms)
         ctx.temperature = temperature
         return loss.mul_(temperature**2).view(student_logits.shape[:-1])
 
@@ -89,15 +88,15 @@ class _ForwardKL(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         *grad_outputs: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
-        student_logits, teacher_logits, lse = ctx.saved_tensors
+        student_logits, teacher_logits, norms = ctx.saved_tensors
         # Through detach, not .data: autograd then notices that the logits are gone.
         grad = student_logits.detach()
         student, teacher = _rows(grad), _rows(teacher_logits)
         # d/ds of T^2 KL is T (q - p).
         scale = grad_outputs[0].reshape(-1, 1).float() * ctx.temperature
         for rows in _chunks(student):
-            p = _log_softmax(teacher[rows], lse[1, rows], ctx.temperature).exp_()
-            q = _log_softmax(student[rows], lse[0, rows], ctx.temperature).exp_()
+            p = _log_softmax(teacher[rows], norms[1, :, rows], ctx.temperature).exp_()
+            q = _log_softmax(student[rows], norms[0, :, rows], ctx.temperature).exp_()
             student[rows] = q.sub_(p).mul_(scale[rows])
         return grad, None, None, None
 
@@ -114,16 +113,29 @@ def _chunks(rows: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def _log_softmax(logits: torch.Tensor, logsumexp: torch.Tensor, temperature: float) -> torch.Tensor:
-    """float32 [N, V] of logits / temperature, in one pass over memory."""
-    return torch.add(-logsumexp[:, None], logits, alpha=1 / temperature)
+def _normalisers(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [2, N]: m, the largest logit, and log sum exp((logits - m) / temperature).
 
-
-def _logsumexp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """float32 [N]."""
-    result = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
+    Kept apart because their sum, the logsumexp, would be rounded at the size of the logits.
+    """
+    result = torch.empty(2, logits.size(0), dtype=torch.float32, device=logits.device)
     for rows in _chunks(logits):
         chunk = logits[rows].float()
-        scaled = chunk if temperature == 1 else chunk / temperature
-        torch.logsumexp(scaled, dim=-1, out=result[rows])
+        result[0, rows] = largest = chunk.amax(-1)
+        result[1, rows] = ((chunk - largest[:, None]).mul_(1 / temperature)).exp_().sum(-1).log_()
     return result
+
+
+def _merge(norms: torch.Tensor, temperature: float, group: dist.ProcessGroup) -> torch.Tensor:
+    """The normalisers [model, 2, N] of the whole vocabulary, from those of each rank's slice."""
+    parts = [torch.empty_like(norms) for _ in range(group.size())]
+    dist.all_gather(parts, norms.contiguous(), group=group)
+    largest, log_sums = torch.stack(parts).unbind(2)
+    top = largest.amax(0)
+    return torch.stack([top, torch.logsumexp(log_sums + (largest - top) / temperature, 0)], 1)
+
+
+def _log_softmax(logits: torch.Tensor, norms: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [N, V] of logits / temperature, given their normalisers [2, N]."""
+    shifted = torch.sub(logits, norms[0, :, None])
+    return torch.add(-norms[1, :, None], shifted, alpha=1 / temperature)
