@@ -82,7 +82,7 @@ def convert_for_distillation(
 def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
     folder = args.export_kd_teacher_load
     assert folder is not None, "called without ModelOpt arguments"
-    teacher_args = replace(args, shape=ModelShape.load(folder), recompute_activations=False)
+    teacher_args = replace(args, shape=ModelShape.load(folder), recompute_granularity="none")
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
     load_weights(teacher, folder / "weights")
     return teacher.requires_grad_(False).eval()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from flagscale import platform
 from flagscale.models.shape import ModelShape
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,21 @@ class Arguments:
     Attributes:
         shape: of the model; Megatron's model arguments.
         seq_length: tokens a sample.
-        micro_batch_size: sequences a forward pass.
+        micro_batch_size: sequences a forward pass of one data-parallel rank.
         global_batch_size: sequences an optimiser step.
         params_dtype: of the parameters.
         transformer_impl: `local` or `transformer_engine`.
-        recompute_activations: recompute each layer in the backward pass.
+        parallelism: sizes of the process groups that the model is built for.
+        recompute_granularity: `none`, `selective` (core attention) or `full` (whole layers).
+        fp8: `none`, `e4m3` or `hybrid`.
+        fp8_recipe: how transformer-engine scales.
+        reset_attention_mask: samples are packed: documents do not see one another.
+        use_dualpipev: chunks are placed in DualPipeV's V.
+        overlap_moe_expert_parallel_comm: the schedule asks for schedule plans.
         seed: of weights, data order and dropout.
         use_legacy_models: build Megatron-LM's legacy model.
+        record_memory_history: write a snapshot when the GPU's memory runs out.
+        memory_snapshot_path: where to.
         check_for_nan_in_loss_and_grad: stop at the first NaN or infinite loss.
         check_for_spiky_loss: warn of a loss far above all before.
         export_kd_teacher_load: the teacher's artifact; where set, the model is distilled.
@@ -38,9 +47,17 @@ class Arguments:
     global_batch_size: int = 1
     params_dtype: torch.dtype = torch.float32
     transformer_impl: str = "local"
-    recompute_activations: bool = False
+    parallelism: ParallelismRecipe = field(default_factory=ParallelismRecipe)
+    recompute_granularity: str = "none"
+    fp8: str = "none"
+    fp8_recipe: str = "delayed"
+    reset_attention_mask: bool = False
+    use_dualpipev: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
     seed: int = 1234
     use_legacy_models: bool = False
+    record_memory_history: bool = False
+    memory_snapshot_path: Path = Path("memory-snapshot.pickle")
     check_for_nan_in_loss_and_grad: bool = True
     check_for_spiky_loss: bool = False
     export_kd_teacher_load: Path | None = None
@@ -48,8 +65,9 @@ class Arguments:
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward passes an optimiser step."""
-        return self.global_batch_size // self.micro_batch_size
+        """Forward passes an optimiser step of one data-parallel rank."""
+        data_parallel_size = parallel_state.get_data_parallel_world_size()
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
 
 def model_arguments(shape: ModelShape, seq_length: int, micro_batch_size: int = 1) -> Arguments:
@@ -66,8 +84,14 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         global_batch_size=training.global_batch_size,
         params_dtype=platform.training_dtype(training.precision),
         transformer_impl=platform.transformer_impl(training.transformer_impl),
-        recompute_activations=training.recompute_activations,
+        parallelism=training.parallelism,
+        recompute_granularity=training.recompute_granularity,
+        fp8=training.fp8,
+        fp8_recipe=training.fp8_recipe,
+        reset_attention_mask=training.reset_attention_mask,
         seed=training.seed,
+        use_legacy_models=training.use_legacy_models,
+        record_memory_history=training.record_memory_history,
         check_for_spiky_loss=True,
     )
 

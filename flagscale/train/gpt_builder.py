@@ -61,7 +61,9 @@ def transformer_config(args: Arguments) -> TransformerConfig:
     """Megatron-Core's configuration for the arguments."""
     shape = args.shape
     recompute: dict[str, Any] = {}
-    if args.recompute_activations:
+    if args.recompute_granularity == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    if args.recompute_granularity == "full":
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",

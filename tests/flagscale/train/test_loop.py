@@ -211,7 +211,7 @@ def test_fresh_folder_starts_at_zero(runtime, tmp_path):
 def test_recompute_changes_no_loss(run, tmp_path):
     plain, _ = run(folder=tmp_path / "a")
     recomputed, _ = run(
-        folder=tmp_path / "b", recipe=RECIPE.model_copy(update={"recompute_activations": True})
+        folder=tmp_path / "b", recipe=RECIPE.model_copy(update={"recompute_granularity": "full"})
     )
     for ours, theirs in zip(recomputed.losses(), plain.losses(), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

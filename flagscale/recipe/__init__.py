@@ -1,0 +1,41 @@
+"""The recipe: one YAML file that says everything about a run, strictly validated.
+
+Names are Megatron's where Megatron has one. Read a file with `load_recipe`; each section is also
+usable alone, because a pipeline step is given only the sections that it depends on (so that
+changing the temperature does not repeat the data preparation).
+"""
+
+from flagscale.recipe.architecture import ArchitectureRecipe
+from flagscale.recipe.data import DataRecipe
+from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.models import StudentRecipe, TeacherRecipe
+from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.reading import load_recipe, parse_section
+from flagscale.recipe.recipe import Recipe
+from flagscale.recipe.results import (
+    EvaluationRecipe,
+    ExportRecipe,
+    ResourcesRecipe,
+    TrackingRecipe,
+)
+from flagscale.recipe.section import Section, SectionT
+from flagscale.recipe.training import TrainingRecipe
+
+__all__ = [
+    "ArchitectureRecipe",
+    "DataRecipe",
+    "DistillationRecipe",
+    "EvaluationRecipe",
+    "ExportRecipe",
+    "ParallelismRecipe",
+    "Recipe",
+    "ResourcesRecipe",
+    "Section",
+    "SectionT",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TrackingRecipe",
+    "TrainingRecipe",
+    "load_recipe",
+    "parse_section",
+]

@@ -1,0 +1,60 @@
+"""Section `training.parallelism`: how the training is spread over processes."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from flagscale.recipe.section import PositiveInt, Section
+
+
+class ParallelismRecipe(Section):
+    """Sizes of Megatron's process groups. What is left of the processes is data parallelism."""
+
+    tensor_model_parallel_size: PositiveInt = Field(1, description="TP: ranks that share a tensor")
+    sequence_parallel: bool = Field(
+        False, description="Split norms and residuals over TP ranks by sequence; needs TP > 1"
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="PP: ranks that share the layers"
+    )
+    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+        None, description="Chunks a pipeline rank, interleaved; distillation.loss=none only"
+    )
+    context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share a sequence")
+    expert_model_parallel_size: PositiveInt = Field(
+        1, description="EP: ranks that share the experts; divides DP x CP"
+    )
+    processes: PositiveInt | None = Field(
+        None, description="On one node; default: one a GPU, on a CPU TP x PP x CP x EP"
+    )
+    use_distributed_optimizer: bool | None = Field(
+        None, description="Shard the optimiser's state over DP ranks; default: on a GPU"
+    )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelismRecipe:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "sequence_parallel=true needs tensor_model_parallel_size above 1, but it is 1"
+            )
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and (chunks == 1 or self.pipeline_model_parallel_size == 1):
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size={chunks} needs to be above 1, and "
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} above 1 too"
+            )
+        if self.processes is not None and self.processes % self.model_parallel_size:
+            raise ValueError(
+                f"processes={self.processes} is not a multiple of tensor x pipeline x context = "
+                f"{self.model_parallel_size}"
+            )
+        return self

@@ -1,0 +1,46 @@
+"""The whole recipe: its sections together, and what they take from one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from flagscale.recipe.data import DataRecipe
+from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.models import StudentRecipe, TeacherRecipe
+from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
+from flagscale.recipe.section import Section
+from flagscale.recipe.training import TrainingRecipe
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)
+    teacher: TeacherRecipe
+    student: StudentRecipe
+    data: DataRecipe = DataRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
+    training: TrainingRecipe
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
+    resources: ResourcesRecipe = ResourcesRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:  # noqa: ANN401 - whatever YAML held
+        """Fill in what one section takes from another, so that each section stands alone."""
+        if not isinstance(values, dict):
+            return values
+        values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+        teacher = values.get("teacher")
+        data = values.setdefault("data", {})
+        export = values.setdefault("export", {})
+        if isinstance(teacher, dict) and isinstance(data, dict) and data.get("tokenizer") is None:
+            data["tokenizer"] = teacher.get("source")
+            data["tokenizer_revision"] = teacher.get("revision")
+        if isinstance(export, dict) and export.get("registered_model_name") is None:
+            export["registered_model_name"] = values.get("name")
+        return values

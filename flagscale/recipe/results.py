@@ -1,0 +1,54 @@
+"""Sections `evaluation`, `export`, `tracking` and `resources`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flagscale.recipe.section import PositiveInt, Section
+
+
+class EvaluationRecipe(Section):
+    """How the models are compared on the held-out test split."""
+
+    max_documents: PositiveInt | None = Field(
+        None, description="Evenly spread over the test split; default: the whole split"
+    )
+    max_document_tokens: PositiveInt | None = Field(
+        None, description="Predict no more of each document's start; default: whole documents"
+    )
+    micro_batch_size: PositiveInt = Field(4, description="Sequences a forward pass")
+    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+        1000, description="Resamples of the documents for the confidence intervals"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="Mass of the intervals")
+    prompts: tuple[str, ...] = Field((), description="Continued by every model, side by side")
+    max_new_tokens: PositiveInt = Field(40, description="Tokens a continuation")
+
+
+class ExportRecipe(Section):
+    """The Hugging Face folder that comes out."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights on disk")
+    max_logit_difference: float = Field(
+        1e-3, gt=0, description="Largest |logit| difference after the round trip (in float32)"
+    )
+    registered_model_name: str | None = Field(
+        None, description="Name in the MLflow model registry; default: the recipe's name"
+    )
+
+
+class TrackingRecipe(Section):
+    """Where MLflow puts the runs. The server comes from MLFLOW_TRACKING_URI, else SQLite."""
+
+    experiment: str = Field("flagscale-distillation", min_length=1)
+
+
+class ResourcesRecipe(Section):
+    """What a step that runs models asks of a cluster. Ignored by `pipelines run`."""
+
+    accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
+    accelerator_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name")
+    cpu: str = Field("2", description="Kubernetes CPU quantity")
+    memory: str = Field("8G", description="Kubernetes memory quantity")

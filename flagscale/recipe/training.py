@@ -1,0 +1,86 @@
+"""Section `training`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.section import Fraction, PositiveInt, Section
+
+
+class TrainingRecipe(Section):
+    """Optimisation. Names and meanings are Megatron's."""
+
+    train_iters: PositiveInt = Field(description="Optimiser steps")
+    micro_batch_size: PositiveInt = Field(1, description="Sequences a forward pass")
+    global_batch_size: PositiveInt = Field(1, description="Sequences an optimiser step")
+    lr: float = Field(gt=0, description="Peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    lr_warmup_iters: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warmup")
+    lr_wsd_decay_iters: PositiveInt | None = Field(None, description="WSD: steps of the decay")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0: none")
+    seed: int = Field(1234, ge=0, description="Data order and dropout")
+    eval_interval: PositiveInt = Field(50, description="Steps between validations")
+    eval_iters: PositiveInt = Field(4, description="Global batches a validation")
+    save_interval: PositiveInt = Field(50, description="Steps between checkpoints")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine on a GPU where installed, else local"
+    )
+    fp8: Literal["none", "e4m3", "hybrid"] = Field(
+        "none", description="Matrix products in FP8; transformer_engine on a GPU only"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = Field(
+        "delayed", description="How transformer-engine scales FP8 tensors"
+    )
+    recompute_granularity: Literal["none", "selective", "full"] = Field(
+        "none", description="Recompute attention, or whole layers, in the backward pass"
+    )
+    reset_attention_mask: bool = Field(
+        False, description="Attention and positions start anew at each document of a sample"
+    )
+    parallelism: ParallelismRecipe = ParallelismRecipe()
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = Field(
+        "disabled", description="Megatron-Core's rerun state machine: recompute suspicious steps"
+    )
+    record_memory_history: bool = Field(
+        False, description="Write a snapshot of the GPU's memory when it runs out"
+    )
+    use_legacy_models: bool = Field(
+        False, description="Megatron-LM's legacy model; distillation.loss=none only"
+    )
+    async_save: bool = Field(False, description="Train on while a checkpoint is written")
+    keep_checkpoints: PositiveInt = Field(2, description="The newest, beside the best")
+    keep_weights: Literal["last", "best"] = Field(
+        "last", description="Which become the distilled student; best: by validation loss"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingRecipe:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.lr_warmup_iters >= self.train_iters:
+            raise ValueError(
+                f"lr_warmup_iters={self.lr_warmup_iters} must be below "
+                f"train_iters={self.train_iters}"
+            )
+        if (self.lr_decay_style == "WSD") != (self.lr_wsd_decay_iters is not None):
+            raise ValueError(
+                f"lr_decay_style={self.lr_decay_style} and lr_wsd_decay_iters="
+                f"{self.lr_wsd_decay_iters}: WSD needs it and nothing else takes it"
+            )
+        return self
