@@ -1,17 +1,15 @@
 """A `dataset` artifact -> training and validation batches, and whole documents for evaluation.
 
-Packing is Megatron's: documents, shuffled once, are laid end to end (each with its EOD) and cut
-into samples of `seq_length` tokens, the labels one token ahead. An epoch is a permutation of the
-samples that depends on the seed and the epoch's number, so what a step trains on depends on the
-seed and the step alone: not on how many steps there will be, nor on where a run was resumed.
+What a step trains on depends on the seed and the step alone: not on how many steps there will be,
+nor on where a run was resumed, nor on the number of ranks. An epoch of a corpus is a permutation of
+its samples that depends on the seed and the epoch's number; several corpora are interleaved by
+weight, each with epochs of its own.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from flagscale.artifacts import MANIFEST, digest
-from flagscale.data.encoder import SPLITS
+from flagscale import platform
+from flagscale.data.blending import Epochs, Interleave
+from flagscale.data.borders import Sample, pieces
+from flagscale.data.prefetch import Ahead
+from flagscale.data.samples import Index, Samples, check_split, parts_of, read_manifest
 from flagscale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_SEED = 0  # of no run: every run validates on the same samples
-_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+VALIDATION_SEED = 0  # of no run: every run validates on the same samples
+_AHEAD = 8  # micro-batches
+_POSITIONS_A_LOOK = 4096
+MicroBatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,118 @@ class BatchShape:
             yield range(start, start + self.micro_batch_size)
 
 
+class Mixture:
+    """The endless sequence of samples of one or several parts of a split.
+
+    Args:
+        parts: an epoch of each.
+        weights: their shares.
+        seed: of the epochs' order.
+    """
+
+    def __init__(self, parts: list[Samples], weights: list[float], seed: int) -> None:
+        self._parts = parts
+        self._epochs = [Epochs(len(part), seed) for part in parts]
+        self._interleave = Interleave(weights)
+        self._look = range(0)
+        self._order: list[tuple[int, int]] = []
+
+    def __getitem__(self, position: int) -> Sample:
+        part, number = (0, position) if len(self._parts) == 1 else self._take(position)
+        return self._parts[part][self._epochs[part][number]]
+
+    def _take(self, position: int) -> tuple[int, int]:
+        if position not in self._look:
+            start = position - position % _POSITIONS_A_LOOK
+            self._look = range(start, start + _POSITIONS_A_LOOK)
+            corpora, numbers = self._interleave.span(self._look.start, self._look.stop)
+            self._order = list(zip(corpora.tolist(), numbers.tolist(), strict=True))
+        return self._order[position - self._look.start]
+
+
 class Batches:
     """Micro-batches of some steps; each `iter()` starts again at the first of them.
 
     A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], and `loss_mask`,
-    float32 [b, s]; attention is causal. A step has `global_batch_size / (micro_batch_size *
-    data_parallel_size)` of them.
+    float32 [b, s], in pinned memory where there is a GPU. A step has `global_batch_size /
+    (micro_batch_size * data_parallel_size)` of them. A thread makes them ahead.
+
+    With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
+    each document, and a micro-batch also has:
+
+    * `cu_seqlens`: int32 [pieces + 1], the documents' borders in the b * s tokens laid out row
+      after row, strictly rising from 0 to b * s. What fills a row after its last conversation is a
+      piece of its own, and each row begins one.
+    * `max_seqlen`: int, tokens of the longest piece.
+
+    No loss is then taken where a document's last token (EOD) would have to predict the first of
+    the next one, about which it knows nothing.
     """
 
     def __init__(
-        self, samples: GPTDataset, shape: BatchShape, seed: int, steps: Iterable[int]
+        self,
+        parts: list[Samples],
+        weights: list[float],
+        shape: BatchShape,
+        seed: int,
+        steps: Iterable[int],
+        reset_attention_mask: bool,
     ) -> None:
-        self._samples = samples
+        self._parts = parts
+        self._weights = weights
         self._shape = shape
         self._seed = seed
         self._steps = steps
+        self._reset = reset_attention_mask
+        self._device = platform.device()
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        order = _Order(len(self._samples), self._seed)
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return Ahead(self._make, _AHEAD)
+
+    def _make(self) -> Iterator[MicroBatch]:
+        if platform.HAS_GPU:
+            torch.cuda.set_device(self._device)  # a thread begins on device 0
+        samples = Mixture(self._parts, self._weights, self._seed)
         for step in self._steps:
             for positions in self._shape.micro_batches(step):
-                rows = [self._samples[order[position]] for position in positions]
-                yield {key: torch.stack([row[key] for row in rows]) for key in _BATCH_KEYS}
+                yield self._stack([samples[position] for position in positions])
+
+    def _stack(self, rows: list[Sample]) -> MicroBatch:
+        batch_size, seq_length = len(rows), len(rows[0].tokens)
+        stacked: dict[str, np.ndarray] = {
+            "tokens": np.stack([row.tokens for row in rows]),
+            "labels": np.stack([row.labels for row in rows]),
+            "loss_mask": np.stack([row.loss_mask for row in rows]),
+        }
+        extra: MicroBatch = {}
+        if self._reset:
+            found = pieces([row.starts for row in rows], seq_length)
+            stacked |= {"position_ids": found.position_ids, "cu_seqlens": found.cu_seqlens}
+            extra["max_seqlen"] = found.max_seqlen
+        else:
+            stacked["position_ids"] = np.tile(np.arange(seq_length), (batch_size, 1))
+        tensors = {name: torch.from_numpy(array) for name, array in stacked.items()}
+        if platform.HAS_GPU:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {**tensors, **extra}
+
+
+def prepare_index(dataset: Path, cache: Path, seed: int) -> None:
+    """Build what `train_iterator` and `validation_batches` read in `cache`.
+
+    Where there are several processes, rank 0 calls this, and the others wait for it (a barrier is
+    the caller's); they then only read, and need not all do so. A process alone may leave it out.
+
+    Args:
+        dataset: a `dataset` artifact; nothing is written there.
+        cache: folder for the index, kept between runs; of one run at a time.
+        seed: of the training order.
+
+    Raises:
+        UserError: the artifact is unusable, or a split does not fill one sample.
+    """
+    Index(dataset, cache, "train", seed).build()
+    Index(dataset, cache, "validation", VALIDATION_SEED).build()
 
 
 def train_iterator(
@@ -100,28 +191,31 @@ def train_iterator(
     start_step: int = 0,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
-) -> Iterator[dict[str, torch.Tensor]]:
+    reset_attention_mask: bool = False,
+) -> Iterator[MicroBatch]:
     """Micro-batches of the training split, for ever, as `Batches` and `BatchShape` describe them.
-
-    All ranks must call this together: rank 0 builds the sample index, the others then read it.
 
     Args:
         dataset: a `dataset` artifact; nothing is written there.
-        cache: folder for the sample index, kept between runs; of one run at a time.
+        cache: folder of the sample index (`prepare_index`).
         micro_batch_size: see `BatchShape`; so are the other sizes.
         global_batch_size: sequences a step.
         seed: of the order.
         start_step: the optimiser step that the first batch belongs to, from 0.
         data_parallel_rank: this rank's share.
         data_parallel_size: number of shares.
+        reset_attention_mask: keep documents apart; see `Batches`.
 
     Raises:
         UserError: the artifact is unusable, the split does not fill one sample, or the batch sizes
             do not divide.
+        RuntimeError: there are several processes, and no index.
     """
     shape = BatchShape(micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
-    samples = _open_samples(dataset, cache, "train", seed)
-    return iter(Batches(samples, shape, seed, itertools.count(start_step)))
+    index = Index(dataset, cache, "train", seed)
+    parts = index.open(reset_attention_mask)
+    steps = itertools.count(start_step)
+    return iter(Batches(parts, _weights(index, parts), shape, seed, steps, reset_attention_mask))
 
 
 def validation_batches(
@@ -133,6 +227,7 @@ def validation_batches(
     eval_iters: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
+    reset_attention_mask: bool = False,
 ) -> Batches:
     """`eval_iters` global batches of the validation split: the same samples whatever the run.
 
@@ -140,22 +235,26 @@ def validation_batches(
     Arguments and errors are those of `train_iterator`.
     """
     shape = BatchShape(micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
-    samples = _open_samples(dataset, cache, "validation", _VALIDATION_SEED)
-    if len(samples) < eval_iters * global_batch_size:
+    index = Index(dataset, cache, "validation", VALIDATION_SEED)
+    parts = index.open(reset_attention_mask)
+    found = sum(map(len, parts))
+    if found < eval_iters * global_batch_size:
         logger.info(
             "validation: there are %d samples, so with eval_iters=%d and global_batch_size=%d some "
             "are used twice",
-            len(samples),
+            found,
             eval_iters,
             global_batch_size,
         )
-    return Batches(samples, shape, _VALIDATION_SEED, range(eval_iters))
+    weights = _weights(index, parts)
+    steps = range(eval_iters)
+    return Batches(parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask)
 
 
 def split_documents(
     dataset: Path, split: str, max_documents: int | None = None
 ) -> list[np.ndarray]:
-    """The documents of a split, in the order of the index.
+    """The documents of a split, in the order of the index, corpus after corpus.
 
     Args:
         dataset: a `dataset` artifact.
@@ -168,92 +267,20 @@ def split_documents(
     Raises:
         UserError: the artifact is unusable.
     """
-    _check_split(split)
-    _read_manifest(dataset)
-    indexed = IndexedDataset(str(dataset / split))
-    count = len(indexed)
-    chosen: Iterable[int] = range(count)
+    check_split(split)
+    facts = read_manifest(dataset)["facts"]
+    files = dict.fromkeys(part.file for part in parts_of(facts, split))
+    indexed = [IndexedDataset(str(dataset / file)) for file in files]
+    places = [(one, number) for one in indexed for number in range(len(one))]
+    count = len(places)
     if max_documents is not None and max_documents < count:
-        chosen = [i * count // max_documents for i in range(max_documents)]
-    return [np.asarray(indexed[i], np.int64) for i in chosen]
+        places = [places[i * count // max_documents] for i in range(max_documents)]
+    return [np.asarray(one[number], np.int64) for one, number in places]
 
 
-class _Order:
-    """Position in an endless sequence of epochs -> sample; keeps one epoch's permutation."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count = count
-        self._seed = seed
-        self._epoch = 0
-        self._permutation: np.ndarray | None = None  # epoch 0: Megatron has shuffled already
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self._count)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            random = np.random.default_rng((self._seed, epoch))
-            self._permutation = random.permutation(self._count) if epoch else None
-        return place if self._permutation is None else int(self._permutation[place])
-
-
-def _open_samples(dataset: Path, cache: Path, split: str, seed: int) -> GPTDataset:
-    """One epoch of samples."""
-    _check_split(split)
-    manifest = _read_manifest(dataset)
-    facts = manifest["facts"]
-    needed, found = facts["seq_length"] + 1, facts["splits"][split]["tokens"]
-    if found < needed:
-        raise UserError(f"{dataset}: the {split} split has {found} tokens, a sample needs {needed}")
-    # Megatron's cache knows the path alone, and an artifact may be made anew at the same path
-    folder = cache / digest(manifest["files"]).removeprefix("sha256:")[:16] / f"{split}-{seed}"
-    complete = folder / "complete"
-    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if is_first and not complete.exists():
-        shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half an index
-    blends: list[tuple[list[str], None] | None] = [None] * len(SPLITS)
-    blends[SPLITS.index(split)] = ([str(dataset / split)], None)
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=facts["seq_length"],
-        blend_per_split=blends,
-        path_to_cache=str(folder),
-        tokenizer=_Vocabulary(facts["vocab_size"], facts["eod_id"]),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [None] * len(SPLITS), lambda: True, config)
-    samples = builder.build()[SPLITS.index(split)]
-    if is_first:
-        complete.touch()
-    return samples
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What Megatron's datasets ask of a tokenizer. No padding token: samples are always full."""
-
-    vocab_size: int
-    eod: int
-
-    @property
-    def unique_identifiers(self) -> dict[str, int]:
-        return {"vocab_size": self.vocab_size, "eod": self.eod}
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-
-
-def _read_manifest(dataset: Path) -> dict[str, Any]:
-    """The manifest alone: the step has checked the files when it opened the artifact."""
-    try:
-        manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
-        kind = manifest["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{dataset}: no dataset here ({MANIFEST}: {error})") from error
-    if kind != "dataset":
-        raise UserError(f"{dataset}: is a {kind!r}, but a 'dataset' is needed")
-    return manifest
+def _weights(index: Index, parts: list[Samples]) -> list[float]:
+    """The recipe's, or where it gives none the number of samples."""
+    return [
+        float(len(samples) if part.weight is None else part.weight)
+        for part, samples in zip(index.parts, parts, strict=True)
+    ]

@@ -68,6 +68,16 @@ class Counts:
         return sum(counts.tokens for counts in self.splits.values())
 
 
+def corpus_file(split: str, corpus: str | None) -> str:
+    """Prefix of the indexed dataset of a split; in training each of several corpora has its own."""
+    return split if corpus is None or split != "train" else f"{split}-{corpus}"
+
+
+def mask_file(corpus: str) -> str:
+    """Prefix of what says which tokens of an indexed dataset are to be learnt."""
+    return f"{corpus}.mask"
+
+
 def write_splits(
     documents: Iterable[Document], encoder: Encoder, folder: Path, workers: int | None = None
 ) -> Counts:

@@ -16,6 +16,7 @@ from flagscale.data.encoder import SPLITS, Encoder
 from flagscale.data.loader import (
     Batches,
     BatchShape,
+    prepare_index,
     split_documents,
     train_iterator,
     validation_batches,
@@ -197,10 +198,19 @@ def test_with_torch_distributed(dataset: Path, tmp_path: Path) -> None:
 def _rank(rank: int, dataset: Path, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    batches = train(
-        dataset, folder / "cache", data_parallel_rank=rank, data_parallel_size=2, seed=11
-    )
-    torch.save(take(batches, 6), folder / f"{rank}.pt")
+    cache = folder / "cache"
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="rank 0 calls prepare_index"):
+            train(dataset, cache, seed=11)
+        prepare_index(dataset, cache, seed=11)
+    dist.barrier()
+    if rank == 1:  # no other process has a part in it
+        batches = train(dataset, cache, data_parallel_rank=1, data_parallel_size=2, seed=11)
+        torch.save(take(batches, 6), folder / "1.pt")
+    dist.barrier()
+    batches = train(dataset, cache, data_parallel_rank=rank, data_parallel_size=2, seed=11)
+    if rank == 0:
+        torch.save(take(batches, 6), folder / "0.pt")
     dist.destroy_process_group()
 
 

@@ -1,0 +1,259 @@
+"""The samples of a `dataset` artifact, and the index that says which tokens each has.
+
+Text is packed by Megatron's `GPTDataset`: documents, shuffled once, are laid end to end (each with
+its EOD) and cut into samples. Conversations stay whole (`flagscale.data.packing`). An index is
+built by one process, once, in a cache folder, and then read by all; no collective call is made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from flagscale.artifacts import MANIFEST, digest
+from flagscale.data.borders import Sample, starts_after
+from flagscale.data.encoder import SPLITS
+from flagscale.data.packing import ChatSamples, load_packing, pack, save_packing
+from flagscale.data.writer import corpus_file, mask_file
+from flagscale.errors import UserError
+
+_COMPLETE = "complete"
+
+
+class Samples(Protocol):
+    """One epoch of samples, shuffled."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of a split that are packed together.
+
+    Attributes:
+        split: `train`, `validation` or `test`.
+        kind: `text` or `chat`.
+        file: the indexed dataset inside the artifact.
+        documents: which of its documents, rising; all of one kind.
+        tokens: of these documents, EODs included.
+        name: of the corpus; None where there is one alone, or where several are together.
+        weight: share of the training samples; None: by the number of samples.
+    """
+
+    split: str
+    kind: str
+    file: str
+    documents: list[range]
+    tokens: int
+    name: str | None
+    weight: float | None
+
+
+class TextSamples:
+    """`GPTDataset` as samples.
+
+    Args:
+        samples: Megatron's.
+        eod_id: ends a document.
+        reset_attention_mask: EOD does not predict the next document's first token.
+    """
+
+    def __init__(self, samples: GPTDataset, eod_id: int, reset_attention_mask: bool) -> None:
+        self._samples = samples
+        self._eod_id = eod_id
+        self._reset = reset_attention_mask
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        found = self._samples[index]
+        tokens, labels, loss_mask = (
+            found[name].numpy() for name in ("tokens", "labels", "loss_mask")
+        )
+        if self._reset:
+            loss_mask[tokens == self._eod_id] = 0
+        return Sample(tokens, labels, loss_mask, starts_after(tokens, self._eod_id))
+
+
+class Index:
+    """The index of one split of a dataset in a cache folder.
+
+    Args:
+        dataset: a `dataset` artifact; nothing is written there.
+        cache: folder that is kept between runs; of one run at a time.
+        split: `train`, `validation` or `test`.
+        seed: of the shuffles.
+
+    Raises:
+        UserError: the artifact is unusable, or the split does not fill one sample.
+    """
+
+    def __init__(self, dataset: Path, cache: Path, split: str, seed: int) -> None:
+        manifest = read_manifest(dataset)
+        self._facts = manifest["facts"]
+        self._dataset = dataset
+        self._seed = seed
+        # Megatron's cache knows the path alone, and an artifact may be made anew at the same path
+        self._cache = cache / digest(manifest["files"]).removeprefix("sha256:")[:16]
+        self.parts = parts_of(self._facts, split)
+        for part in self.parts:
+            self._check(part)
+
+    def build(self) -> None:
+        """Build what is not there yet; in one process, rank 0 where there are several."""
+        for part in self.parts:
+            folder = self._folder(part)
+            if (folder / _COMPLETE).exists():
+                continue
+            shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half an index
+            if part.kind == "chat":
+                lengths = IndexedDataset(str(self._dataset / part.file)).sequence_lengths
+                chosen = np.concatenate([lengths[r.start : r.stop] for r in part.documents])
+                save_packing(pack(chosen, self._facts["seq_length"] + 1, self._seed), folder)
+            else:
+                self._gpt_dataset(part)
+            (folder / _COMPLETE).touch()
+
+    def open(self, reset_attention_mask: bool) -> list[Samples]:
+        """The samples of each part.
+
+        Raises:
+            RuntimeError: the index is not there, and there are other processes.
+        """
+        if not all((self._folder(part) / _COMPLETE).exists() for part in self.parts):
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    f"no index of {self._dataset} in {self._cache}: where there are several "
+                    "processes, rank 0 calls prepare_index, then all of them wait for it"
+                )
+            self.build()
+        return [self._samples(part, reset_attention_mask) for part in self.parts]
+
+    def _samples(self, part: Part, reset_attention_mask: bool) -> Samples:
+        eod_id = self._facts["eod_id"]
+        if part.kind == "text":
+            return TextSamples(self._gpt_dataset(part), eod_id, reset_attention_mask)
+        numbers = np.concatenate([np.arange(r.start, r.stop) for r in part.documents])
+        return ChatSamples(
+            self._dataset / part.file,
+            self._dataset / mask_file(part.file),
+            numbers,
+            load_packing(self._folder(part)),
+            self._facts["seq_length"],
+            eod_id,
+        )
+
+    def _gpt_dataset(self, part: Part) -> GPTDataset:
+        """Built directly: Megatron's builder of blends makes all ranks wait for one another."""
+        prefix = str(self._dataset / part.file)
+        index_split = Split(SPLITS.index(part.split))
+        blends: list[tuple[list[str], None] | None] = [None] * len(SPLITS)
+        blends[index_split.value] = ([prefix], None)
+        config = GPTDatasetConfig(
+            random_seed=self._seed,
+            sequence_length=self._facts["seq_length"],
+            blend_per_split=blends,
+            path_to_cache=str(self._folder(part)),
+            tokenizer=_Vocabulary(self._facts["vocab_size"], self._facts["eod_id"]),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        indexed = GPTDataset.build_low_level_dataset(prefix, config)
+        documents = np.concatenate(
+            [np.arange(r.start, r.stop, dtype=np.int32) for r in part.documents]
+        )
+        return GPTDataset(indexed, prefix, documents, None, index_split, config)
+
+    def _folder(self, part: Part) -> Path:
+        plain = part.name is None and part.kind == "text"
+        label = "" if plain else f"-{part.name or part.kind}"
+        return self._cache / f"{part.split}-{self._seed}{label}"
+
+    def _check(self, part: Part) -> None:
+        whose = f"the {part.split} split" + (f" of {part.name!r}" if part.name else "")
+        needed = self._facts["seq_length"] + 1
+        if part.kind == "text" and part.tokens < needed:
+            raise UserError(
+                f"{self._dataset}: {whose} has {part.tokens} tokens, a sample needs {needed}"
+            )
+        if not part.tokens:
+            raise UserError(f"{self._dataset}: {whose} has no conversation")
+
+
+def parts_of(facts: dict[str, Any], split: str) -> list[Part]:
+    """What is packed together: in training each corpus, else all text, and all conversations.
+
+    Args:
+        facts: the manifest's.
+        split: `train`, `validation` or `test`.
+    """
+    alone = {"name": None, "kind": "text", "weight": 1.0, "splits": facts["splits"]}
+    parts: dict[str, Part] = {}
+    begin = 0
+    for corpus in facts.get("corpora", [alone]):
+        counts = corpus["splits"][split]
+        name = corpus["name"] if split == "train" else None
+        if split == "train":
+            begin = 0
+        documents = range(begin, begin + counts["documents"])
+        begin = documents.stop
+        key = name or corpus["kind"]
+        before = parts.get(key)
+        parts[key] = Part(
+            split,
+            corpus["kind"],
+            corpus_file(split, name),
+            [*(before.documents if before else []), documents],
+            counts["tokens"] + (before.tokens if before else 0),
+            name,
+            corpus["weight"] if split == "train" else None,
+        )
+    return list(parts.values())
+
+
+def check_split(split: str) -> None:
+    """Raise `ValueError` unless it is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+
+
+def read_manifest(dataset: Path) -> dict[str, Any]:
+    """The manifest alone: the step has checked the files when it opened the artifact.
+
+    Raises:
+        UserError: there is none, or it is of another kind.
+    """
+    try:
+        manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
+        kind = manifest["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{dataset}: no dataset here ({MANIFEST}: {error})") from error
+    if kind != "dataset":
+        raise UserError(f"{dataset}: is a {kind!r}, but a 'dataset' is needed")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What Megatron's datasets ask of a tokenizer. No padding token: samples are always full."""
+
+    vocab_size: int
+    eod: int
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size, "eod": self.eod}
