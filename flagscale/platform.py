@@ -9,6 +9,7 @@ the project is written as if every machine had an accelerator.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -62,6 +63,11 @@ def has_distributed_optimizer() -> bool:
     Its state does not survive a resume with torch's Adam, which is all that a CPU has.
     """
     return HAS_GPU
+
+
+def has_gradient_accumulation_fusion() -> bool:
+    """Whether Apex's kernel that adds a weight's gradient to the one before can be used."""
+    return HAS_GPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def tune_optimizer(optimizer: MegatronOptimizer) -> None:

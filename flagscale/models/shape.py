@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale.artifacts import write_json
 from flagscale.errors import UserError
-from flagscale.recipe import StudentRecipe
+from flagscale.recipe import ArchitectureRecipe, StudentRecipe, parse_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -50,13 +50,15 @@ class ModelShape:
         padded_vocab_size: rows of the embedding in Megatron-Core; those past `vocab_size` are
             padding and never reach a loss or an export.
         max_position_embeddings: longest sequence, in tokens.
-        norm_epsilon: of every RMSNorm.
+        norm_epsilon: of every norm.
         rotary_base: RoPE's theta.
         use_rope_scaling: Llama 3's RoPE scaling.
         rope_scaling_factor: its factor.
-        qk_layernorm: RMSNorm on every query and key head.
+        qk_layernorm: norm on every query and key head; with latent attention, on the latents.
         add_qkv_bias: bias on the query, key and value projections.
         untie_embeddings_and_output_weights: whether the output layer has weights of its own.
+        architecture: what it has beyond its family; where that is nothing, the model can be
+            written as a Hugging Face model of the family.
     """
 
     model_type: str
@@ -76,26 +78,32 @@ class ModelShape:
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = False
+    architecture: ArchitectureRecipe = field(default_factory=ArchitectureRecipe)
 
     def save(self, artifact: Path) -> None:
         """Write `model.json` into an artifact's folder."""
-        write_json(artifact / MODEL_JSON, asdict(self))
+        values = asdict(self) | {"architecture": self.architecture.model_dump(mode="json")}
+        write_json(artifact / MODEL_JSON, values)
 
     @classmethod
     def load(cls, artifact: Path) -> ModelShape:
         """Read `model.json` of an artifact.
 
         Raises:
-            UserError: the file is missing, no JSON, or has other fields than this class.
+            UserError: the file is missing, no JSON, or has other fields than this class and
+                `ArchitectureRecipe`.
         """
         path = artifact / MODEL_JSON
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a model's shape: {error}") from error
-        names = {field.name for field in fields(cls)}
+        names = {item.name for item in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise UserError(f"{path}: must hold exactly the fields {', '.join(sorted(names))}")
+        values["architecture"] = parse_section(
+            ArchitectureRecipe, values["architecture"], where=f"{path}, architecture"
+        )
         return cls(**values)
 
 
@@ -180,10 +188,12 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
     """The shape that the recipe gives the student of `teacher`.
 
     Heads keep the teacher's width if that is independent of the hidden size (Qwen3); else it
-    follows from the student's hidden size and heads.
+    follows from the student's hidden size and heads. Latent attention has neither key/value groups
+    nor biases, and rotary embeddings of its own, without Llama 3's scaling.
 
     Raises:
-        UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide.
+        UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
+            or not one block configuration a layer.
     """
     layers = len(layers_to_keep(teacher.num_layers, student))
     if student.init != "scratch":
@@ -205,7 +215,7 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
             f"student.hidden_size={hidden} over {heads} heads makes heads of {kv_channels} "
             "channels; rotary embeddings need an even number"
         )
-    return replace(
+    shape = replace(
         teacher,
         num_layers=layers,
         hidden_size=hidden,
@@ -214,13 +224,44 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
         num_query_groups=groups,
         kv_channels=kv_channels,
     )
+    return _with_architecture(shape, student.architecture or ArchitectureRecipe())
+
+
+def _with_architecture(shape: ModelShape, architecture: ArchitectureRecipe) -> ModelShape:
+    shape = replace(shape, architecture=architecture)
+    if architecture.qk_layernorm is not None:
+        shape = replace(shape, qk_layernorm=architecture.qk_layernorm)
+    if architecture.multi_latent_attention:
+        shape = replace(
+            shape,
+            num_query_groups=shape.num_attention_heads,
+            add_qkv_bias=False,
+            use_rope_scaling=False,
+        )
+    if architecture.heterogeneous_layers_config is not None:
+        blocks = len(architecture.heterogeneous_layers_config["block_configs"])
+        if blocks != shape.num_layers:
+            raise UserError(
+                f"student.architecture.heterogeneous_layers_config has {blocks} block_configs, "
+                f"but the student has {shape.num_layers} layers: give one a layer"
+            )
+    return shape
 
 
 def hf_config_for(shape: ModelShape, template: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of `template` (the teacher's configuration) that describes `shape`.
 
     What a shape does not hold (special token ids, activation, initialisation) stays as it is.
+
+    Raises:
+        UserError: the family has no such model.
     """
+    if not shape.architecture.is_default:
+        changed = shape.architecture.model_dump(mode="json", exclude_defaults=True)
+        raise UserError(
+            f"student.architecture={changed}: no {shape.model_type} configuration of Hugging Face "
+            "holds that; set export.format=megatron"
+        )
     config = copy.deepcopy(template)
     for stale in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(stale, None)

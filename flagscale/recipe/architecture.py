@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flagscale.recipe.section import PositiveInt, Section
+
+_MOE = (
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_layer_freq",
+    "moe_grouped_gemm",
+    "moe_aux_loss_coeff",
+)
+_MLA = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
 class ArchitectureRecipe(Section):
     """Megatron's model arguments that no Llama or Qwen configuration holds."""
 
-    spec: str | None = Field(None, description="Layer spec of your own: 'module:name'")
+    spec: str | None = Field(
+        None,
+        description="Layer spec of your own: 'module:name' of a Megatron-Core ModuleSpec, or of a "
+        "function that makes one of the TransformerConfig",
+    )
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    qk_layernorm: bool | None = Field(
+        None, description="Norm on queries and keys (MLA: on the latents); default: the teacher's"
+    )
     num_experts: PositiveInt | None = Field(None, description="Experts a layer (MoE)")
     moe_router_topk: PositiveInt = Field(2, description="Experts a token")
     moe_ffn_hidden_size: PositiveInt | None = Field(
@@ -22,19 +39,93 @@ class ArchitectureRecipe(Section):
     moe_shared_expert_intermediate_size: PositiveInt | None = Field(
         None, description="Width of the expert that every token takes; default: none"
     )
-    moe_layer_freq: PositiveInt = Field(1, description="Every so many layers have experts")
+    moe_layer_freq: PositiveInt = Field(
+        1, description="Layers 1, 1 + this, ... have experts, the others one MLP"
+    )
     moe_grouped_gemm: bool = Field(False, description="All experts in one kernel; GPU only")
     moe_aux_loss_coeff: float = Field(0.0, ge=0, description="Weight of the load-balancing loss")
     multi_latent_attention: bool = Field(False, description="DeepSeek's MLA")
-    q_lora_rank: PositiveInt | None = Field(None, description="MLA: rank of the queries")
+    q_lora_rank: PositiveInt | None = Field(
+        None, description="MLA: rank of the queries; default: whole"
+    )
     kv_lora_rank: PositiveInt = Field(32, description="MLA: rank of keys and values")
     qk_head_dim: PositiveInt = Field(128, description="MLA: channels without positions")
-    qk_pos_emb_head_dim: PositiveInt = Field(64, description="MLA: channels with positions")
+    qk_pos_emb_head_dim: PositiveInt = Field(64, description="MLA: channels with positions; even")
     v_head_dim: PositiveInt = Field(128, description="MLA: channels of a value head")
     mtp_num_layers: PositiveInt | None = Field(
         None, description="Multi-token prediction: depths; distillation.loss=none only"
     )
     mtp_loss_scaling_factor: float = Field(0.1, gt=0, description="Weight of the MTP losses")
     heterogeneous_layers_config: dict[str, Any] | None = Field(
-        None, description="A block configuration a layer, as Megatron-Core's heterogeneous specs"
+        None,
+        description="{block_configs: [{attention: ..., mlp: ...}, one a layer]}, as in Megatron-"
+        "Core's HeterogeneousTransformerConfig",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ArchitectureRecipe:
+        if self.num_experts is None:
+            self._check_unused(_MOE, "num_experts")
+        elif self.moe_router_topk > self.num_experts:
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk} is above num_experts={self.num_experts}"
+            )
+        if not self.multi_latent_attention:
+            self._check_unused(_MLA, "multi_latent_attention: true")
+        if self.qk_pos_emb_head_dim % 2:
+            raise ValueError(
+                f"qk_pos_emb_head_dim={self.qk_pos_emb_head_dim}: must be even, rotary embeddings "
+                "turn pairs of channels"
+            )
+        if self.mtp_num_layers is None:
+            self._check_unused(("mtp_loss_scaling_factor",), "mtp_num_layers")
+        if self.heterogeneous_layers_config is not None:
+            self._check_heterogeneous(self.heterogeneous_layers_config)
+        return self
+
+    def _check_unused(self, names: tuple[str, ...], needed: str) -> None:
+        """Refuse an option that would do nothing."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect without {needed}")
+
+    def _check_heterogeneous(self, config: dict[str, Any]) -> None:
+        for name in ("spec", "num_experts", "multi_latent_attention", "mtp_num_layers"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with heterogeneous_layers_config: Megatron-"
+                    "Core's heterogeneous layers are plain attention and MLP; choose one of the two"
+                )
+        blocks = config.get("block_configs")
+        if set(config) != {"block_configs"} or not isinstance(blocks, list) or not blocks:
+            raise ValueError(
+                "heterogeneous_layers_config: must hold block_configs alone, a list of "
+                f"{{attention, mlp}}, one a layer, and holds {', '.join(config) or 'nothing'}"
+            )
+        for number, block in enumerate(blocks, start=1):
+            _check_block(number, block)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing here is set: the model is one of the teacher's family."""
+        return self == type(self)()
+
+
+def _check_block(number: int, block: Any) -> None:  # noqa: ANN401 - whatever YAML held
+    where = f"heterogeneous_layers_config, layer {number}"
+    known = {"attention": "num_query_groups", "mlp": "ffn_hidden_size"}
+    if not isinstance(block, dict) or set(block) != set(known):
+        raise ValueError(f"{where}: must be {{attention: ..., mlp: ...}}, and is {block!r}")
+    for name, size in known.items():
+        allowed = {"no_op", "replace_with_linear", size}
+        part = block[name]
+        if not isinstance(part, dict) or not set(part) <= allowed:
+            raise ValueError(
+                f"{where}: {name}={part!r}: must be a mapping of {', '.join(sorted(allowed))}"
+            )
+        chosen = [key for key in allowed if part.get(key)]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"{where}: {name}={part!r}: must say exactly one of no_op: true, "
+                f"replace_with_linear: true, {size}: N"
+            )

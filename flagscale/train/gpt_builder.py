@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flagscale.errors import UserError
 from flagscale.train.arguments import Arguments
-from flagscale.train.attention import SDPACoreAttention
+from flagscale.train.layer_specs import layer_spec, mtp_block_spec
+from flagscale.train.transformer_config import transformer_config
 
 if TYPE_CHECKING:
     import megatron.legacy.model
@@ -36,10 +30,11 @@ def build_gpt_model(
     The columns of the padded vocabulary are no tokens: their logits are set to probability 0, so
     that losses and teacher agree with the unpadded model.
     """
-    shape = args.shape
+    shape, config = args.shape, transformer_config(args)
+    spec = layer_spec(args, config, vp_stage)
     model = GPTModel(
-        config=transformer_config(args),
-        transformer_layer_spec=layer_spec(args),
+        config=config,
+        transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=args.seq_length,
         pre_process=pre_process,
@@ -49,62 +44,13 @@ def build_gpt_model(
         rotary_base=shape.rotary_base,
         rope_scaling=shape.use_rope_scaling,
         rope_scaling_factor=shape.rope_scaling_factor,
+        mtp_block_spec=mtp_block_spec(args, config, spec, vp_stage),
         vp_stage=vp_stage,
     )
     model.unpadded_vocab_size = shape.vocab_size
     if post_process and shape.padded_vocab_size > shape.vocab_size:
         _mask_padded_vocabulary(model, shape.vocab_size)
     return model
-
-
-def transformer_config(args: Arguments) -> TransformerConfig:
-    """Megatron-Core's configuration for the arguments."""
-    shape = args.shape
-    recompute: dict[str, Any] = {}
-    if args.recompute_granularity == "selective":
-        recompute = {"recompute_granularity": "selective"}
-    if args.recompute_granularity == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.add_qkv_bias,
-        qk_layernorm=shape.qk_layernorm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=args.params_dtype == torch.bfloat16,
-        params_dtype=args.params_dtype,
-        pipeline_dtype=args.params_dtype,
-        # Losses are sums: the gradient is divided once, by the tokens of the whole global batch.
-        calculate_per_token_loss=True,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        **recompute,
-    )
-
-
-def layer_spec(args: Arguments) -> ModuleSpec:
-    """The transformer layer: transformer-engine's, or Megatron-Core's own with torch's SDPA."""
-    qk_layernorm = args.shape.qk_layernorm
-    if args.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    return spec
 
 
 def build_legacy_gpt_model(
