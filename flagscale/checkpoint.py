@@ -14,10 +14,10 @@ import logging
 import os
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -25,13 +25,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale.artifacts import disk_full, is_disk_full, write_json
 from flagscale.errors import UserError
+
+if TYPE_CHECKING:
+    from flagscale.train.setup import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +41,32 @@ _KEPT = 2
 _NOTHING_FREE = 2**16  # bytes
 
 
-def save_weights(model: GPTModel, folder: Path) -> None:
+def save_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     """Write a model's weights as a distributed checkpoint. All ranks call it.
+
+    Args:
+        chunks: this rank's part of the model, wrapped or not.
+        folder: is made.
 
     Raises:
         UserError: the disk is full.
     """
-    _save({"model": _weights(unwrap_model(model))}, folder)
+    _save(_by_chunk(chunks, _weights), folder)
 
 
-def load_weights(model: GPTModel, folder: Path) -> None:
-    """Read weights that `save_weights` wrote into a model of the same shape.
+def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
+    """Read weights that `save_weights` wrote, on any layout, into a model of the same shape.
+
+    All ranks call it.
 
     Raises:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
-    unwrapped = unwrap_model(model)
-    state = _load({"model": _weights(unwrapped)}, folder)
-    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
-    # against the checkpoint.
-    unwrapped.load_state_dict(state["model"], strict=False)
+    state = _load(_by_chunk(chunks, _weights), folder)
+    for name, chunk in _named_chunks(chunks).items():
+        # Not strict because of what `_weights` leaves out; that all the rest is there has been
+        # checked against the checkpoint.
+        unwrap_model(chunk).load_state_dict(state[name], strict=False)
 
 
 @dataclass
@@ -84,14 +91,10 @@ class TrainingCheckpoints:
         """Use `folder`, which need not exist yet."""
         self.folder = folder
 
-    def save(
-        self,
-        state: TrainingState,
-        model: GPTModel,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-    ) -> None:
+    def save(self, state: TrainingState, trainer: Trainer) -> None:
         """Write a checkpoint, make it the latest, and delete all but the newest two.
+
+        All ranks call it.
 
         Raises:
             UserError: the disk is full; the checkpoint before is untouched.
@@ -100,22 +103,26 @@ class TrainingCheckpoints:
         partial, final = self.folder / f".{name}.partial", self.folder / name
         if final.exists():
             return
-        for stale in self.folder.glob(".step-*.partial"):
-            shutil.rmtree(stale)
-        _save(_sharded_state(model, optimizer, scheduler), partial / "state")
-        history = {"training": state.training, "validation": state.validation}
-        _explaining_full_disk(lambda: write_json(partial / "history.json", history), partial)
-        os.replace(partial, final)
-        write_json(self.folder / _LATEST, {"step": state.step, "folder": name})
-        for old in sorted(self.folder.glob("step-*"))[:-_KEPT]:
-            shutil.rmtree(old)
+        if _is_first_rank():
+            for stale in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(stale)
+        _save(_sharded_state(trainer), partial / "state")
+        if _is_first_rank():
+            history = {"training": state.training, "validation": state.validation}
+            _explaining_full_disk(lambda: write_json(partial / "history.json", history), partial)
+            os.replace(partial, final)
+            write_json(self.folder / _LATEST, {"step": state.step, "folder": name})
+            for old in sorted(self.folder.glob("step-*"))[:-_KEPT]:
+                shutil.rmtree(old)
+        torch.distributed.barrier()
 
-    def restore(
-        self,
-        model: GPTModel,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-    ) -> TrainingState:
+    def poll(self) -> None:
+        """Finish a checkpoint that has been written meanwhile. All ranks call it after a step."""
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written. All ranks call it."""
+
+    def restore(self, trainer: Trainer) -> TrainingState:
         """Load the latest checkpoint, if there is one, and say where training stands.
 
         Raises:
@@ -126,15 +133,33 @@ class TrainingCheckpoints:
         except FileNotFoundError:
             return TrainingState()
         folder = self.folder / latest["folder"]
-        loaded = _load(
-            _sharded_state(model, optimizer, scheduler, is_loading=True), folder / "state"
-        )
-        unwrap_model(model).load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        loaded = _load(_sharded_state(trainer, is_loading=True), folder / "state")
+        for name, chunk in _named_chunks(trainer.chunks).items():
+            unwrap_model(chunk).load_state_dict(loaded[name])
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         torch.set_rng_state(loaded["rng_state"])
         history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         return TrainingState(latest["step"], history["training"], history["validation"])
+
+
+def _is_first_rank() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _named_chunks(chunks: GPTModel | Sequence[GPTModel]) -> dict[str, GPTModel]:
+    """Chunks under the names that Megatron gives them in a checkpoint."""
+    if not isinstance(chunks, Sequence):
+        return {"model": chunks}
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
+def _by_chunk(
+    chunks: GPTModel | Sequence[GPTModel], state_of: Callable[[GPTModel], dict[str, Any]]
+) -> dict[str, Any]:
+    return {name: state_of(unwrap_model(chunk)) for name, chunk in _named_chunks(chunks).items()}
 
 
 def _weights(model: GPTModel) -> dict[str, Any]:
@@ -150,23 +175,20 @@ def _weights(model: GPTModel) -> dict[str, Any]:
     }
 
 
-def _sharded_state(
-    model: GPTModel,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    is_loading: bool = False,
-) -> dict[str, Any]:
-    weights = unwrap_model(model).sharded_state_dict()
+def _sharded_state(trainer: Trainer, is_loading: bool = False) -> dict[str, Any]:
+    weights = _by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
     return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
-        "opt_param_scheduler": scheduler.state_dict(),
+        **weights,
+        "optimizer": trainer.optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        "opt_param_scheduler": trainer.scheduler.state_dict(),
         "rng_state": torch.get_rng_state(),
     }
 
 
 def _save(sharded_state: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True)
+    if _is_first_rank():
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
     # Megatron-Core hands the writers' results on through a manager process, which takes two seconds
     # to start and outlives a kill for ever. We save synchronously: a queue in this process will do.
     filesystem_async._results_queue = queue.Queue()

@@ -11,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from flagscale.errors import UserError
+from flagscale.recipe import ParallelismRecipe
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -57,12 +61,33 @@ def transformer_impl(choice: str) -> str:
     return "transformer_engine" if HAS_GPU else "local"
 
 
-def has_distributed_optimizer() -> bool:
-    """Whether Megatron-Core's distributed optimiser can be resumed here.
+def processes(parallelism: ParallelismRecipe) -> int:
+    """How many processes train on this machine: the recipe's number, or one a GPU.
 
-    Its state does not survive a resume with torch's Adam, which is all that a CPU has.
+    On a CPU, which has nothing to gain from more, as few as hold the model once.
     """
-    return HAS_GPU
+    if parallelism.processes is not None:
+        return parallelism.processes
+    if HAS_GPU:
+        return torch.cuda.device_count()
+    sizes = parallelism
+    ranks = math.lcm(sizes.context_parallel_size, sizes.expert_model_parallel_size)
+    return sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * ranks
+
+
+def use_distributed_optimizer(choice: bool | None) -> bool:
+    """Whether to shard the optimiser's state over data-parallel ranks, for the recipe's choice.
+
+    Raises:
+        UserError: it was asked for where it cannot be resumed: its state does not survive a resume
+            with torch's Adam, which is all that a CPU has.
+    """
+    if choice and not HAS_GPU:
+        raise UserError(
+            "training.parallelism.use_distributed_optimizer=true: a CPU's optimiser could not be "
+            "resumed from a checkpoint; leave it out"
+        )
+    return HAS_GPU if choice is None else choice
 
 
 def has_gradient_accumulation_fusion() -> bool:
@@ -78,14 +103,24 @@ def tune_optimizer(optimizer: MegatronOptimizer) -> None:
 
 
 @contextlib.contextmanager
-def runtime(seed: int = 1234) -> Iterator[None]:
+def runtime(
+    seed: int = 1234,
+    parallelism: ParallelismRecipe | None = None,
+    rerun_mode: str = "disabled",
+) -> Iterator[None]:
     """Start Megatron-Core's process state; take it down on exit.
 
     World size and rank come from torchrun's environment; without it, this is one process alone.
 
     Args:
         seed: of weights and dropout.
+        parallelism: sizes of the process groups; default: 1 each, all processes data-parallel.
+        rerun_mode: of the rerun state machine.
+
+    Raises:
+        UserError: the processes cannot be divided so.
     """
+    sizes = parallelism or ParallelismRecipe()
     with contextlib.ExitStack() as stack:
         if not HAS_GPU:
             stack.enter_context(_cuda_on_cpu())
@@ -98,14 +133,36 @@ def runtime(seed: int = 1234) -> Iterator[None]:
             initialize_rerun_state_machine,
         )
 
-        parallel_state.initialize_model_parallel()
+        _check_world_size(sizes, torch.distributed.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+            pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+            context_parallel_size=sizes.context_parallel_size,
+            expert_model_parallel_size=sizes.expert_model_parallel_size,
+        )
         stack.callback(parallel_state.destroy_model_parallel)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         with _silent("megatron.core.rerun_state_machine"):  # it announces itself as a warning
-            initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+            initialize_rerun_state_machine(mode=RerunMode(rerun_mode))
         stack.callback(destroy_rerun_state_machine)
         yield
+
+
+def _check_world_size(sizes: ParallelismRecipe, world_size: int) -> None:
+    if world_size % sizes.model_parallel_size:
+        raise UserError(
+            f"parallelism: tensor x pipeline x context = {sizes.tensor_model_parallel_size} x "
+            f"{sizes.pipeline_model_parallel_size} x {sizes.context_parallel_size} does not divide "
+            f"the {world_size} processes"
+        )
+    experts = sizes.expert_model_parallel_size * sizes.tensor_model_parallel_size
+    if (world_size // sizes.pipeline_model_parallel_size) % experts:
+        raise UserError(
+            f"parallelism: expert_model_parallel_size={sizes.expert_model_parallel_size} does not "
+            f"divide the data and context parallelism of {world_size} processes"
+        )
 
 
 @contextlib.contextmanager
@@ -174,6 +231,7 @@ class _NoStream:
 @contextlib.contextmanager
 def _cuda_on_cpu() -> Iterator[None]:
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     # It warns at every step that the CPU's random state changed within a GPU random context.
@@ -203,6 +261,9 @@ def _cuda_on_cpu() -> Iterator[None]:
         if not hasattr(moe_utils, "te_general_gemm"):
             # Megatron-Core 0.16.1 names it without transformer-engine too.
             stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
+        if multi_latent_attention.TELinear is None:
+            # It asks whether its layers are transformer-engine's, which is not there to be asked.
+            stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
         stack.enter_context(_CudaToCpu())
         yield
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import MethodType
 
 import modelopt.torch.distill as mtd
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from modelopt.torch.distill.plugins.megatron import (
     DistillationConfig,
     HiddenStateCosineLoss,
@@ -38,19 +40,27 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
     args = get_args()
     teacher = _build_teacher(args, pre_process, post_process)
     student = build_gpt_model(args, pre_process, post_process)
-    return convert_for_distillation(student, teacher, args.export_kd_cfg or DistillationRecipe())
+    distillation = args.export_kd_cfg or DistillationRecipe()
+    return convert_for_distillation(student, teacher, distillation, args.seed)
 
 
 def convert_for_distillation(
-    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe
+    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe, seed: int = 1234
 ) -> mtd.DistillationModel:
     """Convert `student` in place to ModelOpt's `kd_loss` mode.
 
     Its forward pass then runs the teacher too, and `compute_kd_loss` compares what both computed.
     The teacher is frozen and stays out of state dicts.
 
+    Args:
+        student: this pipeline stage's part; so is the teacher.
+        teacher: in evaluation mode.
+        distillation: the losses. Layers are counted over the whole model.
+        seed: of the projection between hidden sizes that differ.
+
     Raises:
-        ValueError: the two vocabularies differ, or an intermediate layer does not exist.
+        ValueError: the two vocabularies differ, or an intermediate layer does not exist, or is not
+            on the last pipeline stage, the one that computes losses.
     """
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
@@ -61,7 +71,7 @@ def convert_for_distillation(
         skip_lm_loss=distillation.skip_lm_loss,
         kd_loss_scale=distillation.kd_loss_scale,
         logit_kl_temperature=distillation.temperature,
-        criterion=_criteria(student, teacher, distillation),
+        criterion=_criteria(student, teacher, distillation, seed),
         loss_balancer=WeightedLossBalancer(
             distillation.skip_lm_loss,
             distillation.kd_loss_scale,
@@ -89,23 +99,42 @@ def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GP
 
 
 def _criteria(
-    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe
+    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe, seed: int
 ) -> dict[tuple[str, str], torch.nn.Module]:
     if not student.post_process:
         return {}
     criteria: dict[tuple[str, str], torch.nn.Module] = {
         _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
     }
-    projection = ProjectionLayer(student.config, teacher.config)  # shared by all pairs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the same projection on every layout
+        projection = ProjectionLayer(student.config, teacher.config)  # shared by all pairs
     for student_layer, teacher_layer, *kind in distillation.intermediate_layer_pairs:
-        for model, name in ((student, student_layer), (teacher, teacher_layer)):
-            try:
-                model.get_submodule(name)
-            except AttributeError as error:
-                raise ValueError(f"intermediate_layer_pairs: no layer {name!r}: {error}") from error
         loss = _INTERMEDIATE_LOSSES[kind[0] if kind else "cosine"]
-        criteria[student_layer, teacher_layer] = loss(student.config, projection_layer=projection)
+        names = _on_this_stage(student, student_layer), _on_this_stage(teacher, teacher_layer)
+        criteria[names] = loss(student.config, projection_layer=projection)
     return criteria
+
+
+def _on_this_stage(model: GPTModel, name: str) -> str:
+    """The name of a submodule on this pipeline stage, where layers count from 0 again."""
+    layer = re.match(r"decoder\.layers\.(\d+)", name)
+    local = name
+    if layer:
+        number = int(layer[1]) - get_transformer_layer_offset(model.config)
+        if number < 0:
+            raise ValueError(
+                f"intermediate_layer_pairs: {name!r} is not on the last of "
+                f"{model.config.pipeline_model_parallel_size} pipeline stages, which holds layers "
+                f"{int(layer[1]) - number} to {model.config.num_layers - 1}: only there are losses "
+                "computed; pair later layers, or use fewer stages"
+            )
+        local = f"decoder.layers.{number}{name[layer.end() :]}"
+    try:
+        model.get_submodule(local)
+    except AttributeError as error:
+        raise ValueError(f"intermediate_layer_pairs: no layer {name!r}: {error}") from error
+    return local
 
 
 def _keep_logits_for_the_kd_loss(model: mtd.DistillationModel) -> None:

@@ -5,25 +5,51 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
 
 from flagscale import platform, tracking
-from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact
+from flagscale.artifacts import (
+    Manifest,
+    Staging,
+    digest,
+    new_artifact,
+    open_artifact,
+    staging_path,
+)
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights, save_weights
-from flagscale.data.loader import train_iterator, validation_batches
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
+from flagscale.steps import launch
+from flagscale.steps.observers import Observers, Silence
 from flagscale.steps.step_process import deferred_stop, stop_requested
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
 from flagscale.train.progress import Progress
-from flagscale.train.setup import Trainer, setup_training
-from flagscale.train.train_gpt import model_provider
+from flagscale.train.rank_batches import RankBatches
+from flagscale.train.setup import Trainer, build_model_chunks, setup_training
 
 logger = logging.getLogger(__name__)
+
+# Of the training section: what changes no result but by rounding.
+_NO_MATTER = (
+    "async_save",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "parallelism",
+    "recompute_granularity",
+    "record_memory_history",
+    "rerun_mode",
+    "save_interval",
+)
 
 
 def distil_student(
@@ -36,6 +62,8 @@ def distil_student(
     output: Path,
 ) -> dict[str, float]:
     """Train the student; go on from the last checkpoint of the same training, if there is one.
+
+    With `training.parallelism` this process starts the ranks and waits for them.
 
     Args:
         distillation: the loss; `loss: none` trains without the teacher.
@@ -54,10 +82,38 @@ def distil_student(
         UserError: an input is missing, damaged, or does not fit the others.
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
+    processes = platform.processes(training.parallelism)
+    paths = {
+        "teacher": teacher,
+        "student": student,
+        "dataset": dataset,
+        "checkpoints": checkpoints,
+        "output": output,
+    }
+    if processes == 1 or launch.is_rank():
+        return _train(distillation, training, **paths)
+    request = {
+        "distillation": distillation.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        **{name: str(path) for name, path in paths.items()},
+    }
+    figures: dict[str, float] = launch.run_on_ranks(__name__, request, processes)
+    return figures
+
+
+def _train(
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    teacher: Path,
+    student: Path,
+    dataset: Path,
+    checkpoints: Path,
+    output: Path,
+) -> dict[str, float]:
+    """The work of one rank, or of the only process."""
     parents = {
-        "teacher": open_artifact(teacher, "teacher"),
-        "student": open_artifact(student, "student"),
-        "dataset": open_artifact(dataset, "dataset"),
+        name: open_artifact(path, name, check_files=launch.is_first_rank())
+        for name, path in (("teacher", teacher), ("student", student), ("dataset", dataset))
     }
     recipe = {
         "distillation": distillation.model_dump(mode="json"),
@@ -69,95 +125,113 @@ def distil_student(
     if distillation.loss != "none":
         args = with_teacher(args, teacher, distillation)
     with (
-        tracking.step_run("distil-student", recipe) as run,
-        platform.runtime(training.seed),
+        _tracked(recipe) as run,
+        platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
     ):
         trainer = _trainer(args, training, student)
-        state, saved = _restore(trainer, folder)
-        sizes = {
-            "micro_batch_size": training.micro_batch_size,
-            "global_batch_size": training.global_batch_size,
-        }
-        cache = folder / "data"
+        saved = TrainingCheckpoints(folder)
+        state = _restore(trainer, saved)
+        batches = RankBatches(dataset, folder / "data", args, training)
         with Progress(state.step, training.train_iters) as progress, deferred_stop():
             train(
                 trainer,
                 training,
                 state,
-                train_iterator(dataset, cache, seed=training.seed, start_step=state.step, **sizes),
-                validation_batches(dataset, cache, eval_iters=training.eval_iters, **sizes),
+                batches.train(state.step),
+                batches.validation,
                 saved,
-                _Observers(progress, run, state),
+                Observers(progress, run, state) if launch.is_first_rank() else Silence(),
                 stop_requested,
             )
         figures = _figures(state)
-        with new_artifact(
-            output, "distilled-student", recipe, parents, run.log_artifact
-        ) as staging:
+        with _written(output, recipe, parents, run) as staging:
             _save(trainer, state, student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
             staging.tokenizer_hash = parents["student"].tokenizer_hash
         speed = "median tokens per second"
         run.log_metrics({speed: figures[speed]})
-        shutil.rmtree(folder)
+        if launch.is_first_rank():
+            shutil.rmtree(folder)
     return figures
 
 
 def _fingerprint(recipe: dict[str, dict[str, object]], parents: dict[str, Manifest]) -> str:
     """Name of the checkpoints that may be resumed from: same inputs, same recipe, same result.
 
-    How often checkpoints are saved changes no result.
+    How often checkpoints are saved changes no result, nor does the number of processes (but for
+    rounding): a training may go on where it was on another layout.
     """
-    training = {k: v for k, v in recipe["training"].items() if k != "save_interval"}
+    training = {k: v for k, v in recipe["training"].items() if k not in _NO_MATTER}
     origin = {name: manifest.digest for name, manifest in parents.items()}
     return digest([recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
 
 
+@contextmanager
+def _tracked(recipe: dict[str, dict[str, object]]) -> Iterator[tracking.StepRun]:
+    """The step's run on the first rank; elsewhere one that tells nobody."""
+    if not launch.is_first_rank():
+        yield tracking.StepRun(None, None)
+        return
+    with tracking.step_run("distil-student", recipe) as run:
+        yield run
+
+
+@contextmanager
+def _written(
+    output: Path,
+    recipe: dict[str, dict[str, object]],
+    parents: dict[str, Manifest],
+    run: tracking.StepRun,
+) -> Iterator[Staging]:
+    """The artifact: the first rank's, into whose folder the others write their weights."""
+    if launch.is_first_rank():
+        kind = "distilled-student"
+        with new_artifact(output, kind, recipe, parents, run.log_artifact) as staging:
+            torch.distributed.barrier()
+            yield staging
+    else:
+        torch.distributed.barrier()
+        yield Staging(staging_path(output))
+
+
 def _trainer(args: Arguments, training: TrainingRecipe, student: Path) -> Trainer:
-    model = model_provider()
-    load_weights(model, student / WEIGHTS)
-    trainer = setup_training(model, args, training)
-    trainer.model.train()
+    chunks = build_model_chunks(args)
+    load_weights(chunks, student / WEIGHTS)
+    trainer = setup_training(chunks, args, training)
+    for chunk in trainer.chunks:
+        chunk.train()
     logger.info(
         "training %.1fM parameters in %s on %s",
-        sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6,
+        sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad)
+        / 1e6,
         str(args.params_dtype).removeprefix("torch."),
-        platform.device(),
+        _layout_text(args),
     )
     return trainer
 
 
-def _restore(trainer: Trainer, folder: Path) -> tuple[TrainingState, TrainingCheckpoints]:
-    checkpoints = TrainingCheckpoints(folder)
-    state = checkpoints.restore(trainer.model, trainer.optimizer, trainer.scheduler)
+def _layout_text(args: Arguments) -> str:
+    world_size = torch.distributed.get_world_size()
+    if world_size == 1:
+        return str(platform.device())
+    sizes = args.parallelism
+    names = {
+        "tensor": sizes.tensor_model_parallel_size,
+        "pipeline": sizes.pipeline_model_parallel_size,
+        "context": sizes.context_parallel_size,
+        "expert": sizes.expert_model_parallel_size,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+    split = " x ".join(f"{name} {size}" for name, size in names.items() if size > 1)
+    return f"this rank of {world_size} {platform.device().type} processes ({split})"
+
+
+def _restore(trainer: Trainer, checkpoints: TrainingCheckpoints) -> TrainingState:
+    state = checkpoints.restore(trainer)
     if state.step:
-        logger.info("resuming after step %d from %s", state.step, folder)
-    return state, checkpoints
-
-
-class _Observers:
-    """Passes every record on to the progress and to MLflow."""
-
-    def __init__(self, progress: Progress, run: tracking.StepRun, state: TrainingState) -> None:
-        """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
-        self._progress, self._run = progress, run
-        for record in state.training:
-            self._log("train", record)
-        for record in state.validation:
-            self._log("validation", record)
-
-    def trained(self, record: dict[str, float]) -> None:
-        self._progress.trained(record)
-        self._log("train", record)
-
-    def validated(self, record: dict[str, float]) -> None:
-        self._progress.validated(record)
-        self._log("validation", record)
-
-    def _log(self, prefix: str, record: dict[str, float]) -> None:
-        metrics = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}
-        self._run.log_metrics(metrics, step=int(record["step"]))
+        logger.info("resuming after step %d from %s", state.step, checkpoints.folder)
+    return state
 
 
 def _figures(state: TrainingState) -> dict[str, float]:
@@ -171,9 +245,23 @@ def _figures(state: TrainingState) -> dict[str, float]:
 
 
 def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -> None:
-    save_weights(plain_student(trainer.model), folder / WEIGHTS)
+    save_weights([plain_student(chunk) for chunk in trainer.chunks], folder / WEIGHTS)
+    if not launch.is_first_rank():
+        return
     shutil.copy(student / MODEL_JSON, folder / MODEL_JSON)
     shutil.copytree(student / "hf", folder / "hf")
     for name, records in (("training", state.training), ("validation", state.validation)):
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: str) -> Any:  # noqa: ANN401
+    return _train(
+        parse_section(DistillationRecipe, distillation, where="distil-student"),
+        parse_section(TrainingRecipe, training, where="distil-student"),
+        **{name: Path(path) for name, path in paths.items()},
+    )
+
+
+if __name__ == "__main__":
+    launch.work("distil-student", _run_rank)

@@ -164,7 +164,7 @@ def _validation_loss(
             global_batch_size=1,
             eval_iters=_VALIDATION_SEQUENCES,
         )
-        loss = evaluate_loss(model, iter(batches), _VALIDATION_SEQUENCES)["lm loss"]
+        loss = evaluate_loss([model], [iter(batches)], _VALIDATION_SEQUENCES)["lm loss"]
     guessing = math.log(shape.vocab_size)
     limit = teacher.max_validation_loss or guessing
     if not loss <= limit:

@@ -1,49 +1,142 @@
-"""What one micro-batch is, and how `forward_step` gets it."""
+"""What one micro-batch is, and how `forward_step` gets it.
+
+The data loader runs where it is needed and nowhere else: on the first and the last pipeline stage,
+on the first of the tensor-parallel ranks, which sends the others what it read. Context-parallel
+ranks all read the whole sequence and keep their part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from flagscale import platform
+from flagscale.train.arguments import Arguments
+from flagscale.train.global_vars import get_args
+
+# For each chunk of this rank its micro-batches; None where the rank is sent them, or needs none.
+ChunkBatches = Sequence[Iterator[dict[str, torch.Tensor]] | None]
+
+_INTEGERS = ("tokens", "labels", "position_ids")
 
 
 class Batch(NamedTuple):
-    """One micro-batch, in the order of Megatron's `get_batch`.
+    """One micro-batch, in the order of Megatron's `get_batch`. All None on a stage that needs none.
+
+    With packed samples b is 1: the rows stand one after the other.
 
     Attributes:
-        tokens: int64 [b, s].
-        labels: int64 [b, s]; what follows each token.
-        loss_mask: float32 [b, s]; 0 where a position has no loss.
-        attention_mask: None for causal attention, else bool [b or 1, 1, s, s], True = forbidden.
-        position_ids: int64 [b, s].
+        tokens: int64 [b, s / CP].
+        labels: int64 [b, s / CP]; what follows each token.
+        loss_mask: float32 [b, s / CP]; 0 where a position has no loss.
+        attention_mask: None for causal attention, else bool [b or 1, 1, s / CP, s], True =
+            forbidden.
+        position_ids: int64 [b, s / CP].
+        packed_seq_params: where documents begin and end, if they do not see one another.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    tokens: torch.Tensor | None
+    labels: torch.Tensor | None
+    loss_mask: torch.Tensor | None
     attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    packed_seq_params: PackedSeqParams | None = None
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> Batch:
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None = None
+) -> Batch:
     """The next micro-batch, on the device that the model is on.
 
     Args:
-        data_iterator: yields the dictionaries of `flagscale.data.loader`.
+        data_iterator: yields the dictionaries of `flagscale.data.loader`; None where
+            `reads_data` is false.
+        vp_stage: which chunk of an interleaved pipeline asks.
     """
-    values = next(data_iterator)
+    args = get_args()
+    if not _needs_batch(args, vp_stage):
+        return Batch(None, None, None, None, None)
+    values = None if data_iterator is None else next(data_iterator)
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        values = _from_first_tensor_rank(values, args)
+    assert values is not None, "no data iterator on a rank that reads data"
     device = platform.device()
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
     }
+    if args.reset_attention_mask:
+        return _packed(moved)
+    kept = {name: moved[name] for name in (*_INTEGERS, "loss_mask")}
+    if moved.get("attention_mask") is not None:
+        kept["attention_mask"] = moved["attention_mask"]
+    kept = get_batch_on_this_cp_rank(kept)
     return Batch(
-        tokens=moved["tokens"],
-        labels=moved["labels"],
-        loss_mask=moved["loss_mask"],
-        attention_mask=moved.get("attention_mask"),
-        position_ids=moved["position_ids"],
+        kept["tokens"],
+        kept["labels"],
+        kept["loss_mask"],
+        kept.get("attention_mask"),
+        kept["position_ids"],
+    )
+
+
+def reads_data(args: Arguments, vp_stage: int | None = None) -> bool:
+    """Whether this rank must be given a data iterator for the chunk."""
+    is_sender = parallel_state.get_tensor_model_parallel_rank() == 0
+    return is_sender and _needs_batch(args, vp_stage)
+
+
+def micro_batch_shape(args: Arguments) -> tuple[int, int]:
+    """(sequence length, sequences) of what the pipeline's stages pass on, before CP divides it."""
+    if args.reset_attention_mask:
+        return args.seq_length * args.micro_batch_size, 1
+    return args.seq_length, args.micro_batch_size
+
+
+def _needs_batch(args: Arguments, vp_stage: int | None) -> bool:
+    """Only the ends of the pipeline do; but where documents end matters to every layer."""
+    return (
+        args.reset_attention_mask
+        or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    )
+
+
+def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> dict[str, Any]:
+    if values is not None and values.get("attention_mask") is not None:
+        raise ValueError("attention_mask: is not sent to other tensor-parallel ranks; pack instead")
+    integers = [*_INTEGERS, "cu_seqlens"] if args.reset_attention_mask else list(_INTEGERS)
+    data = None
+    if values is not None:
+        data = {**values}
+        if args.reset_attention_mask:
+            data["cu_seqlens"] = data["cu_seqlens"].long()
+    received: dict[str, Any] = tensor_parallel.broadcast_data(integers, data, torch.int64)
+    received |= tensor_parallel.broadcast_data(["loss_mask"], data, torch.float32)
+    return received
+
+
+def _packed(values: dict[str, Any]) -> Batch:
+    """The rows as one, with the borders of their documents."""
+    borders = values["cu_seqlens"].int()
+    longest = int((borders[1:] - borders[:-1]).max())
+    flat = {name: values[name].reshape(1, -1) for name in (*_INTEGERS, "loss_mask")}
+    return Batch(
+        flat["tokens"],
+        flat["labels"],
+        flat["loss_mask"],
+        None,
+        flat["position_ids"],
+        PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -13,14 +13,17 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
 
+from flagscale import platform
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState
 from flagscale.errors import Interrupted
+from flagscale.post_training.pipeline_shapes import adjust_tensor_shapes_fn
 from flagscale.recipe import TrainingRecipe
+from flagscale.train.batches import ChunkBatches, micro_batch_shape
 from flagscale.train.global_vars import get_args
 from flagscale.train.setup import Trainer
 from flagscale.train.train_gpt import forward_step
 
-Batches = Iterator[dict[str, torch.Tensor]]
+Report = dict[str, torch.Tensor]
 
 
 class Observer(Protocol):
@@ -37,35 +40,32 @@ def train(
     trainer: Trainer,
     training: TrainingRecipe,
     state: TrainingState,
-    train_batches: Batches,
-    validation_batches: Iterable[dict[str, torch.Tensor]],
+    train_batches: ChunkBatches,
+    validation_batches: Callable[[], ChunkBatches],
     checkpoints: TrainingCheckpoints,
     observer: Observer,
     stop_requested: Callable[[], bool],
 ) -> None:
-    """Train from `state.step` to `training.train_iters`.
+    """Train from `state.step` to `training.train_iters`. All ranks call it.
 
     Args:
         trainer: model, optimiser and scheduler, restored to `state` if that is not the beginning.
         training: the recipe's optimisation.
-        state: updated in place, one record a step and a validation.
+        state: updated in place, one record a step and a validation; the same on every rank.
         train_batches: micro-batches, from step `state.step` on.
-        validation_batches: gives the same micro-batches at every iteration.
+        validation_batches: gives the same micro-batches at every call.
         checkpoints: where to save every `save_interval` steps and at the end.
         observer: told of every record.
-        stop_requested: asked after every step.
+        stop_requested: asked after every step; it is enough that one rank is asked to stop.
 
     Raises:
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
 
     def validate() -> None:
-        losses = evaluate_loss(trainer.model, iter(validation_batches), training.eval_iters)
+        losses = evaluate_loss(trainer.chunks, validation_batches(), training.eval_iters)
         state.validation.append({"step": state.step, **losses})
         observer.validated(state.validation[-1])
-
-    def save() -> None:
-        checkpoints.save(state, trainer.model, trainer.optimizer, trainer.scheduler)
 
     if state.step == 0:
         validate()
@@ -74,40 +74,36 @@ def train(
         state.step += 1
         state.training.append({"step": state.step, **record})
         observer.trained(state.training[-1])
+        checkpoints.poll()
         finished = state.step == training.train_iters
         if finished or state.step % training.eval_interval == 0:
             validate()
         if finished or state.step % training.save_interval == 0:
-            save()
-        if not finished and stop_requested():
-            save()
+            checkpoints.save(state, trainer)
+        if not finished and _any_rank(stop_requested()):
+            checkpoints.save(state, trainer)
+            checkpoints.wait()
             raise Interrupted(f"stopped after step {state.step} of {training.train_iters}")
+    checkpoints.wait()
 
 
-def train_step(trainer: Trainer, batches: Batches) -> dict[str, float]:
+def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
     """One optimiser step.
 
     Returns:
         Each reported loss (nats a token, over the global batch), the learning rate it was taken
-        with, the gradient norm before clipping, and this process' tokens a second.
+        with, the gradient norm before clipping, and the tokens a second of all ranks together.
     """
     args = get_args()
     start = time.perf_counter()
     learning_rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups)
     machine = get_rerun_state_machine()
-    data_iterator = RerunDataIterator(batches)
-    while machine.should_run_forward_backward(data_iterator):
-        trainer.model.zero_grad_buffer()
+    data_iterators = [None if chunk is None else RerunDataIterator(chunk) for chunk in batches]
+    while machine.should_run_forward_backward(data_iterators):
+        for chunk in trainer.chunks:
+            chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=data_iterator,
-            model=[trainer.model],
-            num_microbatches=args.num_micro_batches,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=False,
-        )
+        reports = _run_schedule(trainer.chunks, data_iterators, args.num_micro_batches)
     _, grad_norm, _ = trainer.optimizer.step()
     trainer.scheduler.step(increment=args.global_batch_size)
     losses = reduce_reports(reports)
@@ -121,43 +117,80 @@ def train_step(trainer: Trainer, batches: Batches) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate_loss(model: GPTModel, batches: Batches, num_batches: int) -> dict[str, float]:
+def evaluate_loss(
+    chunks: Sequence[GPTModel], batches: ChunkBatches, num_batches: int
+) -> dict[str, float]:
     """Losses over some global batches, in evaluation mode, through `forward_step`.
 
     Args:
-        model: wrapped or not; its mode is put back afterwards.
+        chunks: of the model, wrapped or not; their mode is put back afterwards.
         batches: micro-batches.
         num_batches: global batches to take from them.
 
     Returns:
         Each reported loss, nats a token.
     """
-    args = get_args()
-    was_training = model.training
-    model.eval()
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[model],
-        num_microbatches=num_batches * args.num_micro_batches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        forward_only=True,
-    )
-    model.train(was_training)
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    num_micro_batches = num_batches * get_args().num_micro_batches
+    reports = _run_schedule(chunks, batches, num_micro_batches, forward_only=True)
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
     return reduce_reports(reports)
 
 
-def reduce_reports(reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Mean of every reported loss over micro-batches and data-parallel ranks.
+def _run_schedule(
+    chunks: Sequence[GPTModel],
+    data_iterators: Sequence[Any],
+    num_micro_batches: int,
+    forward_only: bool = False,
+) -> list[Report]:
+    """Megatron-Core's schedule for the pipeline; the reports are the last stage's alone."""
+    args = get_args()
+    seq_length, micro_batch_size = micro_batch_shape(args)
+    sizes: dict[str, Any] = {
+        "seq_length": seq_length,
+        "micro_batch_size": micro_batch_size,
+        "decoder_seq_length": seq_length,
+    }
+    reports: list[Report] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(data_iterators) if len(chunks) > 1 else data_iterators[0],
+        model=list(chunks),
+        num_microbatches=num_micro_batches,
+        forward_only=forward_only,
+        adjust_tensor_shapes_fn=adjust_tensor_shapes_fn(chunks, sizes),
+        **sizes,
+    )
+    return reports
+
+
+def reduce_reports(reports: list[Report]) -> dict[str, float]:
+    """Mean of every reported loss over micro-batches and data-parallel ranks, known to all ranks.
 
     Args:
-        reports: one a micro-batch: name -> `[sum, count]`.
+        reports: one a micro-batch: name -> `[sum, count]`; empty but on the last pipeline stage.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     means = {}
-    for name in reports[0]:
+    for name in reports[0] if reports else ():
         total = torch.stack([report[name].double() for report in reports]).sum(dim=0)
         torch.distributed.all_reduce(total, group=group)
         means[name] = float(total[0] / total[1].clamp(min=1))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        told = [means]
+        torch.distributed.broadcast_object_list(
+            told,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        means = told[0]
     return means
+
+
+def _any_rank(mine: bool) -> bool:
+    """Whether it holds on any rank: all must agree to stop, or the next collective hangs."""
+    flag = torch.tensor(float(mine), device=platform.device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,47 +14,115 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from flagscale import platform
+from flagscale.errors import UserError
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.arguments import Arguments
+from flagscale.train.global_vars import get_timers
+from flagscale.train.train_gpt import model_provider
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model with what trains it."""
+    """A model with what trains it.
 
-    model: DistributedDataParallel
+    Attributes:
+        chunks: this rank's chunks of the model: one, or several of an interleaved pipeline.
+        optimizer: of all chunks.
+        scheduler: of its learning rate.
+    """
+
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
 
-def setup_training(model: GPTModel, args: Arguments, training: TrainingRecipe) -> Trainer:
+def build_model_chunks(args: Arguments) -> list[GPTModel]:
+    """This pipeline rank's chunks of the model, with random weights.
+
+    Raises:
+        UserError: the arguments ask for what no schedule of Megatron-Core runs.
+    """
+    if args.use_dualpipev:
+        raise UserError(
+            "use_dualpipev=True: Megatron-Core has no DualPipeV schedule to train with; use "
+            "virtual_pipeline_model_parallel_size for an interleaved one"
+        )
+    count = args.parallelism.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if count is None else list(range(count))
+    return [
+        model_provider(
+            pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        )
+        for stage in stages
+    ]
+
+
+def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRecipe) -> Trainer:
     """Wrap a model, whose weights are loaded, for training.
 
     Args:
-        model: from `model_provider`; moved to the device.
-        args: that it was built with.
+        chunks: from `build_model_chunks`; moved to the device.
+        args: that they were built with.
         training: the recipe's optimisation.
+
+    Raises:
+        UserError: the batch sizes do not fit the ranks, or the machine lacks what was asked for.
     """
-    config = get_model_config(model)
-    model = model.to(platform.device())
-    if args.params_dtype == torch.bfloat16:
-        model = Float16Module(config, model)
+    _check_batch_sizes(args)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
-        use_distributed_optimizer=platform.has_distributed_optimizer(),
+        use_distributed_optimizer=_distributed_optimizer(args),
     )
-    wrapped = DistributedDataParallel(config, ddp_config, model)
-    optimizer = get_megatron_optimizer(_optimizer_config(args, training), [wrapped])
+    wrapped = [_wrap(chunk, args, ddp_config) for chunk in chunks]
+    optimizer = get_megatron_optimizer(_optimizer_config(args, training), wrapped)
     platform.tune_optimizer(optimizer)
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = wrapped.no_sync
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    for chunk in wrapped:
+        config = get_model_config(chunk)
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.timers = get_timers()
     return Trainer(wrapped, optimizer, _scheduler(optimizer, training))
+
+
+def _wrap(
+    chunk: GPTModel, args: Arguments, ddp_config: DistributedDataParallelConfig
+) -> DistributedDataParallel:
+    config = get_model_config(chunk)
+    chunk = chunk.to(platform.device())
+    if args.params_dtype == torch.bfloat16:
+        chunk = Float16Module(config, chunk)
+    return DistributedDataParallel(config, ddp_config, chunk)
+
+
+def _check_batch_sizes(args: Arguments) -> None:
+    ranks = parallel_state.get_data_parallel_world_size()
+    if args.global_batch_size % (args.micro_batch_size * ranks):
+        raise UserError(
+            f"training.global_batch_size={args.global_batch_size} is not a multiple of "
+            f"micro_batch_size={args.micro_batch_size} x {ranks} data-parallel ranks"
+        )
+    sizes = args.parallelism
+    chunks, stages = sizes.virtual_pipeline_model_parallel_size, sizes.pipeline_model_parallel_size
+    if chunks is not None and args.num_micro_batches % stages:
+        raise UserError(
+            f"training.global_batch_size={args.global_batch_size} makes {args.num_micro_batches} "
+            "micro-batches a rank; an interleaved pipeline needs a multiple of "
+            f"pipeline_model_parallel_size={stages}"
+        )
+
+
+def _distributed_optimizer(args: Arguments) -> bool:
+    return platform.use_distributed_optimizer(args.parallelism.use_distributed_optimizer)
 
 
 def _optimizer_config(args: Arguments, training: TrainingRecipe) -> OptimizerConfig:
@@ -68,7 +137,7 @@ def _optimizer_config(args: Arguments, training: TrainingRecipe) -> OptimizerCon
         clip_grad=training.clip_grad,
         bf16=args.params_dtype == torch.bfloat16,
         params_dtype=args.params_dtype,
-        use_distributed_optimizer=platform.has_distributed_optimizer(),
+        use_distributed_optimizer=_distributed_optimizer(args),
     )
 
 

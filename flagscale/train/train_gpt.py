@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import StragglerDetector
+from megatron.core.utils import StragglerDetector, unwrap_model
 
 from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.loss_func import loss_func as loss_func_modelopt
 from flagscale.post_training.model_provider import model_provider as model_provider_modelopt
-from flagscale.train.batches import get_batch
+from flagscale.train.batches import Batch, get_batch
 from flagscale.train.global_vars import get_args, get_timers
 from flagscale.train.gpt_builder import build_gpt_model, build_legacy_gpt_model
 
@@ -101,29 +101,51 @@ def loss_func(
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel
-) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: GPTModel,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run the model on the next micro-batch; the schedule calls it.
 
     Args:
         data_iterator: see `flagscale.train.batches.get_batch`.
         model: wrapped or not.
+        return_schedule_plan: give the schedule a plan of the layers to run instead of running them
+            (it then overlaps one micro-batch's communication with another's computation).
 
     Returns:
-        The model's output (each token's LM loss, [b, s]) and the loss function of it.
+        The model's output and the loss function of it. The output is each token's LM loss,
+        [b, s / CP], on the last pipeline stage, hidden states, [s / CP, b, h], on others, or the
+        schedule plan.
+
+    Raises:
+        ValueError: a schedule plan was asked for without `overlap_moe_expert_parallel_comm`.
     """
     args = get_args()
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with stimer(bdata=True):
-        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
+        # Only a chunk of an interleaved pipeline has a stage.
+        vp_stage = getattr(unwrap_model(model), "vp_stage", None)
+        where = (vp_stage,) if isinstance(vp_stage, int) else ()
+        batch = Batch(*get_batch(data_iterator, *where))
     timers("batch-generator").stop()
+    inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
     # Megatron-LM's legacy models know no loss mask.
-    extra: dict[str, Any] = {} if args.use_legacy_models else {"loss_mask": loss_mask}
+    named: dict[str, Any] = {} if args.use_legacy_models else {"loss_mask": batch.loss_mask}
+    if batch.packed_seq_params is not None:
+        named["packed_seq_params"] = batch.packed_seq_params
+    run = model
+    if return_schedule_plan:
+        if not args.overlap_moe_expert_parallel_comm:
+            raise ValueError(
+                "return_schedule_plan=True needs overlap_moe_expert_parallel_comm=True"
+            )
+        run = model.build_schedule_plan
     with stimer:
-        output_tensor = model(tokens, position_ids, attention_mask, labels=labels, **extra)
-    # The model goes along, so that the loss can reach the teacher.
-    return output_tensor, partial(loss_func, loss_mask, model=model)
+        output_tensor = run(*inputs, labels=batch.labels, **named)
+    # The model goes along, so that the loss can reach the teacher. Stages without a mask call no loss.
+    return output_tensor, partial(loss_func, cast(torch.Tensor, batch.loss_mask), model=model)
 
 
 def _validate_loss(args: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - Arguments or a test's

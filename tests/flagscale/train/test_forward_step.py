@@ -21,7 +21,10 @@ def build(args, student):
 
 
 def test_signature_is_the_contract():
-    assert list(inspect.signature(forward_step).parameters) == ["data_iterator", "model"]
+    """Two arguments; the third is Megatron-Core's, for schedules that overlap communication."""
+    parameters = inspect.signature(forward_step).parameters
+    assert list(parameters) == ["data_iterator", "model", "return_schedule_plan"]
+    assert parameters["return_schedule_plan"].default is False
 
 
 def test_output_is_every_tokens_loss(args, student, batch, reference):

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights
-from flagscale.data.loader import train_iterator, validation_batches
+from flagscale.data.loader import train_iterator
 from flagscale.errors import Interrupted
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train.arguments import training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import reduce_reports, train
-from flagscale.train.setup import setup_training
-from flagscale.train.train_gpt import model_provider
+from flagscale.train.rank_batches import RankBatches
+from flagscale.train.setup import build_model_chunks, setup_training
 
 RECIPE = TrainingRecipe(
     train_iters=6,
@@ -64,23 +64,19 @@ def run(runtime, args, student, teacher, dataset, tmp_path):
             chosen = with_teacher(chosen, teacher, DistillationRecipe(temperature=2.0))
         records = Records(stop_after)
         with use_args(chosen):
-            model = model_provider()
-            load_weights(model, student / "weights")
-            trainer = setup_training(model, chosen, recipe)
-            trainer.model.train()
+            chunks = build_model_chunks(chosen)
+            load_weights(chunks, student / "weights")
+            trainer = setup_training(chunks, chosen, recipe)
+            trainer.chunks[0].train()
             checkpoints = TrainingCheckpoints(folder)
-            state = checkpoints.restore(trainer.model, trainer.optimizer, trainer.scheduler)
-            sizes = {"micro_batch_size": 2, "global_batch_size": 4}
+            state = checkpoints.restore(trainer)
+            batches = RankBatches(dataset, tmp_path / "data", chosen, recipe)
             train(
                 trainer,
                 recipe,
                 state,
-                train_iterator(
-                    dataset, tmp_path / "data", seed=recipe.seed, start_step=state.step, **sizes
-                ),
-                validation_batches(
-                    dataset, tmp_path / "data", eval_iters=recipe.eval_iters, **sizes
-                ),
+                batches.train(state.step),
+                batches.validation,
                 checkpoints,
                 records,
                 records.stop_requested,
@@ -205,7 +201,7 @@ def test_reports_are_weighted_by_their_tokens(runtime):
 
 
 def test_fresh_folder_starts_at_zero(runtime, tmp_path):
-    assert TrainingCheckpoints(tmp_path / "none").restore(None, None, None) == TrainingState()
+    assert TrainingCheckpoints(tmp_path / "none").restore(None) == TrainingState()
 
 
 def test_recompute_changes_no_loss(run, tmp_path):

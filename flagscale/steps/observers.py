@@ -1,0 +1,43 @@
+"""Who is told how training goes: the progress and MLflow, or nobody."""
+
+from __future__ import annotations
+
+from flagscale import tracking
+from flagscale.checkpoint import TrainingState
+from flagscale.train.progress import Progress
+
+
+class Observers:
+    """Passes every record on to the progress and to MLflow."""
+
+    def __init__(self, progress: Progress, run: tracking.StepRun, state: TrainingState) -> None:
+        """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
+        self._progress, self._run = progress, run
+        for record in state.training:
+            self._log("train", record)
+        for record in state.validation:
+            self._log("validation", record)
+
+    def trained(self, record: dict[str, float]) -> None:
+        """Show and track a step."""
+        self._progress.trained(record)
+        self._log("train", record)
+
+    def validated(self, record: dict[str, float]) -> None:
+        """Show and track a validation."""
+        self._progress.validated(record)
+        self._log("validation", record)
+
+    def _log(self, prefix: str, record: dict[str, float]) -> None:
+        metrics = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}
+        self._run.log_metrics(metrics, step=int(record["step"]))
+
+
+class Silence:
+    """The observer of ranks that do not speak."""
+
+    def trained(self, record: dict[str, float]) -> None:
+        """Say nothing."""
+
+    def validated(self, record: dict[str, float]) -> None:
+        """Say nothing."""
