@@ -261,7 +261,7 @@ def _cuda_on_cpu() -> Iterator[None]:
         if not hasattr(moe_utils, "te_general_gemm"):
             # Megatron-Core 0.16.1 names it without transformer-engine too.
             stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
-        if multi_latent_attention.TELinear is None:
+        if not isinstance(multi_latent_attention.TELinear, type):
             # It asks whether its layers are transformer-engine's, which is not there to be asked.
             stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
         stack.enter_context(_CudaToCpu())

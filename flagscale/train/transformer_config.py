@@ -48,9 +48,11 @@ def transformer_config(
     if architecture.multi_latent_attention:
         return MLATransformerConfig(**values, **_latent_attention(args, architecture))
     if architecture.heterogeneous_layers_config is not None:
-        blocks = json.dumps(architecture.heterogeneous_layers_config)
         return HeterogeneousTransformerConfig(
-            **values, heterogeneous_layers_config_encoded_json=blocks
+            **values,
+            heterogeneous_layers_config_encoded_json=_blocks(
+                architecture.heterogeneous_layers_config
+            ),
         )
     return TransformerConfig(**values)
 
@@ -193,6 +195,18 @@ def _latent_attention(args: Arguments, architecture: ArchitectureRecipe) -> dict
         "rotary_base": shape.rotary_base,
         "rotary_scaling_factor": 1.0,  # no change of the softmax's scale
     }
+
+
+def _blocks(heterogeneous_layers_config: dict[str, Any]) -> str:
+    """The block configurations as Megatron-Core reads them: each names its size, if only as None."""
+    blocks = [
+        {
+            "attention": {"num_query_groups": None, **block["attention"]},
+            "mlp": {"ffn_hidden_size": None, **block["mlp"]},
+        }
+        for block in heterogeneous_layers_config["block_configs"]
+    ]
+    return json.dumps({"block_configs": blocks})
 
 
 def _check_sizes(args: Arguments) -> None:
