@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.errors import UserError
-from flagscale.recipe import DataRecipe, Recipe, parse_section
+from flagscale.recipe import Recipe, parse_section
+from flagscale.recipe.data import CorpusRecipe
 
 _PACKAGE = "package:"
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
@@ -62,7 +63,8 @@ def with_fingerprints(recipe: Recipe) -> Recipe:
     if teacher.fingerprint is None:
         teacher = teacher.model_copy(update={"fingerprint": fingerprint(teacher.source)})
     if data.fingerprint is None:
-        parts = [fingerprint(source) for source in (data.source, data.tokenizer) if source]
+        sources = [*(corpus.source for corpus in data.corpora), data.tokenizer]
+        parts = [fingerprint(source) for source in sources if source]
         known = [part for part in parts if part]
         data = data.model_copy(update={"fingerprint": "+".join(known) or None})
     return recipe.model_copy(update={"teacher": teacher, "data": data})
@@ -100,7 +102,7 @@ def _glob(path: Path) -> list[Path]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Look at the teacher's configuration and the first document.
+    """Look at the teacher's configuration and the first document of each corpus.
 
     Raises:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
@@ -111,18 +113,20 @@ def check_sources(recipe: Recipe) -> None:
 
     config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
     student_shape(from_hf_config(config), recipe.student)
-    if not _is_on_the_hub(recipe.data):
-        from flagscale.data.sources import documents
+    for corpus in recipe.data.corpora:
+        if not _is_on_the_hub(corpus):
+            from flagscale.data.sources import documents
 
-        next(documents(recipe.data))
+            next(documents(corpus))
 
 
-def _is_on_the_hub(data: DataRecipe) -> bool:
+def _is_on_the_hub(corpus: CorpusRecipe) -> bool:
     """Whether reading the first document would download a data set."""
-    if data.format == "auto":
-        remote = "/" in data.source and fingerprint(data.source) is None
-        return remote and "://" not in data.source and not data.source.startswith(("/", ".", "~"))
-    return data.format == "huggingface"
+    source = corpus.source
+    if corpus.format in ("auto", "chat"):
+        remote = "/" in source and fingerprint(source) is None
+        return remote and "://" not in source and not source.startswith(("/", ".", "~"))
+    return corpus.format == "huggingface"
 
 
 def _main() -> int:

@@ -1,16 +1,17 @@
-"""Text -> token ids and a split."""
+"""Documents -> token ids and a split."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from flagscale.data.sources import Document
 from flagscale.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -25,12 +26,34 @@ class EncodedDocument(NamedTuple):
         hash64: 64 bits of the text's SHA-256, to find repeats.
         characters: of the text.
         ids: token ids [tokens], EOD last.
+        mask: uint8 [tokens], 1 where a token is to be learnt; None: all of them.
     """
 
     split: str
     hash64: int
     characters: int
     ids: np.ndarray
+    mask: np.ndarray | None = None
+
+
+class Encode(Protocol):
+    """Encodes a batch of documents; may leave some out. Called from several threads."""
+
+    vocab_size: int
+    dtype: type[np.number[Any]]
+
+    def __call__(self, documents: list[Document], /) -> list[EncodedDocument]:
+        """Encode a batch."""
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One above the largest id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type[np.number[Any]]:
+    """The smallest type of an indexed dataset that holds every id."""
+    return DType.optimal_dtype(vocabulary_size(tokenizer))
 
 
 def find_eod(tokenizer: PreTrainedTokenizerFast, eod_token: str | None) -> int:
@@ -91,15 +114,16 @@ class Encoder:
             [AddedToken(name, special=True, normalized=False) for name in sorted(names & added)]
         )
         backend.encode_special_tokens = True
-        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-        self.dtype = DType.optimal_dtype(self.vocab_size)
+        self.vocab_size = vocabulary_size(tokenizer)
+        self.dtype = token_dtype(tokenizer)
         self._backend = backend
         self._eod_id = eod_id
         self._fractions = (validation_fraction, test_fraction)
 
-    def __call__(self, texts: list[str]) -> list[EncodedDocument]:
+    def __call__(self, documents: list[Document]) -> list[EncodedDocument]:
         """Encode a batch and choose the splits."""
         encoded = []
+        texts = [document.text for document in documents]
         # `encode` would hold the interpreter's lock
         for text, found in zip(
             texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True

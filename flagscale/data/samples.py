@@ -7,23 +7,22 @@ built by one process, once, in a cache folder, and then read by all; no collecti
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from flagscale.artifacts import MANIFEST, digest
+from flagscale.artifacts import digest
 from flagscale.data.borders import Sample, starts_after
+from flagscale.data.counts import part_lengths
 from flagscale.data.encoder import SPLITS
+from flagscale.data.layout import Part, mask_file, parts_of, read_manifest
 from flagscale.data.packing import ChatSamples, load_packing, pack, save_packing
-from flagscale.data.writer import corpus_file, mask_file
 from flagscale.errors import UserError
 
 _COMPLETE = "complete"
@@ -35,29 +34,6 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """Documents of a split that are packed together.
-
-    Attributes:
-        split: `train`, `validation` or `test`.
-        kind: `text` or `chat`.
-        file: the indexed dataset inside the artifact.
-        documents: which of its documents, rising; all of one kind.
-        tokens: of these documents, EODs included.
-        name: of the corpus; None where there is one alone, or where several are together.
-        weight: share of the training samples; None: by the number of samples.
-    """
-
-    split: str
-    kind: str
-    file: str
-    documents: list[range]
-    tokens: int
-    name: str | None
-    weight: float | None
 
 
 class TextSamples:
@@ -119,9 +95,8 @@ class Index:
                 continue
             shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half an index
             if part.kind == "chat":
-                lengths = IndexedDataset(str(self._dataset / part.file)).sequence_lengths
-                chosen = np.concatenate([lengths[r.start : r.stop] for r in part.documents])
-                save_packing(pack(chosen, self._facts["seq_length"] + 1, self._seed), folder)
+                lengths = part_lengths(self._dataset, part)
+                save_packing(pack(lengths, self._facts["seq_length"] + 1, self._seed), folder)
             else:
                 self._gpt_dataset(part)
             (folder / _COMPLETE).touch()
@@ -184,67 +159,13 @@ class Index:
         return self._cache / f"{part.split}-{self._seed}{label}"
 
     def _check(self, part: Part) -> None:
-        whose = f"the {part.split} split" + (f" of {part.name!r}" if part.name else "")
         needed = self._facts["seq_length"] + 1
         if part.kind == "text" and part.tokens < needed:
             raise UserError(
-                f"{self._dataset}: {whose} has {part.tokens} tokens, a sample needs {needed}"
+                f"{self._dataset}: {part.whose} has {part.tokens} tokens, a sample needs {needed}"
             )
         if not part.tokens:
-            raise UserError(f"{self._dataset}: {whose} has no conversation")
-
-
-def parts_of(facts: dict[str, Any], split: str) -> list[Part]:
-    """What is packed together: in training each corpus, else all text, and all conversations.
-
-    Args:
-        facts: the manifest's.
-        split: `train`, `validation` or `test`.
-    """
-    alone = {"name": None, "kind": "text", "weight": 1.0, "splits": facts["splits"]}
-    parts: dict[str, Part] = {}
-    begin = 0
-    for corpus in facts.get("corpora", [alone]):
-        counts = corpus["splits"][split]
-        name = corpus["name"] if split == "train" else None
-        if split == "train":
-            begin = 0
-        documents = range(begin, begin + counts["documents"])
-        begin = documents.stop
-        key = name or corpus["kind"]
-        before = parts.get(key)
-        parts[key] = Part(
-            split,
-            corpus["kind"],
-            corpus_file(split, name),
-            [*(before.documents if before else []), documents],
-            counts["tokens"] + (before.tokens if before else 0),
-            name,
-            corpus["weight"] if split == "train" else None,
-        )
-    return list(parts.values())
-
-
-def check_split(split: str) -> None:
-    """Raise `ValueError` unless it is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-
-
-def read_manifest(dataset: Path) -> dict[str, Any]:
-    """The manifest alone: the step has checked the files when it opened the artifact.
-
-    Raises:
-        UserError: there is none, or it is of another kind.
-    """
-    try:
-        manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
-        kind = manifest["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{dataset}: no dataset here ({MANIFEST}: {error})") from error
-    if kind != "dataset":
-        raise UserError(f"{dataset}: is a {kind!r}, but a 'dataset' is needed")
-    return manifest
+            raise UserError(f"{self._dataset}: {part.whose} has no conversation")
 
 
 @dataclass(frozen=True)

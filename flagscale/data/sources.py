@@ -1,7 +1,8 @@
 """Documents from wherever text is kept, one after the other, never all in memory.
 
 Sources: `python-docs`, plain text, JSONL and Parquet files (local, or any URL that fsspec knows;
-.gz, .bz2, .xz and .zst are unpacked on the way) and Hugging Face datasets.
+.gz, .bz2, .xz and .zst are unpacked on the way) and Hugging Face datasets. Rows hold texts, or
+conversations (`format: chat`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flagscale.data.messages import dump_messages
 from flagscale.data.python_docs import python_documents
 from flagscale.errors import UserError
-from flagscale.recipe import DataRecipe
+from flagscale.recipe.data import CorpusRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class Document(NamedTuple):
     """A text that stands alone.
 
     Attributes:
-        text: not blank; halves of surrogate pairs are replaced by U+FFFD.
+        text: not blank; halves of surrogate pairs are replaced by U+FFFD. Of a conversation, the
+            messages as JSON (`flagscale.data.messages`).
         origin: where it comes from, for messages.
     """
 
@@ -65,31 +68,52 @@ class _File(NamedTuple):
         return self.filesystem.open(self.path, "rb", compression=compression)
 
 
-def documents(data: DataRecipe) -> Iterator[Document]:
-    """Stream the documents of a source, blank ones left out, always in the same order.
+class _Column(NamedTuple):
+    """Where in a row its document is, and how it is read."""
 
-    Args:
-        data: `source`, `format`, `text_field`, `subset`, `split`, `revision` and `max_documents`
-            are used.
+    field: str
+    option: str  # of the recipe, which names the field
+    read: Callable[[Any, str], str]
+
+    def document(self, row: dict[str, Any], where: str) -> Document:
+        if self.field not in row:
+            raise UserError(self.missing(where, list(row)))
+        return Document(self.read(row[self.field], f"{where}: field {self.field!r}"), where)
+
+    def missing(self, where: str, names: list[str]) -> str:
+        there = ", ".join(names)
+        return f"{where}: no field {self.field!r}; there are: {there}. Set data.{self.option}"
+
+
+def documents(corpus: CorpusRecipe) -> Iterator[Document]:
+    """Stream the documents of a corpus, blank ones left out, always in the same order.
 
     Raises:
         UserError: the source is missing, unreadable, malformed (naming file and line), has no such
             field (naming those there are), or holds no text at all.
     """
-    kind = data.format if data.format != "auto" else _detect(data.source)
+    is_chat = corpus.format == "chat"
+    kind = _detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+    column = (
+        _Column(corpus.messages_field, "messages_field", dump_messages)
+        if is_chat
+        else _Column(corpus.text_field, "text_field", _text_of)
+    )
     found: Iterator[Document]
     if kind == "python-docs":
+        if is_chat:
+            raise UserError("data.source='python-docs' has no conversations; data.format='chat'")
         found = (Document(text, name) for name, text in python_documents())
     elif kind == "huggingface":
-        found = _huggingface(data)
+        found = _huggingface(corpus, column)
     else:
-        found = _files(data, kind)
+        found = _files(corpus, kind, column)
     count = 0
-    for document in itertools.islice(_presentable(found), data.max_documents):
+    for document in itertools.islice(_presentable(found), corpus.max_documents):
         count += 1
         yield document
     if not count:
-        raise UserError(f"data.source={data.source!r}: the corpus is empty, no text was found")
+        raise UserError(f"data.source={corpus.source!r}: the corpus is empty, no text was found")
 
 
 def _presentable(found: Iterator[Document]) -> Iterator[Document]:
@@ -136,14 +160,17 @@ def _format_of(path: str) -> str | None:
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def _files(data: DataRecipe, kind: str) -> Iterator[Document]:
-    files = _list_files(data.source)
+def _files(corpus: CorpusRecipe, kind: str, column: _Column) -> Iterator[Document]:
+    files = _list_files(corpus.source)
     if kind == "files":
-        chosen = [(file, name) for file in files if (name := _format_of(file.path))]
+        known = [e for e in _SUFFIXES if corpus.format != "chat" or _SUFFIXES[e] in _STRUCTURED]
+        kinds = {_SUFFIXES[ending] for ending in known}
+        chosen = [(file, name) for file in files if (name := _format_of(file.path)) in kinds]
         if not chosen:
+            hint = "" if corpus.format == "chat" else "; set data.format"
             raise UserError(
-                f"data.source={data.source!r}: {len(files)} file(s), first {files[0].path}, none "
-                f"with a known ending ({', '.join(_SUFFIXES)}); set data.format"
+                f"data.source={corpus.source!r}: {len(files)} file(s), first {files[0].path}, none "
+                f"with a known ending ({', '.join(known)}){hint}"
             )
         if len(chosen) < len(files):
             logger.info("%d files of other kinds left out", len(files) - len(chosen))
@@ -155,7 +182,7 @@ def _files(data: DataRecipe, kind: str) -> Iterator[Document]:
             if name == "text":
                 yield from _text(file, longest)
             else:
-                yield from _STRUCTURED[name](file, data.text_field)
+                yield from _STRUCTURED[name or ""](file, column)
 
 
 def _list_files(source: str) -> list[_File]:
@@ -212,7 +239,7 @@ def _text(file: _File, longest: int) -> Iterator[Document]:
             yield Document("".join(parts), f"{file.path}#{number + 1}" if number else file.path)
 
 
-def _jsonl(file: _File, field: str) -> Iterator[Document]:
+def _jsonl(file: _File, column: _Column) -> Iterator[Document]:
     with file.open() as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -227,62 +254,55 @@ def _jsonl(file: _File, field: str) -> Iterator[Document]:
                 raise UserError(f"{where}: not UTF-8 text") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: must be an object, found {_kind(row)}")
-            yield Document(_value(row, field, where), where)
+            yield column.document(row, where)
 
 
-def _parquet(file: _File, field: str) -> Iterator[Document]:
+def _parquet(file: _File, column: _Column) -> Iterator[Document]:
     with file.open(compression=None) as stream:
         table = pq.ParquetFile(stream)
         names = table.schema_arrow.names
-        if field not in names:
-            raise UserError(_missing(file.path, field, names))
+        if column.field not in names:
+            raise UserError(column.missing(file.path, names))
         row = 0
-        for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[field]):
+        for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[column.field]):
             for value in batch.column(0).to_pylist():
                 row += 1
-                where = f"{file.path}: row {row}"
-                yield Document(_value({field: value}, field, where), where)
+                yield column.document({column.field: value}, f"{file.path}: row {row}")
 
 
-_STRUCTURED: dict[str, Callable[[_File, str], Iterator[Document]]] = {
+_STRUCTURED: dict[str, Callable[[_File, _Column], Iterator[Document]]] = {
     "jsonl": _jsonl,
     "parquet": _parquet,
 }
 
 
-def _huggingface(data: DataRecipe) -> Iterator[Document]:
+def _huggingface(corpus: CorpusRecipe, column: _Column) -> Iterator[Document]:
     import datasets  # takes a second, and no other source needs it
 
+    subset, split, revision = corpus.subset, corpus.split, corpus.revision
     try:
         rows = datasets.load_dataset(
-            data.source, data.subset, split=data.split, revision=data.revision, streaming=True
+            corpus.source, subset, split=split, revision=revision, streaming=True
         )
         for number, row in enumerate(rows):
-            where = f"{data.source}: row {number}"
-            yield Document(_value(row, data.text_field, where), where)
+            yield column.document(row, f"{corpus.source}: row {number}")
     except UserError:
         raise
     except Exception as error:  # hub, network and archives raise their own
-        asked = f"data.subset={data.subset}, data.split={data.split}, data.revision={data.revision}"
+        asked = f"data.subset={subset}, data.split={split}, data.revision={revision}"
+        also = "no such file, and " if corpus.format in ("auto", "chat") else ""
         raise UserError(
-            f"data.source={data.source!r}: {'no such file, and ' if data.format == 'auto' else ''}"
-            f"as a Hugging Face dataset ({asked}) it cannot be read: {_first_line(error)}. Check "
-            "these fields, the network and HF_TOKEN, or name a local file or folder"
+            f"data.source={corpus.source!r}: {also}as a Hugging Face dataset ({asked}) it cannot "
+            f"be read: {_first_line(error)}. Check these fields, the network and HF_TOKEN, or name "
+            "a local file or folder"
         ) from error
 
 
-def _value(row: dict[str, Any], field: str, where: str) -> str:
-    """The text of a row; null counts as blank."""
-    if field not in row:
-        raise UserError(_missing(where, field, list(row)))
-    value = row[field]
+def _text_of(value: object, where: str) -> str:
+    """The text of a field; null counts as blank."""
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: field {field!r} must be text, found {_kind(value)}")
+        raise UserError(f"{where} must be text, found {_kind(value)}")
     return value or ""
-
-
-def _missing(where: str, field: str, names: list[str]) -> str:
-    return f"{where}: no field {field!r}; there are: {', '.join(names)}. Set data.text_field"
 
 
 def _kind(value: object) -> str:

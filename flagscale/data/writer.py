@@ -1,5 +1,8 @@
 """Documents -> tokens -> Megatron indexed datasets, one per split.
 
+Of several corpora, each has a training split of its own; their held-out documents are together.
+Conversations have a second indexed dataset of the same structure, which says what is to be learnt.
+
 Threads tokenise: the Rust tokenizer releases the interpreter's lock, and threads were measured
 faster than processes (`docs/data.md`). Batches are written in the order in which they were read, so
 the files do not depend on the number of threads; only a few batches are in memory at any time.
@@ -12,18 +15,18 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from flagscale.data.encoder import SPLITS, EncodedDocument, Encoder
+from flagscale.data.counts import Counts
+from flagscale.data.encoder import SPLITS, Encode, EncodedDocument
+from flagscale.data.layout import corpus_file, mask_file
 from flagscale.data.sources import Document
-from flagscale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -33,126 +36,121 @@ _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
 
-@dataclass
-class SplitCounts:
-    """What a split holds; `tokens` includes one EOD a document."""
+class Corpus(NamedTuple):
+    """What is to be written.
 
-    documents: int = 0
-    tokens: int = 0
-    characters: int = 0
+    Attributes:
+        name: of its training split; None where the corpus is alone.
+        kind: `text` or `chat`.
+        documents: streamed; read once.
+        encode: of the documents; of all corpora with the same vocabulary.
+    """
 
-    def add(self, document: EncodedDocument) -> None:
-        """Count one more document."""
-        self.documents += 1
-        self.tokens += len(document.ids)
-        self.characters += document.characters
-
-
-@dataclass
-class Counts:
-    """What was written; `duplicates`: documents whose text had occurred before (they are kept)."""
-
-    splits: dict[str, SplitCounts] = field(
-        default_factory=lambda: {name: SplitCounts() for name in SPLITS}
-    )
-    duplicates: int = 0
-
-    @property
-    def documents(self) -> int:
-        """Documents in all splits."""
-        return sum(counts.documents for counts in self.splits.values())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all splits, EODs included."""
-        return sum(counts.tokens for counts in self.splits.values())
-
-
-def corpus_file(split: str, corpus: str | None) -> str:
-    """Prefix of the indexed dataset of a split; in training each of several corpora has its own."""
-    return split if corpus is None or split != "train" else f"{split}-{corpus}"
-
-
-def mask_file(corpus: str) -> str:
-    """Prefix of what says which tokens of an indexed dataset are to be learnt."""
-    return f"{corpus}.mask"
+    name: str | None
+    kind: str
+    documents: Iterable[Document]
+    encode: Encode
 
 
 def write_splits(
-    documents: Iterable[Document], encoder: Encoder, folder: Path, workers: int | None = None
-) -> Counts:
-    """Tokenise documents into `{train,validation,test}.{bin,idx}` in `folder`.
+    corpora: Sequence[Corpus], folder: Path, workers: int | None = None
+) -> list[Counts]:
+    """Tokenise documents into `{train[-NAME],validation,test}.{bin,idx}` in `folder`.
 
     Every document is one sequence of the indexed dataset. Exact duplicates are kept: to drop them
     would take memory that grows with the corpus; they are counted, and share a split.
 
     Args:
-        documents: streamed; read once.
-        encoder: of texts.
+        corpora: written one after the other, in this order.
         folder: exists; holds a temporary file of 8 bytes a document meanwhile.
         workers: threads; default: the cores this process may use.
+
+    Returns:
+        Counts of each corpus; repeats of another corpus' documents count for the later one.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    counts = Counts()
-    progress = _Progress()
+    counts = [Counts() for _ in corpora]
+    progress = _Progress(counts)
     hashes = folder / "hashes.partial"
+    hashes.touch()
+    masked = any(corpus.kind == "chat" for corpus in corpora)
     with contextlib.ExitStack() as stack:
-        builders = {name: stack.enter_context(_builder(folder, name, encoder)) for name in SPLITS}
-        hash_file = stack.enter_context(hashes.open("wb"))
         stack.enter_context(_one_thread_a_call())
-        batches = _batches(documents)
-        for batch in stack.enter_context(
-            contextlib.closing(_map_in_order(encoder, batches, workers))
-        ):
-            for item in batch:
-                builders[item.split].add_document(item.ids, [len(item.ids)])
-                counts.splits[item.split].add(item)
-            hash_file.write(np.array([item.hash64 for item in batch], np.uint64).tobytes())
-            progress.report(counts)
-        for name, builder in builders.items():
-            builder.finalize(str(folder / f"{name}.idx"))
-    counts.duplicates = _count_repeats(hashes)
+        dtype = corpora[0].encode.dtype
+        held_out = {
+            split: stack.enter_context(_Writer(folder / split, dtype, masked))
+            for split in SPLITS
+            if split != "train"
+        }
+        repeats = 0
+        for corpus, found in zip(corpora, counts, strict=True):
+            train = folder / corpus_file("train", corpus.name)
+            with _Writer(train, dtype, corpus.kind == "chat") as writer:
+                _write(corpus, {"train": writer, **held_out}, found, hashes, workers, progress)
+            repeats, before = _count_repeats(hashes), repeats
+            found.duplicates = repeats - before
     hashes.unlink()
-    progress.report(counts, final=True)
+    progress.report(final=True)
     return counts
 
 
-def check_counts(
-    counts: Counts, seq_length: int, validation_fraction: float, test_fraction: float
+def _write(
+    corpus: Corpus,
+    writers: dict[str, _Writer],
+    counts: Counts,
+    hashes: Path,
+    workers: int,
+    progress: _Progress,
 ) -> None:
-    """Make sure that each split fills at least one sequence.
+    batches = _batches(corpus.documents)
 
-    Raises:
-        UserError: names the split, what it has, what it needs and what to change.
-    """
-    fractions = {"validation": validation_fraction, "test": test_fraction}
-    for name, found in counts.splits.items():
-        needed = seq_length + 1  # the labels are the tokens shifted by one
-        if found.tokens >= needed:
-            continue
-        fraction = (
-            f"raise data.{name}_fraction={fractions[name]}"
-            if name in fractions
-            else f"lower data.validation_fraction={validation_fraction} or "
-            f"data.test_fraction={test_fraction}"
-        )
-        raise UserError(
-            f"the {name} split has {found.documents} documents and {found.tokens} tokens, but one "
-            f"sequence of data.seq_length={seq_length} needs {needed}; the whole corpus has "
-            f"{counts.documents} documents and {counts.tokens} tokens. Give more or shorter "
-            f"documents (a split never cuts one), lower data.seq_length, or {fraction}"
-        )
+    def encode(batch: list[Document]) -> tuple[int, list[EncodedDocument]]:
+        return len(batch), corpus.encode(batch)
+
+    with (
+        hashes.open("ab") as hash_file,
+        contextlib.closing(_map_in_order(encode, batches, workers)) as encoded,
+    ):
+        for read, batch in encoded:
+            counts.left_out += read - len(batch)
+            for item in batch:
+                writers[item.split].add(item)
+                counts.splits[item.split].add(item)
+            hash_file.write(np.array([item.hash64 for item in batch], np.uint64).tobytes())
+            progress.report()
 
 
-@contextlib.contextmanager
-def _builder(folder: Path, name: str, encoder: Encoder) -> Iterator[IndexedDatasetBuilder]:
-    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=encoder.dtype)
-    try:
-        yield builder
-    except BaseException:
-        with contextlib.suppress(OSError):  # a full disk fails again when buffers are flushed
-            builder.data_file.close()
-        raise
+class _Writer:
+    """An indexed dataset, and one of masks if wanted; finished when the context is left."""
+
+    def __init__(self, path: Path, dtype: type[np.number[Any]], masked: bool) -> None:
+        self._path = path
+        types = {path.name: dtype}
+        if masked:
+            types[mask_file(path.name)] = np.uint8
+        self._builders = {
+            name: IndexedDatasetBuilder(str(path.with_name(f"{name}.bin")), dtype=kind)
+            for name, kind in types.items()
+        }
+
+    def add(self, document: EncodedDocument) -> None:
+        """Append a document."""
+        mask = document.mask
+        if mask is None:
+            mask = np.ones(len(document.ids), np.uint8)
+        for builder, values in zip(self._builders.values(), (document.ids, mask), strict=False):
+            builder.add_document(values, [len(values)])
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name, builder in self._builders.items():
+            if kind is None:
+                builder.finalize(str(self._path.with_name(f"{name}.idx")))
+            else:
+                with contextlib.suppress(OSError):  # a full disk fails again when flushed
+                    builder.data_file.close()
 
 
 @contextlib.contextmanager
@@ -170,12 +168,12 @@ def _one_thread_a_call() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Texts in groups of about `_BATCH_CHARACTERS`: what bounds the memory in use."""
-    batch: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of about `_BATCH_CHARACTERS`: what bounds the memory in use."""
+    batch: list[Document] = []
     size = 0
     for document in documents:
-        batch.append(document.text)
+        batch.append(document)
         size += len(document.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
@@ -218,19 +216,21 @@ def _count_repeats(hashes: Path) -> int:
 class _Progress:
     """A log line every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: list[Counts]) -> None:
+        self._counts = counts
         self._start = self._last = time.monotonic()
 
-    def report(self, counts: Counts, final: bool = False) -> None:
+    def report(self, final: bool = False) -> None:
         now = time.monotonic()
         if not final and now - self._last < _LOG_SECONDS:
             return
         self._last = now
-        rate = counts.tokens / max(now - self._start, 1e-9)
+        documents = sum(counts.documents for counts in self._counts)
+        tokens = sum(counts.tokens for counts in self._counts)
         logger.info(
             "%s%d documents, %d tokens, %.0f tokens/s",
             "done: " if final else "",
-            counts.documents,
-            counts.tokens,
-            rate,
+            documents,
+            tokens,
+            tokens / max(now - self._start, 1e-9),
         )

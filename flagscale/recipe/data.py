@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from flagscale.recipe.section import Fraction, PositiveInt, Section
 
+_DEFAULT_SOURCE = "python-docs"
 
-class DataRecipe(Section):
-    """Which text, how it is split and packed."""
 
-    source: str = Field(
-        "python-docs",
-        description="'python-docs', a file, folder, glob or fsspec URL, or a Hugging Face dataset",
-    )
-    format: Literal["auto", "text", "jsonl", "parquet", "huggingface", "python-docs"] = Field(
-        "auto",
-        description="auto: by the source's name (.txt/.md, .jsonl, .parquet; else a dataset)",
+class _Reading(Section):
+    """How the documents of a corpus are read."""
+
+    format: Literal["auto", "text", "jsonl", "parquet", "huggingface", "python-docs", "chat"] = (
+        Field(
+            "auto",
+            description="auto: by the source's name (.txt/.md, .jsonl, .parquet; else a dataset); "
+            "chat: conversations, in files and datasets as auto finds them",
+        )
     )
     text_field: str = Field("text", description="Key or column of the text in structured sources")
+    messages_field: str = Field(
+        "messages", description="chat: key or column of the [{role, content}, ...]"
+    )
     subset: str | None = Field(None, description="Hugging Face dataset configuration")
     split: str = Field("train", description="Hugging Face dataset split to read")
     revision: str | None = Field(None, description="Hugging Face dataset revision")
+    max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
+
+
+class CorpusRecipe(_Reading):
+    """One corpus of several."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$", max_length=63, description="In file names"
+    )
+    source: str = Field(description="As data.source")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the training samples, relative to the other corpora's"
+    )
+
+
+class DataRecipe(_Reading):
+    """Which text, how it is split and packed."""
+
+    source: str | None = Field(
+        _DEFAULT_SOURCE,
+        description="'python-docs', a file, folder, glob or fsspec URL, or a Hugging Face dataset; "
+        "null where there is a blend",
+    )
+    blend: list[CorpusRecipe] | None = Field(
+        None, description="Several corpora, trained on in proportion to their weights"
+    )
     fingerprint: str | None = Field(
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
@@ -35,8 +66,46 @@ class DataRecipe(Section):
     seq_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
-    max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
     workers: PositiveInt | None = Field(None, description="Tokenising threads; default: cores")
+
+    @property
+    def corpora(self) -> list[CorpusRecipe]:
+        """What is read: the corpora of the blend, or one by the name of `corpus`."""
+        if self.blend is not None:
+            return self.blend
+        reading = {name: getattr(self, name) for name in _Reading.model_fields}
+        assert self.source is not None
+        return [CorpusRecipe(name="corpus", source=self.source, **reading)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_source(cls, values: Any) -> Any:  # noqa: ANN401 - whatever YAML held
+        """The default text is not meant to be beside a blend."""
+        if isinstance(values, dict) and values.get("blend") is not None:
+            return {"source": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_source(self) -> DataRecipe:
+        if self.blend is None:
+            if self.source is None:
+                raise ValueError("source=null and no blend: give one of the two")
+            return self
+        if self.source is not None:
+            raise ValueError(f"source={self.source!r} and blend are both given; give one of them")
+        if not self.blend:
+            raise ValueError("blend=[]: name at least one corpus, or give source instead")
+        for name, field in _Reading.model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does nothing beside blend; give it in the "
+                    "corpora that it is meant for"
+                )
+        names = Counter(corpus.name for corpus in self.blend)
+        repeated = [name for name, count in names.items() if count > 1]
+        if repeated:
+            raise ValueError(f"blend: {', '.join(repeated)}: names must differ from one another")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> DataRecipe:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from flagscale import tracking
 from flagscale.artifacts import new_artifact
-from flagscale.data.encoder import Encoder, find_eod
-from flagscale.data.sources import documents
-from flagscale.data.writer import Counts, check_counts, write_splits
+from flagscale.data.chat import ChatEncoder
+from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
+from flagscale.data.encoder import SPLITS, Encoder, find_eod
+from flagscale.data.sources import Document, documents
+from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
 from flagscale.models.source import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
+from flagscale.recipe.data import CorpusRecipe
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
-    """Tokenise a corpus into train, validation and test splits.
+    """Tokenise one or several corpora into train, validation and test splits.
 
     Args:
         data: the recipe's section, with `tokenizer` filled in.
@@ -28,10 +35,12 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
 
     Returns:
         `<split>_documents`, `_tokens`, `_characters` and `_sequences` (of `seq_length`, an epoch),
-        `duplicate_documents` and `tokens_per_second` (reading included).
+        `duplicate_documents` and `tokens_per_second` (reading included); where there are
+        conversations also `<split>_learnt_tokens` and `_truncated`, `conversations_left_out` (they
+        have no answer) and `conversations_control_tokens` (a message holds a special token's name).
 
     Raises:
-        UserError: the corpus, the tokenizer or a split does not serve; nothing is left at `output`.
+        UserError: a corpus, the tokenizer or a split does not serve; nothing is left at `output`.
     """
     if data.tokenizer is None:
         raise UserError("data.tokenizer is not set; name the teacher's source")
@@ -39,40 +48,113 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
     with tracking.step_run("prepare-data", params) as run:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_revision)
         eod_id = find_eod(tokenizer, data.eod_token)
-        encoder = Encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
+        corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_artifact) as staging:
-            counts = write_splits(documents(data), encoder, staging.path, data.workers)
-            check_counts(counts, data.seq_length, data.validation_fraction, data.test_fraction)
+            counts = write_splits(corpora, staging.path, data.workers)
+            seconds = time.monotonic() - start
+            facts = _facts(data, corpora, counts, eod_id)
+            check_splits(facts, data.validation_fraction, data.test_fraction)
+            facts["epochs"] = {
+                name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
+            }
             tokenizer.save_pretrained(staging.path / "tokenizer")
             staging.tokenizer_hash = tokenizer_hash(tokenizer)
-            staging.facts = {
-                "source": data.source,
-                "splits": {name: asdict(found) for name, found in counts.splits.items()},
-                "duplicate_documents": counts.duplicates,
-                "eod_id": eod_id,
-                "vocab_size": encoder.vocab_size,
-                "seq_length": data.seq_length,
-            }
-        metrics = _metrics(counts, data.seq_length, time.monotonic() - start)
+            staging.facts = facts
+        _report(facts)
+        metrics = _metrics(facts, seconds)
         run.log_metrics(metrics)
     return metrics
 
 
-def _metrics(counts: Counts, seq_length: int, seconds: float) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name, found in counts.splits.items():
-        metrics |= {f"{name}_{key}": float(value) for key, value in asdict(found).items()}
-        metrics[f"{name}_sequences"] = float((found.tokens - 1) // seq_length)
+def _corpus(
+    corpus: CorpusRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, eod_id: int
+) -> Corpus:
+    kind = "chat" if corpus.format == "chat" else "text"
+    encoder = ChatEncoder if kind == "chat" else Encoder
+    encode = encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
+    if data.blend is None:
+        return Corpus(None, kind, documents(corpus), encode)
+    return Corpus(corpus.name, kind, _named(corpus), encode)
+
+
+def _named(corpus: CorpusRecipe) -> Iterator[Document]:
+    """Its documents; errors say which corpus of the blend they are about."""
+    try:
+        yield from documents(corpus)
+    except UserError as error:
+        raise UserError(f"data.blend, corpus {corpus.name!r}: {error}") from error
+
+
+def _facts(
+    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], eod_id: int
+) -> dict[str, Any]:
+    described = [
+        {
+            "name": corpus.name,
+            "source": recipe.source,
+            "kind": corpus.kind,
+            "weight": recipe.weight,
+            "control_tokens": getattr(corpus.encode, "control_tokens", 0),
+            **asdict(found),
+        }
+        for corpus, recipe, found in zip(corpora, data.corpora, counts, strict=True)
+    ]
+    return {
+        "source": data.source,
+        "corpora": described,
+        "splits": add_up(counts),
+        "duplicate_documents": sum(found.duplicates for found in counts),
+        "eod_id": eod_id,
+        "vocab_size": corpora[0].encode.vocab_size,
+        "seq_length": data.seq_length,
+    }
+
+
+def _report(facts: dict[str, Any]) -> None:
+    """Log what was found, and what a user may not expect."""
+    for name, found in facts["splits"].items():
         logger.info(
             "%s: %d documents, %d tokens, %d characters",
             name,
-            found.documents,
-            found.tokens,
-            found.characters,
+            found["documents"],
+            found["tokens"],
+            found["characters"],
         )
-    if counts.duplicates:
-        logger.info("%d documents repeat an earlier one; they were kept", counts.duplicates)
-    metrics["duplicate_documents"] = float(counts.duplicates)
-    metrics["tokens_per_second"] = counts.tokens / max(seconds, 1e-9)
+    if facts["duplicate_documents"]:
+        repeats = facts["duplicate_documents"]
+        logger.info("%d documents repeat an earlier one; they were kept", repeats)
+    truncated = sum(epoch["truncated"] for epoch in facts["epochs"].values())
+    if truncated:
+        limit = facts["seq_length"] + 1
+        logger.warning("%d conversations lose what exceeds %d tokens", truncated, limit)
+    for corpus in facts["corpora"]:
+        name = corpus["name"] or corpus["source"]
+        if corpus["left_out"]:
+            logger.warning("%s: %d conversations without answer left out", name, corpus["left_out"])
+        if corpus["control_tokens"]:
+            logger.warning(
+                "%s: messages of %d conversations hold a special token's name, which is encoded as "
+                "that token",
+                name,
+                corpus["control_tokens"],
+            )
+
+
+def _metrics(facts: dict[str, Any], seconds: float) -> dict[str, float]:
+    chats = [corpus for corpus in facts["corpora"] if corpus["kind"] == "chat"]
+    metrics: dict[str, float] = {}
+    for name, found in facts["splits"].items():
+        counts = {**found, **facts["epochs"][name]}
+        if not chats:  # nothing is masked or too long
+            del counts["learnt_tokens"], counts["truncated"]
+        metrics |= {f"{name}_{key}": float(value) for key, value in counts.items()}
+    if chats:
+        metrics["conversations_left_out"] = float(sum(c["left_out"] for c in chats))
+        metrics["conversations_with_control_tokens"] = float(
+            sum(c["control_tokens"] for c in chats)
+        )
+    metrics["duplicate_documents"] = float(facts["duplicate_documents"])
+    tokens = sum(found["tokens"] for found in facts["splits"].values())
+    metrics["tokens_per_second"] = tokens / max(seconds, 1e-9)
     return metrics

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from flagscale.data.encoder import Encoder, choose_split, find_eod
+from flagscale.data.encoder import EncodedDocument, Encoder, choose_split, find_eod
+from flagscale.data.sources import Document
 from flagscale.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=80)
@@ -19,12 +20,16 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     return Encoder(tokenizer, 0, 0.1, 0.1)
 
 
+def encode(encoder: Encoder, *texts: str) -> list[EncodedDocument]:
+    return encoder([Document(text, "test") for text in texts])
+
+
 @settings(deadline=None, max_examples=200)
 @given(texts=st.lists(TEXT | st.just("a<|endoftext|>b"), max_size=5))
 def test_tokens_read_back_as_the_text(
     tokenizer: PreTrainedTokenizerFast, encoder: Encoder, texts: list[str]
 ) -> None:
-    for text, item in zip(texts, encoder(texts), strict=True):
+    for text, item in zip(texts, encode(encoder, *texts), strict=True):
         assert item.ids[-1] == 0
         assert not np.isin(item.ids[:-1], [0, 1]).any()
         assert tokenizer.decode(item.ids[:-1].tolist()) == text
@@ -36,7 +41,7 @@ def test_names_of_special_tokens_in_a_text_are_text(
 ) -> None:
     text = "<|im_start|>user: what is <|endoftext|>?"
     assert 0 in tokenizer(text)["input_ids"]  # what would have happened
-    (item,) = encoder([text])
+    (item,) = encode(encoder, text)
     assert item.ids.tolist().count(0) == 1
     assert 1 not in item.ids
     assert tokenizer(text)["input_ids"][0] == 1  # and the caller's tokenizer is as it was
@@ -49,7 +54,7 @@ def test_special_tokens_that_are_not_marked_special(tokenizer: PreTrainedTokeniz
     careless = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>"
     )
-    (item,) = Encoder(careless, 0, 0.1, 0.1)(["a<|endoftext|>b"])
+    (item,) = encode(Encoder(careless, 0, 0.1, 0.1), "a<|endoftext|>b")
     assert item.ids.tolist().count(0) == 1
 
 
@@ -58,7 +63,7 @@ def test_a_tokenizers_own_truncation_is_ignored(tokenizer: PreTrainedTokenizerFa
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     cutting = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    (item,) = Encoder(cutting, 0, 0.1, 0.1)(["one two three four five six seven"])
+    (item,) = encode(Encoder(cutting, 0, 0.1, 0.1), "one two three four five six seven")
     assert cutting.decode(item.ids[:-1].tolist()) == "one two three four five six seven"
 
 

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, new_artifact
+from flagscale.data.counts import SplitCounts, add_up
 from flagscale.data.encoder import SPLITS, Encoder
 from flagscale.data.loader import (
     Batches,
@@ -22,7 +23,7 @@ from flagscale.data.loader import (
     validation_batches,
 )
 from flagscale.data.sources import Document
-from flagscale.data.writer import SplitCounts, write_splits
+from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
 
 SEQ_LENGTH = 16
@@ -32,9 +33,9 @@ def write_dataset(path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[st
     with new_artifact(path, "dataset", {}) as staging:
         encoder = Encoder(tokenizer, 0, 0.2, 0.2)
         documents = (Document(text, "test") for text in texts)
-        counts = write_splits(documents, encoder, staging.path)
+        counts = write_splits([Corpus(None, "text", documents, encoder)], staging.path)
         staging.facts = {
-            "splits": {name: vars(found) for name, found in counts.splits.items()},
+            "splits": add_up(counts),
             "eod_id": 0,
             "vocab_size": encoder.vocab_size,
             "seq_length": SEQ_LENGTH,

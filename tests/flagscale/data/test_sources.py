@@ -18,7 +18,7 @@ from flagscale.recipe import DataRecipe
 
 
 def texts(source: object, **options: object) -> list[str]:
-    return [d.text for d in documents(DataRecipe(source=str(source), **options))]
+    return [d.text for d in documents(DataRecipe(source=str(source), **options).corpora[0])]
 
 
 def write_jsonl(path: Path, *rows: object) -> Path:
@@ -139,7 +139,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "fine"}, {"body": "x", "id": 1})
-    stream = documents(DataRecipe(source=str(path)))
+    stream = documents(DataRecipe(source=str(path)).corpora[0])
     assert next(stream).text == "fine"  # nothing further has been read
     with pytest.raises(UserError, match=r"a.jsonl:2: no field 'text'; there are: body, id"):
         next(stream)
@@ -234,5 +234,5 @@ def test_streams(tmp_path: Path) -> None:
         for i in range(20_000):
             stream.write(json.dumps({"text": str(i)}) + "\n")
         stream.write("broken")
-    first = itertools.islice(documents(DataRecipe(source=str(path))), 20_000)
+    first = itertools.islice(documents(DataRecipe(source=str(path)).corpora[0]), 20_000)
     assert sum(1 for _ in first) == 20_000

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, is_disk_full
 from flagscale.data import writer
+from flagscale.data.counts import Counts, SplitCounts, check_splits
 from flagscale.data.encoder import SPLITS, Encoder
 from flagscale.data.sources import Document
-from flagscale.data.writer import Counts, SplitCounts, check_counts, write_splits
+from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
 
 
@@ -29,6 +30,13 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
 
 def stream(texts: list[str]) -> Iterator[Document]:
     return (Document(text, "test") for text in texts)
+
+
+def write(
+    documents: Iterator[Document], encoder: Encoder, folder: Path, workers: int | None = None
+) -> Counts:
+    (counts,) = write_splits([Corpus(None, "text", documents, encoder)], folder, workers)
+    return counts
 
 
 def numbered(count: int) -> list[str]:
@@ -50,7 +58,7 @@ def test_round_trip_and_counts(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, encoder: Encoder
 ) -> None:
     texts = numbered(200)
-    counts = write_splits(stream(texts), encoder, tmp_path)
+    counts = write(stream(texts), encoder, tmp_path)
     found = read(tmp_path, tokenizer)
     assert sorted(found) == sorted(SPLITS)
     assert sorted(itertools.chain(*found.values())) == sorted(texts)
@@ -58,7 +66,7 @@ def test_round_trip_and_counts(
         assert kept == [text for text in texts if text in set(kept)]  # in the order of the source
         indexed = IndexedDataset(str(tmp_path / name))  # its arrays die with it
         tokens = int(indexed.sequence_lengths.sum())
-        assert counts.splits[name] == SplitCounts(len(kept), tokens, sum(map(len, kept)))
+        assert counts.splits[name] == SplitCounts(len(kept), tokens, sum(map(len, kept)), tokens)
     assert counts.documents == 200
     assert counts.duplicates == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
@@ -78,7 +86,7 @@ def test_a_text_has_one_split_in_any_order(
     splits = []
     for order in (texts, data.draw(st.permutations(texts))):
         folder = tmp_path_factory.mktemp("order")
-        counts = write_splits(stream(order), encoder, folder, workers=2)
+        counts = write(stream(order), encoder, folder, workers=2)
         found = read(folder, tokenizer)
         splits.append({name: sorted(kept) for name, kept in found.items()})
         assert counts.duplicates == len(texts) - len(set(texts))
@@ -94,7 +102,7 @@ def test_files_do_not_depend_on_the_workers(
     for workers in (1, 2, 5):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        write_splits(stream(numbered(300)), encoder, folder, workers)
+        write(stream(numbered(300)), encoder, folder, workers)
         hashes.append(hash_files(folder))
     assert hashes[0] == hashes[1] == hashes[2]
 
@@ -111,7 +119,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, encoder: Encoder) 
                 used.append(process.memory_info().rss)
             yield Document(f"{i} {words}", "test")
 
-    write_splits(documents(), encoder, tmp_path, workers=2)
+    write(documents(), encoder, tmp_path, workers=2)
     assert used[1] - used[0] < 12 * 2**20  # to keep the 23 MB of text, or its tokens, takes more
 
 
@@ -141,7 +149,7 @@ def test_reading_waits_for_writing() -> None:
 def test_full_disk(tmp_path: Path, encoder: Encoder, name: str) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
-        write_splits(stream(numbered(50)), encoder, tmp_path)
+        write(stream(numbered(50)), encoder, tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert is_disk_full(caught.value)
 
@@ -153,7 +161,7 @@ def test_an_error_while_reading_passes_through(tmp_path: Path, encoder: Encoder)
 
     threads = threading.active_count()
     with pytest.raises(UserError, match="bad line"):
-        write_splits(broken(), encoder, tmp_path)
+        write(broken(), encoder, tmp_path)
     assert threading.active_count() == threads
 
 
@@ -176,10 +184,15 @@ def test_repeats_are_counted_across_parts(tmp_path: Path) -> None:
     ],
 )
 def test_too_little_text(split: str, advice: str) -> None:
-    enough = {name: SplitCounts(3, 65, 300) for name in SPLITS}
-    check_counts(Counts(dict(enough)), 64, 0.1, 0.2)
+    enough = {name: {"documents": 3, "tokens": 65} for name in SPLITS}
+
+    def facts(splits: dict[str, dict[str, int]]) -> dict[str, object]:
+        corpus = {"name": None, "kind": "text", "weight": 1.0, "splits": splits}
+        return {"seq_length": 64, "corpora": [corpus], "splits": splits}
+
+    check_splits(facts(enough), 0.1, 0.2)
     with pytest.raises(UserError) as caught:
-        check_counts(Counts(enough | {split: SplitCounts(2, 64, 300)}), 64, 0.1, 0.2)
+        check_splits(facts(enough | {split: {"documents": 2, "tokens": 64}}), 0.1, 0.2)
     message = str(caught.value)
     assert message.startswith(
         f"the {split} split has 2 documents and 64 tokens, but one sequence of data.seq_length=64 "

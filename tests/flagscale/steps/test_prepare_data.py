@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -12,10 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import open_artifact
-from flagscale.data.encoder import Encoder
+from flagscale.data.counts import Counts
 from flagscale.data.loader import split_documents, train_iterator
-from flagscale.data.sources import Document
-from flagscale.data.writer import Counts
+from flagscale.data.writer import Corpus
 from flagscale.errors import UserError
 from flagscale.models.source import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
@@ -139,10 +138,10 @@ def test_full_disk(
     real = step.write_splits
 
     def onto_a_full_disk(
-        documents: Iterable[Document], encoder: Encoder, folder: Path, workers: int | None
-    ) -> Counts:
+        corpora: Sequence[Corpus], folder: Path, workers: int | None
+    ) -> list[Counts]:
         (folder / "train.bin").symlink_to("/dev/full")
-        return real(documents, encoder, folder, workers)
+        return real(corpora, folder, workers)
 
     monkeypatch.setattr(step, "write_splits", onto_a_full_disk)
     with pytest.raises(UserError, match=r"no space left on the disk of .*MiB free\); free some"):
