@@ -1,0 +1,102 @@
+"""What ranks agree on: that a part of the work succeeded everywhere, and what the first one found.
+
+A rank that raises alone leaves the others waiting in the next collective. So whatever touches the
+disk, and can fail on one rank, is done in `same_outcome`: then all raise, or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from flagscale.artifacts import disk_full, is_disk_full
+from flagscale.errors import UserError
+
+_NOTHING_FREE = 2**16  # bytes
+
+ResultT = TypeVar("ResultT")
+
+
+def is_first_rank() -> bool:
+    """Whether this rank does what is done once."""
+    return torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def same_outcome(folder: Path, doing: str) -> Iterator[None]:
+    """Raise on every rank what one rank raises inside. All ranks call it.
+
+    Args:
+        folder: what is read or written, for the message.
+        doing: what failed if it fails: `the checkpoint <doing>`.
+
+    Raises:
+        UserError: a file could not be read or written, on any rank.
+        RuntimeError: another error of another rank.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except (Exception, CheckpointException) as raised:
+        error = _explained(raised, folder, doing)
+    mine = None if error is None else (str(error), isinstance(error, UserError))
+    told: list[tuple[str, bool] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, mine)
+    if error is not None:
+        raise error
+    for other in told:
+        if other is not None:
+            message, is_users = other
+            raise UserError(message) if is_users else RuntimeError(f"on another rank: {message}")
+
+
+def on_first_rank(folder: Path, doing: str, function: Callable[[], ResultT]) -> ResultT:
+    """Let the first rank do something, and every rank know the result. All ranks call it.
+
+    Args:
+        folder: see `same_outcome`.
+        doing: see `same_outcome`.
+        function: its result can be pickled.
+    """
+    result: list[Any] = [None]
+    with same_outcome(folder, doing):
+        if is_first_rank():
+            result = [function()]
+    torch.distributed.broadcast_object_list(result, src=0)
+    found: ResultT = result[0]
+    return found
+
+
+def _explained(error: BaseException, folder: Path, doing: str) -> BaseException:
+    """A failure of the storage as a `UserError`; anything else as it is."""
+    if isinstance(error, UserError):
+        return error
+    if _is_disk_full(error, folder):
+        explained: BaseException = disk_full(folder)
+    elif isinstance(error, OSError | CheckpointException):
+        # Torch passes a rank's error on as text, traceback and all.
+        explained = UserError(f"{folder}: the checkpoint {doing}: {_last_line(error)}")
+    else:
+        return error
+    explained.__cause__ = error
+    return explained
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    if is_disk_full(error) or os.strerror(errno.ENOSPC) in str(error):
+        return True
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    is_storage = isinstance(error, OSError | CheckpointException)
+    return is_storage and shutil.disk_usage(existing).free < _NOTHING_FREE
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

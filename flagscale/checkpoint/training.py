@@ -1,0 +1,154 @@
+"""The checkpoints of one training run: saved, kept, resumed from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from flagscale.checkpoint.agreement import is_first_rank, on_first_rank
+from flagscale.checkpoint.folders import STATE, CheckpointFolders
+from flagscale.checkpoint.training_state import (
+    TrainingState,
+    layout,
+    load_best_weights,
+    load_state,
+    sharded_state,
+)
+from flagscale.checkpoint.writing import prepare_save
+from flagscale.errors import UserError
+
+if TYPE_CHECKING:
+    from flagscale.train.setup import Trainer
+
+logger = logging.getLogger(__name__)
+
+_READING, _WRITING = "cannot be read", "could not be written"
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one training run, in one folder. All ranks call every method."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        async_save: bool = False,
+        best_by: str = "lm loss",
+    ) -> None:
+        """Use `folder`, which need not exist yet.
+
+        Args:
+            folder: where all ranks write.
+            keep: how many of the newest stay, beside the best.
+            async_save: write while training goes on, one checkpoint at a time.
+            best_by: name of the validation loss that the best checkpoint is smallest in.
+        """
+        self.folder = folder
+        self._folders = CheckpointFolders(folder, keep, best_by)
+        self._async_save = async_save
+        self._calls = AsyncCallsQueue(persistent=False)
+        self._partial: Path | None = None
+
+    def save(self, state: TrainingState, trainer: Trainer) -> None:
+        """Write a checkpoint; when it is complete, make it the latest and delete old ones.
+
+        One that is still being written is waited for. A step that is the latest already is not
+        written again.
+
+        Raises:
+            UserError: a rank cannot write, e.g. because the disk is full; the checkpoint before is
+                untouched.
+        """
+        self.wait()
+        history = {**asdict(state), "layout": layout()}
+        partial = on_first_rank(self.folder, _WRITING, lambda: self._begin(history))
+        if partial is None:
+            return
+        self._partial = partial
+        with self._dropped_on_failure():
+            request = prepare_save(
+                sharded_state(trainer), partial / STATE, in_background=self._async_save
+            )
+            request.add_finalize_fn(self._publish)
+            if self._async_save:
+                self._calls.schedule_async_request(request)
+            else:
+                request.execute_sync()
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written, if all ranks are done with it.
+
+        Raises:
+            UserError: a rank could not write it.
+        """
+        self._finish(blocking=False)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete.
+
+        Raises:
+            UserError: a rank could not write it.
+        """
+        self._finish(blocking=True)
+
+    def restore(self, trainer: Trainer) -> TrainingState:
+        """Load the latest checkpoint, if there is one, and say where training stands.
+
+        Raises:
+            UserError: the latest checkpoint cannot be read.
+        """
+        latest = on_first_rank(self.folder, _READING, self._folders.latest)
+        if latest is None:
+            return TrainingState()
+        load_state(trainer, latest.path / STATE, latest.layout)
+        return TrainingState(latest.step, latest.training, latest.validation)
+
+    def restore_best(self, trainer: Trainer) -> int:
+        """Load the weights of the checkpoint with the smallest validation loss, and those alone.
+
+        Returns:
+            Its step.
+
+        Raises:
+            UserError: no checkpoint was validated, or the best cannot be read.
+        """
+        best = on_first_rank(self.folder, _READING, self._folders.best)
+        if best is None:
+            raise UserError(f"{self.folder}: no checkpoint of a step that was validated")
+        load_best_weights(trainer, best.path / STATE)
+        return best.step
+
+    def _begin(self, history: dict[str, object]) -> Path | None:
+        latest = self._folders.latest()
+        if latest is not None and latest.step == history["step"]:
+            return None
+        return self._folders.begin(history)
+
+    def _publish(self) -> None:
+        partial = self._partial
+        assert partial is not None
+        on_first_rank(self.folder, _WRITING, lambda: self._folders.publish(partial))
+        self._partial = None
+
+    def _finish(self, blocking: bool) -> None:
+        if self._calls.get_num_unfinalized_calls():
+            with self._dropped_on_failure():
+                self._calls.maybe_finalize_async_calls(blocking=blocking)
+
+    @contextmanager
+    def _dropped_on_failure(self) -> Iterator[None]:
+        """What could not be written whole only takes space."""
+        try:
+            yield
+        except BaseException:
+            if self._partial is not None and is_first_rank():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+            raise

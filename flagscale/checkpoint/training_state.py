@@ -1,0 +1,225 @@
+"""What a training checkpoint holds, in a form that another layout can read.
+
+Tensors (weights, projections of the distillation loss, the optimiser's moments) are stored under
+their place in the whole model. Of the optimiser's parameter groups only the step is stored: how
+parameters are grouped depends on the layout, and the rest is the recipe's or the scheduler's.
+Random states are those of a (pipeline, tensor, expert) rank; a layout that differs there keeps its
+freshly seeded ones, and draws other dropout masks.
+
+ModelOpt's mode `kd_loss` is not stored: a resumed training builds it anew from its recipe, and only
+its projections are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from flagscale.checkpoint.agreement import is_first_rank
+from flagscale.checkpoint.reading import load
+from flagscale.checkpoint.weights import by_chunk, load_chunks
+
+if TYPE_CHECKING:
+    from flagscale.train.setup import Trainer
+
+logger = logging.getLogger(__name__)
+
+_RNG = "rng_state"
+# A distributed optimiser's state in the form of a plain one's, which any layout can read.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass
+class TrainingState:
+    """Where training stands, beside the tensors.
+
+    Attributes:
+        step: optimiser steps done; the position in the data follows from it.
+        training: one record a step.
+        validation: one record a validation.
+    """
+
+    step: int = 0
+    training: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+def layout() -> dict[str, int]:
+    """Sizes of the process groups."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def sharded_state(trainer: Trainer) -> dict[str, Any]:
+    """What to save. All ranks call it."""
+    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    optimizer = trainer.optimizer.sharded_state_dict(weights, metadata=_METADATA)
+    steps = [_detach_groups(part) for part in _parts(trainer.optimizer, optimizer)]
+    return {
+        **weights,
+        "optimizer": optimizer,
+        "optimizer_steps": steps[0],
+        "opt_param_scheduler": trainer.scheduler.state_dict(),
+        "large_losses": _large_losses(),
+        _RNG: _sharded_rng(_rng_state()),
+    }
+
+
+def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> None:
+    """Read what `sharded_state` gave. All ranks call it.
+
+    Args:
+        trainer: of the same training, on any layout.
+        folder: of the checkpoint.
+        written_on: the `layout` that wrote it.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another training.
+    """
+    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    optimizer = trainer.optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
+    for part in _parts(trainer.optimizer, optimizer):
+        _detach_groups(part)
+    asked = {**weights, "optimizer": optimizer}
+    same_ranks = all(
+        written_on[name] == layout()[name] for name in ("pipeline", "tensor", "expert")
+    )
+    if same_ranks:
+        asked[_RNG] = _sharded_rng(None)
+    loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
+    load_chunks(trainer.chunks, loaded, strict=True)
+    for part in _parts(trainer.optimizer, loaded["optimizer"]):
+        _attach_steps(part, loaded["optimizer_steps"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    _set_large_losses(loaded["large_losses"])
+    if same_ranks:
+        _set_rng_state(loaded[_RNG])
+    elif is_first_rank():
+        logger.info(
+            "the checkpoint was written on another layout (%s): random states start anew",
+            ", ".join(f"{name} {size}" for name, size in written_on.items()),
+        )
+
+
+def load_best_weights(trainer: Trainer, folder: Path) -> None:
+    """Read the weights alone, into a trainer that will not go on. All ranks call it.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another training.
+    """
+    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    loaded = load(weights, folder, lambda name: name == _RNG or name.startswith("optimizer."))
+    load_chunks(trainer.chunks, loaded, strict=True)
+
+
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The state of torch's optimisers inside: dense parameters, and experts over EP ranks."""
+    chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
+    for part in state.values() if chained else [state]:
+        yield part.get("optimizer", part)
+
+
+def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
+    """Keep parameter groups out of the checkpoint, in place.
+
+    Returns:
+        The step, where torch's optimiser keeps it with the parameters, and where transformer-engine
+        keeps it with the groups; None where it is not kept so.
+    """
+    groups = part["param_groups"]
+    for group in groups:
+        if isinstance(group.get("params"), LocalNonpersistentObject):
+            group["params"] = group["params"].unwrap()
+    part["param_groups"] = LocalNonpersistentObject(groups)
+    return {
+        "of parameters": part.get("state", {}).pop("common_step", None),
+        "of groups": next((group["step"] for group in groups if "step" in group), None),
+    }
+
+
+def _attach_steps(part: dict[str, Any], steps: dict[str, Any]) -> None:
+    if steps["of parameters"] is not None:
+        part["state"]["common_step"] = steps["of parameters"]
+    if steps["of groups"] is not None:
+        for group in part["param_groups"]:
+            group["step"] = steps["of groups"]
+
+
+def _rng_state() -> dict[str, Any]:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    return states
+
+
+def _set_rng_state(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    """By rank of the model; its data-parallel copies draw the same numbers."""
+    sizes = layout()
+    return ShardedObject(
+        _RNG,
+        state,
+        global_shape=(sizes["pipeline"], sizes["tensor"], sizes["expert"]),
+        global_offset=(
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_expert_model_parallel_rank(),
+        ),
+        replica_id=parallel_state.get_expert_data_parallel_rank(),
+    )
+
+
+def _large_losses() -> dict[str, dict[str, float]]:
+    """What the rerun state machine compares a loss with: the largest that any rank has seen.
+
+    Nothing else of it outlives a step.
+    """
+    machine = get_rerun_state_machine()
+    mine = {"counts": dict(machine.large_value_counts), "values": dict(machine.max_values)}
+    told: list[dict[str, dict[str, float]]] = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, mine)
+    return {
+        kind: {
+            name: max(one[kind][name] for one in told if name in one[kind])
+            for name in sorted({name for one in told for name in one[kind]})
+        }
+        for kind in mine
+    }
+
+
+def _set_large_losses(large: dict[str, dict[str, Any]]) -> None:
+    machine = get_rerun_state_machine()
+    machine.large_value_counts = dict(large["counts"])
+    machine.max_values = dict(large["values"])

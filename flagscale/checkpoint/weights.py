@@ -1,0 +1,77 @@
+"""A model's weights alone, in a form that every layout and layer implementation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
+
+from flagscale.checkpoint.reading import load
+from flagscale.checkpoint.writing import save
+
+
+def save_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
+    """Write a model's weights as a distributed checkpoint. All ranks call it.
+
+    Args:
+        chunks: this rank's part of the model, wrapped or not.
+        folder: is made.
+
+    Raises:
+        UserError: a rank cannot write, e.g. because the disk is full.
+    """
+    save(by_chunk(chunks, _weights), folder)
+
+
+def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
+    """Read weights that `save_weights` wrote, on any layout, into a model of the same shape.
+
+    All ranks call it.
+
+    Raises:
+        UserError: there is no checkpoint, or it has other tensors or shapes than the model.
+    """
+    state = load(by_chunk(chunks, _weights), folder)
+    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
+    # against the checkpoint.
+    load_chunks(chunks, state, strict=False)
+
+
+def by_chunk(
+    chunks: GPTModel | Sequence[GPTModel], state_of: Callable[[GPTModel], dict[str, Any]]
+) -> dict[str, Any]:
+    """State of every chunk under the chunk's name."""
+    return {name: state_of(unwrap_model(chunk)) for name, chunk in named_chunks(chunks).items()}
+
+
+def load_chunks(
+    chunks: GPTModel | Sequence[GPTModel], state: dict[str, Any], *, strict: bool
+) -> None:
+    """Put a loaded state, by chunk, into the model."""
+    for name, chunk in named_chunks(chunks).items():
+        unwrap_model(chunk).load_state_dict(state[name], strict=strict)
+
+
+def named_chunks(chunks: GPTModel | Sequence[GPTModel]) -> dict[str, GPTModel]:
+    """Chunks under the names that Megatron gives them in a checkpoint."""
+    if not isinstance(chunks, Sequence):
+        return {"model": chunks}
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
+def _weights(model: GPTModel) -> dict[str, Any]:
+    """The sharded tensors that are the model, whatever its layers are implemented with.
+
+    Without transformer-engine's extra states (FP8 scales), which a model of local layers lacks, and
+    without a distillation model's projections, which are trained but are no part of the student.
+    """
+    return {
+        name: tensor
+        for name, tensor in model.sharded_state_dict().items()
+        if not name.endswith("_extra_state") and not name.startswith("_loss_modules.")
+    }
