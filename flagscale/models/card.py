@@ -21,6 +21,7 @@ def model_card(
     shape: ModelShape,
     training: Mapping[str, Mapping[str, Any]],
     metrics: Mapping[str, Any],
+    export_format: str = "huggingface",
 ) -> str:
     """The text of README.md: YAML front matter that the Hugging Face hub reads, then Markdown.
 
@@ -30,22 +31,24 @@ def model_card(
         shape: of the student.
         training: sections `distillation` and `training` of the recipe.
         metrics: of the evaluation artifact.
+        export_format: `huggingface` or `megatron`.
     """
     teacher = origin.base_model or origin.source
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(origin), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_front_matter(origin, export_format), sort_keys=False)}---",
         f"# {name}",
-        f"A {shape.model_type} model of {shape.num_layers} layers and "
+        f"A {_kind(shape)} model of {shape.num_layers} layers and "
         f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_training(training)}",
-        f"## How to use it\n\n{_USAGE}",
+        f"## How to use it\n\n{_USAGE[export_format]}",
         f"## Licence\n\n{_license(origin, teacher)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-_USAGE = """```python
+_USAGE = {
+    "huggingface": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
@@ -53,12 +56,42 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
-```"""
+```""",
+    "megatron": """A Megatron-Core distributed checkpoint; no class of transformers loads it. With
+FlagScale distillation:
+
+```python
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from flagscale import platform
+from flagscale.models.megatron import load_model, logits
+
+folder = Path("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+tokens = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
+with platform.runtime():
+    model = load_model(folder, seq_length=tokens.size(1))
+    print(tokenizer.decode(logits(model, tokens)[0, -1].argmax()))
+```""",
+}
 
 
-def _front_matter(origin: Origin) -> dict[str, Any]:
+def _kind(shape: ModelShape) -> str:
+    if shape.architecture.is_default:
+        return shape.model_type
+    values = shape.architecture.model_dump(mode="json", exclude_defaults=True)
+    named = ", ".join(
+        name if isinstance(value, dict) else f"{name}={value}" for name, value in values.items()
+    )
+    return f"Megatron-Core GPT ({named})"
+
+
+def _front_matter(origin: Origin, export_format: str) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "transformers" if export_format == "huggingface" else "megatron-core",
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "megatron-core", "modelopt"],
     }

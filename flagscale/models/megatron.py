@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,6 +54,22 @@ def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     """
     tokens = tokens.to(platform.device())
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    logits_bsv = model(tokens, positions, None)
+    with without_multi_token_prediction(unwrap_model(model)):
+        logits_bsv = model(tokens, positions, None)
     vocab_size = unwrap_model(model).unpadded_vocab_size
     return logits_bsv[..., :vocab_size].float()
+
+
+@contextlib.contextmanager
+def without_multi_token_prediction(model: GPTModel) -> Iterator[None]:
+    """Run the main model alone: its multi-token prediction only serves training, and wants labels.
+
+    Args:
+        model: not wrapped; one without multi-token prediction stays as it is.
+    """
+    before = model.mtp_process, model.config.mtp_num_layers
+    model.mtp_process, model.config.mtp_num_layers = False, None
+    try:
+        yield
+    finally:
+        model.mtp_process, model.config.mtp_num_layers = before

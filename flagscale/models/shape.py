@@ -106,6 +106,19 @@ class ModelShape:
         )
         return cls(**values)
 
+    def check_fits_hugging_face(self) -> None:
+        """Refuse a model that its family's Hugging Face configuration cannot describe.
+
+        Raises:
+            UserError: what does not fit, and the format to export in.
+        """
+        if not self.architecture.is_default:
+            changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
+            raise UserError(
+                f"student.architecture={changed}: no {self.model_type} configuration of Hugging "
+                "Face holds that; set export.format=megatron"
+            )
+
 
 def pad_vocab_size(vocab_size: int, divisor: int) -> int:
     """The smallest multiple of `divisor` that holds `vocab_size` tokens."""
@@ -256,12 +269,7 @@ def hf_config_for(shape: ModelShape, template: PreTrainedConfig) -> PreTrainedCo
     Raises:
         UserError: the family has no such model.
     """
-    if not shape.architecture.is_default:
-        changed = shape.architecture.model_dump(mode="json", exclude_defaults=True)
-        raise UserError(
-            f"student.architecture={changed}: no {shape.model_type} configuration of Hugging Face "
-            "holds that; set export.format=megatron"
-        )
+    shape.check_fits_hugging_face()
     config = copy.deepcopy(template)
     for stale in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(stale, None)

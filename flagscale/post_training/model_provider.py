@@ -22,9 +22,11 @@ from flagscale.checkpoint import load_weights
 from flagscale.models.shape import ModelShape
 from flagscale.post_training.losses import LogitsKLLoss, WeightedLossBalancer
 from flagscale.recipe import DistillationRecipe
+from flagscale.recipe.combinations import check_combination
 from flagscale.train.arguments import Arguments
 from flagscale.train.global_vars import get_args
 from flagscale.train.gpt_builder import build_gpt_model
+from flagscale.train.memory_history import record_memory_history
 
 _INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
 _OUTPUT_LAYERS = ("output_layer", "output_layer")
@@ -34,13 +36,24 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
     """Build the student, with random weights, converted for distillation from the run's teacher.
 
     Raises:
-        UserError: the teacher's artifact is missing or damaged.
-        ValueError: the two vocabularies differ.
+        UserError: the teacher's artifact is missing or damaged, or memory is to be recorded without
+            a GPU.
+        ValueError: the two vocabularies differ, or an option cannot be distilled with.
     """
     args = get_args()
+    distillation = args.export_kd_cfg or DistillationRecipe()
+    # Also when the recipe is read; arguments may come from elsewhere.
+    check_combination(distillation, args, args.shape.architecture)
+    if args.use_dualpipev or args.overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            f"use_dualpipev={args.use_dualpipev}, overlap_moe_expert_parallel_comm="
+            f"{args.overlap_moe_expert_parallel_comm} with ModelOpt's distillation: both must be "
+            "False, its forward pass is one call of the model"
+        )
+    if args.record_memory_history:
+        record_memory_history(args.memory_snapshot_path)
     teacher = _build_teacher(args, pre_process, post_process)
     student = build_gpt_model(args, pre_process, post_process)
-    distillation = args.export_kd_cfg or DistillationRecipe()
     return convert_for_distillation(student, teacher, distillation, args.seed)
 
 
@@ -92,7 +105,11 @@ def convert_for_distillation(
 def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
     folder = args.export_kd_teacher_load
     assert folder is not None, "called without ModelOpt arguments"
-    teacher_args = replace(args, shape=ModelShape.load(folder), recompute_granularity="none")
+    shape, sizes = ModelShape.load(folder), args.parallelism
+    if shape.architecture.num_experts is None:
+        # The student's experts may be spread over ranks; to a dense teacher these are copies.
+        sizes = sizes.model_copy(update={"expert_model_parallel_size": 1})
+    teacher_args = replace(args, shape=shape, parallelism=sizes, recompute_granularity="none")
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
     load_weights(teacher, folder / "weights")
     return teacher.requires_grad_(False).eval()

@@ -6,12 +6,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flagscale.errors import UserError
+from flagscale.models.megatron import without_multi_token_prediction
 from flagscale.post_training.loss_func import loss_func
 from flagscale.post_training.model_provider import convert_for_distillation
 from flagscale.recipe import DistillationRecipe
 
 # A model's own logits give exactly 0; what else comes is a wrong loss, nats a token.
 _MAX_LOSS_WHEN_EQUAL = 1e-6
+_EXPERTS = ".mlp.experts."
 
 
 def prove_distillation(
@@ -20,7 +22,8 @@ def prove_distillation(
     """Prove ModelOpt's conversion on models that are not needed afterwards.
 
     That the KD loss of a model against itself is 0, and that one backward pass reaches every
-    parameter of the student and none of the teacher.
+    parameter of the student and none of the teacher. Multi-token prediction has no part in
+    distillation: what only it uses must be reached by the plain loss.
 
     Args:
         student: its weights as training will start from; it is converted.
@@ -40,12 +43,18 @@ def prove_distillation(
             f"the KD loss of the teacher against itself is {when_equal:.3g} nats a token, "
             "not 0: the conversion is wrong"
         )
-    loss, at_start, model = _losses(student, teacher, batch)
-    loss.backward()
+    if student.mtp_process:
+        inputs = batch["tokens"], batch["position_ids"], None
+        student.train()(*inputs, labels=batch["labels"]).sum().backward()
+    with without_multi_token_prediction(student):
+        loss, at_start, model = _losses(student, teacher, batch)
+        loss.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("_teacher_model."):
             if parameter.requires_grad or parameter.grad is not None:
                 raise UserError(f"the teacher's {name} got a gradient: it would not stay as it is")
+        elif _EXPERTS in name and (parameter.grad is None or not parameter.grad.any()):
+            continue  # no token of this batch chose the expert
         elif parameter.grad is None or not parameter.grad.isfinite().all():
             raise UserError(f"the student's {name} got no finite gradient: it would not learn")
         elif not parameter.grad.any():

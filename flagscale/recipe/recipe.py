@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from flagscale.recipe.architecture import ArchitectureRecipe
+from flagscale.recipe.combinations import check_combination
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
@@ -44,3 +46,16 @@ class Recipe(Section):
         if isinstance(export, dict) and export.get("registered_model_name") is None:
             export["registered_model_name"] = values.get("name")
         return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """Refuse what its sections ask for together and would not get."""
+        architecture = self.student.architecture or ArchitectureRecipe()
+        check_combination(self.distillation, self.training, architecture)
+        if not architecture.is_default and self.export.format != "megatron":
+            changed = architecture.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"export.format={self.export.format} with student.architecture={changed}: no Llama "
+                "or Qwen configuration of Hugging Face holds that; set export.format=megatron"
+            )
+        return self

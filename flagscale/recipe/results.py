@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flagscale.recipe.section import PositiveInt, Section
 
@@ -28,15 +28,35 @@ class EvaluationRecipe(Section):
 
 
 class ExportRecipe(Section):
-    """The Hugging Face folder that comes out."""
+    """The model that comes out."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights on disk")
+    format: Literal["huggingface", "megatron"] = Field(
+        "huggingface",
+        description="huggingface: what AutoModelForCausalLM loads; megatron: the distributed "
+        "checkpoint, for a student.architecture that no Hugging Face configuration holds",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Weights on disk; huggingface only"
+    )
     max_logit_difference: float = Field(
-        1e-3, gt=0, description="Largest |logit| difference after the round trip (in float32)"
+        1e-3,
+        gt=0,
+        description="Largest |logit| difference after the round trip (in float32); ditto",
     )
     registered_model_name: str | None = Field(
         None, description="Name in the MLflow model registry; default: the recipe's name"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ExportRecipe:
+        if self.format == "megatron":
+            for name in ("dtype", "max_logit_difference"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with format=megatron: the "
+                        "checkpoint is passed on as it is; leave it out"
+                    )
+        return self
 
 
 class TrackingRecipe(Section):

@@ -109,9 +109,16 @@ def _check_shape(model: GPTModel, shape: ModelShape) -> dict[str, float]:
 
 
 def _save(model: GPTModel, shape: ModelShape, teacher: Path, folder: Path) -> None:
-    """Write the artifact: the tokenizer and what else the teacher's `hf/` holds go along."""
+    """Write the artifact: the tokenizer and what else the teacher's `hf/` holds go along.
+
+    The configuration does too, as the student's, unless no configuration describes the student.
+    """
     shape.save(folder)
     save_weights(model, folder / WEIGHTS)
+    if not shape.architecture.is_default:
+        configurations = shutil.ignore_patterns("config.json", "generation_config.json")
+        shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
+        return
     shutil.copytree(teacher / "hf", folder / "hf")
     template = AutoConfig.from_pretrained(teacher / "hf")
     hf_config_for(shape, template).save_pretrained(folder / "hf")

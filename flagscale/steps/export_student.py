@@ -1,9 +1,15 @@
-"""Step 6: the distilled student -> an `export` artifact: a Hugging Face folder that is proven."""
+"""Step 6: the distilled student -> an `export` artifact: a Hugging Face folder that is proven.
+
+A student whose architecture no Hugging Face configuration holds is passed on as Megatron-Core's
+distributed checkpoint instead (`export.format: megatron`).
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +21,19 @@ from flagscale.errors import UserError
 from flagscale.evaluation import METRICS
 from flagscale.models.card import model_card
 from flagscale.models.hf_export import (
-    Reloaded,
     export_to_hf,
     reload_in_fresh_process,
     round_weights,
 )
-from flagscale.models.megatron import load_model, logits
+from flagscale.models.megatron import WEIGHTS, load_model, logits
 from flagscale.models.origin import Origin
 from flagscale.models.parity import (
-    Parity,
     check_logits,
     check_weights,
     compare_logits,
     fixed_tokens,
 )
-from flagscale.models.shape import ModelShape
+from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.models.source import load_tokenizer
 from flagscale.recipe import ExportRecipe
 
@@ -42,21 +46,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export_student(
     export: ExportRecipe, distilled: Path, evaluation: Path, output: Path
 ) -> dict[str, float]:
-    """Write the student as a Hugging Face folder, prove that it loads, and register it in MLflow.
+    """Write the student in the recipe's format, prove that it loads, and register it in MLflow.
 
     Args:
         export: the recipe's section.
         distilled: a `distilled-student` artifact.
         evaluation: the `evaluation` artifact of that student; its figures go into the model card.
-        output: folder of the `export` artifact, which `AutoModelForCausalLM` loads.
+        output: folder of the `export` artifact, which `AutoModelForCausalLM` loads; in the format
+            `megatron` it holds `weights/`, `model.json` and `tokenizer/`.
 
     Returns:
-        `max_logit_difference` and `mean_logit_difference` between the Megatron-Core model and what
-        transformers loads in a fresh process, `top1_agreement`, and `bytes` of the weights.
+        `bytes` of the weights; of a Hugging Face folder also `max_logit_difference` and
+        `mean_logit_difference` between the Megatron-Core model and what transformers loads in a
+        fresh process, and `top1_agreement`.
 
     Raises:
-        UserError: the artifacts do not belong together, or the logits differ by more than
-            `max_logit_difference`. Nothing is left at `output`.
+        UserError: the artifacts do not belong together, the format cannot hold the student, or the
+            logits differ by more than `max_logit_difference`. Nothing is left at `output`.
         RuntimeError: transformers cannot load what was written.
     """
     parents = {
@@ -65,25 +71,22 @@ def export_student(
     }
     metrics = _metrics_of(evaluation, parents)
     recipe = {"export": export.model_dump(mode="json")}
+    if export.format == "huggingface":
+        ModelShape.load(distilled).check_fits_hugging_face()
     with tracking.step_run("export-student", recipe) as run:
         with new_artifact(output, "export", recipe, parents, run.log_artifact) as staging:
-            parity, reloaded = _export(export, distilled, staging.path)
-            weights = sorted(staging.path.glob("*.safetensors"))
-            figures = {
-                "max_logit_difference": parity.max_abs_difference,
-                "mean_logit_difference": parity.mean_abs_difference,
-                "top1_agreement": parity.top1_agreement,
-                "bytes": float(sum(path.stat().st_size for path in weights)),
-            }
+            write = _copy_megatron if export.format == "megatron" else _export
+            figures, facts = write(export, distilled, staging.path)
             card = model_card(
                 export.registered_model_name or "Distilled student",
                 Origin.load(distilled / "hf"),
                 ModelShape.load(distilled),
                 _sections(parents["distilled"]),
                 metrics,
+                export.format,
             )
             (staging.path / "README.md").write_text(card, encoding="utf-8")
-            staging.facts = {**figures, "dtype": export.dtype, "generated": reloaded.text}
+            staging.facts = {**figures, **facts, "format": export.format}
             staging.tokenizer_hash = parents["distilled"].tokenizer_hash
         run.log_metrics(figures)
         if export.registered_model_name:
@@ -105,8 +108,14 @@ def _metrics_of(evaluation: Path, parents: dict[str, Manifest]) -> dict[str, Any
     return values
 
 
-def _export(export: ExportRecipe, distilled: Path, folder: Path) -> tuple[Parity, Reloaded]:
-    """Write the folder; compare what transformers makes of it with the model it came from."""
+def _export(
+    export: ExportRecipe, distilled: Path, folder: Path
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Write the folder; compare what transformers makes of it with the model it came from.
+
+    Returns:
+        The figures, and what else the manifest says.
+    """
     shape, template = ModelShape.load(distilled), distilled / "hf"
     dtype = _DTYPES[export.dtype]
     tokens = fixed_tokens(load_tokenizer(template), shape.max_position_embeddings)
@@ -127,7 +136,35 @@ def _export(export: ExportRecipe, distilled: Path, folder: Path) -> tuple[Parity
         reloaded.text,
     )
     check_logits(parity, export.max_logit_difference, "export.max_logit_difference")
-    return parity, reloaded
+    figures = {
+        "max_logit_difference": parity.max_abs_difference,
+        "mean_logit_difference": parity.mean_abs_difference,
+        "top1_agreement": parity.top1_agreement,
+        "bytes": _bytes(folder.glob("*.safetensors")),
+    }
+    return figures, {"dtype": export.dtype, "generated": reloaded.text}
+
+
+def _copy_megatron(
+    export: ExportRecipe, distilled: Path, folder: Path
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Pass the distributed checkpoint on, with what is needed to load it.
+
+    Returns:
+        The figures, and what else the manifest says.
+    """
+    del export  # the checkpoint is what it is
+    shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
+    shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
+    load_tokenizer(distilled / "hf").save_pretrained(folder / "tokenizer")
+    with platform.runtime():
+        shape = ModelShape.load(folder)
+        check_weights(load_model(folder, shape.max_position_embeddings), f"student {distilled}")
+    return {"bytes": _bytes((folder / WEIGHTS).iterdir())}, {"dtype": "float32"}
+
+
+def _bytes(files: Iterable[Path]) -> float:
+    return float(sum(path.stat().st_size for path in files))
 
 
 def _sections(distilled: Manifest) -> dict[str, dict[str, Any]]:

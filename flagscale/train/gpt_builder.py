@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from flagscale.errors import UserError
 from flagscale.train.arguments import Arguments
@@ -24,13 +25,24 @@ def build_gpt_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    layout: PipelineParallelLayerLayout | None = None,
 ) -> GPTModel:
-    """Build the standard model, with random weights.
+    """Build the standard model, or one chunk of it, with random weights.
 
     The columns of the padded vocabulary are no tokens: their logits are set to probability 0, so
     that losses and teacher agree with the unpadded model.
+
+    Args:
+        args: of the run.
+        pre_process: the chunk computes the embedding.
+        post_process: the chunk computes the output layer and the loss.
+        vp_stage: which virtual pipeline stage, with an interleaved pipeline.
+        layout: which layers the chunk has; default: Megatron-Core's even distribution.
+
+    Raises:
+        UserError: something that this machine or Megatron-Core cannot honour.
     """
-    shape, config = args.shape, transformer_config(args)
+    shape, config = args.shape, transformer_config(args, layout)
     spec = layer_spec(args, config, vp_stage)
     model = GPTModel(
         config=config,

@@ -21,8 +21,10 @@ from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.loss_func import loss_func as loss_func_modelopt
 from flagscale.post_training.model_provider import model_provider as model_provider_modelopt
 from flagscale.train.batches import Batch, get_batch
+from flagscale.train.dualpipev import dualpipev_layout
 from flagscale.train.global_vars import get_args, get_timers
 from flagscale.train.gpt_builder import build_gpt_model, build_legacy_gpt_model
+from flagscale.train.memory_history import record_memory_history
 
 if TYPE_CHECKING:
     import megatron.legacy.model
@@ -48,26 +50,34 @@ def model_provider(
         pre_process: the chunk computes the embedding.
         post_process: the chunk computes the output layer and the loss.
         vp_stage: which virtual pipeline stage, with an interleaved pipeline.
-        is_dualpipev_first_chunk: whether the chunk is the first of DualPipeV's two.
+        is_dualpipev_first_chunk: with `use_dualpipev`, whether the chunk is the first of the rank's
+            two.
 
     Raises:
         ValueError: a combination that would be built wrongly.
-        UserError: the legacy model's package is missing.
+        UserError: the legacy model's package is missing, or memory is to be recorded without a GPU.
     """
     args = get_args()
-    if is_dualpipev_first_chunk:
-        raise ValueError(
-            "is_dualpipev_first_chunk=True: Megatron-Core has no DualPipeV schedule to place it in"
-        )
     if modelopt_args_enabled(args):
-        if vp_stage is not None:
+        if vp_stage is not None or is_dualpipev_first_chunk:
             raise ValueError(
-                f"vp_stage={vp_stage}: ModelOpt's distillation cannot be interleaved; must be None"
+                f"vp_stage={vp_stage}, is_dualpipev_first_chunk={is_dualpipev_first_chunk}: "
+                "ModelOpt's distillation knows one chunk a rank; must be None and False"
             )
         return model_provider_modelopt(pre_process, post_process)
+    if args.record_memory_history:
+        record_memory_history(args.memory_snapshot_path)
+    layout = None
+    if args.use_dualpipev:
+        first = bool(is_dualpipev_first_chunk)
+        layout = dualpipev_layout(args, pre_process, post_process, vp_stage, first)
+    elif is_dualpipev_first_chunk:
+        raise ValueError("is_dualpipev_first_chunk=True with use_dualpipev=False: must be False")
     if args.use_legacy_models:
+        if vp_stage is not None:
+            raise ValueError(f"vp_stage={vp_stage} with use_legacy_models=True: must be None")
         return build_legacy_gpt_model(args, pre_process, post_process)
-    return build_gpt_model(args, pre_process, post_process, vp_stage)
+    return build_gpt_model(args, pre_process, post_process, vp_stage, layout)
 
 
 def loss_func(

@@ -1,0 +1,123 @@
+"""What cannot be trained together: options of different sections that exclude one another."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from flagscale.recipe.architecture import ArchitectureRecipe
+from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.parallelism import ParallelismRecipe
+
+
+class TrainingOptions(Protocol):
+    """What matters here of a `TrainingRecipe`, or of the `Arguments` made of it."""
+
+    @property
+    def parallelism(self) -> ParallelismRecipe:
+        """Sizes of the process groups."""
+
+    @property
+    def use_legacy_models(self) -> bool:
+        """Whether Megatron-LM's legacy model is trained."""
+
+    @property
+    def transformer_impl(self) -> str:
+        """Which layers are used."""
+
+    @property
+    def fp8(self) -> str:
+        """Format of the matrix products' operands."""
+
+
+def check_combination(
+    distillation: DistillationRecipe, training: TrainingOptions, architecture: ArchitectureRecipe
+) -> None:
+    """Refuse options that would not be honoured together.
+
+    Args:
+        distillation: the recipe's section.
+        training: the recipe's section, or a run's arguments.
+        architecture: the student's.
+
+    Raises:
+        ValueError: both options with their values, and what would be right.
+    """
+    if distillation.loss != "none":
+        _check_distillation(distillation, training, architecture)
+    if training.use_legacy_models and not architecture.is_default:
+        changed = architecture.model_dump(mode="json", exclude_defaults=True)
+        raise ValueError(
+            f"training.use_legacy_models=true with student.architecture={changed}: Megatron-LM's "
+            "legacy model has none of it; leave one of the two out"
+        )
+    if training.transformer_impl == "local":
+        _check_local(training, architecture)
+    _check_layout(training.parallelism, architecture)
+
+
+def _check_distillation(
+    distillation: DistillationRecipe, training: TrainingOptions, architecture: ArchitectureRecipe
+) -> None:
+    chunks = training.parallelism.virtual_pipeline_model_parallel_size
+    reasons = {
+        f"training.parallelism.virtual_pipeline_model_parallel_size={chunks}": (
+            chunks is not None,
+            "ModelOpt's distillation cannot be interleaved; leave it out",
+        ),
+        "training.use_legacy_models=true": (
+            training.use_legacy_models,
+            "ModelOpt distils Megatron-Core's GPTModel only; set it to false",
+        ),
+        f"student.architecture.spec={architecture.spec}": (
+            architecture.spec is not None,
+            "what a spec of your own does under ModelOpt's conversion is not known; leave it out",
+        ),
+        f"student.architecture.mtp_num_layers={architecture.mtp_num_layers}": (
+            architecture.mtp_num_layers is not None,
+            "the output layer runs once a depth, and the distillation loss would take the wrong "
+            "logits; leave it out",
+        ),
+    }
+    for option, (applies, reason) in reasons.items():
+        if applies:
+            raise ValueError(
+                f"{option} with distillation.loss={distillation.loss}: {reason}, or set "
+                "distillation.loss=none"
+            )
+
+
+def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:
+    if training.fp8 != "none":
+        raise ValueError(
+            f"training.fp8={training.fp8} with training.transformer_impl=local: FP8 needs "
+            "transformer_engine, on a GPU; set training.fp8=none"
+        )
+    if architecture.moe_grouped_gemm:
+        raise ValueError(
+            "student.architecture.moe_grouped_gemm=true with training.transformer_impl=local: it "
+            "needs transformer_engine, on a GPU; set it to false"
+        )
+
+
+def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureRecipe) -> None:
+    tensor, ranks = (
+        parallelism.tensor_model_parallel_size,
+        parallelism.expert_model_parallel_size,
+    )
+    where = "training.parallelism"
+    experts = architecture.num_experts
+    if ranks > 1 and (experts is None or experts % ranks):
+        raise ValueError(
+            f"{where}.expert_model_parallel_size={ranks} with student.architecture.num_experts="
+            f"{experts}: must divide the experts; without experts it must be 1"
+        )
+    if tensor > 1 and not parallelism.sequence_parallel:
+        for option, value in (
+            ("num_experts", architecture.num_experts),
+            ("multi_latent_attention", architecture.multi_latent_attention),
+        ):
+            if value:
+                raise ValueError(
+                    f"student.architecture.{option}={value} with {where}."
+                    f"tensor_model_parallel_size={tensor}: needs {where}.sequence_parallel=true"
+                )
