@@ -23,3 +23,36 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|im_start|>"
     )
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}MARK{{ message.content }}<|im_end|>ENDMARK"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same with `<|im_end|>`, and a template that does not mark what the assistant says."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.chat_template = CHAT_TEMPLATE.replace("ENDMARK", "").replace("MARK", "")
+    return chat
+
+
+@pytest.fixture(scope="session")
+def marking_tokenizer(chat_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same with a template that marks it."""
+    marking = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(chat_tokenizer.backend_tokenizer.to_str()),
+        eos_token="<|endoftext|>",
+    )
+    marking.chat_template = CHAT_TEMPLATE.replace("ENDMARK", "{% endgeneration %}").replace(
+        "MARK", "{% generation %}"
+    )
+    return marking
