@@ -162,5 +162,6 @@ def measure_epoch(dataset: Path, facts: dict[str, Any], split: str) -> Epoch:
 
 def part_lengths(dataset: Path, part: Part) -> np.ndarray:
     """Tokens of each document of a part."""
-    lengths = IndexedDataset(str(dataset / part.file)).sequence_lengths
+    indexed = IndexedDataset(str(dataset / part.file))
+    lengths = indexed.sequence_lengths  # mapped into memory that is gone with `indexed`
     return np.concatenate([lengths[r.start : r.stop] for r in part.documents])

@@ -59,7 +59,8 @@ class TextSamples:
             found[name].numpy() for name in ("tokens", "labels", "loss_mask")
         )
         if self._reset:
-            loss_mask[tokens == self._eod_id] = 0
+            # A copy: the first sample's mask is the one that Megatron keeps for all others.
+            loss_mask = np.where(tokens == self._eod_id, np.float32(0), loss_mask)
         return Sample(tokens, labels, loss_mask, starts_after(tokens, self._eod_id))
 
 

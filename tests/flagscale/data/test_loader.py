@@ -3,12 +3,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, new_artifact
@@ -253,3 +256,24 @@ def test_a_split_that_fills_no_sample(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the train split has 16 tokens, a sample needs 17"):
         train(tmp_path, tmp_path / "cache")
+
+
+def test_text_is_packed_as_megatrons_builder_does(dataset: Path, tmp_path: Path) -> None:
+    """Byte for byte, in the same order, through its own way to build."""
+    config = GPTDatasetConfig(
+        random_seed=7,
+        sequence_length=SEQ_LENGTH,
+        blend_per_split=[([str(dataset / "train")], None), None, None],
+        path_to_cache=str(tmp_path / "theirs"),
+        tokenizer=SimpleNamespace(vocab_size=500, eod=0, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config)
+    theirs = builder.build()[0]
+    ours = train(dataset, tmp_path / "ours", micro_batch_size=1, global_batch_size=1)
+    assert len(theirs) == samples_an_epoch(dataset)
+    for i, batch in enumerate(itertools.islice(ours, len(theirs))):
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(batch[name][0], theirs[i][name])
