@@ -25,6 +25,10 @@ class TrainingOptions(Protocol):
         """Which layers are used."""
 
     @property
+    def reset_attention_mask(self) -> bool:
+        """Whether the documents of a sample do not see one another."""
+
+    @property
     def fp8(self) -> str:
         """Format of the matrix products' operands."""
 
@@ -52,6 +56,12 @@ def check_combination(
         )
     if training.transformer_impl == "local":
         _check_local(training, architecture)
+    ranks = training.parallelism.context_parallel_size
+    if training.reset_attention_mask and ranks > 1:
+        raise ValueError(
+            "training.reset_attention_mask=true with training.parallelism.context_parallel_size="
+            f"{ranks}: ranks hold halves of a sample, not of each document; set one of the two back"
+        )
     _check_layout(training.parallelism, architecture)
 
 
