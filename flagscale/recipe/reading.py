@@ -98,11 +98,11 @@ def _explain(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydanti
 
 def _fields(kind: type[BaseModel], location: list[str | int]) -> list[str]:
     """Names of the fields of the section at `location`."""
-    for part in location:
+    for part in (part for part in location if isinstance(part, str)):
         field = kind.model_fields.get(str(part))
         annotation = field.annotation if field else None
-        if get_origin(annotation) is not None:
-            annotation = next((a for a in get_args(annotation) if isinstance(a, type)), None)
+        while get_origin(annotation) is not None:  # X | None, list[X] | None
+            annotation = next((a for a in get_args(annotation) if a is not type(None)), None)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         kind = annotation

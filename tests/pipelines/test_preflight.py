@@ -51,6 +51,21 @@ def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
     assert with_fingerprints(filled) == filled
 
 
+def test_a_blend_is_looked_at_corpus_by_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "a.txt", tmp_path / "b.txt"
+    one.write_text("one")
+    corpora = [{"name": path.stem, "source": str(path)} for path in (one, two)]
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["data"] |= {"source": None, "blend": corpora}
+    blend = Recipe.model_validate(values)
+    with pytest.raises(UserError, match=r"b.txt': no such file"):
+        check_sources(blend)
+    before = with_fingerprints(blend).data.fingerprint
+    two.write_text("two")
+    check_sources(blend)
+    assert with_fingerprints(blend).data.fingerprint != before
+
+
 def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
     one = recipe("t", num_layers=2)
     same = one.model_copy(

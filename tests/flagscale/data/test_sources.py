@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flagscale.data.messages import dump_messages
 from flagscale.data.sources import documents
 from flagscale.errors import UserError
 from flagscale.recipe import DataRecipe
@@ -236,3 +237,38 @@ def test_streams(tmp_path: Path) -> None:
         stream.write("broken")
     first = itertools.islice(documents(DataRecipe(source=str(path)).corpora[0]), 20_000)
     assert sum(1 for _ in first) == 20_000
+
+
+def talks(source: object, **options: object) -> list[str]:
+    return texts(source, format="chat", **options)
+
+
+def test_conversations(tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": f"hé {i}"}] for i in range(3)]
+    rows = [{"messages": turn, "id": 1} for turn in turns]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows, {"messages": None}, {"messages": []})
+    wanted = [dump_messages(turn, "") for turn in turns]
+    assert talks(path) == wanted
+    assert talks(tmp_path) == wanted
+    # a column of structs has every key in every row
+    answer = {"role": "assistant", "content": "", "name": "x"}
+    full = [[{**turn[0], "name": None}, answer] for turn in turns]
+    pq.write_table(pa.table({"chat": full}), tmp_path / "b.parquet")
+    (found, *_) = talks(tmp_path / "b.parquet", messages_field="chat")
+    assert json.loads(found) == [turns[0][0], answer]
+    datasets.Dataset.from_dict({"messages": turns}).to_parquet(tmp_path / "hub" / "c.parquet")
+    assert talks(tmp_path / "hub") == wanted
+
+
+def test_where_there_are_no_conversations(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"messages": "hello"})
+    with pytest.raises(UserError, match=r"a.jsonl:1: no field 'messages'; .* Set data.messages_fi"):
+        talks(path)
+    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text': must be a list of messages"):
+        talks(path, messages_field="text")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"known ending \(.jsonl, .ndjson, .parquet\)$"):
+        talks(tmp_path / "b")
+    with pytest.raises(UserError, match="python-docs' has no conversations"):
+        talks("python-docs")

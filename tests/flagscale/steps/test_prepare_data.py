@@ -1,3 +1,4 @@
+import itertools
 import json
 import signal
 import subprocess
@@ -7,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import open_artifact
 from flagscale.data.counts import Counts
+from flagscale.data.encoder import SPLITS
 from flagscale.data.loader import split_documents, train_iterator
 from flagscale.data.writer import Corpus
 from flagscale.errors import UserError
@@ -82,6 +86,133 @@ def test_dataset(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
         output, tmp_path / "cache", micro_batch_size=2, global_batch_size=2, seed=0
     )
     assert next(batches)["tokens"].shape == (2, 32)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat-tokenizer")
+    fast = load_tokenizer(tokenizer)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    path = tmp_path / "talks.jsonl"
+    chats = [
+        [
+            {"role": "user", "content": f"What is {i}?"},
+            {"role": "assistant", "content": f"It is {i}. " * (40 if i % 50 == 49 else 1)},
+        ]
+        for i in range(100)
+    ]
+    rows = [{"messages": chat} for chat in [*chats, chats[0], chats[0][:1]]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_conversations(
+    chat_tokenizer: Path, talks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "dataset"
+    with caplog.at_level("WARNING"):
+        metrics = prepare_data(recipe(chat_tokenizer, talks, format="chat"), output)
+    assert metrics["conversations_left_out"] == metrics["duplicate_documents"] == 1
+    assert sum(metrics[f"{name}_documents"] for name in SPLITS) == 101
+    assert sum(metrics[f"{name}_truncated"] for name in SPLITS) == 2
+    assert "2 conversations lose what exceeds 33 tokens" in caplog.text
+    assert "1 conversations without answer left out" in caplog.text
+    manifest = open_artifact(output, "dataset")
+    assert manifest.facts["corpora"][0]["kind"] == "chat"
+    assert {f"{name}.mask.bin" for name in SPLITS} < set(manifest.files)
+    words = load_tokenizer(output / "tokenizer").convert_ids_to_tokens
+    for name in SPLITS:
+        documents, masks = (
+            [np.array(indexed[i]) for i in range(len(indexed))]
+            for indexed in map(IndexedDataset, (f"{output}/{name}", f"{output}/{name}.mask"))
+        )
+        assert [len(document) for document in documents] == [len(mask) for mask in masks]
+        assert sum(map(np.sum, masks)) == metrics[f"{name}_learnt_tokens"]
+        for document, mask in zip(documents, masks, strict=True):
+            assert "".join(words(document[mask == 1])).startswith("ItĠis")
+            assert "".join(words(document)).startswith("user:ĠWhatĠis")
+    batch = next(
+        train_iterator(output, tmp_path / "cache", micro_batch_size=2, global_batch_size=2, seed=0)
+    )
+    assert 0 < batch["loss_mask"].mean() < 1
+
+
+def blend(tokenizer: Path, *corpora: dict[str, object], **changes: object) -> DataRecipe:
+    values = {"tokenizer": str(tokenizer), "seq_length": 32, "blend": list(corpora)}
+    return DataRecipe.model_validate({**values, **changes})
+
+
+def test_blend(chat_tokenizer: Path, corpus: Path, talks: Path, tmp_path: Path) -> None:
+    """Each corpus' training split is what it would be alone; held-out documents are together."""
+    data = blend(
+        chat_tokenizer,
+        {"name": "notes", "source": str(corpus), "weight": 3, "max_documents": 150},
+        {"name": "talks", "source": str(talks), "format": "chat"},
+        {"name": "again", "source": str(corpus), "weight": 0.5},
+    )
+    metrics = prepare_data(data, tmp_path / "together")
+    prepare_data(recipe(chat_tokenizer, talks, format="chat"), tmp_path / "talks")
+    prepare_data(recipe(chat_tokenizer, corpus), tmp_path / "again")
+    facts = open_artifact(tmp_path / "together", "dataset").facts
+    assert [c["weight"] for c in facts["corpora"]] == [3, 1, 0.5]
+    assert [c["duplicates"] for c in facts["corpora"]] == [0, 1, 151]
+    for name in ("talks", "again"):
+        for ending in (".bin", ".idx", *((".mask.bin", ".mask.idx") if name == "talks" else ())):
+            alone = (tmp_path / name / f"train{ending}").read_bytes()
+            assert (tmp_path / "together" / f"train-{name}{ending}").read_bytes() == alone
+    for split in SPLITS:
+        counts = [corpus["splits"][split] for corpus in facts["corpora"]]
+        documents = split_documents(tmp_path / "together", split)
+        assert len(documents) == sum(count["documents"] for count in counts)
+        assert metrics[f"{split}_documents"] == len(documents)
+        alone = split_documents(tmp_path / "again", split)
+        together = documents[-len(alone) :]
+        assert all(map(np.array_equal, together, alone))
+    batches = train_iterator(
+        tmp_path / "together", tmp_path / "cache", micro_batch_size=1, global_batch_size=9, seed=0
+    )
+    masked = [bool((batch["loss_mask"] == 0).any()) for batch in itertools.islice(batches, 90)]
+    assert sum(masked) == 20  # 1 of 4.5
+
+
+def test_what_can_be_put_right_in_a_blend(
+    tokenizer: Path, chat_tokenizer: Path, corpus: Path, tmp_path: Path
+) -> None:
+    good = {"name": "good", "source": str(corpus)}
+    empty, short = tmp_path / "empty.jsonl", tmp_path / "short.jsonl"
+    empty.write_text("")
+    short.write_text('{"text": "A single line."}\n')
+    cases = [
+        (blend(tokenizer, good, {"name": "none", "source": str(empty)}), "corpus 'none': .* empty"),
+        (
+            blend(tokenizer, good, {"name": "short", "source": str(short)}),
+            "the train split of 'short' has 1 documents .* the whole corpus has 1 documents",
+        ),
+        (
+            blend(tokenizer, good, {"name": "chat", "source": str(tmp_path), "format": "chat"}),
+            "data.format='chat': the tokenizer has no chat_template",
+        ),
+        (
+            blend(chat_tokenizer, good, {"name": "c", "source": str(corpus), "format": "chat"}),
+            "corpus 'c': .*corpus.jsonl:1: no field 'messages'; there are: text",
+        ),
+    ]
+    for data, message in cases:
+        with pytest.raises(UserError, match=message):
+            prepare_data(data, tmp_path / "dataset")
+        assert not (tmp_path / "dataset").exists()
 
 
 def test_the_same_again(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
