@@ -9,6 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from flagscale.errors import UserError
+from flagscale.recipe import DistillationRecipe
+from flagscale.recipe.combinations import check_combination
 from flagscale.train.arguments import Arguments
 from flagscale.train.layer_specs import layer_spec, mtp_block_spec
 from flagscale.train.transformer_config import transformer_config
@@ -71,8 +73,11 @@ def build_legacy_gpt_model(
     """Build Megatron-LM's legacy model.
 
     Raises:
+        ValueError: the model has an architecture that the legacy one lacks.
         UserError: Megatron-LM is not on the path; the message says how to get it.
     """
+    # Also when the recipe is read; arguments may come from elsewhere.
+    check_combination(DistillationRecipe(loss="none"), args, args.shape.architecture)
     try:
         from megatron.legacy.model import GPTModel as LegacyGPTModel
     except ImportError as error:

@@ -1,21 +1,28 @@
 import inspect
+import sys
 from dataclasses import replace
 from typing import Optional, Union
 
 import modelopt.torch.distill as mtd
 import pytest
 import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from flagscale import platform
 from flagscale.checkpoint import load_weights
 from flagscale.errors import UserError
 from flagscale.models.megatron import build_model, logits
 from flagscale.models.shape import ModelShape
-from flagscale.recipe import DistillationRecipe
+from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, ParallelismRecipe
 from flagscale.train import train_gpt
 from flagscale.train.arguments import with_teacher
 from flagscale.train.global_vars import get_args, get_timers, use_args
+from flagscale.train.layer_specs import layer_spec
 from flagscale.train.train_gpt import model_provider
+from flagscale.train.transformer_config import transformer_config
 
 
 def test_signature_is_the_contract():
@@ -77,7 +84,7 @@ def test_without_modelopt_arguments_the_model_is_plain(runtime, args):
     ("call", "names"),
     [
         ({"vp_stage": 1}, "vp_stage=1.*must be None"),
-        ({"is_dualpipev_first_chunk": True}, "is_dualpipev_first_chunk=True"),
+        ({"is_dualpipev_first_chunk": True}, "is_dualpipev_first_chunk=True.*must be"),
     ],
 )
 def test_what_modelopt_cannot_honour_is_refused(runtime, args, teacher, call, names):
@@ -86,6 +93,175 @@ def test_what_modelopt_cannot_honour_is_refused(runtime, args, teacher, call, na
         pytest.raises(ValueError, match=names),
     ):
         model_provider(**call)
+
+
+MLA = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
+BLOCKS = [
+    {"attention": {"num_query_groups": 4}, "mlp": {"replace_with_linear": True}},
+    {"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 48}},
+]
+
+
+def with_architecture(args, **architecture):
+    shape = replace(args.shape, architecture=ArchitectureRecipe(**architecture))
+    if shape.architecture.multi_latent_attention:
+        shape = replace(shape, num_query_groups=shape.num_attention_heads)
+    return replace(args, shape=shape)
+
+
+@pytest.mark.parametrize("skip_lm_loss", [True, False])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"num_experts": 4, "moe_layer_freq": 2},
+        {"num_experts": 2, "moe_shared_expert_intermediate_size": 32},
+        MLA,
+        {"num_experts": 2, **MLA},
+        {"heterogeneous_layers_config": {"block_configs": BLOCKS}},
+        {"normalization": "LayerNorm"},
+    ],
+    ids=["experts", "shared expert", "latent attention", "both", "heterogeneous", "LayerNorm"],
+)
+def test_students_of_other_architectures_learn_from_a_dense_teacher(
+    runtime, args, teacher, batch, architecture, skip_lm_loss
+):
+    recipe = DistillationRecipe(temperature=2.0, skip_lm_loss=skip_lm_loss)
+    with use_args(with_teacher(with_architecture(args, **architecture), teacher, recipe)):
+        model = model_provider()
+        inputs = batch["tokens"], batch["position_ids"], None
+        mask, labels = batch["loss_mask"], batch["labels"]
+        model.eval()
+        with torch.no_grad():
+            logits_s, logits_t = (m(*inputs).double() for m in (model, model.teacher_model))
+        model.train()
+        output = model(*inputs, labels=labels, loss_mask=mask)
+        loss, _, report = train_gpt.loss_func(mask, output, model=model)
+    log_s, log_t = ((x / 2).log_softmax(-1) for x in (logits_s, logits_t))
+    kd_loss = (4 * (log_t.exp() * (log_t - log_s)).sum(-1) * mask).sum()
+    lm_loss = (F.cross_entropy(logits_s.transpose(1, 2), labels, reduction="none") * mask).sum()
+    found = report["logits distillation loss"][0].double()
+    torch.testing.assert_close(found, kd_loss, rtol=1e-5, atol=0)
+    total = kd_loss if skip_lm_loss else kd_loss + lm_loss
+    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=0)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("_teacher_model."):
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": {"mtp_num_layers": 1}}, "mtp_num_layers=1 with distillation.loss=logits"),
+        ({"architecture": {"spec": "a:b"}}, "spec=a:b with distillation.loss=logits"),
+        ({"use_legacy_models": True}, "use_legacy_models=true with distillation.loss=logits"),
+        ({"use_dualpipev": True}, "use_dualpipev=True"),
+        ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm=True"),
+        (
+            {
+                "parallelism": ParallelismRecipe(
+                    pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+                )
+            },
+            "virtual_pipeline_model_parallel_size=2 with distillation.loss=logits",
+        ),
+    ],
+)
+def test_arguments_that_modelopt_cannot_honour_are_refused(
+    runtime, args, teacher, changes, message
+):
+    args = with_architecture(args, **changes.pop("architecture", {}))
+    with (
+        use_args(with_teacher(replace(args, **changes), teacher, DistillationRecipe())),
+        pytest.raises(ValueError, match=message),
+    ):
+        model_provider()
+
+
+def test_virtual_stages_have_their_layers(runtime, args):
+    """Two pipeline ranks, one after the other in this process, with two chunks each.
+
+    Real processes run them in test_layouts.py.
+    """
+    sizes = ParallelismRecipe(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    )
+    shape = replace(args.shape, num_layers=8)
+    built = {}
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    try:
+        for rank in range(2):
+            parallel_state.set_pipeline_model_parallel_rank(rank)
+            for stage in range(2):
+                with use_args(replace(args, shape=shape, parallelism=sizes)):
+                    config = transformer_config(get_args())
+                    chunk = layer_spec(get_args(), config, stage)
+                first = get_transformer_layer_offset(config, stage, rank)
+                built[rank, stage] = list(range(first, first + len(chunk.layer_specs)))
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(None)
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+    assert built == {(0, 0): [0, 1], (1, 0): [2, 3], (0, 1): [4, 5], (1, 1): [6, 7]}
+
+
+LEGACY = """
+class GPTModel:
+    def __init__(self, config, **arguments):
+        self.config, self.arguments = config, arguments
+"""
+
+
+@pytest.fixture
+def legacy_package(tmp_path, monkeypatch):
+    """A stand-in for Megatron-LM's checkout, which merges with the wheel's namespace package."""
+    package = tmp_path / "megatron" / "legacy" / "model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(LEGACY)
+    (package.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.startswith("megatron.legacy")]:
+        del sys.modules[name]
+
+
+def test_legacy_model_is_built_as_megatron_lm_builds_it(runtime, args, legacy_package):
+    with use_args(replace(args, use_legacy_models=True)):
+        model = model_provider(pre_process=True, post_process=False)
+    assert type(model).__module__ == "megatron.legacy.model"
+    assert model.arguments == {
+        "num_tokentypes": 0,
+        "parallel_output": True,
+        "pre_process": True,
+        "post_process": False,
+    }
+    assert model.config.num_layers == args.shape.num_layers
+
+
+def test_legacy_model_takes_no_stage_and_no_architecture(runtime, args, legacy_package):
+    args = replace(args, use_legacy_models=True)
+    with use_args(args), pytest.raises(ValueError, match="vp_stage=1 with use_legacy_models=True"):
+        model_provider(vp_stage=1)
+    with (
+        use_args(with_architecture(args, num_experts=2)),
+        pytest.raises(ValueError, match=r"use_legacy_models=true with student\.architecture"),
+    ):
+        model_provider()
+
+
+@pytest.mark.skipif(platform.HAS_GPU, reason="there is a GPU")
+def test_memory_history_without_a_gpu_is_refused(runtime, args, teacher):
+    args = replace(args, record_memory_history=True)
+    for arguments in (args, with_teacher(args, teacher, DistillationRecipe())):
+        with use_args(arguments), pytest.raises(UserError, match="record_memory_history=true"):
+            model_provider()
 
 
 def test_missing_legacy_package_says_how_to_get_it(runtime, args):

