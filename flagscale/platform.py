@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -32,6 +33,7 @@ if not HAS_GPU:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 _CPU = torch.device("cpu")
+_starts = itertools.count()
 
 
 def device() -> torch.device:
@@ -71,8 +73,8 @@ def processes(parallelism: ParallelismRecipe) -> int:
     if HAS_GPU:
         return torch.cuda.device_count()
     sizes = parallelism
-    ranks = math.lcm(sizes.context_parallel_size, sizes.expert_model_parallel_size)
-    return sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * ranks
+    stage = sizes.tensor_model_parallel_size * sizes.context_parallel_size
+    return sizes.pipeline_model_parallel_size * math.lcm(stage, sizes.expert_model_parallel_size)
 
 
 def use_distributed_optimizer(choice: bool | None) -> bool:
@@ -140,6 +142,8 @@ def runtime(
             virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
             context_parallel_size=sizes.context_parallel_size,
             expert_model_parallel_size=sizes.expert_model_parallel_size,
+            # Each expert is whole on its rank: small matrices gain nothing from being cut.
+            expert_tensor_parallel_size=1,
         )
         stack.callback(parallel_state.destroy_model_parallel)
         torch.manual_seed(seed)
@@ -157,11 +161,11 @@ def _check_world_size(sizes: ParallelismRecipe, world_size: int) -> None:
             f"{sizes.pipeline_model_parallel_size} x {sizes.context_parallel_size} does not divide "
             f"the {world_size} processes"
         )
-    experts = sizes.expert_model_parallel_size * sizes.tensor_model_parallel_size
-    if (world_size // sizes.pipeline_model_parallel_size) % experts:
+    stage = world_size // sizes.pipeline_model_parallel_size
+    if stage % sizes.expert_model_parallel_size:
         raise UserError(
             f"parallelism: expert_model_parallel_size={sizes.expert_model_parallel_size} does not "
-            f"divide the data and context parallelism of {world_size} processes"
+            f"divide the {stage} processes of a pipeline stage"
         )
 
 
@@ -181,7 +185,12 @@ def _start_process_group() -> None:
     if "WORLD_SIZE" in os.environ:
         if HAS_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(backend)
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        # What an earlier start of this process left in the store must not be taken for this one's.
+        store = torch.distributed.PrefixStore(f"start {next(_starts)}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size
+        )
         return
     # No port to collide on: a lone process needs no rendezvous.
     store = torch.distributed.HashStore()
@@ -216,6 +225,18 @@ class _CudaToCpu(TorchFunctionMode):
 
 def _is_cuda(value: object) -> bool:
     return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+def _with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes split sizes as tensors: the expert dispatcher makes numpy arrays only off a GPU."""
+
+    def with_lists(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return all_to_all_single(*args, **kwargs)
+
+    return with_lists
 
 
 class _NoStream:
@@ -258,6 +279,8 @@ def _cuda_on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(torch.cuda, cuda))
         stack.enter_context(_replaced(mcore_random, rng))
+        dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
+        stack.enter_context(_replaced(torch.distributed, dispatch))
         if not hasattr(moe_utils, "te_general_gemm"):
             # Megatron-Core 0.16.1 names it without transformer-engine too.
             stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))

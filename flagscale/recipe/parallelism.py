@@ -22,10 +22,10 @@ class ParallelismRecipe(Section):
     )
     context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share a sequence")
     expert_model_parallel_size: PositiveInt = Field(
-        1, description="EP: ranks that share the experts; divides DP x CP"
+        1, description="EP: ranks that share the experts; divides TP x CP x DP"
     )
     processes: PositiveInt | None = Field(
-        None, description="On one node; default: one a GPU, on a CPU TP x PP x CP x EP"
+        None, description="On one node; default: one a GPU, on a CPU as few as hold the model"
     )
     use_distributed_optimizer: bool | None = Field(
         None, description="Shard the optimiser's state over DP ranks; default: on a GPU"

@@ -87,6 +87,7 @@ def _parallelism(args: Arguments) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": sizes.virtual_pipeline_model_parallel_size,
         "context_parallel_size": sizes.context_parallel_size,
         "expert_model_parallel_size": sizes.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
         "pipeline_dtype": args.params_dtype,
     }
     if sizes.virtual_pipeline_model_parallel_size is not None:

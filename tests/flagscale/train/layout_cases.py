@@ -1,0 +1,87 @@
+"""Every parallel layout that is tried, with what must come of it: the table's source.
+
+`layout_worker.py` runs them, `test_layouts.py` compares them with one process, and
+`python tests/flagscale/train/layout_cases.py` writes docs/parallelism.md from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TENSOR, SEQUENCE = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+CONTEXT = {"context_parallel_size": 2}
+EXPERT = {"expert_model_parallel_size": 2}
+INTERLEAVED = {**PIPELINE, "virtual_pipeline_model_parallel_size": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout.
+
+    Attributes:
+        name: as the table says it.
+        processes: in all.
+        parallelism: the recipe's section.
+        training: more of the recipe's section `training`.
+        experts: the model has experts.
+        refused: kind of training -> what the error says, if it is refused.
+    """
+
+    name: str
+    processes: int
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    experts: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str:
+        """Name of the case of one process that it must equal."""
+        packed = "reset_attention_mask" in self.training
+        return {
+            (False, False): "one process",
+            (True, False): "one process, experts",
+            (False, True): "one process, packed",
+        }[self.experts, packed]
+
+
+PACKED = {"reset_attention_mask": True}
+CASES = [
+    Case("one process", 1),
+    Case("one process, experts", 1, experts=True),
+    Case("one process, packed", 1, training=PACKED),
+    Case("recompute selective", 1, training={"recompute_granularity": "selective"}),
+    Case("recompute full", 1, training={"recompute_granularity": "full"}),
+    Case("TP2", 2, TENSOR),
+    Case("TP2, sequence parallel", 2, TENSOR | SEQUENCE),
+    Case("PP2", 2, PIPELINE),
+    Case(
+        "PP2, interleaved (VPP2)",
+        2,
+        INTERLEAVED,
+        refused={"distillation": "virtual_pipeline_model_parallel_size=2"},
+    ),
+    Case("CP2", 2, CONTEXT),
+    Case("DP2", 2),
+    Case("EP2, experts", 2, EXPERT, experts=True),
+    Case("DP2, experts", 2, experts=True),
+    Case("TP2, packed", 2, TENSOR, PACKED),
+    Case("PP2, packed", 2, PIPELINE, PACKED),
+    Case(
+        "CP2, packed",
+        2,
+        CONTEXT,
+        PACKED,
+        refused=dict.fromkeys(("standard", "distillation"), "reset_attention_mask=true"),
+    ),
+    Case("TP2 x PP2", 4, TENSOR | PIPELINE),
+    Case("TP2 x PP2, sequence parallel", 4, TENSOR | SEQUENCE | PIPELINE),
+    Case("TP2 x CP2", 4, TENSOR | CONTEXT),
+    Case("PP2 x CP2", 4, PIPELINE | CONTEXT),
+    Case("TP2 x DP2", 4, TENSOR),
+    Case("PP2 x DP2", 4, PIPELINE),
+    Case("TP2 x EP2, sequence parallel, experts", 4, TENSOR | SEQUENCE | EXPERT, experts=True),
+    Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, experts=True),
+]

@@ -1,0 +1,144 @@
+"""One rank of a layout's training: `torchrun ... layout_worker.py FOLDER`, see `test_layouts.py`.
+
+Trains every case of this number of processes for a few steps, standard and distillation, and
+leaves in FOLDER/<case>/<kind> the records (result.json) and the first step's gradients, in the
+form of a checkpoint of weights, so that one process can read them whatever the layout.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from layout_cases import CASES, Case
+from megatron.core.utils import unwrap_model
+
+from flagscale import platform
+from flagscale.checkpoint import load_weights, save_weights
+from flagscale.errors import UserError
+from flagscale.models.shape import ModelShape
+from flagscale.post_training.export import plain_student
+from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
+from flagscale.recipe.combinations import check_combination
+from flagscale.train.arguments import training_arguments, with_teacher
+from flagscale.train.global_vars import use_args
+from flagscale.train.loop import evaluate_loss, train_step
+from flagscale.train.rank_batches import RankBatches
+from flagscale.train.setup import build_model_chunks, setup_training
+
+STEPS = 3
+DISTILLATION = {
+    "none": DistillationRecipe(loss="none"),
+    "logits": DistillationRecipe(
+        temperature=2.0,
+        skip_lm_loss=False,
+        kd_loss_scale=0.7,
+        intermediate_loss_scale=0.5,
+        # Of the last pipeline stage: the student has layers 0 and 1, the teacher 0 to 3.
+        intermediate_layer_pairs=(
+            ("decoder.layers.1", "decoder.layers.3"),
+            ("decoder.final_layernorm", "decoder.final_layernorm", "mse"),
+        ),
+    ),
+}
+KINDS = {"standard": "none", "distillation": "logits"}
+EXPERTS = ArchitectureRecipe(num_experts=4, moe_ffn_hidden_size=64)
+
+
+def recipe(case: Case) -> TrainingRecipe:
+    return TrainingRecipe(
+        train_iters=STEPS,
+        micro_batch_size=2,
+        global_batch_size=8,
+        lr=1e-3,
+        # Above the level of rounding: Adam takes full steps along gradients far above eps.
+        adam_eps=1e-5,
+        clip_grad=0.5,
+        seed=5,
+        parallelism=case.parallelism,
+        **case.training,
+    )
+
+
+def weights(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> Path:
+    """What the case starts from: the teacher trains on, the student is distilled."""
+    if case.experts:
+        return folder / f"experts-{kind}"
+    return Path(inputs["teacher" if kind == "standard" else "student"]) / "weights"
+
+
+def run(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> None:
+    training, distillation = recipe(case), DISTILLATION[KINDS[kind]]
+    shape = ModelShape.load(Path(inputs["teacher" if kind == "standard" else "student"]))
+    if case.experts:
+        shape = replace(shape, architecture=EXPERTS)
+    check_combination(distillation, training, shape.architecture)
+    args = training_arguments(shape, 64, training)
+    if kind == "distillation":
+        args = with_teacher(args, Path(inputs["teacher"]), distillation)
+    with platform.runtime(training.seed, training.parallelism), use_args(args):
+        chunks = build_model_chunks(args)
+        start = weights(case, kind, folder, inputs)
+        if not start.exists():  # one process comes first
+            save_weights(chunks, start)
+        load_weights(chunks, start)
+        trainer = setup_training(chunks, args, training)
+        for chunk in trainer.chunks:
+            chunk.train()
+        batches = RankBatches(Path(inputs["dataset"]), folder / "data", args, training)
+        validation = evaluate_loss(trainer.chunks, batches.validation(), 2)
+        gradients = keep_gradients(trainer)
+        stream = batches.train(0)
+        records = [train_step(trainer, stream) for _ in range(STEPS)]
+        result = folder / case.name / kind
+        save_gradients(trainer, gradients, result / "gradients")
+        if torch.distributed.get_rank() == 0:
+            write(result, {"records": records, "validation": validation})
+
+
+def keep_gradients(trainer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Filled at the first optimiser step: every gradient, reduced, before it is clipped."""
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+    step = trainer.optimizer.step
+
+    def keeping_step():
+        if not kept:
+            for chunk in trainer.chunks:
+                for parameter in chunk.parameters():
+                    if parameter.requires_grad:
+                        kept[parameter] = parameter.main_grad.clone()
+        return step()
+
+    trainer.optimizer.step = keeping_step
+    return kept
+
+
+def save_gradients(trainer, gradients: dict[torch.nn.Parameter, torch.Tensor], to: Path) -> None:
+    for parameter, gradient in gradients.items():
+        parameter.data.copy_(gradient)
+    save_weights([plain_student(unwrap_model(chunk)) for chunk in trainer.chunks], to)
+
+
+def write(folder: Path, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    inputs = json.loads((folder / "inputs.json").read_text())
+    for case in CASES:
+        if case.processes != int(os.environ["WORLD_SIZE"]):
+            continue
+        for kind in KINDS:
+            try:
+                run(case, kind, folder, inputs)
+            except (UserError, ValueError) as error:
+                if os.environ["RANK"] == "0":
+                    write(folder / case.name / kind, {"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

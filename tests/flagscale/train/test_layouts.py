@@ -1,0 +1,77 @@
+"""Every parallel layout against one process: losses, gradient norm, and each gradient, in fp32."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from layout_cases import CASES, Case
+from layout_worker import EXPERTS, KINDS
+
+from flagscale import platform
+from flagscale.checkpoint import load_weights
+from flagscale.models.megatron import build_model
+from flagscale.models.shape import ModelShape
+
+RELATIVE = 1e-5  # the bound for fp32
+WORKER = Path(__file__).with_name("layout_worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, teacher, student, dataset):
+    """Folder of what every case left, one torchrun a number of processes."""
+    folder = tmp_path_factory.mktemp("layouts")
+    inputs = {"teacher": str(teacher), "student": str(student), "dataset": str(dataset)}
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+    for processes in sorted({case.processes for case in CASES}):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        subprocess.run(
+            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return folder
+
+
+def result(folder: Path, case: str, kind: str) -> dict:
+    return json.loads((folder / case / kind / "result.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout(results, teacher, student, case: Case, kind: str):
+    found = result(results, case.name, kind)
+    if kind in case.refused:
+        assert re.search(re.escape(case.refused[kind]), found["error"])
+        return
+    assert "error" not in found, found["error"]
+    expected = result(results, case.reference, kind)
+    assert numbers(found["validation"]) == pytest.approx(numbers(expected["validation"]), RELATIVE)
+    for ours, theirs in zip(found["records"], expected["records"], strict=True):
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=RELATIVE)
+    shape = ModelShape.load(teacher if kind == "standard" else student)
+    if case.experts:
+        shape = replace(shape, architecture=EXPERTS)
+    ours, theirs = (
+        gradients(results / name / kind / "gradients", shape)
+        for name in (case.name, case.reference)
+    )
+    for name, gradient in theirs.items():
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        assert error <= RELATIVE, f"{name}: {error:.2g}"
+
+
+def numbers(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name != "tokens per second"}
+
+
+def gradients(folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
+    with platform.runtime():
+        model = build_model(shape, seq_length=64)
+        load_weights(model, folder)
+    return dict(model.named_parameters())
