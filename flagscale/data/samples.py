@@ -37,7 +37,7 @@ class Samples(Protocol):
 
 
 class TextSamples:
-    """`GPTDataset` as samples.
+    """`GPTDataset` as samples: its index, read without its tensors, masks and positions.
 
     Args:
         samples: Megatron's.
@@ -54,14 +54,25 @@ class TextSamples:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        found = self._samples[index]
-        tokens, labels, loss_mask = (
-            found[name].numpy() for name in ("tokens", "labels", "loss_mask")
-        )
+        row = self._row(index)
+        tokens = row[:-1]
+        starts = starts_after(tokens, self._eod_id)
+        loss_mask = np.ones(len(tokens), np.float32)
         if self._reset:
-            # A copy: the first sample's mask is the one that Megatron keeps for all others.
-            loss_mask = np.where(tokens == self._eod_id, np.float32(0), loss_mask)
-        return Sample(tokens, labels, loss_mask, starts_after(tokens, self._eod_id))
+            loss_mask[tokens == self._eod_id] = 0
+        return Sample(tokens, row[1:], loss_mask, starts)
+
+    def _row(self, index: int) -> np.ndarray:
+        """The tokens of a sample and the one after them, int64 [s + 1]."""
+        read, documents = self._samples.dataset.get, self._samples.document_index
+        place = int(self._samples.shuffle_index[index])
+        (first, begin), (last, end) = self._samples.sample_index[place : place + 2].tolist()
+        if first == last:
+            return read(documents[first], begin, end + 1 - begin).astype(np.int64)
+        pieces = [read(documents[first], begin)]
+        pieces += [read(documents[between]) for between in range(first + 1, last)]
+        pieces.append(read(documents[last], 0, end + 1))
+        return np.concatenate(pieces, dtype=np.int64)
 
 
 class Index:
