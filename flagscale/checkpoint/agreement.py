@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from flagscale.artifacts import disk_full, is_disk_full
 from flagscale.errors import UserError
 
 _NOTHING_FREE = 2**16  # bytes
+_PREFIXES = re.compile(r"^(?:[\w.]*(?:Error|Exception): |Worker failure: )+")
 
 ResultT = TypeVar("ResultT")
 
@@ -75,17 +77,25 @@ def on_first_rank(folder: Path, doing: str, function: Callable[[], ResultT]) -> 
     return found
 
 
+def storage_error(error: BaseException | None) -> BaseException | None:
+    """What the operating system, or torch's collection of it, said in `error` or before it.
+
+    Torch's zip writer reports a failed write as a position that it did not expect.
+    """
+    while error is not None and not isinstance(error, OSError | CheckpointException):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _explained(error: BaseException, folder: Path, doing: str) -> BaseException:
     """A failure of the storage as a `UserError`; anything else as it is."""
-    if isinstance(error, UserError):
+    found = storage_error(error)
+    if isinstance(error, UserError) or found is None:
         return error
-    if _is_disk_full(error, folder):
-        explained: BaseException = disk_full(folder)
-    elif isinstance(error, OSError | CheckpointException):
-        # Torch passes a rank's error on as text, traceback and all.
-        explained = UserError(f"{folder}: the checkpoint {doing}: {_last_line(error)}")
+    if _is_disk_full(found, folder):
+        explained = disk_full(folder)
     else:
-        return error
+        explained = UserError(f"{folder}: the checkpoint {doing}: {last_line(found)}")
     explained.__cause__ = error
     return explained
 
@@ -94,9 +104,10 @@ def _is_disk_full(error: BaseException, folder: Path) -> bool:
     if is_disk_full(error) or os.strerror(errno.ENOSPC) in str(error):
         return True
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    is_storage = isinstance(error, OSError | CheckpointException)
-    return is_storage and shutil.disk_usage(existing).free < _NOTHING_FREE
+    return shutil.disk_usage(existing).free < _NOTHING_FREE
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def last_line(error: BaseException) -> str:
+    """What was wrong: torch passes a rank's error on as text, traceback and all."""
+    line = (str(error).strip().splitlines() or [""])[-1]
+    return _PREFIXES.sub("", line) or line or type(error).__name__

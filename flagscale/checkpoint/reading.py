@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import FileSystemReader
 
-from flagscale.checkpoint.agreement import same_outcome
+from flagscale.checkpoint.agreement import last_line, same_outcome
 from flagscale.errors import UserError
 
 _READING = "cannot be read"
@@ -42,17 +46,15 @@ def load(
     """
     with same_outcome(folder, _READING):
         _check_files(folder)
+        _check_names(sharded_state, folder)
     with same_outcome(folder, _READING):
         try:
-            state, unread, unknown = dist_checkpointing.load(
+            state, unread, _ = dist_checkpointing.load(
                 sharded_state, str(folder), strict=StrictHandling.RETURN_ALL
             )
         except (CheckpointingException, RuntimeError, ValueError, EOFError) as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise UserError(f"{folder}: the checkpoint {_READING}: {last_line}") from error
+            raise UserError(f"{folder}: the checkpoint {_READING}: {last_line(error)}") from error
         left = sorted(name for name in unread if not may_lack(name))
-        if unknown:
-            raise UserError(f"{folder}: the checkpoint {_READING}: it lacks {_told(unknown)}")
         if left:
             raise UserError(
                 f"{folder}: the checkpoint {_READING}: it is of another model or training, with "
@@ -60,6 +62,15 @@ def load(
             )
     loaded: dict[str, Any] = state
     return loaded
+
+
+def _check_names(sharded_state: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that lacks what this rank asks for."""
+    asked, _ = extract_sharded_base(load_preprocess(sharded_state)[0])
+    there = {one.key for one in load_sharded_metadata(str(folder)).values()}
+    lacking = {one.key for one in nested_values(asked)} - there
+    if lacking:
+        raise UserError(f"{folder}: the checkpoint {_READING}: it lacks {_told(lacking)}")
 
 
 def _told(names: set[str] | list[str]) -> str:

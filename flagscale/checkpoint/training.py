@@ -21,7 +21,7 @@ from flagscale.checkpoint.training_state import (
     load_state,
     sharded_state,
 )
-from flagscale.checkpoint.writing import prepare_save
+from flagscale.checkpoint.writing import execute, prepare_save, schedule
 from flagscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class TrainingCheckpoints:
             )
             request.add_finalize_fn(self._publish)
             if self._async_save:
-                self._calls.schedule_async_request(request)
+                schedule(request, self.folder, self._calls)
             else:
-                request.execute_sync()
+                execute(request, self.folder)
 
     def poll(self) -> None:
         """Complete the checkpoint that is being written, if all ranks are done with it.

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -33,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _get_failure_dict
 
-from flagscale.checkpoint.agreement import is_first_rank, same_outcome
+from flagscale.checkpoint.agreement import is_first_rank, same_outcome, storage_error
 
 _WRITING = "could not be written"
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -49,7 +50,33 @@ def save(sharded_state: dict[str, Any], folder: Path) -> None:
     Raises:
         UserError: a rank cannot write, e.g. because the disk is full.
     """
-    prepare_save(sharded_state, folder, in_background=False).execute_sync()
+    execute(prepare_save(sharded_state, folder, in_background=False), folder)
+
+
+def execute(request: AsyncRequest, folder: Path) -> None:
+    """Do what `prepare_save` left to do, in this process. All ranks call it.
+
+    Megatron-Core's `execute_sync` hangs if one rank raises.
+
+    Raises:
+        UserError: a rank cannot write.
+    """
+    with same_outcome(folder, _WRITING):
+        if request.async_fn is not None:
+            rank, _, results = request.async_fn_args
+            request.async_fn(rank, request.preload_fn(), results)
+    for finalize in request.finalize_fns:
+        finalize()
+
+
+def schedule(request: AsyncRequest, folder: Path, calls: AsyncCallsQueue) -> None:
+    """Begin what `prepare_save` left to do, in a forked process. All ranks call it.
+
+    Raises:
+        UserError: a rank cannot begin, e.g. because it has no memory left.
+    """
+    with same_outcome(folder, _WRITING):
+        calls.schedule_async_request(request)
 
 
 def prepare_save(
@@ -65,17 +92,19 @@ def prepare_save(
         in_background: the request will be executed in a forked process, and not here.
 
     Returns:
-        What is left to do, for `execute_sync` or Megatron-Core's `AsyncCallsQueue`. Its last
-        function makes the checkpoint complete.
+        What is left to do, for `execute` or `schedule`. Its last function makes the checkpoint
+        complete.
     """
     with same_outcome(folder, _WRITING):
         if is_first_rank():
             folder.mkdir(parents=True)
     sharded, common = save_preprocess(sharded_state)
     with same_outcome(folder, _WRITING):
-        TorchCommonSaveStrategy("torch", 1).save_common(common, str(folder))
+        if is_first_rank():
+            with (folder / COMMON_STATE_FNAME).open("wb") as stream:
+                torch.save(common, stream)
     # Megatron-Core gives it to the writer that it makes in `async_save`.
-    filesystem_async._results_queue = _Results()
+    filesystem_async._results_queue = _Results() if in_background else queue.SimpleQueue()
     strategy = _Strategy(in_background)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     writing = strategy if group.size() == 1 else FullyParallelSaveStrategyWrapper(strategy, group)
@@ -91,7 +120,7 @@ def prepare_save(
 
 
 class _Results:
-    """A queue of one item from a writer, in this process or forked from it, to this process.
+    """A queue of one item, from a process forked from this one to this one.
 
     Memory that is shared over the fork, unlike a pipe, needs nobody who reads before the writer can
     end.
@@ -107,9 +136,10 @@ class _Results:
         self._file.seek(0)
         content = self._file.read()
         self._file.close()
-        if not content:
-            raise queue.Empty
-        return pickle.loads(content)  # noqa: S301 - our own fork wrote it
+        try:
+            return pickle.loads(content)  # noqa: S301 - our own fork wrote it
+        except (pickle.UnpicklingError, EOFError):  # it was killed, or had no memory left
+            raise queue.Empty from None
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -165,7 +195,7 @@ def _write(
     _parent: int,
     _rank: int,
     buckets: list[Any],
-    results: _Results,
+    results: _Results | queue.SimpleQueue[Any],
 ) -> None:
     """Write this rank's files, each in a thread of its own; errors are results.
 
@@ -190,8 +220,5 @@ def _write(
     outcomes = dict(written.get() for _ in threads)
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
     # As text: not every exception survives pickling.
-    results.put(RuntimeError(_text(errors[0])) if errors else outcomes)
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    told = [RuntimeError(str(storage_error(error) or error)) for error in errors]
+    results.put(told[0] if told else outcomes)
