@@ -106,6 +106,12 @@ class ArchitectureRecipe(Section):
             _check_block(number, block)
 
     @property
+    def has_linear_block(self) -> bool:
+        """Whether a layer's attention or MLP is one matrix."""
+        blocks = (self.heterogeneous_layers_config or {}).get("block_configs", [])
+        return any(part.get("replace_with_linear") for block in blocks for part in block.values())
+
+    @property
     def is_default(self) -> bool:
         """Whether nothing here is set: the model is one of the teacher's family."""
         return self == type(self)()

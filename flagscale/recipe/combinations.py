@@ -131,3 +131,10 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
                     f"student.architecture.{option}={value} with {where}."
                     f"tensor_model_parallel_size={tensor}: needs {where}.sequence_parallel=true"
                 )
+    if architecture.has_linear_block and parallelism.sequence_parallel:
+        # Megatron-Core 0.16.1 pads the sequence where it means the hidden size.
+        raise ValueError(
+            "replace_with_linear in student.architecture.heterogeneous_layers_config with "
+            f"{where}.sequence_parallel=true: Megatron-Core computes it without only; set "
+            "sequence_parallel=false"
+        )

@@ -48,6 +48,11 @@ def transformer_config(
     if architecture.multi_latent_attention:
         return MLATransformerConfig(**values, **_latent_attention(args, architecture))
     if architecture.heterogeneous_layers_config is not None:
+        if architecture.has_linear_block and args.parallelism.sequence_parallel:
+            raise UserError(
+                "replace_with_linear in architecture.heterogeneous_layers_config with "
+                "sequence_parallel=true: Megatron-Core computes it without only; set it to false"
+            )
         return HeterogeneousTransformerConfig(
             **values,
             heterogeneous_layers_config_encoded_json=_blocks(
@@ -199,7 +204,7 @@ def _latent_attention(args: Arguments, architecture: ArchitectureRecipe) -> dict
 
 
 def _blocks(heterogeneous_layers_config: dict[str, Any]) -> str:
-    """The block configurations as Megatron-Core reads them: each names its size, if only as None."""
+    """The block configurations as Megatron-Core reads them, each with its size, if only None."""
     blocks = [
         {
             "attention": {"num_query_groups": None, **block["attention"]},

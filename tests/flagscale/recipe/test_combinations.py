@@ -12,6 +12,12 @@ BLOCKS = {
     "block_configs": [{"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 8}}],
 }
 
+LINEAR = {
+    "block_configs": [
+        {"attention": {"replace_with_linear": True}, "mlp": {"ffn_hidden_size": 8}},
+    ]
+}
+
 
 def read(
     architecture: dict[str, Any] | None = None,
@@ -80,6 +86,13 @@ TP2 = {"tensor_model_parallel_size": 2}
         (
             {"reset_attention_mask": True, "parallelism": {"context_parallel_size": 2}},
             "reset_attention_mask=true with training.parallelism.context_parallel_size=2",
+        ),
+        (
+            {
+                "architecture": {"heterogeneous_layers_config": LINEAR},
+                "parallelism": {**TP2, "sequence_parallel": True},
+            },
+            "replace_with_linear in student.*with training.parallelism.sequence_parallel=true",
         ),
         (
             {"architecture": MLA, "export": {}},

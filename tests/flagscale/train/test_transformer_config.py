@@ -30,6 +30,11 @@ SHAPE = ModelShape(
 )
 MLA = {"multi_latent_attention": True}
 EXPERTS = {"num_experts": 4}
+LINEAR = {
+    "block_configs": [
+        {"attention": {"replace_with_linear": True}, "mlp": {"ffn_hidden_size": 128}},
+    ]
+}
 needs_no_gpu = pytest.mark.skipif(platform.HAS_GPU, reason="there is a GPU")
 
 
@@ -164,6 +169,10 @@ def test_recompute(granularity):
         (
             {"architecture": MLA, "shape": {"use_rope_scaling": True}},
             "multi_latent_attention=true with use_rope_scaling=True",
+        ),
+        (
+            {"architecture": {"heterogeneous_layers_config": LINEAR}, "parallelism": SP},
+            "replace_with_linear in .*with sequence_parallel=true",
         ),
         pytest.param({"fp8": "hybrid"}, r"fp8=hybrid.*transformer_engine", marks=needs_no_gpu),
         pytest.param(
