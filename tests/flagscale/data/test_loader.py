@@ -1,6 +1,8 @@
+import gc
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from transformers import PreTrainedTokenizerFast
 
+from flagscale import platform
 from flagscale.artifacts import hash_files, new_artifact
 from flagscale.data.counts import SplitCounts, add_up
 from flagscale.data.encoder import SPLITS, Encoder
@@ -277,3 +280,24 @@ def test_text_is_packed_as_megatrons_builder_does(dataset: Path, tmp_path: Path)
     for i, batch in enumerate(itertools.islice(ours, len(theirs))):
         for name in ("tokens", "labels", "loss_mask", "position_ids"):
             assert torch.equal(batch[name][0], theirs[i][name])
+
+
+@pytest.mark.skipif(not platform.HAS_GPU, reason="needs a GPU")
+def test_batches_are_pinned_on_a_gpu_machine(dataset: Path, tmp_path: Path) -> None:
+    batch = next(train(dataset, tmp_path))
+    assert all(value.is_pinned() for value in batch.values())
+
+
+def test_the_thread_ends_with_its_iterator(dataset: Path, tmp_path: Path) -> None:
+    def working() -> int:
+        return sum(thread.name == "batches" for thread in threading.enumerate())
+
+    gc.collect()
+    before = working()
+    batches = train(dataset, tmp_path)
+    assert working() == before  # none before a batch is asked for
+    next(batches)
+    assert working() == before + 1
+    del batches
+    gc.collect()
+    assert working() == before
