@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from flagscale.models.shape import (
     pad_vocab_size,
     student_shape,
 )
-from flagscale.recipe import StudentRecipe
+from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 TEACHER = ModelShape(
     model_type="llama",
@@ -119,6 +120,52 @@ def test_model_json_round_trip(tmp_path: Path) -> None:
     (tmp_path / "model.json").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         ModelShape.load(tmp_path)
+
+
+def test_model_json_holds_the_architecture(tmp_path: Path) -> None:
+    blocks = [{"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 8}}] * 30
+    for recipe in (
+        ArchitectureRecipe(num_experts=4, moe_aux_loss_coeff=0.01),
+        ArchitectureRecipe(heterogeneous_layers_config={"block_configs": blocks}),
+    ):
+        shape = replace(TEACHER, architecture=recipe)
+        shape.save(tmp_path)
+        assert ModelShape.load(tmp_path) == shape
+    values = json.loads((tmp_path / "model.json").read_text())
+    values["architecture"]["num_expert"] = 3
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    with pytest.raises(
+        UserError, match=r"model\.json, architecture: .*\n.*num_expert.*num_experts"
+    ):
+        ModelShape.load(tmp_path)
+
+
+def test_a_student_may_have_an_architecture_of_its_own() -> None:
+    def made(**architecture: object) -> ModelShape:
+        recipe = StudentRecipe(
+            init="scratch", num_layers=2, architecture=ArchitectureRecipe(**architecture)
+        )
+        scaled = replace(TEACHER, use_rope_scaling=True, add_qkv_bias=True, qk_layernorm=True)
+        return student_shape(scaled, recipe)
+
+    experts = made(num_experts=4)
+    assert experts.architecture.num_experts == 4
+    assert (experts.num_query_groups, experts.qk_layernorm, experts.use_rope_scaling) == (3, 1, 1)
+    latent = made(multi_latent_attention=True, qk_layernorm=False)
+    assert (latent.num_query_groups, latent.qk_layernorm) == (9, False)
+    assert (latent.use_rope_scaling, latent.add_qkv_bias) == (False, False)
+    block = {"attention": {"no_op": True}, "mlp": {"no_op": True}}
+    with pytest.raises(UserError, match="has 3 block_configs, but the student has 2 layers"):
+        made(heterogeneous_layers_config={"block_configs": [block] * 3})
+    assert student_shape(TEACHER, StudentRecipe(num_layers=2)).architecture.is_default
+
+
+def test_no_hugging_face_configuration_for_an_architecture_of_its_own() -> None:
+    shape = replace(TEACHER, architecture=ArchitectureRecipe(normalization="LayerNorm"))
+    with pytest.raises(
+        UserError, match=r"\{'normalization': 'LayerNorm'\}: no llama .*export.format=megatron"
+    ):
+        hf_config_for(shape, AutoConfig.for_model("llama", **SMALL))
 
 
 def test_kept_layers_are_spread_evenly_ends_included() -> None:

@@ -12,7 +12,7 @@ from flagscale.models.megatron import build_model, load_model
 from flagscale.models.shape import ModelShape
 from flagscale.models.student import copy_from_teacher
 from flagscale.post_training.proofs import prove_distillation
-from flagscale.recipe import StudentRecipe
+from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
 
 
@@ -61,6 +61,27 @@ def test_student_from_scratch_may_be_narrower(teacher, dataset, tmp_path):
     assert figures["layers"] == 1
     again = convert_student(recipe, teacher, dataset, tmp_path / "again")
     assert again == figures  # same seed, same weights
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"num_experts": 8, "moe_ffn_hidden_size": 32},
+        {"normalization": "LayerNorm", "mtp_num_layers": 1},
+    ],
+    ids=["experts", "multi-token prediction"],
+)
+def test_student_that_no_hugging_face_configuration_holds(teacher, dataset, tmp_path, architecture):
+    recipe = StudentRecipe(
+        init="scratch", num_layers=2, architecture=ArchitectureRecipe(**architecture)
+    )
+    figures = convert_student(recipe, teacher, dataset, tmp_path / "student")
+    assert figures["reload_logit_difference"] == 0
+    assert figures["kd_loss_at_start"] > 0.01
+    assert ModelShape.load(tmp_path / "student").architecture == recipe.architecture
+    files = {path.name for path in (tmp_path / "student" / "hf").iterdir()}
+    assert "tokenizer.json" in files
+    assert not {"config.json", "generation_config.json"} & files
 
 
 def test_copied_student_starts_at_the_teacher(teacher, dataset, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale import platform
 from flagscale.artifacts import MANIFEST, hash_files, open_artifact, write_json
@@ -23,6 +23,7 @@ from flagscale.models.hf_export import round_weights
 from flagscale.models.megatron import load_model, logits
 from flagscale.models.parity import compare_logits, hf_logits
 from flagscale.recipe import (
+    ArchitectureRecipe,
     DataRecipe,
     DistillationRecipe,
     EvaluationRecipe,
@@ -202,6 +203,54 @@ def test_it_loads_with_no_variable_of_this_project(exported: Exported, tmp_path:
     )
     assert done.stdout.startswith("The list type")
     assert len(done.stdout.strip()) > len("The list type")
+
+
+@pytest.fixture(scope="module")
+def with_experts(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A student that no Hugging Face configuration holds, through the same steps."""
+    folder = tmp_path_factory.mktemp("experts")
+    given = run.student.parent
+    architecture = ArchitectureRecipe(num_experts=2, multi_latent_attention=True, qk_head_dim=8)
+    student = StudentRecipe(init="scratch", num_layers=1, architecture=architecture)
+    training = TrainingRecipe(train_iters=2, lr=1e-3, eval_interval=2, eval_iters=1)
+    names = ("student", "distilled", "evaluation")
+    made, distilled, evaluated = (folder / name for name in names)
+    teacher, dataset = given / "teacher", given / "dataset"
+    convert_student(student, teacher, dataset, made)
+    distil_student(
+        DistillationRecipe(), training, teacher, made, dataset, folder / "saved", distilled
+    )
+    evaluation = EvaluationRecipe(max_documents=4, bootstrap_samples=100)
+    evaluate(evaluation, teacher, made, distilled, dataset, evaluated)
+    return Run(distilled=distilled, evaluation=evaluated, student=made)
+
+
+def test_export_of_the_checkpoint(with_experts: Run, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    export = ExportRecipe(format="megatron")
+    figures = export_student(export, with_experts.distilled, with_experts.evaluation, output)
+    assert set(figures) == {"bytes"}
+    assert figures["bytes"] > 1e5
+    assert open_artifact(output, "export").facts["format"] == "megatron"
+    with platform.runtime():
+        expected = logits(load_model(with_experts.distilled, 60), TOKENS)
+        assert torch.equal(logits(load_model(output, 60), TOKENS), expected)
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
+    assert tokenizer("The list")["input_ids"]
+    assert not list(output.glob("*.safetensors"))
+    assert not (output / "config.json").exists()
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "library_name: megatron-core" in card
+    assert "A Megatron-Core GPT (num_experts=2, multi_latent_attention=True, qk_head_dim=8)" in card
+    assert "AutoModelForCausalLM" not in card
+
+
+def test_a_student_that_hugging_face_does_not_hold(with_experts: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'num_experts': 2.*set export\.format=megatron"):
+        export_student(
+            ExportRecipe(), with_experts.distilled, with_experts.evaluation, tmp_path / "export"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_evaluation_of_another_student(run: Run, spoilt: Path) -> None:
