@@ -107,6 +107,13 @@ def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) ->
             "student.architecture.moe_grouped_gemm=true with training.transformer_impl=local: it "
             "needs transformer_engine, on a GPU; set it to false"
         )
+    tensor = training.parallelism.tensor_model_parallel_size
+    if architecture.multi_latent_attention and tensor > 1:
+        raise ValueError(
+            "student.architecture.multi_latent_attention=true with training.transformer_impl=local "
+            f"and training.parallelism.tensor_model_parallel_size={tensor}: gradients are whole "
+            "with transformer_engine only; set tensor_model_parallel_size=1"
+        )
 
 
 def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureRecipe) -> None:

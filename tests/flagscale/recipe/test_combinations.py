@@ -84,6 +84,14 @@ TP2 = {"tensor_model_parallel_size": 2}
             "multi_latent_attention=True with training.par",
         ),
         (
+            {
+                "architecture": MLA,
+                "parallelism": {**TP2, "sequence_parallel": True},
+                "transformer_impl": "local",
+            },
+            "multi_latent_attention=true with training.transformer_impl=local and",
+        ),
+        (
             {"reset_attention_mask": True, "parallelism": {"context_parallel_size": 2}},
             "reset_attention_mask=true with training.parallelism.context_parallel_size=2",
         ),
