@@ -3,8 +3,8 @@
 Tensors (weights, projections of the distillation loss, the optimiser's moments) are stored under
 their place in the whole model. Of the optimiser's parameter groups only the step is stored: how
 parameters are grouped depends on the layout, and the rest is the recipe's or the scheduler's.
-Random states are those of a (pipeline, tensor, expert) rank; a layout that differs there keeps its
-freshly seeded ones, and draws other dropout masks.
+Random states are each rank's own; another layout keeps its freshly seeded ones, and draws other
+dropout masks.
 
 ModelOpt's mode `kd_loss` is not stored: a resumed training builds it anew from its recipe, and only
 its projections are read.
@@ -101,9 +101,7 @@ def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> No
     for part in _parts(trainer.optimizer, optimizer):
         _detach_groups(part)
     asked = {**weights, "optimizer": optimizer}
-    same_ranks = all(
-        written_on[name] == layout()[name] for name in ("pipeline", "tensor", "expert")
-    )
+    same_ranks = written_on == layout()
     if same_ranks:
         asked[_RNG] = _sharded_rng(None)
     loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
@@ -186,19 +184,9 @@ def _set_rng_state(states: dict[str, Any]) -> None:
 
 
 def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
-    """By rank of the model; its data-parallel copies draw the same numbers."""
-    sizes = layout()
-    return ShardedObject(
-        _RNG,
-        state,
-        global_shape=(sizes["pipeline"], sizes["tensor"], sizes["expert"]),
-        global_offset=(
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_expert_model_parallel_rank(),
-        ),
-        replica_id=parallel_state.get_expert_data_parallel_rank(),
-    )
+    """Every rank's own."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ShardedObject(_RNG, state, global_shape=(world_size,), global_offset=(rank,))
 
 
 def _large_losses() -> dict[str, dict[str, float]]:

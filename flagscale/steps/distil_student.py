@@ -97,7 +97,9 @@ def distil_student(
         "training": training.model_dump(mode="json"),
         **{name: str(path) for name, path in paths.items()},
     }
-    figures: dict[str, float] = launch.run_on_ranks(__name__, request, processes)
+    figures: dict[str, float] = launch.run_on_ranks(
+        "distil-student", f"{__name__}:run_rank", request, processes
+    )
     return figures
 
 
@@ -130,7 +132,12 @@ def _train(
         use_args(args),
     ):
         trainer = _trainer(args, training, student)
-        saved = TrainingCheckpoints(folder)
+        saved = TrainingCheckpoints(
+            folder,
+            training.keep_checkpoints,
+            training.async_save,
+            best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
+        )
         state = _restore(trainer, saved)
         batches = RankBatches(dataset, folder / "data", args, training)
         with Progress(state.step, training.train_iters) as progress, deferred_stop():
@@ -144,7 +151,8 @@ def _train(
                 Observers(progress, run, state) if launch.is_first_rank() else Silence(),
                 stop_requested,
             )
-        figures = _figures(state)
+        step = saved.restore_best(trainer) if training.keep_weights == "best" else state.step
+        figures = _figures(state, step)
         with _written(output, recipe, parents, run) as staging:
             _save(trainer, state, student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
@@ -234,12 +242,14 @@ def _restore(trainer: Trainer, checkpoints: TrainingCheckpoints) -> TrainingStat
     return state
 
 
-def _figures(state: TrainingState) -> dict[str, float]:
+def _figures(state: TrainingState, step: int) -> dict[str, float]:
+    """Of the weights after `step`, which are the artifact's, and of the training."""
     speeds = sorted(record["tokens per second"] for record in state.training)
-    losses = {f"validation {k}": v for k, v in state.validation[-1].items() if k != "step"}
+    validated = [record for record in state.validation if record["step"] == step][-1]
+    losses = {f"validation {k}": v for k, v in validated.items() if k != "step"}
     return {
         **losses,
-        "steps": float(state.step),
+        "steps": float(step),
         "median tokens per second": speeds[len(speeds) // 2],
     }
 
@@ -255,13 +265,10 @@ def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: str) -> Any:  # noqa: ANN401
+def run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: str) -> Any:  # noqa: ANN401
+    """`distil_student` on one of several ranks, from JSON values."""
     return _train(
         parse_section(DistillationRecipe, distillation, where="distil-student"),
         parse_section(TrainingRecipe, training, where="distil-student"),
         **{name: Path(path) for name, path in paths.items()},
     )
-
-
-if __name__ == "__main__":
-    launch.work("distil-student", _run_rank)

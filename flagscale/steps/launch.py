@@ -1,16 +1,14 @@
 """Runs a step's function on several processes of this machine, under torchrun.
 
-The step's process starts torchrun and waits; each rank runs
-
-    if __name__ == "__main__":
-        launch.work("distil-student", run)
-
-in the module that the step names. What goes there and comes back are JSON values in files. A signal
-to the step is passed on to every rank, which saves and ends; a rank's error becomes the step's.
+The step's process starts torchrun and waits; each rank is `python -m flagscale.steps.launch STEP
+MODULE:FUNCTION` and calls the function. What goes there and comes back are JSON values in files. A
+signal to the step is passed on to every rank, which saves and ends; a rank's error becomes the
+step's.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -19,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +56,18 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def run_on_ranks(module: str, request: dict[str, Any], processes: int) -> Any:  # noqa: ANN401
-    """Run `python -m module` on as many processes, and give back what its first rank returned.
+def run_on_ranks(
+    step: str,
+    function: str,
+    request: dict[str, Any],
+    processes: int,
+) -> Any:  # noqa: ANN401 - any JSON value
+    """Call a function in as many processes, and give back what the first of them returned.
 
     Args:
-        module: calls `work` when it is run.
-        request: keyword arguments for `work`'s function; JSON values.
+        step: its name, for the log.
+        function: `module:name`; its result is a JSON value.
+        request: its keyword arguments, JSON values.
         processes: ranks, all on this machine.
 
     Raises:
@@ -75,8 +78,9 @@ def run_on_ranks(module: str, request: dict[str, Any], processes: int) -> Any:  
         folder = Path(name)
         write_json(folder / "request.json", request)
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "--module", module),
+            *(sys.executable, "-m", "flagscale.steps.torchrun", "--standalone"),
+            *("--nproc-per-node", str(processes)),
+            *("--module", "flagscale.steps.launch", step, function),
         ]
         logger.info("starting %d processes", processes)
         with deferred_stop():
@@ -88,21 +92,19 @@ def run_on_ranks(module: str, request: dict[str, Any], processes: int) -> Any:  
         return _outcome(folder, torchrun.returncode)
 
 
-def work(step: str, function: Callable[..., Any]) -> None:
-    """The whole life of one rank: run `function` with the request's arguments.
-
-    Args:
-        step: its name, for the log and for errors.
-        function: its result, a JSON value, is the first rank's to hand back.
-    """
+def _work(step: str, function: str) -> None:
+    """The whole life of one rank."""
     folder = Path(os.environ[_REQUEST_VARIABLE])
     mine = folder / os.environ["RANK"]
     mine.mkdir()
     os.environ[FOLDER_VARIABLE] = str(mine)
+    if not is_first_rank():
+        os.environ["FLAGSCALE_LOG_LEVEL"] = "WARNING"
     try:
         with step_process(step):
             request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-            result = function(**request)
+            module, name = function.split(":")
+            result = getattr(importlib.import_module(module), name)(**request)
             if is_first_rank():
                 write_json(folder / "result.json", result)
     except SystemExit as error:
@@ -115,8 +117,9 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     return {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
-        # Two lines of torchrun's own at each start say nothing that ours do not.
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "LOGLEVEL": "CRITICAL",  # torchrun's own: we say what becomes of the ranks
+        # Communication is then issued before the computation that it overlaps with.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **os.environ,
         _REQUEST_VARIABLE: str(folder),
         RUNNER_VARIABLE: this_process(),
@@ -166,3 +169,7 @@ def _outcome(folder: Path, code: int) -> Any:  # noqa: ANN401 - any JSON value
     if message is None:
         message = f"one of the processes was killed (torchrun ended with {code}); see the log above"
     raise UserError(message)
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])

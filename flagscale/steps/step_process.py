@@ -58,6 +58,7 @@ _QUIET_WARNINGS = (
     ".*is not tested with nvidia-modelopt.*",
     ".*we are deprecating ShardedTensor.*",
     ".*already has an intermediate output stored.*",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
 )
 
 

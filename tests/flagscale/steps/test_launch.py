@@ -1,0 +1,142 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flagscale.errors import UserError
+from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
+from flagscale.steps import launch
+from flagscale.steps.distil_student import distil_student
+
+RANKS = """
+import os, time
+from flagscale.errors import UserError
+
+def run(what):
+    rank = os.environ["RANK"]
+    if what == "count":
+        return {"ranks": int(os.environ["WORLD_SIZE"])}
+    if what == "error" and rank == "1":
+        raise UserError("the second rank says what is wrong")
+    if what == "kill" and rank == "1":
+        os.kill(os.getpid(), 9)
+    time.sleep(60)
+"""
+
+PARENT = """
+import sys
+from flagscale.steps import launch
+from flagscale.steps.step_process import step_process
+
+with step_process("parent"):
+    launch.run_on_ranks("ranks", "ranks:run", {"what": "sleep"}, 2)
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda what: launch.run_on_ranks("ranks", "ranks:run", {"what": what}, 2)
+
+
+def test_first_ranks_result_comes_back(ranks):
+    assert ranks("count") == {"ranks": 2}
+
+
+def test_any_ranks_error_becomes_the_steps(ranks):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^the second rank says what is wrong$"):
+        ranks("error")
+    assert time.monotonic() - start < 40  # the other rank is not waited for
+
+
+def test_killed_rank_is_an_error(ranks):
+    with pytest.raises(UserError, match="one of the processes was killed"):
+        ranks("kill")
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_the_step(ranks, tmp_path, number):
+    process = subprocess.Popen([sys.executable, "-c", PARENT])
+    while not (torchrun := children(process.pid)) or len(found := children(torchrun[0])) < 2:
+        time.sleep(0.05)
+    time.sleep(6)  # they listen now
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (143 if number == signal.SIGTERM else -9)
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{rank}") for rank in found):
+        assert time.monotonic() < deadline, "a rank lives on"
+        time.sleep(0.2)
+
+
+TRAINING = TrainingRecipe(
+    train_iters=8,
+    micro_batch_size=2,
+    global_batch_size=4,
+    lr=1e-3,
+    adam_eps=1e-5,
+    eval_interval=4,
+    eval_iters=1,
+    save_interval=2,
+)
+LAYOUTS = [
+    ParallelismRecipe(tensor_model_parallel_size=2, sequence_parallel=True),
+    ParallelismRecipe(pipeline_model_parallel_size=2),
+]
+
+STEP = """
+import sys
+from pathlib import Path
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.distil_student import distil_student
+from flagscale.steps.step_process import step_process
+
+if __name__ == "__main__":
+    training = TrainingRecipe.model_validate_json(sys.argv[1])
+    with step_process("distil-student"):
+        distil_student(DistillationRecipe(), training, *map(Path, sys.argv[2:]))
+"""
+
+
+def records(artifact: Path, name: str) -> list[dict[str, float]]:
+    lines = (artifact / f"{name}.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens per second"} for line in lines
+    ]
+
+
+def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp_path):
+    """Stopped under TP2, finished under PP2: the curve of one process that was never stopped."""
+    inputs = [teacher, student, dataset]
+    distil_student(
+        DistillationRecipe(), TRAINING, *inputs, tmp_path / "one-process", tmp_path / "expected"
+    )
+    paths = [*inputs, tmp_path / "checkpoints", tmp_path / "found"]
+    for layout in LAYOUTS:
+        training = TRAINING.model_copy(update={"parallelism": layout})
+        command = [sys.executable, "-c", STEP, training.model_dump_json(), *map(str, paths)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if layout is LAYOUTS[0]:
+            while not list(tmp_path.glob("checkpoints/*/latest.json")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.terminate()
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == (143 if layout is LAYOUTS[0] else 0), output
+    assert "resuming after step" in output
+    for name in ("training", "validation"):
+        for ours, theirs in zip(
+            records(tmp_path / "found", name), records(tmp_path / "expected", name), strict=True
+        ):
+            assert ours == pytest.approx(theirs, rel=1e-5)
