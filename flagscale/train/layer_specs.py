@@ -18,6 +18,7 @@ from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
     get_gpt_heterogeneous_layer_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -56,7 +57,10 @@ def layer_spec(
         return _block(layer, config, vp_stage)
     if args.transformer_impl == "transformer_engine":
         return _transformer_engine_spec(config, vp_stage)
-    return _with_torch_kernels(_local_spec(config, vp_stage), config)
+    block = _with_torch_kernels(_local_spec(config, vp_stage), config)
+    if not config.heterogeneous_block_specs:  # those come with their names
+        block.layer_specs = [_named(layer, config) for layer in block.layer_specs]
+    return block
 
 
 def mtp_block_spec(
@@ -174,6 +178,26 @@ def _block(
     return TransformerBlockSubmodules(
         layer_specs=[layer] * count, layer_norm=NORMS[config.normalization]
     )
+
+
+def _named(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """The local layer with the names that transformer-engine's has in a checkpoint.
+
+    There, norms are part of the projection behind them where they can be. Megatron-Core's local
+    specs know that for plain layers only, so that experts and latent attention trained with one
+    implementation could not be loaded into the other.
+    """
+    names = {}
+    if not config.multi_latent_attention:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    elif config.qk_layernorm:
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+        if config.q_lora_rank is not None:
+            names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+    if layer.submodules.mlp.module is not MoELayer:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    submodules = replace(layer.submodules, sharded_state_dict_keys_map=names)
+    return replace(layer, submodules=submodules)
 
 
 def _with_torch_kernels(spec: SpecT, config: TransformerConfig) -> SpecT:

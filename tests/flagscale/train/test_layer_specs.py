@@ -72,6 +72,47 @@ def test_replacement_reaches_every_depth_and_changes_nothing_else():
         assert layer.submodules.self_attention.params == spec.submodules.self_attention.params
 
 
+PLAIN = {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"}
+MLA = {"multi_latent_attention": True, "q_lora_rank": 16}
+LATENTS = {f"self_attention.linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "qk_layernorm", "names"),
+    [
+        ({}, False, PLAIN),
+        (
+            {"num_experts": 2},
+            False,
+            {"self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight"},
+        ),
+        (MLA, False, {"input_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"}),
+        (MLA, True, {"input_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", *LATENTS}),
+        (
+            {**MLA, "num_experts": 2},
+            True,
+            {"input_layernorm.weight", "pre_mlp_layernorm.weight", *LATENTS},
+        ),
+    ],
+    ids=["plain", "experts", "latent attention", "its norms", "all of it"],
+)
+def test_norms_are_saved_under_transformer_engines_names(
+    runtime, args, architecture, qk_layernorm, names
+):
+    """As in Megatron-Core's transformer-engine specs, which fuse them with projections."""
+    shape = replace(
+        args.shape, architecture=ArchitectureRecipe(**architecture), qk_layernorm=qk_layernorm
+    )
+    if shape.architecture.multi_latent_attention:
+        shape = replace(shape, num_query_groups=shape.num_attention_heads)
+    model = build_gpt_model(replace(args, shape=shape))
+    saved = {key for key in model.sharded_state_dict() if "norm" in key and "layers.0" in key}
+    keys = {value.key for value in model.sharded_state_dict().values() if hasattr(value, "key")}
+    assert len(saved) == len(names)
+    found = {key.split("layers.")[1] for key in keys if "norm" in key and "layers." in key}
+    assert {key.removeprefix("0.").removeprefix("1.") for key in found} == names
+
+
 @pytest.mark.parametrize(
     ("name", "qk_layernorm"), [("own_specs:layer", False), ("own_specs:by_config", True)]
 )
