@@ -83,4 +83,9 @@ class TrainingRecipe(Section):
                 f"lr_decay_style={self.lr_decay_style} and lr_wsd_decay_iters="
                 f"{self.lr_wsd_decay_iters}: WSD needs it and nothing else takes it"
             )
+        if self.keep_weights == "best" and self.save_interval % self.eval_interval:
+            raise ValueError(
+                f"keep_weights=best, but save_interval={self.save_interval} is not a multiple of "
+                f"eval_interval={self.eval_interval}: only a validated checkpoint can be the best"
+            )
         return self

@@ -97,6 +97,11 @@ CONTRADICTIONS = [
     ),
     ("training", {"min_lr": 1.0}, "min_lr=1.0 is above lr=0.001"),
     ("training", {"lr_warmup_iters": 10}, "lr_warmup_iters=10 must be below train_iters=10"),
+    (
+        "training",
+        {"keep_weights": "best", "eval_interval": 4, "save_interval": 6},
+        "save_interval=6 is not a multiple of eval_interval=4",
+    ),
     ("training", {"lr_decay_style": "WSD"}, "WSD needs it and nothing else takes it"),
     ("training", {"lr_wsd_decay_iters": 2}, "WSD needs it and nothing else takes it"),
 ]

@@ -141,6 +141,33 @@ def test_baseline_trains_without_the_teacher(inputs, tmp_path):
     assert all("lm loss" in r and "logits distillation loss" not in r for r in training)
 
 
+def test_best_weights_are_kept(inputs, tmp_path):
+    """At a rate at which losses go up and down, the artifact is the training up to the best."""
+    changes = {
+        "train_iters": 5,
+        "lr": 0.01,
+        "lr_decay_style": "constant",
+        "eval_interval": 1,
+        "save_interval": 1,
+        "keep_checkpoints": 1,
+        "async_save": True,
+    }
+    recipe = TRAINING.model_copy(update={**changes, "keep_weights": "best"})
+    paths = (*inputs, tmp_path / "checkpoints")
+    figures = distil_student(DistillationRecipe(), recipe, *paths, tmp_path / "best")
+    validated = records(tmp_path / "best", "validation")[1:]
+    best = min(validated, key=lambda record: record["logits distillation loss"])
+    assert figures["steps"] == best["step"] < 5
+    assert figures["validation lm loss"] == best["lm loss"]
+
+    shorter = recipe.model_copy(update={"train_iters": best["step"], "keep_weights": "last"})
+    distil_student(DistillationRecipe(), shorter, *paths, tmp_path / "shorter")
+    tokens = torch.arange(64).view(1, 64)
+    with platform.runtime():
+        ours, theirs = (load_model(tmp_path / name, 64) for name in ("best", "shorter"))
+        assert torch.equal(logits(ours, tokens), logits(theirs, tokens))
+
+
 def test_intermediate_terms_with_a_narrower_student(teacher, dataset, tmp_path):
     """The projection between the widths is trained, and stays out of the student."""
     from flagscale.recipe import StudentRecipe
