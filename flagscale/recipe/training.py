@@ -52,6 +52,12 @@ class TrainingRecipe(Section):
     rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = Field(
         "disabled", description="Megatron-Core's rerun state machine: recompute suspicious steps"
     )
+    timing_log_level: Literal[0, 1, 2] = Field(
+        0, description="Log where a step's time goes at each validation: not, coarse, fine"
+    )
+    log_straggler: bool = Field(
+        False, description="Log the slowest and fastest rank at each validation; GPU only"
+    )
     record_memory_history: bool = Field(
         False, description="Write a snapshot of the GPU's memory when it runs out"
     )

@@ -17,8 +17,9 @@ from flagscale.checkpoint import save_weights
 from flagscale.data.loader import validation_batches
 from flagscale.errors import UserError
 from flagscale.models.megatron import WEIGHTS, build_model, load_model, logits
-from flagscale.models.shape import ModelShape, hf_config_for, layers_to_keep, student_shape
+from flagscale.models.shape import ModelShape, hf_config_for
 from flagscale.models.student import copy_from_teacher
+from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.post_training.proofs import prove_distillation
 from flagscale.recipe import StudentRecipe
 

@@ -47,8 +47,10 @@ _NO_MATTER = (
     "parallelism",
     "recompute_granularity",
     "record_memory_history",
+    "log_straggler",
     "rerun_mode",
     "save_interval",
+    "timing_log_level",
 )
 
 

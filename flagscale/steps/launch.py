@@ -117,7 +117,6 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     return {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
-        "LOGLEVEL": "CRITICAL",  # torchrun's own: we say what becomes of the ranks
         # Communication is then issued before the computation that it overlaps with.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **os.environ,

@@ -33,6 +33,8 @@ class Arguments:
         overlap_moe_expert_parallel_comm: the schedule asks for schedule plans.
         seed: of weights, data order and dropout.
         use_legacy_models: build Megatron-LM's legacy model.
+        timing_log_level: 0: no timers; 1, 2: of a step's parts, coarse or fine.
+        log_straggler: compare the ranks' speed.
         record_memory_history: write a snapshot when the GPU's memory runs out.
         memory_snapshot_path: where to.
         check_for_nan_in_loss_and_grad: stop at the first NaN or infinite loss.
@@ -56,6 +58,8 @@ class Arguments:
     overlap_moe_expert_parallel_comm: bool = False
     seed: int = 1234
     use_legacy_models: bool = False
+    timing_log_level: int = 0
+    log_straggler: bool = False
     record_memory_history: bool = False
     memory_snapshot_path: Path = Path("memory-snapshot.pickle")
     check_for_nan_in_loss_and_grad: bool = True
@@ -91,6 +95,8 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         reset_attention_mask=training.reset_attention_mask,
         seed=training.seed,
         use_legacy_models=training.use_legacy_models,
+        timing_log_level=training.timing_log_level,
+        log_straggler=training.log_straggler,
         record_memory_history=training.record_memory_history,
         check_for_spiky_loss=True,
     )

@@ -45,7 +45,7 @@ def use_args(args: Arguments) -> Iterator[None]:
     """Set the arguments, and fresh timers, for the body; put back what was set before."""
     global _args, _timers
     before = _args, _timers
-    _args, _timers = args, Timers(log_level=0, log_option="minmax")
+    _args, _timers = args, Timers(args.timing_log_level, log_option="minmax")
     try:
         yield
     finally:

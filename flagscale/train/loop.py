@@ -18,7 +18,13 @@ from flagscale.checkpoint import TrainingCheckpoints, TrainingState
 from flagscale.errors import Interrupted
 from flagscale.post_training.pipeline_shapes import adjust_tensor_shapes_fn
 from flagscale.recipe import TrainingRecipe
+from flagscale.train.auxiliary_losses import (
+    balance_losses,
+    forget_auxiliary_losses,
+    prediction_losses,
+)
 from flagscale.train.batches import ChunkBatches, micro_batch_shape
+from flagscale.train.diagnostics import Diagnostics
 from flagscale.train.global_vars import get_args
 from flagscale.train.setup import Trainer
 from flagscale.train.train_gpt import forward_step
@@ -34,6 +40,10 @@ class Observer(Protocol):
 
     def validated(self, record: dict[str, float]) -> None:
         """A validation is done: its losses, after how many steps."""
+
+
+class SuspiciousResultError(RuntimeError):
+    """Computing a step again gave another result, or a fatal one."""
 
 
 def train(
@@ -60,17 +70,26 @@ def train(
 
     Raises:
         Interrupted: it was asked to stop, and has saved a checkpoint.
+        SuspiciousResultError: see `train_step`; the steps before it are saved.
     """
+    diagnostics = Diagnostics(get_args(), trainer.chunks)
 
     def validate() -> None:
         losses = evaluate_loss(trainer.chunks, validation_batches(), training.eval_iters)
+        before = state.validation[-1]["step"] if state.validation else 0
         state.validation.append({"step": state.step, **losses})
         observer.validated(state.validation[-1])
+        diagnostics.report(state.step - int(before))
 
     if state.step == 0:
         validate()
     while state.step < training.train_iters:
-        record = train_step(trainer, train_batches)
+        try:
+            record = train_step(trainer, train_batches)
+        except SuspiciousResultError:
+            checkpoints.save(state, trainer)
+            checkpoints.wait()
+            raise
         state.step += 1
         state.training.append({"step": state.step, **record})
         observer.trained(state.training[-1])
@@ -93,6 +112,10 @@ def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
     Returns:
         Each reported loss (nats a token, over the global batch), the learning rate it was taken
         with, the gradient norm before clipping, and the tokens a second of all ranks together.
+
+    Raises:
+        SuspiciousResultError: the rerun state machine computed the step again and found a fault, or
+            cannot tell one on this machine.
     """
     args = get_args()
     start = time.perf_counter()
@@ -104,9 +127,15 @@ def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         reports = _run_schedule(trainer.chunks, data_iterators, args.num_micro_batches)
+    _, should_exit, exit_code = machine.should_checkpoint_and_exit()
+    if should_exit:
+        raise SuspiciousResultError(
+            f"a suspicious result (code {exit_code}; the log above says which); the step was not "
+            "taken. Run again, on another machine if you can: it goes on from the step before"
+        )
     _, grad_norm, _ = trainer.optimizer.step()
     trainer.scheduler.step(increment=args.global_batch_size)
-    losses = reduce_reports(reports)
+    losses = reduce_reports(reports, prediction_losses(args)) | balance_losses(args)
     seconds = time.perf_counter() - start
     return {
         **losses,
@@ -137,6 +166,7 @@ def evaluate_loss(
     reports = _run_schedule(chunks, batches, num_micro_batches, forward_only=True)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
+    forget_auxiliary_losses()
     return reduce_reports(reports)
 
 
@@ -166,14 +196,17 @@ def _run_schedule(
     return reports
 
 
-def reduce_reports(reports: list[Report]) -> dict[str, float]:
+def reduce_reports(
+    reports: list[Report], others: dict[str, float] | None = None
+) -> dict[str, float]:
     """Mean of every reported loss over micro-batches and data-parallel ranks, known to all ranks.
 
     Args:
         reports: one a micro-batch: name -> `[sum, count]`; empty but on the last pipeline stage.
+        others: means that this stage knows already.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    means = {}
+    means = dict(others or {})
     for name in reports[0] if reports else ():
         total = torch.stack([report[name].double() for report in reports]).sum(dim=0)
         torch.distributed.all_reduce(total, group=group)

@@ -154,7 +154,7 @@ def forward_step(
         run = model.build_schedule_plan
     with stimer:
         output_tensor = run(*inputs, labels=batch.labels, **named)
-    # The model goes along, so that the loss can reach the teacher. Stages without a mask call no loss.
+    # The model goes along, so that the loss can reach the teacher. Without a mask, none is asked.
     return output_tensor, partial(loss_func, cast(torch.Tensor, batch.loss_mask), model=model)
 
 

@@ -1,16 +1,29 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    get_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
 
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights
 from flagscale.data.loader import train_iterator
-from flagscale.errors import Interrupted
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.errors import Interrupted, UserError
+from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.train.arguments import training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
-from flagscale.train.loop import reduce_reports, train
+from flagscale.train.loop import (
+    SuspiciousResultError,
+    evaluate_loss,
+    reduce_reports,
+    train,
+    train_step,
+)
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
@@ -211,3 +224,80 @@ def test_recompute_changes_no_loss(run, tmp_path):
     )
     for ours, theirs in zip(recomputed.losses(), plain.losses(), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+class FlakyDevice:
+    """Adds an error to the model's output, the first time or every time."""
+
+    def __init__(self, always):
+        self.always, self.calls = always, 0
+
+    def __call__(self, module, inputs, output):
+        self.calls += 1
+        if self.calls == 1 or self.always:
+            return output * float("nan")
+        return output
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_suspicious_step_is_computed_again(runtime, args, student, dataset, tmp_path, always):
+    """A result that differs the second time was a fault; the step is not taken either way."""
+    machine = get_rerun_state_machine()
+    machine.set_mode(RerunMode.VALIDATE_RESULTS)
+    try:
+        chosen = training_arguments(args.shape, args.seq_length, RECIPE)
+        with use_args(chosen):
+            chunks = build_model_chunks(chosen)
+            load_weights(chunks, student / "weights")
+            trainer = setup_training(chunks, chosen, RECIPE)
+            batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE).train(0)
+            # Megatron-Core trusts the first step of a process: it has nothing to compare with.
+            train_step(trainer, batches)
+            before = [p.clone() for p in trainer.chunks[0].parameters()]
+            device = FlakyDevice(always)
+            chunks[0].register_forward_hook(device)
+            with pytest.raises(SuspiciousResultError, match="the step was not taken"):
+                train_step(trainer, batches)
+            assert device.calls > 2  # two micro-batches, and again
+            for ours, theirs in zip(trainer.chunks[0].parameters(), before, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        destroy_rerun_state_machine()
+        initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        (ArchitectureRecipe(num_experts=4, moe_aux_loss_coeff=0.1), "load balancing loss"),
+        (ArchitectureRecipe(mtp_num_layers=1), "mtp_1 loss"),
+    ],
+)
+def test_losses_of_layers_are_reported(runtime, args, dataset, tmp_path, architecture, name):
+    chosen = training_arguments(
+        replace(args.shape, architecture=architecture), args.seq_length, RECIPE
+    )
+    with use_args(chosen):
+        trainer = setup_training(build_model_chunks(chosen), chosen, RECIPE)
+        batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE)
+        evaluate_loss(trainer.chunks, batches.validation(), 1)
+        stream = batches.train(0)
+        first, second = train_step(trainer, stream), train_step(trainer, stream)
+    # Random weights: experts are drawn evenly (1 is even), and any token is as likely as another.
+    expected = 1.0 if name == "load balancing loss" else math.log(args.shape.vocab_size)
+    for record in (first, second):
+        assert record[name] / expected == pytest.approx(1, rel=0.2)
+
+
+def test_timers_tell_where_the_time_goes(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(recipe=RECIPE.model_copy(update={"timing_log_level": 2}))
+    told = [r.getMessage() for r in caplog.records if "time a step" in r.getMessage()]
+    assert len(told) == 2  # after steps 3 and 6
+    assert "batch-generator" in told[0]
+    assert "forward-compute" in told[0]
+
+
+def test_straggler_detector_without_a_gpu_is_refused(run):
+    with pytest.raises(UserError, match="log_straggler=true.*GPU"):
+        run(recipe=RECIPE.model_copy(update={"log_straggler": True}))
