@@ -108,8 +108,9 @@ def check_sources(recipe: Recipe) -> None:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
             supported, or the student does not fit it.
     """
-    from flagscale.models.shape import from_hf_config, student_shape
+    from flagscale.models.shape import from_hf_config
     from flagscale.models.source import load_hf_config
+    from flagscale.models.student_shape import student_shape
 
     config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
     student_shape(from_hf_config(config), recipe.student)

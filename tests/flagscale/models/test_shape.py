@@ -19,10 +19,9 @@ from flagscale.models.shape import (
     ModelShape,
     from_hf_config,
     hf_config_for,
-    layers_to_keep,
     pad_vocab_size,
-    student_shape,
 )
+from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 TEACHER = ModelShape(

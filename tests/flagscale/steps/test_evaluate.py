@@ -19,8 +19,9 @@ from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.compare import compare
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.shape import ModelShape, student_shape
+from flagscale.models.shape import ModelShape
 from flagscale.models.student import copy_from_teacher
+from flagscale.models.student_shape import student_shape
 from flagscale.recipe import DataRecipe, EvaluationRecipe, StudentRecipe, TeacherRecipe
 from flagscale.steps.evaluate import evaluate
 from flagscale.steps.prepare_data import prepare_data

@@ -1,0 +1,99 @@
+"""The student's shape, from the teacher's and the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flagscale.errors import UserError
+from flagscale.models.shape import ModelShape, check_divides
+from flagscale.recipe import ArchitectureRecipe, StudentRecipe
+
+
+def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ...]:
+    """Which of the teacher's layers, counted from 0, a pruned or copied student starts from.
+
+    Without `keep_layers` they are spread evenly, first and last included.
+
+    Raises:
+        UserError: more layers than the teacher has, or a layer that it does not have.
+    """
+    count = student.num_layers or len(student.keep_layers or ()) or teacher_layers
+    if count > teacher_layers:
+        raise UserError(
+            f"student.num_layers={count}: the teacher has only {teacher_layers} layers; "
+            f"choose at most {teacher_layers}"
+        )
+    if student.keep_layers is not None:
+        if student.keep_layers[-1] >= teacher_layers:
+            raise UserError(
+                f"student.keep_layers={list(student.keep_layers)}: the teacher's layers are "
+                f"0 to {teacher_layers - 1}"
+            )
+        return student.keep_layers
+    if count == 1:
+        return (0,)
+    return tuple(round(i * (teacher_layers - 1) / (count - 1)) for i in range(count))
+
+
+def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
+    """The shape that the recipe gives the student of `teacher`.
+
+    Heads keep the teacher's width if that is independent of the hidden size (Qwen3); else it
+    follows from the student's hidden size and heads. Latent attention has neither key/value groups
+    nor biases, and rotary embeddings of its own, without Llama 3's scaling.
+
+    Raises:
+        UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
+            or not one block configuration a layer.
+    """
+    layers = len(layers_to_keep(teacher.num_layers, student))
+    if student.init != "scratch":
+        return replace(teacher, num_layers=layers)
+    hidden = student.hidden_size or teacher.hidden_size
+    heads = student.num_attention_heads or teacher.num_attention_heads
+    groups = student.num_query_groups or teacher.num_query_groups
+    if heads % groups:
+        raise UserError(
+            f"student.num_attention_heads={heads} is not divisible by num_query_groups={groups} "
+            "(what the recipe leaves out is the teacher's)"
+        )
+    kv_channels = teacher.kv_channels
+    if kv_channels * teacher.num_attention_heads == teacher.hidden_size:
+        check_divides("student", "hidden_size", hidden, heads)
+        kv_channels = hidden // heads
+    if kv_channels % 2:
+        raise UserError(
+            f"student.hidden_size={hidden} over {heads} heads makes heads of {kv_channels} "
+            "channels; rotary embeddings need an even number"
+        )
+    shape = replace(
+        teacher,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=student.ffn_hidden_size or teacher.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=kv_channels,
+    )
+    return _with_architecture(shape, student.architecture or ArchitectureRecipe())
+
+
+def _with_architecture(shape: ModelShape, architecture: ArchitectureRecipe) -> ModelShape:
+    shape = replace(shape, architecture=architecture)
+    if architecture.qk_layernorm is not None:
+        shape = replace(shape, qk_layernorm=architecture.qk_layernorm)
+    if architecture.multi_latent_attention:
+        shape = replace(
+            shape,
+            num_query_groups=shape.num_attention_heads,
+            add_qkv_bias=False,
+            use_rope_scaling=False,
+        )
+    if architecture.heterogeneous_layers_config is not None:
+        blocks = len(architecture.heterogeneous_layers_config["block_configs"])
+        if blocks != shape.num_layers:
+            raise UserError(
+                f"student.architecture.heterogeneous_layers_config has {blocks} block_configs, "
+                f"but the student has {shape.num_layers} layers: give one a layer"
+            )
+    return shape
