@@ -138,8 +138,8 @@ class _Results:
         self._file.close()
         try:
             return pickle.loads(content)  # noqa: S301 - our own fork wrote it
-        except (pickle.UnpicklingError, EOFError):  # it was killed, or had no memory left
-            raise queue.Empty from None
+        except (pickle.UnpicklingError, EOFError):
+            return RuntimeError("the writing process was killed, or ran out of memory")
 
 
 class _Strategy(TorchDistSaveShardedStrategy):

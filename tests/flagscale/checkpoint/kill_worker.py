@@ -21,11 +21,12 @@ from flagscale import platform
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState
 from flagscale.models.shape import ModelShape
 from flagscale.recipe import TrainingRecipe
+from flagscale.steps.step_process import deferred_stop, step_process
 from flagscale.train.arguments import training_arguments
 from flagscale.train.global_vars import use_args
 from flagscale.train.setup import build_model_chunks, setup_training
 
-KILLS = 10
+KILLS = 8
 
 
 def numbers(trainer):
@@ -112,13 +113,12 @@ def killed_while_writing(shape: ModelShape, folder: Path) -> dict:
 
 
 def stopped_while_writing(shape: ModelShape, folder: Path) -> dict:
-    """SIGTERM to the whole process group while the checkpoint is written."""
+    """SIGTERM to the whole process group of a step while the checkpoint is written."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
         slow_disk(0.5)
-        with trainer_of(shape) as trainer:
+        with step_process("test"), deferred_stop(), trainer_of(shape) as trainer:
             checkpoints = TrainingCheckpoints(folder, async_save=True)
             checkpoints.save(TrainingState(1), trainer)
             os.killpg(0, signal.SIGTERM)

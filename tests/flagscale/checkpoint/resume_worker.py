@@ -47,7 +47,7 @@ class Task:
 
     Attributes:
         name: of the folder that it leaves.
-        kind: `standard`, `distillation` or `experts`.
+        kind: `distillation` or `experts` (which is standard training).
         processes: in all.
         parallelism: the recipe's section.
         stop_after: step to be interrupted after.

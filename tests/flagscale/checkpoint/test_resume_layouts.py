@@ -33,7 +33,8 @@ RESUMES = [
     ("distillation", "TP2", "PP2"),
     ("distillation", "TP2 x PP2", "one"),
     ("distillation", "one", "TP2 x PP2"),
-    ("standard", "PP2", "TP2"),
+    ("experts", "one", "EP2"),
+    ("experts", "EP2", "one"),
 ]
 
 
@@ -115,3 +116,14 @@ def test_lost_optimiser_state_would_be_seen(folder, teacher, dataset):
     expected, found = records(folder, whole("distillation")), records(folder, task)
     last, right = found["training"][-1]["lm loss"], expected["training"][-1]["lm loss"]
     assert abs(last / right - 1) > 10 * RELATIVE
+
+
+def test_saved_in_the_background_is_what_is_saved_at_once(folder, teacher, dataset):
+    inputs, losses = {"teacher": str(teacher), "dataset": str(dataset)}, []
+    for name, async_save in (("at once", False), ("in the background", True)):
+        task = Task(name, "experts", 1, stop_after=3, async_save=async_save)
+        run(task, folder, inputs)
+        rest_of_it = Task(f"{name}, rest", "experts", 1, resume=name, async_save=async_save)
+        run(rest_of_it, folder, inputs)
+        losses.append(records(folder, rest_of_it))
+    assert losses[0] == losses[1] == records(folder, whole("experts"))

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,18 +153,43 @@ def test_of_another_training_is_refused(trainer, checkpoints):
         checkpoints.restore(trainer)
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """What each of two ranks met; it ends in time because no rank waits for another for ever."""
-    folder = tmp_path_factory.mktemp("faults")
+def start(folder, *command):
     SHAPE.save(folder)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(HERE / "fault_worker.py"), str(folder)],
-        check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *map(str, command), str(folder)], env=environment
     )
+
+
+def end(process):
+    try:
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """Folder and process of each script; at the same time, for most of theirs is imports."""
+    names = ("faults", "kills")
+    faults, kills = folders = [tmp_path_factory.mktemp(name) for name in names]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    processes = (
+        start(faults, *torchrun, HERE / "fault_worker.py"),
+        start(kills, HERE / "kill_worker.py"),
+    )
+    yield dict(zip(names, zip(folders, processes, strict=True), strict=True))
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def faults(workers):
+    """What each of two ranks met; it ends in time because no rank waits for another for ever."""
+    folder, process = workers["faults"]
+    end(process)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     return first
@@ -211,16 +235,10 @@ def test_fault_of_one_rank_leaves_the_checkpoint_before(faults, mode):
 
 
 @pytest.fixture(scope="module")
-def kills(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    SHAPE.save(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
-    command = [sys.executable, "-W", "ignore", str(HERE / "kill_worker.py"), str(folder)]
-    try:
-        subprocess.run(command, check=True, timeout=200, env=environment)
-        return json.loads((folder / "result.json").read_text())
-    finally:
-        shutil.rmtree(folder)
+def kills(workers):
+    folder, process = workers["kills"]
+    end(process)
+    return json.loads((folder / "result.json").read_text())
 
 
 def test_killed_at_random_moments(kills):
