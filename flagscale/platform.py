@@ -78,17 +78,7 @@ def processes(parallelism: ParallelismRecipe) -> int:
 
 
 def use_distributed_optimizer(choice: bool | None) -> bool:
-    """Whether to shard the optimiser's state over data-parallel ranks, for the recipe's choice.
-
-    Raises:
-        UserError: it was asked for where it cannot be resumed: its state does not survive a resume
-            with torch's Adam, which is all that a CPU has.
-    """
-    if choice and not HAS_GPU:
-        raise UserError(
-            "training.parallelism.use_distributed_optimizer=true: a CPU's optimiser could not be "
-            "resumed from a checkpoint; leave it out"
-        )
+    """Whether to shard the optimiser's state over data-parallel ranks, for the recipe's choice."""
     return HAS_GPU if choice is None else choice
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,10 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from flagscale.checkpoint import torch_adam
 from flagscale.checkpoint.agreement import is_first_rank
 from flagscale.checkpoint.reading import load
-from flagscale.checkpoint.weights import by_chunk, load_chunks
+from flagscale.checkpoint.weights import by_chunk, load_chunks, sharded_model
 
 if TYPE_CHECKING:
     from flagscale.train.setup import Trainer
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RNG = "rng_state"
+_SHARDING_TYPE = "param_state_sharding_type"  # which a distributed optimiser tells itself
 # A distributed optimiser's state in the form of a plain one's, which any layout can read.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -72,7 +73,7 @@ def layout() -> dict[str, int]:
 
 def sharded_state(trainer: Trainer) -> dict[str, Any]:
     """What to save. All ranks call it."""
-    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    weights = by_chunk(trainer.chunks, sharded_model)
     optimizer = trainer.optimizer.sharded_state_dict(weights, metadata=_METADATA)
     steps = [_detach_groups(part) for part in _parts(trainer.optimizer, optimizer)]
     return {
@@ -96,7 +97,8 @@ def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> No
     Raises:
         UserError: the checkpoint is missing, damaged, or of another training.
     """
-    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    weights = by_chunk(trainer.chunks, sharded_model)
+    torch_adam.begin(trainer.optimizer)
     optimizer = trainer.optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
     for part in _parts(trainer.optimizer, optimizer):
         _detach_groups(part)
@@ -106,9 +108,12 @@ def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> No
         asked[_RNG] = _sharded_rng(None)
     loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
     load_chunks(trainer.chunks, loaded, strict=True)
-    for part in _parts(trainer.optimizer, loaded["optimizer"]):
+    parts = _parts(trainer.optimizer, loaded["optimizer"])
+    for part in parts:
         _attach_steps(part, loaded["optimizer_steps"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    with torch_adam.step_apart(trainer.optimizer):
+        state = parts[0] if len(parts) == 1 else dict(enumerate(parts))
+        trainer.optimizer.load_state_dict(state)
     trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     _set_large_losses(loaded["large_losses"])
     if same_ranks:
@@ -126,41 +131,51 @@ def load_best_weights(trainer: Trainer, folder: Path) -> None:
     Raises:
         UserError: the checkpoint is missing, damaged, or of another training.
     """
-    weights = by_chunk(trainer.chunks, lambda chunk: chunk.sharded_state_dict())
+    weights = by_chunk(trainer.chunks, sharded_model)
     loaded = load(weights, folder, lambda name: name == _RNG or name.startswith("optimizer."))
     load_chunks(trainer.chunks, loaded, strict=True)
 
 
-def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
-    """The state of torch's optimisers inside: dense parameters, and experts over EP ranks."""
-    chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
-    for part in state.values() if chained else [state]:
-        yield part.get("optimizer", part)
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The states of the optimisers inside: of dense parameters, and of experts over EP ranks."""
+    if isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1:
+        return [state[index] for index in range(len(optimizer.chained_optimizers))]
+    return [state]
+
+
+def _of_torch(part: dict[str, Any]) -> dict[str, Any]:
+    """Of one such state, the part that is torch's, as in its `Optimizer.state_dict`."""
+    inner: dict[str, Any] = part.get("optimizer", part)
+    return inner
 
 
 def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
-    """Keep parameter groups out of the checkpoint, in place.
+    """Keep what depends on the layout, parameter groups, out of the checkpoint, in place.
 
     Returns:
         The step, where torch's optimiser keeps it with the parameters, and where transformer-engine
         keeps it with the groups; None where it is not kept so.
     """
-    groups = part["param_groups"]
+    inner = _of_torch(part)
+    groups = inner["param_groups"]
     for group in groups:
         if isinstance(group.get("params"), LocalNonpersistentObject):
             group["params"] = group["params"].unwrap()
-    part["param_groups"] = LocalNonpersistentObject(groups)
+    inner["param_groups"] = LocalNonpersistentObject(groups)
+    if _SHARDING_TYPE in part:
+        part[_SHARDING_TYPE] = LocalNonpersistentObject(part[_SHARDING_TYPE])
     return {
-        "of parameters": part.get("state", {}).pop("common_step", None),
+        "of parameters": inner.get("state", {}).pop("common_step", None),
         "of groups": next((group["step"] for group in groups if "step" in group), None),
     }
 
 
 def _attach_steps(part: dict[str, Any], steps: dict[str, Any]) -> None:
+    inner = _of_torch(part)
     if steps["of parameters"] is not None:
-        part["state"]["common_step"] = steps["of parameters"]
+        inner["state"]["common_step"] = steps["of parameters"]
     if steps["of groups"] is not None:
-        for group in part["param_groups"]:
+        for group in inner["param_groups"]:
             group["step"] = steps["of groups"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
@@ -64,6 +65,14 @@ def named_chunks(chunks: GPTModel | Sequence[GPTModel]) -> dict[str, GPTModel]:
     return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
+def sharded_model(model: GPTModel) -> dict[str, Any]:
+    """The sharded tensors of one chunk."""
+    # Megatron-Core looks the group up itself, except for multi-token prediction in a pipeline.
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state: dict[str, Any] = model.sharded_state_dict(metadata={"dp_cp_group": copies})
+    return state
+
+
 def _weights(model: GPTModel) -> dict[str, Any]:
     """The sharded tensors that are the model, whatever its layers are implemented with.
 
@@ -72,6 +81,6 @@ def _weights(model: GPTModel) -> dict[str, Any]:
     """
     return {
         name: tensor
-        for name, tensor in model.sharded_state_dict().items()
+        for name, tensor in sharded_model(model).items()
         if not name.endswith("_extra_state") and not name.startswith("_loss_modules.")
     }

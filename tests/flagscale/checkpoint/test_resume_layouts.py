@@ -15,12 +15,17 @@ RELATIVE = 1e-5  # the bound for fp32
 WORKER = Path(__file__).with_name("resume_worker.py")
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 EXPERT = {"expert_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
 LAYOUTS = {
     "one": (1, {}),
     "TP2": (2, TENSOR),
     "PP2": (2, PIPELINE),
     "DP2": (2, {}),
     "EP2": (2, EXPERT),
+    "one, sharded": (1, SHARDED),
+    "TP2, sharded": (2, TENSOR | SHARDED),
+    "DP2, sharded": (2, SHARDED),
+    "EP2, sharded": (2, EXPERT | SHARDED),
     "TP2 x PP2": (4, TENSOR | PIPELINE),
 }
 RESUMES = [
@@ -35,6 +40,10 @@ RESUMES = [
     ("distillation", "one", "TP2 x PP2"),
     ("experts", "one", "EP2"),
     ("experts", "EP2", "one"),
+    # The distributed optimiser, whose state is sharded over data-parallel ranks.
+    ("distillation", "DP2, sharded", "one, sharded"),
+    ("distillation", "DP2, sharded", "TP2, sharded"),
+    ("experts", "DP2, sharded", "EP2, sharded"),
 ]
 
 
