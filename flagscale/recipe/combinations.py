@@ -128,6 +128,12 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
             f"{where}.expert_model_parallel_size={ranks} with student.architecture.num_experts="
             f"{experts}: must divide the experts; without experts it must be 1"
         )
+    if experts is not None and tensor > 1 and ranks == 1:
+        raise ValueError(
+            f"student.architecture.num_experts={experts} with {where}.tensor_model_parallel_size="
+            f"{tensor}: needs {where}.expert_model_parallel_size above 1, or experts' gradients "
+            "would not be added up over tensor-parallel ranks"
+        )
     if tensor > 1 and not parallelism.sequence_parallel:
         for option, value in (
             ("num_experts", architecture.num_experts),

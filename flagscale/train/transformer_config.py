@@ -150,6 +150,14 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
             f"{sizes.tensor_model_parallel_size}: Megatron-Core trains experts on tensor-parallel "
             "ranks with sequence_parallel=true only"
         )
+    if sizes.tensor_model_parallel_size > 1 and expert_ranks == 1:
+        # Each rank holds whole experts (see platform.runtime) and sees its share of the tokens.
+        raise UserError(
+            f"architecture.num_experts={experts} with tensor_model_parallel_size="
+            f"{sizes.tensor_model_parallel_size} and expert_model_parallel_size=1: Megatron-Core "
+            "would not add up the experts' gradients of tensor-parallel ranks; set "
+            "expert_model_parallel_size above 1"
+        )
     if architecture.moe_grouped_gemm and not _has_transformer_engine(args):
         raise UserError(
             "architecture.moe_grouped_gemm=true needs training.transformer_impl="
@@ -167,7 +175,11 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
         "moe_layer_freq": architecture.moe_layer_freq,
         "moe_grouped_gemm": architecture.moe_grouped_gemm,
         "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
-        "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff,
+        # Megatron-Core weighs a rank's share of this loss by the rank's tokens alone, and divides
+        # by those of all ranks: on tensor and context ranks it would be as much too small.
+        "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff
+        * sizes.tensor_model_parallel_size
+        * sizes.context_parallel_size,
         "moe_token_dispatcher_type": "alltoall",
         "overlap_moe_expert_parallel_comm": args.overlap_moe_expert_parallel_comm,
     }
@@ -233,6 +245,13 @@ def _check_sizes(args: Arguments) -> None:
     if sizes.sequence_parallel:
         parts = tensor * context
         wanted.append(("seq_length", args.seq_length, "tensor x context parallel ranks", parts))
+    further_tokens = shape.architecture.mtp_num_layers
+    if further_tokens and chunks > 1 and not shape.untie_embeddings_and_output_weights:
+        raise UserError(
+            f"architecture.mtp_num_layers={further_tokens} with pipeline_model_parallel_size="
+            f"{sizes.pipeline_model_parallel_size} and tied embeddings: Megatron-Core cannot save "
+            "the last stage's copy of the embedding; leave one of the three out"
+        )
     for name, value, by, size in wanted:
         if value % size:
             raise UserError(f"{name}={value} is not divisible by {by}={size}")

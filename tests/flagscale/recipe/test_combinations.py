@@ -77,7 +77,16 @@ TP2 = {"tensor_model_parallel_size": 2}
         ),
         (
             {"architecture": {"num_experts": 4}, "parallelism": TP2},
-            "num_experts=4 with training.parallelism.tensor_model_parallel_size=2",
+            "num_experts=4 with training.parallelism.tensor_model_parallel_size=2: needs "
+            "training.parallelism.expert_model_parallel_size above 1",
+        ),
+        (
+            {
+                "architecture": {"num_experts": 4},
+                "parallelism": {**TP2, "expert_model_parallel_size": 2},
+            },
+            "num_experts=4 with training.parallelism.tensor_model_parallel_size=2: needs "
+            "training.parallelism.sequence_parallel=true",
         ),
         (
             {"architecture": MLA, "parallelism": TP2},

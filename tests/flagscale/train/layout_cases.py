@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+KINDS = ("standard", "distillation")
 TENSOR, SEQUENCE = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 CONTEXT = {"context_parallel_size": 2}
@@ -25,7 +26,7 @@ class Case:
         processes: in all.
         parallelism: the recipe's section.
         training: more of the recipe's section `training`.
-        experts: the model has experts.
+        model: `dense`, `experts` or `mtp` (multi-token prediction).
         refused: kind of training -> what the error says, if it is refused.
     """
 
@@ -33,24 +34,23 @@ class Case:
     processes: int
     parallelism: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    experts: bool = False
+    model: str = "dense"
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
         """Name of the case of one process that it must equal."""
-        packed = "reset_attention_mask" in self.training
-        return {
-            (False, False): "one process",
-            (True, False): "one process, experts",
-            (False, True): "one process, packed",
-        }[self.experts, packed]
+        if self.model != "dense":
+            return f"one process, {self.model}"
+        return "one process, packed" if self.training.get("reset_attention_mask") else "one process"
 
 
+NO_MTP = {"distillation": "mtp_num_layers=1"}
 PACKED = {"reset_attention_mask": True}
 CASES = [
     Case("one process", 1),
-    Case("one process, experts", 1, experts=True),
+    Case("one process, experts", 1, model="experts"),
+    Case("one process, mtp", 1, model="mtp", refused=NO_MTP),
     Case("one process, packed", 1, training=PACKED),
     Case("recompute selective", 1, training={"recompute_granularity": "selective"}),
     Case("recompute full", 1, training={"recompute_granularity": "full"}),
@@ -65,8 +65,27 @@ CASES = [
     ),
     Case("CP2", 2, CONTEXT),
     Case("DP2", 2),
-    Case("EP2, experts", 2, EXPERT, experts=True),
-    Case("DP2, experts", 2, experts=True),
+    Case("EP2, experts", 2, EXPERT, model="experts"),
+    Case("DP2, experts", 2, model="experts"),
+    Case("CP2, experts", 2, CONTEXT, model="experts"),
+    Case(
+        "TP2, sequence parallel, experts",
+        2,
+        TENSOR | SEQUENCE,
+        model="experts",
+        refused=dict.fromkeys(KINDS, "expert_model_parallel_size above 1"),
+    ),
+    Case(
+        "TP2 x EP2, experts",
+        2,
+        TENSOR | EXPERT,
+        model="experts",
+        refused=dict.fromkeys(KINDS, "sequence_parallel=true"),
+    ),
+    Case("TP2 x EP2, sequence parallel, experts", 2, TENSOR | SEQUENCE | EXPERT, model="experts"),
+    Case("PP2, mtp", 2, PIPELINE, model="mtp", refused=NO_MTP),
+    Case("TP2, sequence parallel, mtp", 2, TENSOR | SEQUENCE, model="mtp", refused=NO_MTP),
+    Case("DP2, mtp", 2, model="mtp", refused=NO_MTP),
     Case("TP2, packed", 2, TENSOR, PACKED),
     Case("PP2, packed", 2, PIPELINE, PACKED),
     Case(
@@ -74,7 +93,7 @@ CASES = [
         2,
         CONTEXT,
         PACKED,
-        refused=dict.fromkeys(("standard", "distillation"), "reset_attention_mask=true"),
+        refused=dict.fromkeys(KINDS, "reset_attention_mask=true"),
     ),
     Case("TP2 x PP2", 4, TENSOR | PIPELINE),
     Case("TP2 x PP2, sequence parallel", 4, TENSOR | SEQUENCE | PIPELINE),
@@ -82,6 +101,11 @@ CASES = [
     Case("PP2 x CP2", 4, PIPELINE | CONTEXT),
     Case("TP2 x DP2", 4, TENSOR),
     Case("PP2 x DP2", 4, PIPELINE),
-    Case("TP2 x EP2, sequence parallel, experts", 4, TENSOR | SEQUENCE | EXPERT, experts=True),
-    Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, experts=True),
+    Case(
+        "TP2 x EP2 x DP2, sequence parallel, experts",
+        4,
+        TENSOR | SEQUENCE | EXPERT,
+        model="experts",
+    ),
+    Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, model="experts"),
 ]

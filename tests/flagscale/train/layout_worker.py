@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from layout_cases import CASES, Case
+from layout_cases import CASES, KINDS, Case
 from megatron.core.utils import unwrap_model
 
 from flagscale import platform
@@ -30,8 +30,8 @@ from flagscale.train.setup import build_model_chunks, setup_training
 
 STEPS = 3
 DISTILLATION = {
-    "none": DistillationRecipe(loss="none"),
-    "logits": DistillationRecipe(
+    "standard": DistillationRecipe(loss="none"),
+    "distillation": DistillationRecipe(
         temperature=2.0,
         skip_lm_loss=False,
         kd_loss_scale=0.7,
@@ -43,8 +43,20 @@ DISTILLATION = {
         ),
     ),
 }
-KINDS = {"standard": "none", "distillation": "logits"}
-EXPERTS = ArchitectureRecipe(num_experts=4, moe_ffn_hidden_size=64)
+EXPERTS = ArchitectureRecipe(
+    num_experts=4,
+    moe_ffn_hidden_size=64,
+    moe_shared_expert_intermediate_size=32,
+    moe_aux_loss_coeff=0.01,
+)
+MODELS = {
+    "dense": {},
+    "experts": {"architecture": EXPERTS},
+    "mtp": {
+        "architecture": ArchitectureRecipe(mtp_num_layers=1),
+        "untie_embeddings_and_output_weights": True,
+    },
+}
 
 
 def recipe(case: Case) -> TrainingRecipe:
@@ -64,16 +76,15 @@ def recipe(case: Case) -> TrainingRecipe:
 
 def weights(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> Path:
     """What the case starts from: the teacher trains on, the student is distilled."""
-    if case.experts:
-        return folder / f"experts-{kind}"
+    if case.model != "dense":
+        return folder / f"{case.model}-{kind}"
     return Path(inputs["teacher" if kind == "standard" else "student"]) / "weights"
 
 
 def run(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> None:
-    training, distillation = recipe(case), DISTILLATION[KINDS[kind]]
+    training, distillation = recipe(case), DISTILLATION[kind]
     shape = ModelShape.load(Path(inputs["teacher" if kind == "standard" else "student"]))
-    if case.experts:
-        shape = replace(shape, architecture=EXPERTS)
+    shape = replace(shape, **MODELS[case.model])
     check_combination(distillation, training, shape.architecture)
     args = training_arguments(shape, 64, training)
     if kind == "distillation":

@@ -75,7 +75,8 @@ SEQUENCE = {**TENSOR, "sequence_parallel": True}
 CONTEXT = {"context_parallel_size": 2}
 LAYOUTS = {key: [TENSOR, SEQUENCE] for key in ARCHITECTURES}
 # The others are refused.
-LAYOUTS |= {"experts": [SEQUENCE], "linear block": [TENSOR], "latent attention": []}
+EXPERTS = {**SEQUENCE, "expert_model_parallel_size": 2}
+LAYOUTS |= {"experts": [EXPERTS], "linear block": [TENSOR], "latent attention": []}
 
 
 def gradients(name: str, layout: dict, weights: Path) -> dict[str, torch.Tensor]:
@@ -105,6 +106,7 @@ def gradients(name: str, layout: dict, weights: Path) -> dict[str, torch.Tensor]
         name: parameter.main_grad.clone()
         for name, parameter in model.named_parameters()
         if not (split and getattr(parameter, "tensor_model_parallel", False))
+        and not (layout == EXPERTS and "local_experts" in name)
     }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_cases import CASES, Case
-from layout_worker import EXPERTS, KINDS
+from layout_cases import CASES, KINDS, Case
+from layout_worker import MODELS
 
 from flagscale import platform
 from flagscale.checkpoint import load_weights
@@ -55,8 +55,7 @@ def test_layout(results, teacher, student, case: Case, kind: str):
     for ours, theirs in zip(found["records"], expected["records"], strict=True):
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=RELATIVE)
     shape = ModelShape.load(teacher if kind == "standard" else student)
-    if case.experts:
-        shape = replace(shape, architecture=EXPERTS)
+    shape = replace(shape, **MODELS[case.model])
     ours, theirs = (
         gradients(results / name / kind / "gradients", shape)
         for name in (case.name, case.reference)

@@ -299,5 +299,5 @@ def test_timers_tell_where_the_time_goes(run, tmp_path, caplog):
 
 
 def test_straggler_detector_without_a_gpu_is_refused(run):
-    with pytest.raises(UserError, match="log_straggler=true.*GPU"):
+    with pytest.raises(UserError, match=r"log_straggler=true.*GPU"):
         run(recipe=RECIPE.model_copy(update={"log_straggler": True}))

@@ -73,7 +73,7 @@ def test_sizes_reach_megatron_core(layout):
     assert config.calculate_per_token_loss
 
 
-@pytest.mark.parametrize("layout", [{}, SP, {**SP, "expert_model_parallel_size": 2}])
+@pytest.mark.parametrize("layout", [{}, {**SP, "expert_model_parallel_size": 2}])
 def test_experts(layout):
     recipe = {**EXPERTS, "moe_router_topk": 1, "moe_aux_loss_coeff": 0.01, "moe_layer_freq": 2}
     config = transformer_config(arguments(recipe, layout))
@@ -159,8 +159,19 @@ def test_recompute(granularity):
             "num_experts=4 is not divisible by expert_model_parallel_size=3",
         ),
         (
-            {"architecture": EXPERTS, "parallelism": TP2},
+            {"architecture": EXPERTS, "parallelism": {**TP2, "expert_model_parallel_size": 2}},
             "num_experts=4 with tensor_model_parallel_size=2.*sequence_parallel=true",
+        ),
+        (
+            {"architecture": EXPERTS, "parallelism": SP},
+            "num_experts=4 with tensor_model_parallel_size=2.*expert_model_parallel_size above 1",
+        ),
+        (
+            {
+                "architecture": {"mtp_num_layers": 1},
+                "parallelism": {"pipeline_model_parallel_size": 2},
+            },
+            "mtp_num_layers=1 with pipeline_model_parallel_size=2 and tied embeddings",
         ),
         (
             {"architecture": MLA, "parallelism": SP},
