@@ -178,9 +178,7 @@ def _start_process_group() -> None:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         # What an earlier start of this process left in the store must not be taken for this one's.
         store = torch.distributed.PrefixStore(f"start {next(_starts)}", store)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size
-        )
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         return
     # No port to collide on: a lone process needs no rendezvous.
     store = torch.distributed.HashStore()

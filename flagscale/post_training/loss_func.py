@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from megatron.core.utils import unwrap_model
 
 from flagscale.post_training.losses import CriterionOutput
+from flagscale.train.global_vars import get_args
+from flagscale.train.loss_checks import check_loss
 
 
 def loss_func(
@@ -28,6 +30,7 @@ def loss_func(
 
     Raises:
         ValueError: no model was given.
+        RuntimeError: the loss is NaN or infinite.
     """
     if model is None:
         raise ValueError("model=None: the distillation loss needs the model that computed it")
@@ -49,7 +52,9 @@ def loss_func(
         name: torch.stack([loss.detach().float(), num_tokens.float()])
         for name, loss in reported.items()
     }
-    return (losses["kd_loss"] if unwrapped.training else lm_loss), num_tokens, report
+    loss = losses["kd_loss"] if unwrapped.training else lm_loss
+    check_loss(get_args(), loss)
+    return loss, num_tokens, report
 
 
 def masked_sum(output: torch.Tensor | CriterionOutput, loss_mask: torch.Tensor) -> torch.Tensor:

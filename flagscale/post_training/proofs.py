@@ -25,6 +25,8 @@ def prove_distillation(
     parameter of the student and none of the teacher. Multi-token prediction has no part in
     distillation: what only it uses must be reached by the plain loss.
 
+    Called within `use_args`, of the student's arguments.
+
     Args:
         student: its weights as training will start from; it is converted.
         teacher: it is frozen.

@@ -22,6 +22,8 @@ from flagscale.models.student import copy_from_teacher
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.post_training.proofs import prove_distillation
 from flagscale.recipe import StudentRecipe
+from flagscale.train.arguments import model_arguments
+from flagscale.train.global_vars import use_args
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ def convert_student(
     with (
         tracking.step_run("convert-student", recipe) as run,
         platform.runtime(student.seed),
+        use_args(model_arguments(shape, seq_length)),
         new_artifact(output, "student", recipe, parents, run.log_artifact) as staging,
     ):
         teacher_model = load_model(teacher, seq_length)

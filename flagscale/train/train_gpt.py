@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Optional, Union, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, unwrap_model
 
 from flagscale.post_training.arguments import modelopt_args_enabled
@@ -24,13 +23,11 @@ from flagscale.train.batches import Batch, get_batch
 from flagscale.train.dualpipev import dualpipev_layout
 from flagscale.train.global_vars import get_args, get_timers
 from flagscale.train.gpt_builder import build_gpt_model, build_legacy_gpt_model
+from flagscale.train.loss_checks import check_loss
 from flagscale.train.memory_history import record_memory_history
 
 if TYPE_CHECKING:
     import megatron.legacy.model
-
-# Ten times the largest loss seen so far is no noise (Megatron's factor).
-SPIKY_LOSS_FACTOR = 10
 
 stimer = StragglerDetector()
 
@@ -100,13 +97,12 @@ def loss_func(
     """
     args = get_args()
     if modelopt_args_enabled(args):
-        loss, num_tokens, report = loss_func_modelopt(loss_mask, output_tensor, model=model)
-    else:
-        mask = loss_mask.reshape(-1).float()
-        loss = torch.sum(output_tensor.reshape(-1).float() * mask)
-        num_tokens = mask.sum().to(torch.int)
-        report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
-    _validate_loss(args, loss)
+        return loss_func_modelopt(loss_mask, output_tensor, model=model)
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(output_tensor.reshape(-1).float() * mask)
+    check_loss(args, loss)
+    num_tokens = mask.sum().to(torch.int)
+    report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
     return loss, num_tokens, report
 
 
@@ -156,25 +152,3 @@ def forward_step(
         output_tensor = run(*inputs, labels=batch.labels, **named)
     # The model goes along, so that the loss can reach the teacher. Without a mask, none is asked.
     return output_tensor, partial(loss_func, cast(torch.Tensor, batch.loss_mask), model=model)
-
-
-def _validate_loss(args: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - Arguments or a test's
-    """Check the loss through Megatron-Core's rerun state machine."""
-    machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for rejection_func, message in (
-            (torch.isnan, "found NaN in local forward loss calculation"),
-            (torch.isinf, "found Inf in local forward loss calculation"),
-        ):
-            machine.validate_result(
-                result=loss, rejection_func=rejection_func, message=message, fatal=True
-            )
-    if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(
-                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
-            ),
-            message="spiky loss",
-            fatal=False,
-        )

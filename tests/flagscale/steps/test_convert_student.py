@@ -14,6 +14,8 @@ from flagscale.models.student import copy_from_teacher
 from flagscale.post_training.proofs import prove_distillation
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
+from flagscale.train.arguments import model_arguments
+from flagscale.train.global_vars import use_args
 
 
 def layer(model, index):
@@ -134,7 +136,7 @@ def test_damaged_teacher_is_refused(teacher, dataset, tmp_path, damage):
 
 def test_proof_notices_a_parameter_that_cannot_learn(teacher, dataset, tmp_path):
     shape = ModelShape.load(teacher)
-    with platform.runtime():
+    with platform.runtime(), use_args(model_arguments(shape, 64)):
         models = [load_model(teacher, 64) for _ in range(2)]
         student = build_model(shape, 64)
         copy_from_teacher(student, models[0], range(4))

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 
 from flagscale.checkpoint import load_weights
 from flagscale.recipe import DistillationRecipe
-from flagscale.train import train_gpt
 from flagscale.train.arguments import with_teacher
-from flagscale.train.batches import Batch
 from flagscale.train.global_vars import get_timers, use_args
 from flagscale.train.train_gpt import forward_step, loss_func, model_provider
 
@@ -115,24 +113,3 @@ def test_legacy_models_get_no_loss_mask(args, batch):
         output, _ = forward_step(iter([batch]), Legacy())
     assert torch.equal(output, batch["labels"].float())
     assert torch.equal(seen[0][0], batch["tokens"])
-
-
-def test_upstream_seams(args, monkeypatch, batch):
-    """A test written for upstream's module replaces `get_batch` with a plain tuple of five."""
-    values = Batch(**batch, attention_mask=None)
-    monkeypatch.setattr(train_gpt, "get_batch", lambda data_iterator: tuple(values))
-    calls = []
-
-    def model(*positional, **named):
-        calls.append((positional, named))
-        return "the output"
-
-    with use_args(args):
-        output, loss_of = forward_step("the iterator", model)
-    assert output == "the output"
-    (tokens, position_ids, attention_mask), named = calls[0]
-    assert tokens is values.tokens
-    assert position_ids is values.position_ids
-    assert attention_mask is None
-    assert named == {"labels": values.labels, "loss_mask": values.loss_mask}
-    assert loss_of.keywords == {"model": model}

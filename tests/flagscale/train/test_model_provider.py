@@ -308,18 +308,6 @@ def test_padded_vocabulary_changes_no_probability(runtime, args, batch):
     assert logits(wide, batch["tokens"]).size(-1) == args.shape.vocab_size
 
 
-def test_upstream_seams(monkeypatch):
-    """Tests written for upstream's module replace these names and expect these calls."""
-    calls = []
-    monkeypatch.setattr(train_gpt, "get_args", lambda: "the arguments")
-    monkeypatch.setattr(train_gpt, "modelopt_args_enabled", lambda args: args == "the arguments")
-    monkeypatch.setattr(
-        train_gpt, "model_provider_modelopt", lambda *args: calls.append(args) or "the model"
-    )
-    assert model_provider(True, False) == "the model"
-    assert calls == [(True, False)]
-
-
 @pytest.mark.parametrize("getter", [get_args, get_timers])
 def test_unset_run_state_raises(getter):
     with pytest.raises(RuntimeError, match="not set"):
