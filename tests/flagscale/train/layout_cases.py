@@ -1,7 +1,7 @@
 """Every parallel layout that is tried, with what must come of it: the table's source.
 
-`layout_worker.py` runs them, `test_layouts.py` compares them with one process, and
-`python tests/flagscale/train/layout_cases.py` writes docs/parallelism.md from them.
+`layout_worker.py` runs them, `test_layouts.py` compares them with one process and makes the table
+of docs/parallelism.md.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from flagscale.models.shape import ModelShape
 
 RELATIVE = 1e-5  # the bound for fp32
 WORKER = Path(__file__).with_name("layout_worker.py")
+DOCUMENT = Path(__file__).parents[3] / "docs/parallelism.md"
+TABLE_BEGINS = "<!-- the rest of this file is made by `make parallelism` -->"
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,24 @@ def gradients(folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
         model = build_model(shape, seq_length=64)
         load_weights(model, folder)
     return dict(model.named_parameters())
+
+
+def test_documented(results):
+    """The table of docs/parallelism.md is what came out; `make parallelism` renews it."""
+    text = DOCUMENT.read_text()
+    start = text.index(TABLE_BEGINS) + len(TABLE_BEGINS)
+    if "RENEW_TABLE" in os.environ:
+        DOCUMENT.write_text(f"{text[:start]}\n\n{table(results)}")
+    else:
+        assert text[start:].strip() == table(results).strip()
+
+
+def table(results: Path) -> str:
+    lines = ["| layout | processes | " + " | ".join(KINDS) + " |", "|---|---:|---|---|"]
+    for case in CASES:
+        cells = []
+        for kind in KINDS:
+            error = result(results, case.name, kind).get("error")
+            cells.append("equal" if error is None else f"refused: {error.split(': ', 1)[1]}")
+        lines.append(f"| {case.name} | {case.processes} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
