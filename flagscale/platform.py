@@ -125,7 +125,7 @@ def runtime(
             initialize_rerun_state_machine,
         )
 
-        _check_world_size(sizes, torch.distributed.get_world_size())
+        check_world_size(sizes, torch.distributed.get_world_size())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.tensor_model_parallel_size,
             pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
@@ -144,7 +144,12 @@ def runtime(
         yield
 
 
-def _check_world_size(sizes: ParallelismRecipe, world_size: int) -> None:
+def check_world_size(sizes: ParallelismRecipe, world_size: int) -> None:
+    """Make sure that so many processes can be divided so.
+
+    Raises:
+        UserError: which sizes do not divide them.
+    """
     if world_size % sizes.model_parallel_size:
         raise UserError(
             f"parallelism: tensor x pipeline x context = {sizes.tensor_model_parallel_size} x "

@@ -58,4 +58,18 @@ class Recipe(Section):
                 f"export.format={self.export.format} with student.architecture={changed}: no Llama "
                 "or Qwen configuration of Hugging Face holds that; set export.format=megatron"
             )
+        self._check_accelerators()
         return self
+
+    def _check_accelerators(self) -> None:
+        pod, sizes = self.resources.accelerator_count, self.training.parallelism
+        if pod and (sizes.processes or pod) > pod:
+            raise ValueError(
+                f"training.parallelism.processes={sizes.processes} with "
+                f"resources.accelerator_count={pod}: a process needs an accelerator of its own"
+            )
+        if pod and (sizes.processes or pod) % sizes.model_parallel_size:
+            raise ValueError(
+                f"resources.accelerator_count={pod} is not a multiple of training.parallelism's "
+                f"tensor x pipeline x context = {sizes.model_parallel_size}"
+            )

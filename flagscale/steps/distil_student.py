@@ -23,10 +23,12 @@ from flagscale.artifacts import (
     staging_path,
 )
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights, save_weights
+from flagscale.errors import UserError
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
+from flagscale.recipe.combinations import check_combination
 from flagscale.steps import launch
 from flagscale.steps.observers import Observers, Silence
 from flagscale.steps.step_process import deferred_stop, stop_requested
@@ -35,7 +37,12 @@ from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
 from flagscale.train.progress import Progress
 from flagscale.train.rank_batches import RankBatches
-from flagscale.train.setup import Trainer, build_model_chunks, setup_training
+from flagscale.train.setup import (
+    Trainer,
+    build_model_chunks,
+    check_batch_sizes,
+    setup_training,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,7 @@ def distil_student(
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
     processes = platform.processes(training.parallelism)
+    _check(distillation, training, student, processes)
     paths = {
         "teacher": teacher,
         "student": student,
@@ -103,6 +111,24 @@ def distil_student(
         "distil-student", f"{__name__}:run_rank", request, processes
     )
     return figures
+
+
+def _check(
+    distillation: DistillationRecipe, training: TrainingRecipe, student: Path, processes: int
+) -> None:
+    """Refuse, before any process starts, what none of them could train.
+
+    The sections may have been changed one by one since the recipe was read.
+    """
+    if launch.is_rank():
+        return
+    try:
+        check_combination(distillation, training, ModelShape.load(student).architecture)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    platform.check_world_size(training.parallelism, processes)
+    ranks = processes // training.parallelism.model_parallel_size
+    check_batch_sizes(training, ranks)
 
 
 def _train(

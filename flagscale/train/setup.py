@@ -75,7 +75,7 @@ def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRe
     Raises:
         UserError: the batch sizes do not fit the ranks, or the machine lacks what was asked for.
     """
-    _check_batch_sizes(args)
+    check_batch_sizes(training, parallel_state.get_data_parallel_world_size())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
@@ -104,19 +104,24 @@ def _wrap(
     return DistributedDataParallel(config, ddp_config, chunk)
 
 
-def _check_batch_sizes(args: Arguments) -> None:
-    ranks = parallel_state.get_data_parallel_world_size()
-    if args.global_batch_size % (args.micro_batch_size * ranks):
+def check_batch_sizes(training: TrainingRecipe, ranks: int) -> None:
+    """Make sure that the global batch is whole micro-batches of each data-parallel rank.
+
+    Raises:
+        UserError: it is not, or an interleaved pipeline could not run them.
+    """
+    together = training.micro_batch_size * ranks
+    if training.global_batch_size % together:
         raise UserError(
-            f"training.global_batch_size={args.global_batch_size} is not a multiple of "
-            f"micro_batch_size={args.micro_batch_size} x {ranks} data-parallel ranks"
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"micro_batch_size={training.micro_batch_size} x {ranks} data-parallel ranks"
         )
-    sizes = args.parallelism
-    chunks, stages = sizes.virtual_pipeline_model_parallel_size, sizes.pipeline_model_parallel_size
-    if chunks is not None and args.num_micro_batches % stages:
+    sizes, count = training.parallelism, training.global_batch_size // together
+    stages = sizes.pipeline_model_parallel_size
+    if sizes.virtual_pipeline_model_parallel_size is not None and count % stages:
         raise UserError(
-            f"training.global_batch_size={args.global_batch_size} makes {args.num_micro_batches} "
-            "micro-batches a rank; an interleaved pipeline needs a multiple of "
+            f"training.global_batch_size={training.global_batch_size} makes {count} micro-batches "
+            "a rank; an interleaved pipeline needs a multiple of "
             f"pipeline_model_parallel_size={stages}"
         )
 

@@ -104,6 +104,21 @@ CONTRADICTIONS = [
     ),
     ("training", {"lr_decay_style": "WSD"}, "WSD needs it and nothing else takes it"),
     ("training", {"lr_wsd_decay_iters": 2}, "WSD needs it and nothing else takes it"),
+    (
+        "training",
+        {"parallelism": {"sequence_parallel": True}},
+        "sequence_parallel=true needs tensor_model_parallel_size above 1",
+    ),
+    (
+        "training",
+        {"parallelism": {"virtual_pipeline_model_parallel_size": 2}},
+        "virtual_pipeline_model_parallel_size=2 needs to be above 1, and pipeline_model_parallel",
+    ),
+    (
+        "training",
+        {"parallelism": {"tensor_model_parallel_size": 2, "processes": 3}},
+        "processes=3 is not a multiple of tensor x pipeline x context = 2",
+    ),
 ]
 
 
@@ -114,7 +129,7 @@ def test_contradictions_are_refused_with_both_values(
     with pytest.raises(UserError) as error:
         recipe_with(section, **fields)
     assert message in str(error.value)
-    assert f"  {section}: " in str(error.value)
+    assert f"  {section}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +236,20 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        ({"processes": 4}, "processes=4 with resources.accelerator_count=2"),
+        ({"tensor_model_parallel_size": 4}, "accelerator_count=2 is not a multiple of .* = 4"),
+    ],
+)
+def test_processes_that_the_pod_has_no_accelerators_for(parallelism, message) -> None:
+    training = {**MINIMAL["training"], "parallelism": parallelism}
+    values = {**MINIMAL, "training": training, "resources": {"accelerator_count": 2}}
+    with pytest.raises(UserError, match=message):
+        parse_section(Recipe, values, where="recipe")
 
 
 def test_sections_do_not_change_after_validation() -> None:

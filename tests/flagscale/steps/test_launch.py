@@ -140,3 +140,32 @@ def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp
             records(tmp_path / "found", name), records(tmp_path / "expected", name), strict=True
         ):
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        ({"processes": 3}, "global_batch_size=4 is not a multiple of micro_batch_size=2 x 3"),
+        (
+            {"expert_model_parallel_size": 2, "processes": 3},
+            "expert_model_parallel_size=2 with student.architecture.num_experts=None",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+            },
+            "virtual_pipeline_model_parallel_size=2 with distillation.loss=logits",
+        ),
+    ],
+)
+def test_what_no_rank_could_train_is_refused_before_one_starts(
+    teacher, student, dataset, tmp_path, parallelism, message
+):
+    training = TRAINING.model_copy(update={"parallelism": ParallelismRecipe(**parallelism)})
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        distil_student(
+            DistillationRecipe(), training, teacher, student, dataset, tmp_path, tmp_path / "out"
+        )
+    assert time.monotonic() - start < 3  # torchrun alone takes longer
