@@ -82,5 +82,6 @@ def _weights(model: GPTModel) -> dict[str, Any]:
     return {
         name: tensor
         for name, tensor in sharded_model(model).items()
-        if not name.endswith("_extra_state") and not name.startswith("_loss_modules.")
+        # Experts in one kernel number theirs: `_extra_state`, `_extra_state1`, ...
+        if "_extra_state" not in name and not name.startswith("_loss_modules.")
     }

@@ -6,6 +6,7 @@ import modelopt.torch.distill as mtd
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
+from modelopt.torch.distill.plugins import megatron as upstream
 from modelopt.torch.distill.plugins.megatron import BaseLoss
 
 from flagscale.post_training.kl_divergence import forward_kl
@@ -50,6 +51,29 @@ class LogitsKLLoss(BaseLoss):
         loss_sb = forward_kl(student_logits_sbv, teacher_logits_sbv, self._temperature, group)
         result: CriterionOutput = self.post_forward(loss_sb)
         return result
+
+
+class _InFloat32(BaseLoss):
+    """Compares hidden states in fp32, whatever the models compute in."""
+
+    def pre_forward(
+        self, predictions: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the student's hidden states to the teacher's width, and widen both."""
+        predictions, targets = super().pre_forward(predictions, targets)
+        return predictions.float(), targets.float()
+
+
+class HiddenStateCosineLoss(_InFloat32, upstream.HiddenStateCosineLoss):
+    """1 - cosine of hidden states, per token: ModelOpt's, in fp32.
+
+    In bf16 a cosine near 1 is a multiple of 2^-8, and the gradient, a difference of nearly equal
+    vectors, is mostly rounding: the closer the student, the wronger its direction.
+    """
+
+
+class MSELoss(_InFloat32, upstream.MSELoss):
+    """Mean squared difference of hidden states, per token: ModelOpt's, in fp32."""
 
 
 class WeightedLossBalancer(mtd.DistillationLossBalancer):

@@ -12,15 +12,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from modelopt.torch.distill.plugins.megatron import (
     DistillationConfig,
-    HiddenStateCosineLoss,
-    MSELoss,
     ProjectionLayer,
     adjust_distillation_model_for_mcore,
 )
 
 from flagscale.checkpoint import load_weights
 from flagscale.models.shape import ModelShape
-from flagscale.post_training.losses import LogitsKLLoss, WeightedLossBalancer
+from flagscale.post_training.losses import (
+    HiddenStateCosineLoss,
+    LogitsKLLoss,
+    MSELoss,
+    WeightedLossBalancer,
+)
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
 from flagscale.train.arguments import Arguments
@@ -109,7 +112,11 @@ def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GP
     if shape.architecture.num_experts is None:
         # The student's experts may be spread over ranks; to a dense teacher these are copies.
         sizes = sizes.model_copy(update={"expert_model_parallel_size": 1})
-    teacher_args = replace(args, shape=shape, parallelism=sizes, recompute_granularity="none")
+    # Never in FP8: it is what the student is held to. And the scales of `delayed`, which no
+    # checkpoint has of a teacher, would start anew whenever training is resumed.
+    teacher_args = replace(
+        args, shape=shape, parallelism=sizes, recompute_granularity="none", fp8="none"
+    )
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
     load_weights(teacher, folder / "weights")
     return teacher.requires_grad_(False).eval()

@@ -28,6 +28,8 @@ class Arguments:
         recompute_granularity: `none`, `selective` (core attention) or `full` (whole layers).
         fp8: `none`, `e4m3` or `hybrid`.
         fp8_recipe: how transformer-engine scales.
+        gradient_accumulation_fusion: weights' gradients are added in place to those before; needs
+            Megatron-Core's data-parallel wrapper around the model.
         reset_attention_mask: samples are packed: documents do not see one another.
         use_dualpipev: chunks are placed in DualPipeV's V.
         overlap_moe_expert_parallel_comm: the schedule asks for schedule plans.
@@ -53,6 +55,7 @@ class Arguments:
     recompute_granularity: str = "none"
     fp8: str = "none"
     fp8_recipe: str = "delayed"
+    gradient_accumulation_fusion: bool = False
     reset_attention_mask: bool = False
     use_dualpipev: bool = False
     overlap_moe_expert_parallel_comm: bool = False
@@ -92,6 +95,7 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         recompute_granularity=training.recompute_granularity,
         fp8=training.fp8,
         fp8_recipe=training.fp8_recipe,
+        gradient_accumulation_fusion=platform.has_gradient_accumulation_fusion(),
         reset_attention_mask=training.reset_attention_mask,
         seed=training.seed,
         use_legacy_models=training.use_legacy_models,

@@ -6,12 +6,12 @@ import logging
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import StragglerDetector
 
 from flagscale import platform
 from flagscale.errors import UserError
 from flagscale.train.arguments import Arguments
 from flagscale.train.global_vars import get_timers
+from flagscale.train.train_gpt import stimer
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,12 @@ class Diagnostics:
                 raise UserError(
                     "training.log_straggler=true: it measures GPUs, and this machine has none"
                 )
-            StragglerDetector().configure(
-                torch.distributed.get_world_size(), torch.distributed.get_rank(), enabled=True
+            # Always the one instance: making another, though it is a singleton, resets it.
+            stimer.configure(
+                torch.distributed.get_world_size(),
+                torch.distributed.get_rank(),
+                amp=1.0,  # the operations that `report` tells are those of what is timed
+                enabled=True,
             )
             logging.getLogger(_DETECTOR_LOGGER).setLevel(logging.INFO)
 
@@ -52,4 +56,4 @@ class Diagnostics:
         if self._args.log_straggler and steps:
             tokens = steps * self._args.global_batch_size * self._args.seq_length
             # Forward passes alone are timed: 2 operations a parameter and token.
-            StragglerDetector().report(2.0 * self._parameters * tokens, steps)
+            stimer.report(2.0 * self._parameters * tokens, steps)

@@ -109,7 +109,7 @@ def _numerics(args: Arguments) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": platform.has_gradient_accumulation_fusion(),
+        "gradient_accumulation_fusion": args.gradient_accumulation_fusion,
     }
     if args.fp8 != "none":
         values |= {"fp8": args.fp8, "fp8_recipe": args.fp8_recipe}

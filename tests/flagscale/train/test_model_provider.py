@@ -16,6 +16,7 @@ from flagscale.checkpoint import load_weights
 from flagscale.errors import UserError
 from flagscale.models.megatron import build_model, logits
 from flagscale.models.shape import ModelShape
+from flagscale.post_training.model_provider import _build_teacher
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, ParallelismRecipe
 from flagscale.train import train_gpt
 from flagscale.train.arguments import with_teacher
@@ -73,6 +74,11 @@ def test_modelopt_arguments_give_a_distillation_model(runtime, args, teacher):
         assert not ours.requires_grad
     assert not any("teacher" in name for name in model.state_dict())
     assert not any("teacher" in name for name in model.sharded_state_dict())
+
+
+def test_fp8_is_the_students_alone(runtime, args, teacher):
+    fp8 = replace(args, export_kd_teacher_load=teacher, fp8="hybrid")
+    assert _build_teacher(fp8, True, True).config.fp8 is None
 
 
 def test_without_modelopt_arguments_the_model_is_plain(runtime, args):

@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from flagscale import platform
 from flagscale.errors import UserError
 from flagscale.models.shape import ModelShape
-from flagscale.recipe import ArchitectureRecipe, ParallelismRecipe
-from flagscale.train.arguments import Arguments
+from flagscale.recipe import ArchitectureRecipe, ParallelismRecipe, TrainingRecipe
+from flagscale.train.arguments import Arguments, model_arguments, training_arguments
 from flagscale.train.transformer_config import transformer_config
 
 SHAPE = ModelShape(
@@ -206,4 +206,13 @@ def test_what_cannot_be_honoured_is_refused(values, message):
 
 @needs_no_gpu
 def test_gradient_accumulation_fusion_needs_a_gpu():
-    assert not transformer_config(arguments()).gradient_accumulation_fusion
+    training = training_arguments(SHAPE, 64, TrainingRecipe(train_iters=1, lr=1e-3))
+    assert not transformer_config(training).gradient_accumulation_fusion
+
+
+def test_gradient_accumulation_fusion_is_for_training_alone(monkeypatch):
+    monkeypatch.setattr(platform, "has_gradient_accumulation_fusion", lambda: True)
+    training = training_arguments(SHAPE, 64, TrainingRecipe(train_iters=1, lr=1e-3))
+    assert transformer_config(training).gradient_accumulation_fusion
+    # Without Megatron-Core's wrapper there is nothing to add to: the backward pass would fail.
+    assert not transformer_config(model_arguments(SHAPE, 64)).gradient_accumulation_fusion
