@@ -2,8 +2,10 @@ import inspect
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 
 from flagscale.checkpoint import load_weights
 from flagscale.recipe import DistillationRecipe
@@ -113,3 +115,16 @@ def test_legacy_models_get_no_loss_mask(args, batch):
         output, _ = forward_step(iter([batch]), Legacy())
     assert torch.equal(output, batch["labels"].float())
     assert torch.equal(seen[0][0], batch["tokens"])
+
+
+def test_schedule_plan(args, student, batch):
+    """What Megatron-Core's overlapping schedule runs instead of the model; refused elsewhere."""
+    with use_args(args):
+        model = build(args, student)
+        with pytest.raises(ValueError, match="overlap_moe_expert_parallel_comm=True"):
+            forward_step(iter([batch]), model, return_schedule_plan=True)
+    with use_args(replace(args, overlap_moe_expert_parallel_comm=True)):
+        plan, loss_of = forward_step(iter([batch]), model, return_schedule_plan=True)
+    assert isinstance(plan, TransformerModelChunkSchedulePlan)
+    assert plan.num_layers() == args.shape.num_layers
+    assert torch.equal(loss_of.args[0], batch["loss_mask"])
