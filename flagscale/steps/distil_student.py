@@ -30,12 +30,11 @@ from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
 from flagscale.recipe.combinations import check_combination
 from flagscale.steps import launch
-from flagscale.steps.observers import Observers, Silence
+from flagscale.steps.observers import observer
 from flagscale.steps.step_process import deferred_stop, stop_requested
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
-from flagscale.train.progress import Progress
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import (
     Trainer,
@@ -168,7 +167,7 @@ def _train(
         )
         state = _restore(trainer, saved)
         batches = RankBatches(dataset, folder / "data", args, training)
-        with Progress(state.step, training.train_iters) as progress, deferred_stop():
+        with observer(run, state, training.train_iters) as told, deferred_stop():
             train(
                 trainer,
                 training,
@@ -176,7 +175,7 @@ def _train(
                 batches.train(state.step),
                 batches.validation,
                 saved,
-                Observers(progress, run, state) if launch.is_first_rank() else Silence(),
+                told,
                 stop_requested,
             )
         step = saved.restore_best(trainer) if training.keep_weights == "best" else state.step

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from flagscale import tracking
 from flagscale.checkpoint import TrainingState
+from flagscale.steps import launch
+from flagscale.train.loop import Observer
 from flagscale.train.progress import Progress
 
 
-class Observers:
+@contextmanager
+def observer(run: tracking.StepRun, state: TrainingState, last_step: int) -> Iterator[Observer]:
+    """Who is told, while the body trains: on the first rank everybody, elsewhere nobody.
+
+    Args:
+        run: the step's run in MLflow.
+        state: where training goes on.
+        last_step: steps in all.
+    """
+    if not launch.is_first_rank():
+        yield _Silence()
+        return
+    with Progress(state.step, last_step) as progress:
+        yield _Observers(progress, run, state)
+
+
+class _Observers:
     """Passes every record on to the progress and to MLflow."""
 
     def __init__(self, progress: Progress, run: tracking.StepRun, state: TrainingState) -> None:
@@ -19,12 +40,10 @@ class Observers:
             self._log("validation", record)
 
     def trained(self, record: dict[str, float]) -> None:
-        """Show and track a step."""
         self._progress.trained(record)
         self._log("train", record)
 
     def validated(self, record: dict[str, float]) -> None:
-        """Show and track a validation."""
         self._progress.validated(record)
         self._log("validation", record)
 
@@ -33,11 +52,11 @@ class Observers:
         self._run.log_metrics(metrics, step=int(record["step"]))
 
 
-class Silence:
+class _Silence:
     """The observer of ranks that do not speak."""
 
     def trained(self, record: dict[str, float]) -> None:
-        """Say nothing."""
+        pass
 
     def validated(self, record: dict[str, float]) -> None:
-        """Say nothing."""
+        pass
