@@ -26,7 +26,8 @@ class Case:
         processes: in all.
         parallelism: the recipe's section.
         training: more of the recipe's section `training`.
-        model: `dense`, `experts` or `mtp` (multi-token prediction).
+        model: `dense`, `experts`, `grouped experts` (in one kernel) or `mtp` (multi-token
+            prediction).
         refused: kind of training -> what the error says, if it is refused.
     """
 
@@ -41,7 +42,7 @@ class Case:
     def reference(self) -> str:
         """Name of the case of one process that it must equal."""
         if self.model != "dense":
-            return f"one process, {self.model}"
+            return f"one process, {self.model.removeprefix('grouped ')}"
         return "one process, packed" if self.training.get("reset_attention_mask") else "one process"
 
 
@@ -108,4 +109,9 @@ CASES = [
         model="experts",
     ),
     Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, model="experts"),
+]
+# What only a GPU with transformer-engine runs; see tests/gpu.
+GROUPED = [
+    Case("one process, grouped experts", 1, model="grouped experts"),
+    Case("EP2, grouped experts", 2, EXPERT, model="grouped experts"),
 ]

@@ -3,6 +3,10 @@
 Trains every case of this number of processes for a few steps, standard and distillation, and
 leaves in FOLDER/<case>/<kind> the records (result.json) and the first step's gradients, in the
 form of a checkpoint of weights, so that one process can read them whatever the layout.
+
+FOLDER/inputs.json names the artifacts, and may name `cases` (default: all of CASES), `training`
+(more of the recipe's section, as the precision) and `weights` (a folder of first weights that
+several FOLDERs share).
 """
 
 import json
@@ -10,9 +14,10 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from layout_cases import CASES, KINDS, Case
+from layout_cases import CASES, GROUPED, KINDS, Case
 from megatron.core.utils import unwrap_model
 
 from flagscale import platform
@@ -52,6 +57,7 @@ EXPERTS = ArchitectureRecipe(
 MODELS = {
     "dense": {},
     "experts": {"architecture": EXPERTS},
+    "grouped experts": {"architecture": EXPERTS.model_copy(update={"moe_grouped_gemm": True})},
     "mtp": {
         "architecture": ArchitectureRecipe(mtp_num_layers=1),
         "untie_embeddings_and_output_weights": True,
@@ -59,7 +65,7 @@ MODELS = {
 }
 
 
-def recipe(case: Case) -> TrainingRecipe:
+def recipe(case: Case, more: dict[str, str]) -> TrainingRecipe:
     return TrainingRecipe(
         train_iters=STEPS,
         micro_batch_size=2,
@@ -69,20 +75,23 @@ def recipe(case: Case) -> TrainingRecipe:
         adam_eps=1e-5,
         clip_grad=0.5,
         seed=5,
-        parallelism=case.parallelism,
+        # Sharded, a rank would have its share of the gradients alone.
+        parallelism={**case.parallelism, "use_distributed_optimizer": False},
         **case.training,
+        **more,
     )
 
 
-def weights(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> Path:
+def weights(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> Path:
     """What the case starts from: the teacher trains on, the student is distilled."""
     if case.model != "dense":
-        return folder / f"{case.model}-{kind}"
+        model = case.model.removeprefix("grouped ")
+        return Path(inputs.get("weights", folder)) / f"{model}-{kind}"
     return Path(inputs["teacher" if kind == "standard" else "student"]) / "weights"
 
 
-def run(case: Case, kind: str, folder: Path, inputs: dict[str, str]) -> None:
-    training, distillation = recipe(case), DISTILLATION[kind]
+def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
+    training, distillation = recipe(case, inputs.get("training", {})), DISTILLATION[kind]
     shape = ModelShape.load(Path(inputs["teacher" if kind == "standard" else "student"]))
     shape = replace(shape, **MODELS[case.model])
     check_combination(distillation, training, shape.architecture)
@@ -137,11 +146,19 @@ def write(folder: Path, result: dict) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+def forget_fp8_scales() -> None:
+    """transformer-engine keeps those of models that are gone, with groups that are gone."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     inputs = json.loads((folder / "inputs.json").read_text())
-    for case in CASES:
-        if case.processes != int(os.environ["WORLD_SIZE"]):
+    for case in [*CASES, *GROUPED]:
+        wanted = case.name in inputs["cases"] if "cases" in inputs else case in CASES
+        if not wanted or case.processes != int(os.environ["WORLD_SIZE"]):
             continue
         for kind in KINDS:
             try:
@@ -149,6 +166,8 @@ def main() -> None:
             except (UserError, ValueError) as error:
                 if os.environ["RANK"] == "0":
                     write(folder / case.name / kind, {"error": f"{type(error).__name__}: {error}"})
+            if "fp8" in inputs.get("training", {}):
+                forget_fp8_scales()
 
 
 if __name__ == "__main__":
