@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
+from megatron.core.rerun_state_machine import (
+    RerunDataIterator,
+    RerunMode,
+    get_rerun_state_machine,
+)
 
 from flagscale import platform
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState
@@ -163,11 +168,24 @@ def evaluate_loss(
     for chunk in chunks:
         chunk.eval()
     num_micro_batches = num_batches * get_args().num_micro_batches
-    reports = _run_schedule(chunks, batches, num_micro_batches, forward_only=True)
+    with _no_reruns():
+        reports = _run_schedule(chunks, batches, num_micro_batches, forward_only=True)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
     forget_auxiliary_losses()
     return reduce_reports(reports)
+
+
+@contextmanager
+def _no_reruns() -> Iterator[None]:
+    """Check losses once: the rerun state machine refuses to look at what is no step."""
+    machine = get_rerun_state_machine()
+    mode = machine.mode
+    machine.mode = RerunMode.DISABLED  # `set_mode` would warn of it at every validation
+    try:
+        yield
+    finally:
+        machine.mode = mode
 
 
 def _run_schedule(
