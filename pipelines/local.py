@@ -27,6 +27,7 @@ from kfp.dsl.base_component import BaseComponent
 from flagscale.artifacts import digest, write_json
 from flagscale.processes import FOLDER_VARIABLE, RUNNER_VARIABLE, read_error, this_process
 from flagscale.recipe import Recipe
+from flagscale.recipe.training import CHANGES_NO_RESULT
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.output import quiet_kfp
 from pipelines.preflight import SourceCheck, with_fingerprints
@@ -111,7 +112,9 @@ def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
 
 def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     """Where this training keeps its checkpoints: the same for an equal training, run again."""
-    sections = recipe.model_dump(mode="json", include=set(_CHECKPOINTED))
+    sections = recipe.model_dump(
+        mode="json", include=set(_CHECKPOINTED), exclude={"training": set(CHANGES_NO_RESULT)}
+    )
     return runs.absolute() / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
 
 

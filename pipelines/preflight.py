@@ -106,14 +106,21 @@ def check_sources(recipe: Recipe) -> None:
 
     Raises:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
-            supported, or the student does not fit it.
+            supported, the student does not fit it, or one of them cannot be divided over the ranks.
     """
+    from flagscale.models.layout import check_layout
     from flagscale.models.shape import from_hf_config
     from flagscale.models.source import load_hf_config
     from flagscale.models.student_shape import student_shape
 
     config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
-    student_shape(from_hf_config(config), recipe.student)
+    teacher = from_hf_config(config)
+    student = student_shape(teacher, recipe.student)
+    sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
+    chunks = sizes.virtual_pipeline_model_parallel_size or 1
+    check_layout(student, sizes, seq_length, chunks)
+    if recipe.distillation.loss != "none":
+        check_layout(teacher, sizes, seq_length, chunks)
     for corpus in recipe.data.corpora:
         if not _is_on_the_hub(corpus):
             from flagscale.data.sources import documents

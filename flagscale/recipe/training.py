@@ -9,6 +9,20 @@ from pydantic import Field, model_validator
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.section import Fraction, PositiveInt, Section
 
+# Fields that change no result but by rounding: a training may go on with others.
+CHANGES_NO_RESULT = (
+    "async_save",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "parallelism",
+    "recompute_granularity",
+    "record_memory_history",
+    "log_straggler",
+    "rerun_mode",
+    "save_interval",
+    "timing_log_level",
+)
+
 
 class TrainingRecipe(Section):
     """Optimisation. Names and meanings are Megatron's."""

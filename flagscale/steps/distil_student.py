@@ -29,6 +29,7 @@ from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
 from flagscale.recipe.combinations import check_combination
+from flagscale.recipe.training import CHANGES_NO_RESULT
 from flagscale.steps import launch
 from flagscale.steps.observers import observer
 from flagscale.steps.step_process import deferred_stop, stop_requested
@@ -44,20 +45,6 @@ from flagscale.train.setup import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Of the training section: what changes no result but by rounding.
-_NO_MATTER = (
-    "async_save",
-    "keep_checkpoints",
-    "micro_batch_size",
-    "parallelism",
-    "recompute_granularity",
-    "record_memory_history",
-    "log_straggler",
-    "rerun_mode",
-    "save_interval",
-    "timing_log_level",
-)
 
 
 def distil_student(
@@ -197,7 +184,7 @@ def _fingerprint(recipe: dict[str, dict[str, object]], parents: dict[str, Manife
     How often checkpoints are saved changes no result, nor does the number of processes (but for
     rounding): a training may go on where it was on another layout.
     """
-    training = {k: v for k, v in recipe["training"].items() if k not in _NO_MATTER}
+    training = {k: v for k, v in recipe["training"].items() if k not in CHANGES_NO_RESULT}
     origin = {name: manifest.digest for name, manifest in parents.items()}
     return digest([recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
 

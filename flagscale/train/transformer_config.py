@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from flagscale import platform
 from flagscale.errors import UserError
+from flagscale.models.layout import check_layout
 from flagscale.recipe import ArchitectureRecipe
 from flagscale.train.arguments import Arguments
 
@@ -31,7 +32,8 @@ def transformer_config(
     Raises:
         UserError: something that this machine or Megatron-Core cannot honour.
     """
-    _check_sizes(args)
+    chunks = 2 if args.use_dualpipev else args.parallelism.virtual_pipeline_model_parallel_size or 1
+    check_layout(args.shape, args.parallelism, args.seq_length, chunks)
     _check_fp8(args)
     architecture = args.shape.architecture
     values = (
@@ -225,42 +227,6 @@ def _blocks(heterogeneous_layers_config: dict[str, Any]) -> str:
         for block in heterogeneous_layers_config["block_configs"]
     ]
     return json.dumps({"block_configs": blocks})
-
-
-def _check_sizes(args: Arguments) -> None:
-    """Refuse what would fail in an assertion deep inside Megatron-Core."""
-    shape, sizes = args.shape, args.parallelism
-    tensor, context = sizes.tensor_model_parallel_size, sizes.context_parallel_size
-    chunks = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
-    if args.use_dualpipev:
-        chunks *= 2
-    wanted = [
-        ("num_layers", shape.num_layers, "the pipeline's chunks", chunks),
-        ("num_attention_heads", shape.num_attention_heads, "tensor_model_parallel_size", tensor),
-        ("ffn_hidden_size", shape.ffn_hidden_size, "tensor_model_parallel_size", tensor),
-        ("padded_vocab_size", shape.padded_vocab_size, "tensor_model_parallel_size", tensor),
-    ]
-    if context > 1:
-        wanted.append(("seq_length", args.seq_length, "2 x context_parallel_size", 2 * context))
-    if sizes.sequence_parallel:
-        parts = tensor * context
-        wanted.append(("seq_length", args.seq_length, "tensor x context parallel ranks", parts))
-    further_tokens = shape.architecture.mtp_num_layers
-    if further_tokens and chunks > 1 and not shape.untie_embeddings_and_output_weights:
-        raise UserError(
-            f"architecture.mtp_num_layers={further_tokens} with pipeline_model_parallel_size="
-            f"{sizes.pipeline_model_parallel_size} and tied embeddings: Megatron-Core cannot save "
-            "the last stage's copy of the embedding; leave one of the three out"
-        )
-    for name, value, by, size in wanted:
-        if value % size:
-            raise UserError(f"{name}={value} is not divisible by {by}={size}")
-    groups = shape.num_query_groups
-    if groups % tensor and tensor % groups:
-        raise UserError(
-            f"num_query_groups={groups} is neither a multiple nor a divisor of "
-            f"tensor_model_parallel_size={tensor}"
-        )
 
 
 def _check_fp8(args: Arguments) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe
+from flagscale.recipe import ParallelismRecipe, Recipe
 from pipelines.local import checkpoint_folder, run_recipe
 from pipelines.preflight import check_sources, fingerprint, with_fingerprints
 
@@ -72,8 +72,27 @@ def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
         update={"evaluation": one.evaluation.model_copy(update={"max_documents": 3})}
     )
     other = one.model_copy(update={"training": one.training.model_copy(update={"seed": 1})})
-    folders = [checkpoint_folder(r, tmp_path) for r in (one, same, other)]
-    assert folders[0] == folders[1] != folders[2]
+    layout = ParallelismRecipe(tensor_model_parallel_size=2)
+    spread = one.model_copy(
+        update={"training": one.training.model_copy(update={"parallelism": layout})}
+    )
+    folders = [checkpoint_folder(r, tmp_path) for r in (one, same, spread, other)]
+    assert folders[0] == folders[1] == folders[2] != folders[3]
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        ({"tensor_model_parallel_size": 3}, r"num_attention_heads=4 .* not divisible by tensor"),
+        ({"pipeline_model_parallel_size": 4}, r"num_layers=2 .* not divisible by the pipeline's 4"),
+        ({"context_parallel_size": 3}, r"seq_length=256 .* not divisible by 2 x context"),
+    ],
+)
+def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["training"]["parallelism"] = parallelism
+    with pytest.raises(UserError, match=message):
+        check_sources(Recipe.model_validate(values))
 
 
 def test_good_sources_pass(tiny_teacher: Path) -> None:
