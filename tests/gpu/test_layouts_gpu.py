@@ -46,11 +46,11 @@ class Tolerance:
 LAYOUTS = {
     # fp32 without TF32; NCCL and cuBLAS add up in other orders than one process.
     "fp32": Tolerance(1e-4, 1e-4, 1e-4, 1e-4),
-    # bf16 has 8 bits: partial sums are rounded at 2^-9. Seen: 7e-4, 8e-4, 2e-2 (a norm's weight).
-    "bf16": Tolerance(5e-3, 5e-3, 5e-2, 5e-2),
+    # bf16 has 8 bits: partial sums are rounded at 2^-9. Seen: 7e-4, 8e-4, 2e-2 (a norm's weight),
+    # 9e-2: at the border between two experts, rounding sends tokens to the other (fp32: 1e-6).
+    "bf16": Tolerance(5e-3, 5e-3, 5e-2, 0.3),
 }
-# bf16 against fp32, one process. Seen: 4e-3 (the KL), 2e-3, 3e-2, 0.1: at the border between two
-# experts, rounding sends tokens to the other.
+# bf16 against fp32, one process. Seen: 4e-3 (the KL), 2e-3, 3e-2, 0.1.
 BF16 = Tolerance(2e-2, 1e-2, 1e-1, 0.3)
 # FP8 against bf16. e4m3 has 4 bits, e5m2 3, so that operands are rounded at 2^-4 and gradients at
 # 2^-3. Seen: 1e-4 (the LM loss), 1e-2, 0.2; the first step of delayed scaling has scales of 1.
