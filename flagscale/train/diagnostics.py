@@ -32,7 +32,13 @@ class Diagnostics:
             UserError: the straggler detector was asked for without a GPU.
         """
         self._args = args
-        self._parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        sizes = args.parallelism
+        # Of the whole model, about: the detector divides by the number of ranks.
+        self._parameters = (
+            sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            * sizes.tensor_model_parallel_size
+            * sizes.pipeline_model_parallel_size
+        )
         if args.log_straggler:
             if not platform.HAS_GPU:
                 raise UserError(
