@@ -33,9 +33,10 @@ def balance_losses(args: Arguments) -> dict[str, float]:
 
 
 def prediction_losses(args: Arguments) -> dict[str, float]:
-    """`mtp_1 loss`, ...: each further token's loss of the step, nats a token.
+    """`mtp_1 loss`, ...: each further token's loss, nats a token, the mean over micro-batches.
 
-    The last pipeline stage's ranks call it; elsewhere there are none.
+    Without those whose mean Megatron-Core cannot give, because all of a micro-batch is masked; the
+    gradient, of sums, does not suffer. On other pipeline stages than the last there are none.
     """
     if args.shape.architecture.mtp_num_layers is None:
         return {}
@@ -43,7 +44,7 @@ def prediction_losses(args: Arguments) -> dict[str, float]:
     MTPLossLoggingHelper.track_mtp_metrics(
         loss_scale=1 / args.num_micro_batches, iteration=0, writer=None, total_loss_dict=losses
     )
-    return {name: float(loss) for name, loss in losses.items()}
+    return {name: float(loss) for name, loss in losses.items() if not loss.isnan()}
 
 
 def forget_auxiliary_losses() -> None:

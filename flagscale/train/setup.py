@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +140,8 @@ def _optimizer_config(args: Arguments, training: TrainingRecipe) -> OptimizerCon
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
-        clip_grad=training.clip_grad,
+        # With 0, Megatron-Core would not compute the norm, which is reported.
+        clip_grad=training.clip_grad or math.inf,
         bf16=args.params_dtype == torch.bfloat16,
         params_dtype=args.params_dtype,
         use_distributed_optimizer=_distributed_optimizer(args),

@@ -40,6 +40,12 @@ def read(
 PLAIN = {"loss": "none"}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
+SPLIT_OVER_TENSOR_RANKS = [
+    "decoder.layers.1.mlp.linear_fc1",
+    "decoder.layers.1.self_attention.linear_qkv",
+    "decoder.layers.1.self_attention.core_attention",
+    "output_layer",
+]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,13 @@ TP2 = {"tensor_model_parallel_size": 2}
         (
             {"parallelism": INTERLEAVED},
             "virtual_pipeline_model_parallel_size=2 with distillation.loss=logits",
+        ),
+        *(
+            (
+                {"parallelism": TP2, "distillation": {"intermediate_layer_pairs": [[name, name]]}},
+                f"intermediate_layer_pairs: {name} .*tensor_model_parallel_size=2",
+            )
+            for name in SPLIT_OVER_TENSOR_RANKS
         ),
         ({"use_legacy_models": True}, "use_legacy_models=true with distillation.loss=logits"),
         ({"architecture": {"spec": "a:b"}}, "spec=a:b with distillation.loss=logits"),
@@ -191,3 +204,12 @@ def test_architectures_that_contradict_themselves(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read(architecture)
+
+
+def test_whole_states_may_be_paired_on_tensor_ranks():
+    inside = ["", ".input_layernorm", ".self_attention", ".self_attention.linear_proj"]
+    names = [f"decoder.layers.1{tail}" for tail in (*inside, ".mlp", ".mlp.linear_fc2")]
+    names.append("decoder.final_layernorm")
+    read(parallelism=TP2, distillation={"intermediate_layer_pairs": [[n, n] for n in names]})
+    split = [[name, name] for name in SPLIT_OVER_TENSOR_RANKS]
+    read(distillation={"intermediate_layer_pairs": split})

@@ -304,6 +304,36 @@ def test_losses_of_layers_are_reported(runtime, args, dataset, tmp_path, archite
         assert record[name] / expected == pytest.approx(1, rel=0.2)
 
 
+def masked(batches, number):
+    """The micro-batches, of which one has no loss anywhere."""
+    for index, batch in enumerate(batches):
+        yield {**batch, "loss_mask": batch["loss_mask"] * (index != number)}
+
+
+def test_a_masked_micro_batch_leaves_no_nan(runtime, args, dataset, tmp_path):
+    """Not even of further tokens, whose mean Megatron-Core takes over a micro-batch's tokens."""
+    shape = replace(args.shape, architecture=ArchitectureRecipe(mtp_num_layers=1))
+    chosen = training_arguments(shape, args.seq_length, RECIPE)
+    with use_args(chosen):
+        trainer = setup_training(build_model_chunks(chosen), chosen, RECIPE)
+        batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE)
+        stream = [masked(batches.train(0)[0], 1)]
+        first, second = train_step(trainer, stream), train_step(trainer, stream)
+    assert all(math.isfinite(value) for value in (*first.values(), *second.values()))
+    assert "mtp_1 loss" not in first
+    assert "mtp_1 loss" in second
+
+
+def test_gradient_norm_is_told_without_a_limit(run, tmp_path):
+    limits = {"far": 1e6, "none": 0.0}
+    far, none = (
+        run(RECIPE.model_copy(update={"clip_grad": limit}), folder=tmp_path / name)[0]
+        for name, limit in limits.items()
+    )
+    assert none.losses() == far.losses()
+    assert none.training[0]["grad norm"] > 0
+
+
 def test_timers_tell_where_the_time_goes(run, tmp_path, caplog):
     caplog.set_level("INFO")
     run(recipe=RECIPE.model_copy(update={"timing_log_level": 2}))
