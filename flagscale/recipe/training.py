@@ -104,9 +104,40 @@ class TrainingRecipe(Section):
                 f"lr_decay_style={self.lr_decay_style} and lr_wsd_decay_iters="
                 f"{self.lr_wsd_decay_iters}: WSD needs it and nothing else takes it"
             )
+        if (self.lr_wsd_decay_iters or 0) > self.train_iters - self.lr_warmup_iters:
+            raise ValueError(
+                f"lr_wsd_decay_iters={self.lr_wsd_decay_iters} is more than the "
+                f"{self.train_iters - self.lr_warmup_iters} steps after the warmup "
+                f"(train_iters={self.train_iters}, lr_warmup_iters={self.lr_warmup_iters})"
+            )
+        if self.fp8 == "none" and self.fp8_recipe != type(self).model_fields["fp8_recipe"].default:
+            raise ValueError(f"fp8_recipe={self.fp8_recipe} has no effect with fp8=none")
         if self.keep_weights == "best" and self.save_interval % self.eval_interval:
             raise ValueError(
                 f"keep_weights=best, but save_interval={self.save_interval} is not a multiple of "
                 f"eval_interval={self.eval_interval}: only a validated checkpoint can be the best"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> TrainingRecipe:
+        """Refuse a batch that the ranks cannot share, where the recipe says how many there are."""
+        sizes = self.parallelism
+        if sizes.processes is None:
+            return self
+        ranks = sizes.processes // sizes.model_parallel_size
+        micro_batches, left = divmod(self.global_batch_size, self.micro_batch_size * ranks)
+        if left:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size} x {ranks} data-parallel ranks "
+                f"(processes={sizes.processes})"
+            )
+        stages = sizes.pipeline_model_parallel_size
+        if sizes.virtual_pipeline_model_parallel_size is not None and micro_batches % stages:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} makes {micro_batches} micro-batches a "
+                "rank; an interleaved pipeline needs a multiple of "
+                f"pipeline_model_parallel_size={stages}"
             )
         return self

@@ -106,6 +106,30 @@ CONTRADICTIONS = [
     ("training", {"lr_wsd_decay_iters": 2}, "WSD needs it and nothing else takes it"),
     (
         "training",
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 10**6},
+        "lr_wsd_decay_iters=1000000 is more than the",
+    ),
+    ("training", {"fp8_recipe": "mxfp8"}, "fp8_recipe=mxfp8 has no effect with fp8=none"),
+    (
+        "training",
+        {"micro_batch_size": 1, "global_batch_size": 3, "parallelism": {"processes": 2}},
+        "global_batch_size=3 is not a multiple of micro_batch_size=1 x 2 data-parallel ranks",
+    ),
+    (
+        "training",
+        {
+            "micro_batch_size": 1,
+            "global_batch_size": 3,
+            "parallelism": {
+                "processes": 2,
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+            },
+        },
+        "global_batch_size=3 makes 3 micro-batches a rank",
+    ),
+    (
+        "training",
         {"parallelism": {"sequence_parallel": True}},
         "sequence_parallel=true needs tensor_model_parallel_size above 1",
     ),
@@ -246,7 +270,7 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     ],
 )
 def test_processes_that_the_pod_has_no_accelerators_for(parallelism, message) -> None:
-    training = {**MINIMAL["training"], "parallelism": parallelism}
+    training = {**MINIMAL["training"], "global_batch_size": 4, "parallelism": parallelism}
     values = {**MINIMAL, "training": training, "resources": {"accelerator_count": 2}}
     with pytest.raises(UserError, match=message):
         parse_section(Recipe, values, where="recipe")
