@@ -96,6 +96,12 @@ CASES = [
         PACKED,
         refused=dict.fromkeys(KINDS, "reset_attention_mask=true"),
     ),
+    Case(
+        "PP4",
+        4,
+        {"pipeline_model_parallel_size": 4},
+        refused={"distillation": "num_layers=2"},
+    ),
     Case("TP2 x PP2", 4, TENSOR | PIPELINE),
     Case("TP2 x PP2, sequence parallel", 4, TENSOR | SEQUENCE | PIPELINE),
     Case("TP2 x CP2", 4, TENSOR | CONTEXT),

@@ -12,7 +12,7 @@ from flagscale.errors import UserError
 from flagscale.models.shape import ModelShape
 from flagscale.recipe import ArchitectureRecipe, ParallelismRecipe, TrainingRecipe
 from flagscale.train.arguments import Arguments, model_arguments, training_arguments
-from flagscale.train.transformer_config import transformer_config
+from flagscale.train.transformer_config import check_fp8_sizes, transformer_config
 
 SHAPE = ModelShape(
     model_type="llama",
@@ -96,6 +96,24 @@ def test_other_classes_of_configuration():
     assert type(config) is HeterogeneousTransformerConfig
     assert config.get_config_for_layer(3).ffn_hidden_size == 32
     assert config.per_block_parameters[2].attention.no_op
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": {"hidden_size": 72}}, "hidden_size = 72 must be a multiple of 16"),
+        ({"parallelism": {"tensor_model_parallel_size": 16}}, "ffn_hidden_size / TP = 8 must be"),
+        ({"seq_length": 60}, "ranks that share it = 60 must be a multiple of 8"),
+        (
+            {"seq_length": 48, "fp8_recipe": "mxfp8"},
+            "fp8_recipe=mxfp8: .* = 48 must be a multiple of 32",
+        ),
+    ],
+)
+def test_sizes_that_fp8_kernels_do_not_take(values, message):
+    check_fp8_sizes(arguments(fp8="hybrid"))
+    with pytest.raises(UserError, match=message):
+        check_fp8_sizes(arguments(fp8="hybrid", **values))
 
 
 @pytest.mark.parametrize("granularity", ["none", "selective", "full"])
