@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Optional, Union
 
 import modelopt.torch.distill as mtd
+import modelopt.torch.opt as mto
 import pytest
 import torch
 import torch.nn.functional as F
@@ -318,3 +319,11 @@ def test_padded_vocabulary_changes_no_probability(runtime, args, batch):
 def test_unset_run_state_raises(getter):
     with pytest.raises(RuntimeError, match="not set"):
         getter()
+
+
+def test_distillation_has_no_modelopt_state_to_save(runtime, args, teacher):
+    """So a checkpoint needs none: the recipe rebuilds the mode. Another mode would show up here."""
+    with use_args(with_teacher(args, teacher, DistillationRecipe())):
+        model = model_provider()
+    assert mto.ModeloptStateManager.is_converted(model)
+    assert mto.modelopt_state(model)["modelopt_state_dict"] == []
