@@ -22,7 +22,7 @@ run: $(VENV)/.run  ## distil the recipe's teacher on this machine (RECIPE=..., A
 	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) $(ARGS)
 
 baseline: $(VENV)/.run  ## the same student, the same steps, no teacher; then both side by side
-	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) --set distillation.loss=none $(ARGS)
+	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) --set 'distillation={loss: none}' $(ARGS)
 	$(BIN)/python -m pipelines compare $(RECIPE) --runs $(RUNS)
 
 tiny: $(VENV)/.run build/tiny-teacher/config.json  ## the whole pipeline in two minutes, on a teacher of toy size

@@ -108,7 +108,7 @@ def check_sources(recipe: Recipe) -> None:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
             supported, the student does not fit it, or one of them cannot be divided over the ranks.
     """
-    from flagscale.models.layout import check_layout
+    from flagscale.models.layout import check_intermediate_layers, check_layout
     from flagscale.models.shape import from_hf_config
     from flagscale.models.source import load_hf_config
     from flagscale.models.student_shape import student_shape
@@ -121,6 +121,7 @@ def check_sources(recipe: Recipe) -> None:
     check_layout(student, sizes, seq_length, chunks)
     if recipe.distillation.loss != "none":
         check_layout(teacher, sizes, seq_length, chunks)
+        check_intermediate_layers(recipe.distillation, student, teacher, sizes)
     for corpus in recipe.data.corpora:
         if not _is_on_the_hub(corpus):
             from flagscale.data.sources import documents

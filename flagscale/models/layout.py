@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from flagscale.errors import UserError
 from flagscale.models.shape import ModelShape
-from flagscale.recipe import ParallelismRecipe
+from flagscale.recipe import DistillationRecipe, ParallelismRecipe
+
+_MODULES = ("embedding", "decoder", "output_layer")
 
 
 def check_layout(
@@ -53,3 +57,35 @@ def check_layout(
             f"{sizes.pipeline_model_parallel_size} and tied embeddings: Megatron-Core cannot save "
             "the last stage's copy of the embedding; leave one of the three out"
         )
+
+
+def check_intermediate_layers(
+    distillation: DistillationRecipe,
+    student: ModelShape,
+    teacher: ModelShape,
+    sizes: ParallelismRecipe,
+) -> None:
+    """Refuse pairs of layers that do not exist, or not where losses are computed.
+
+    Raises:
+        UserError: which layer, of which model, and the layers to choose from.
+    """
+    stages = sizes.pipeline_model_parallel_size
+    for student_layer, teacher_layer, *_ in distillation.intermediate_layer_pairs:
+        for who, shape, name in (
+            ("student", student, student_layer),
+            ("teacher", teacher, teacher_layer),
+        ):
+            where = f"distillation.intermediate_layer_pairs: {name!r} of the {who}"
+            first = shape.num_layers - shape.num_layers // stages
+            layer = re.match(r"decoder\.layers\.(\d+)(?:\.|$)", name)
+            if name.split(".")[0] not in _MODULES:
+                raise UserError(f"{where}: must begin with one of {', '.join(_MODULES)}")
+            if layer and int(layer[1]) >= shape.num_layers:
+                raise UserError(f"{where}: it has layers 0 to {shape.num_layers - 1}")
+            if (name.startswith("embedding") and stages > 1) or (layer and int(layer[1]) < first):
+                raise UserError(
+                    f"{where}: not on the last of {stages} pipeline stages, which holds layers "
+                    f"{first} to {shape.num_layers - 1} and is where losses are computed; pair "
+                    "those, or use fewer stages"
+                )

@@ -22,10 +22,6 @@ class TrainingOptions(Protocol):
         """Sizes of the process groups."""
 
     @property
-    def use_legacy_models(self) -> bool:
-        """Whether Megatron-LM's legacy model is trained."""
-
-    @property
     def transformer_impl(self) -> str:
         """Which layers are used."""
 
@@ -53,12 +49,8 @@ def check_combination(
     """
     if distillation.loss != "none":
         _check_distillation(distillation, training, architecture)
-    if training.use_legacy_models and not architecture.is_default:
-        changed = architecture.model_dump(mode="json", exclude_defaults=True)
-        raise ValueError(
-            f"training.use_legacy_models=true with student.architecture={changed}: Megatron-LM's "
-            "legacy model has none of it; leave one of the two out"
-        )
+    if _is_legacy(training):
+        _check_legacy(training, architecture)
     if training.transformer_impl == "local":
         _check_local(training, architecture)
     ranks = training.parallelism.context_parallel_size
@@ -70,6 +62,25 @@ def check_combination(
     _check_layout(training.parallelism, architecture)
 
 
+def _is_legacy(training: TrainingOptions) -> bool:
+    """A run's arguments may ask for Megatron-LM's legacy model; no recipe can."""
+    return getattr(training, "use_legacy_models", False)
+
+
+def _check_legacy(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:
+    changed = architecture.model_dump(mode="json", exclude_defaults=True)
+    for option, applies in (
+        (f"student.architecture={changed}", not architecture.is_default),
+        ("reset_attention_mask=true", training.reset_attention_mask),
+        (f"fp8={training.fp8}", training.fp8 != "none"),
+    ):
+        if applies:
+            raise ValueError(
+                f"use_legacy_models=true with {option}: Megatron-LM's legacy model has none of it; "
+                "leave one of the two out"
+            )
+
+
 def _check_distillation(
     distillation: DistillationRecipe, training: TrainingOptions, architecture: ArchitectureRecipe
 ) -> None:
@@ -79,8 +90,8 @@ def _check_distillation(
             chunks is not None,
             "ModelOpt's distillation cannot be interleaved; leave it out",
         ),
-        "training.use_legacy_models=true": (
-            training.use_legacy_models,
+        "use_legacy_models=true": (
+            _is_legacy(training),
             "ModelOpt distils Megatron-Core's GPTModel only; set it to false",
         ),
         f"student.architecture.spec={architecture.spec}": (

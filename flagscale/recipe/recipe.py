@@ -58,6 +58,13 @@ class Recipe(Section):
                 f"export.format={self.export.format} with student.architecture={changed}: no Llama "
                 "or Qwen configuration of Hugging Face holds that; set export.format=megatron"
             )
+        if architecture.moe_aux_loss_coeff and any(c.format == "chat" for c in self.data.corpora):
+            raise ValueError(
+                f"student.architecture.moe_aux_loss_coeff={architecture.moe_aux_loss_coeff} with "
+                "data.format=chat: Megatron-Core weighs the balance loss by all tokens and divides "
+                "by those with a loss, so it would be as much too heavy as tokens are masked; set "
+                "moe_aux_loss_coeff=0"
+            )
         self._check_accelerators()
         return self
 

@@ -76,9 +76,6 @@ class TrainingRecipe(Section):
     record_memory_history: bool = Field(
         False, description="Write a snapshot of the GPU's memory when it runs out"
     )
-    use_legacy_models: bool = Field(
-        False, description="Megatron-LM's legacy model; distillation.loss=none only"
-    )
     async_save: bool = Field(False, description="Train on while a checkpoint is written")
     keep_checkpoints: PositiveInt = Field(2, description="The newest, beside the best")
     keep_weights: Literal["last", "best"] = Field(

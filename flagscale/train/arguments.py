@@ -98,7 +98,6 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         gradient_accumulation_fusion=platform.has_gradient_accumulation_fusion(),
         reset_attention_mask=training.reset_attention_mask,
         seed=training.seed,
-        use_legacy_models=training.use_legacy_models,
         timing_log_level=training.timing_log_level,
         log_straggler=training.log_straggler,
         record_memory_history=training.record_memory_history,

@@ -276,6 +276,18 @@ def test_processes_that_the_pod_has_no_accelerators_for(parallelism, message) ->
         parse_section(Recipe, values, where="recipe")
 
 
+def test_a_balance_loss_that_masked_tokens_would_make_heavier() -> None:
+    student = {
+        "init": "scratch",
+        "architecture": {"num_experts": 4, "moe_aux_loss_coeff": 0.01},
+    }
+    values = {**MINIMAL, "student": student, "export": {"format": "megatron"}}
+    parse_section(Recipe, values, where="recipe")
+    chat = {**values, "data": {"source": "chats.jsonl", "format": "chat"}}
+    with pytest.raises(UserError, match=r"moe_aux_loss_coeff=0\.01 with data\.format=chat"):
+        parse_section(Recipe, chat, where="recipe")
+
+
 def test_sections_do_not_change_after_validation() -> None:
     data = DataRecipe(source="x")
     with pytest.raises(ValueError, match="frozen"):

@@ -95,6 +95,37 @@ def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message)
         check_sources(Recipe.model_validate(values))
 
 
+@pytest.mark.parametrize(
+    ("pair", "stages", "message"),
+    [
+        (
+            ["decoder.layers.2", "decoder.layers.3"],
+            1,
+            r"layers\.2' of the student: it has .* 0 to 1",
+        ),
+        (
+            ["decoder.layers.1", "decoder.layers.4"],
+            1,
+            r"layers\.4' of the teacher: it has .* 0 to 3",
+        ),
+        (
+            ["decoder.layers.1", "decoder.layers.1"],
+            2,
+            r"of the teacher: not on the last of 2 .* 2 to",
+        ),
+        (["layers.1", "decoder.layers.3"], 1, "must begin with one of embedding, decoder"),
+    ],
+)
+def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, message) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["training"]["parallelism"] = {"pipeline_model_parallel_size": stages}
+    values["distillation"]["intermediate_layer_pairs"] = [pair]
+    with pytest.raises(UserError, match=message):
+        check_sources(Recipe.model_validate(values))
+    values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.3"]]
+    check_sources(Recipe.model_validate(values))
+
+
 def test_good_sources_pass(tiny_teacher: Path) -> None:
     check_sources(recipe(tiny_teacher, num_layers=4))
     check_sources(recipe(tiny_teacher, init="scratch", num_layers=3))

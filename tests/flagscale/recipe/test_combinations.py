@@ -62,13 +62,8 @@ SPLIT_OVER_TENSOR_RANKS = [
             )
             for name in SPLIT_OVER_TENSOR_RANKS
         ),
-        ({"use_legacy_models": True}, "use_legacy_models=true with distillation.loss=logits"),
         ({"architecture": {"spec": "a:b"}}, "spec=a:b with distillation.loss=logits"),
         ({"architecture": {"mtp_num_layers": 2}}, "mtp_num_layers=2 with distillation.loss=logits"),
-        (
-            {"architecture": MLA, "use_legacy_models": True, "distillation": PLAIN},
-            r"use_legacy_models=true with student.architecture=\{'multi_latent_attention': True\}",
-        ),
         ({"fp8": "hybrid", "transformer_impl": "local"}, "fp8=hybrid with training.transformer_im"),
         (
             {
@@ -146,7 +141,6 @@ def test_what_would_not_be_honoured_is_refused(values: dict[str, Any], message: 
         {"parallelism": INTERLEAVED, "distillation": PLAIN},
         {"architecture": {"mtp_num_layers": 2}, "distillation": PLAIN},
         {"architecture": {"spec": "a:b"}, "distillation": PLAIN},
-        {"use_legacy_models": True, "distillation": PLAIN},
         {"architecture": MLA},
         {
             "architecture": {"num_experts": 4},

@@ -73,7 +73,7 @@ def recipe(case: Case, more: dict[str, str]) -> TrainingRecipe:
         lr=1e-3,
         # Above the level of rounding: Adam takes full steps along gradients far above eps.
         adam_eps=1e-5,
-        clip_grad=0.5,
+        clip_grad=0.1,
         seed=5,
         # Sharded, a rank would have its share of the gradients alone.
         parallelism={**case.parallelism, "use_distributed_optimizer": False},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from flagscale import platform
 from flagscale.checkpoint import load_weights
 from flagscale.models.megatron import build_model
 from flagscale.models.shape import ModelShape
+from flagscale.recipe import DataRecipe
+from flagscale.steps.prepare_data import prepare_data
 
 RELATIVE = 1e-5  # the bound for fp32
 WORKER = Path(__file__).with_name("layout_worker.py")
@@ -25,10 +28,29 @@ TABLE_BEGINS = "<!-- the rest of this file is made by `make parallelism` -->"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, teacher, student, dataset):
+def short_documents(tmp_path_factory, tiny_teacher):
+    """A dataset of which each sample holds the borders of some documents."""
+    folder = tmp_path_factory.mktemp("short-documents")
+    text = "".join(topics[name] for name in sorted(topics))
+    lines = [json.dumps({"text": text[i : i + 80]}) for i in range(0, 80_000, 80)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    data = DataRecipe(
+        source=str(folder / "corpus.jsonl"),
+        tokenizer=str(tiny_teacher),
+        seq_length=64,
+        validation_fraction=0.1,
+        test_fraction=0.1,
+        workers=1,
+    )
+    prepare_data(data, folder / "dataset")
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, teacher, student, short_documents):
     """Folder of what every case left, one torchrun a number of processes."""
     folder = tmp_path_factory.mktemp("layouts")
-    inputs = {"teacher": str(teacher), "student": str(student), "dataset": str(dataset)}
+    inputs = {"teacher": str(teacher), "student": str(student), "dataset": str(short_documents)}
     (folder / "inputs.json").write_text(json.dumps(inputs))
     for processes in sorted({case.processes for case in CASES}):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -65,6 +87,15 @@ def test_layout(results, teacher, student, case: Case, kind: str):
     for name, gradient in theirs.items():
         error = (ours[name] - gradient).norm() / gradient.norm()
         assert error <= RELATIVE, f"{name}: {error:.2g}"
+
+
+def test_borders_matter(results):
+    """Packed samples are others than plain ones, or the packed layouts would show nothing."""
+    plain, packed = (
+        result(results, case, "standard")["records"][0]["lm loss"]
+        for case in ("one process", "one process, packed")
+    )
+    assert abs(packed / plain - 1) > 0.01
 
 
 def numbers(record: dict[str, float]) -> dict[str, float]:

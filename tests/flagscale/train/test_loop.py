@@ -38,7 +38,7 @@ RECIPE = TrainingRecipe(
     # have different ones, so that level must not be above eps.
     adam_eps=1e-5,
     weight_decay=0.1,
-    clip_grad=0.5,
+    clip_grad=0.1,
     eval_interval=3,
     eval_iters=2,
     save_interval=2,

@@ -261,6 +261,11 @@ def test_legacy_model_takes_no_stage_and_no_architecture(runtime, args, legacy_p
         pytest.raises(ValueError, match=r"use_legacy_models=true with student\.architecture"),
     ):
         model_provider()
+    with (
+        use_args(replace(args, reset_attention_mask=True)),
+        pytest.raises(ValueError, match="use_legacy_models=true with reset_attention_mask=true"),
+    ):
+        model_provider()
 
 
 @pytest.mark.skipif(platform.HAS_GPU, reason="there is a GPU")
