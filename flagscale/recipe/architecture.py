@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flagscale.recipe.section import PositiveInt, Section
 
@@ -82,6 +82,16 @@ class ArchitectureRecipe(Section):
         if self.heterogeneous_layers_config is not None:
             self._check_heterogeneous(self.heterogeneous_layers_config)
         return self
+
+    @field_validator("heterogeneous_layers_config", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:  # noqa: ANN401 - whatever YAML held
+        """KFP hands whole numbers inside a mapping over as floats."""
+        if isinstance(value, dict):
+            return {key: cls._whole_numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cls._whole_numbers(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     def _check_unused(self, names: tuple[str, ...], needed: str) -> None:
         """Refuse an option that would do nothing."""

@@ -117,19 +117,28 @@ class TrainingRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_ranks(self) -> TrainingRecipe:
-        """Refuse a batch that the ranks cannot share, where the recipe says how many there are."""
+    def _check_processes(self) -> TrainingRecipe:
         sizes = self.parallelism
-        if sizes.processes is None:
-            return self
-        ranks = sizes.processes // sizes.model_parallel_size
+        if sizes.processes is not None:
+            self.check_ranks(sizes.processes // sizes.model_parallel_size)
+        return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """Make sure that the global batch is whole micro-batches of each data-parallel rank.
+
+        Args:
+            ranks: of data parallelism.
+
+        Raises:
+            ValueError: it is not, or an interleaved pipeline could not run them.
+        """
         micro_batches, left = divmod(self.global_batch_size, self.micro_batch_size * ranks)
         if left:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
-                f"micro_batch_size={self.micro_batch_size} x {ranks} data-parallel ranks "
-                f"(processes={sizes.processes})"
+                f"micro_batch_size={self.micro_batch_size} x {ranks} data-parallel ranks"
             )
+        sizes = self.parallelism
         stages = sizes.pipeline_model_parallel_size
         if sizes.virtual_pipeline_model_parallel_size is not None and micro_batches % stages:
             raise ValueError(
@@ -137,4 +146,3 @@ class TrainingRecipe(Section):
                 "rank; an interleaved pipeline needs a multiple of "
                 f"pipeline_model_parallel_size={stages}"
             )
-        return self

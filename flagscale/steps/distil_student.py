@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -37,14 +37,19 @@ from flagscale.train.arguments import Arguments, training_arguments, with_teache
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
 from flagscale.train.rank_batches import RankBatches
-from flagscale.train.setup import (
-    Trainer,
-    build_model_chunks,
-    check_batch_sizes,
-    setup_training,
-)
+from flagscale.train.setup import Trainer, build_model_chunks, setup_training
 
 logger = logging.getLogger(__name__)
+
+
+class _Paths(NamedTuple):
+    """The arguments of `distil_student` that are places."""
+
+    teacher: Path
+    student: Path
+    dataset: Path
+    checkpoints: Path
+    output: Path
 
 
 def distil_student(
@@ -79,19 +84,13 @@ def distil_student(
     """
     processes = platform.processes(training.parallelism)
     _check(distillation, training, student, processes)
-    paths = {
-        "teacher": teacher,
-        "student": student,
-        "dataset": dataset,
-        "checkpoints": checkpoints,
-        "output": output,
-    }
+    paths = _Paths(teacher, student, dataset, checkpoints, output)
     if processes == 1 or launch.is_rank():
-        return _train(distillation, training, **paths)
+        return _train(distillation, training, paths)
     request = {
         "distillation": distillation.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
-        **{name: str(path) for name, path in paths.items()},
+        **{name: str(path) for name, path in paths._asdict().items()},
     }
     figures: dict[str, float] = launch.run_on_ranks(
         "distil-student", f"{__name__}:run_rank", request, processes
@@ -110,42 +109,35 @@ def _check(
         return
     try:
         check_combination(distillation, training, ModelShape.load(student).architecture)
+        platform.check_world_size(training.parallelism, processes)
+        training.check_ranks(processes // training.parallelism.model_parallel_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    platform.check_world_size(training.parallelism, processes)
-    ranks = processes // training.parallelism.model_parallel_size
-    check_batch_sizes(training, ranks)
 
 
 def _train(
-    distillation: DistillationRecipe,
-    training: TrainingRecipe,
-    teacher: Path,
-    student: Path,
-    dataset: Path,
-    checkpoints: Path,
-    output: Path,
+    distillation: DistillationRecipe, training: TrainingRecipe, paths: _Paths
 ) -> dict[str, float]:
     """The work of one rank, or of the only process."""
     parents = {
-        name: open_artifact(path, name, check_files=launch.is_first_rank())
-        for name, path in (("teacher", teacher), ("student", student), ("dataset", dataset))
+        name: open_artifact(getattr(paths, name), name, check_files=launch.is_first_rank())
+        for name in ("teacher", "student", "dataset")
     }
     recipe = {
         "distillation": distillation.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
     }
-    folder = checkpoints / _fingerprint(recipe, parents)
+    folder = paths.checkpoints / _fingerprint(recipe, parents)
     seq_length = parents["dataset"].facts["seq_length"]
-    args = training_arguments(ModelShape.load(student), seq_length, training)
+    args = training_arguments(ModelShape.load(paths.student), seq_length, training)
     if distillation.loss != "none":
-        args = with_teacher(args, teacher, distillation)
+        args = with_teacher(args, paths.teacher, distillation)
     with (
         _tracked(recipe) as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
     ):
-        trainer = _trainer(args, training, student)
+        trainer = _trainer(args, training, paths.student)
         saved = TrainingCheckpoints(
             folder,
             training.keep_checkpoints,
@@ -153,7 +145,7 @@ def _train(
             best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
         )
         state = _restore(trainer, saved)
-        batches = RankBatches(dataset, folder / "data", args, training)
+        batches = RankBatches(paths.dataset, folder / "data", args, training)
         with observer(run, state, training.train_iters) as told, deferred_stop():
             train(
                 trainer,
@@ -167,8 +159,8 @@ def _train(
             )
         step = saved.restore_best(trainer) if training.keep_weights == "best" else state.step
         figures = _figures(state, step)
-        with _written(output, recipe, parents, run) as staging:
-            _save(trainer, state, student, staging.path)
+        with _written(paths.output, recipe, parents, run) as staging:
+            _save(trainer, state, paths.student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
             staging.tokenizer_hash = parents["student"].tokenizer_hash
         speed = "median tokens per second"
@@ -284,5 +276,5 @@ def run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: st
     return _train(
         parse_section(DistillationRecipe, distillation, where="distil-student"),
         parse_section(TrainingRecipe, training, where="distil-student"),
-        **{name: Path(path) for name, path in paths.items()},
+        _Paths(**{name: Path(path) for name, path in paths.items()}),
     )

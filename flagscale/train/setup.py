@@ -74,9 +74,10 @@ def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRe
         training: the recipe's optimisation.
 
     Raises:
-        UserError: the batch sizes do not fit the ranks, or the machine lacks what was asked for.
+        ValueError: the batch sizes do not fit the ranks.
+        UserError: the machine lacks what was asked for.
     """
-    check_batch_sizes(training, parallel_state.get_data_parallel_world_size())
+    training.check_ranks(parallel_state.get_data_parallel_world_size())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
@@ -103,28 +104,6 @@ def _wrap(
     if args.params_dtype == torch.bfloat16:
         chunk = Float16Module(config, chunk)
     return DistributedDataParallel(config, ddp_config, chunk)
-
-
-def check_batch_sizes(training: TrainingRecipe, ranks: int) -> None:
-    """Make sure that the global batch is whole micro-batches of each data-parallel rank.
-
-    Raises:
-        UserError: it is not, or an interleaved pipeline could not run them.
-    """
-    together = training.micro_batch_size * ranks
-    if training.global_batch_size % together:
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
-            f"micro_batch_size={training.micro_batch_size} x {ranks} data-parallel ranks"
-        )
-    sizes, count = training.parallelism, training.global_batch_size // together
-    stages = sizes.pipeline_model_parallel_size
-    if sizes.virtual_pipeline_model_parallel_size is not None and count % stages:
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} makes {count} micro-batches "
-            "a rank; an interleaved pipeline needs a multiple of "
-            f"pipeline_model_parallel_size={stages}"
-        )
 
 
 def _distributed_optimizer(args: Arguments) -> bool:

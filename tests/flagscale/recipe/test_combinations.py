@@ -1,11 +1,12 @@
 """Options that exclude one another are refused when the recipe is read."""
 
+import json
 from typing import Any
 
 import pytest
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe, parse_section
+from flagscale.recipe import ArchitectureRecipe, Recipe, TrainingRecipe, parse_section
 
 MLA = {"multi_latent_attention": True}
 BLOCKS = {
@@ -207,3 +208,14 @@ def test_whole_states_may_be_paired_on_tensor_ranks():
     read(parallelism=TP2, distillation={"intermediate_layer_pairs": [[n, n] for n in names]})
     split = [[name, name] for name in SPLIT_OVER_TENSOR_RANKS]
     read(distillation={"intermediate_layer_pairs": split})
+
+
+def test_whole_numbers_may_arrive_as_floats() -> None:
+    """KFP hands them over so."""
+    block = {"attention": {"num_query_groups": 4.0}, "mlp": {"ffn_hidden_size": 48.0}}
+    config = {"block_configs": [block]}
+    found = ArchitectureRecipe(heterogeneous_layers_config=config).heterogeneous_layers_config
+    assert json.dumps(found) == json.dumps(config).replace(".0", "")
+    training = {"train_iters": 1.0, "lr": 1e-3, "timing_log_level": 2.0, "keep_checkpoints": 3.0}
+    parsed = parse_section(TrainingRecipe, training, where="training")
+    assert (parsed.timing_log_level, parsed.keep_checkpoints) == (2, 3)
