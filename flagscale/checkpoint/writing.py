@@ -15,6 +15,8 @@ import pickle
 import queue
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from torch.distributed.checkpoint.utils import _get_failure_dict
 from flagscale.checkpoint.agreement import is_first_rank, same_outcome, storage_error
 
 _WRITING = "could not be written"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -75,8 +78,25 @@ def schedule(request: AsyncRequest, folder: Path, calls: AsyncCallsQueue) -> Non
     Raises:
         UserError: a rank cannot begin, e.g. because it has no memory left.
     """
-    with same_outcome(folder, _WRITING):
+    with same_outcome(folder, _WRITING), _children_ignore_signals():
         calls.schedule_async_request(request)
+
+
+@contextmanager
+def _children_ignore_signals() -> Iterator[None]:
+    """Whoever stops the training waits for the checkpoint: a signal to all must not spoil it.
+
+    A child inherits what is ignored, so there is no moment at which it could be hit. Here the
+    signals are blocked meanwhile, and come afterwards.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def prepare_save(
@@ -178,10 +198,6 @@ def _write_in_fork(transforms: object, parent: int, *arguments: Any) -> None:  #
         parent: id of the training process.
         arguments: see `_write`.
     """
-    # Whoever stops the training waits for the checkpoint; a signal to the whole process group must
-    # not spoil it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     # Killed without a chance to clean up, the training must not leave a writer behind.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -236,14 +236,17 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+_mask = threading.local()  # of the thread that forks
+
+
 def _before_fork() -> None:
     if _Stop.handling:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def _after_fork_in_parent() -> None:
     if _Stop.handling:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
 
 
 def _after_fork_in_child() -> None:
@@ -256,7 +259,7 @@ def _after_fork_in_child() -> None:
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
 
 
 os.register_at_fork(

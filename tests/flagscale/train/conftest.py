@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from transformers import AutoModelForCausalLM
 
 from flagscale import platform
@@ -16,6 +17,13 @@ from flagscale.train.arguments import Arguments
 def runtime():
     with platform.runtime():
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_scale():
+    """Megatron-Core keeps the balance loss' scale, of the shape of whoever used it first."""
+    yield
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="module")
