@@ -101,7 +101,7 @@ def _work(step: str, function: str) -> None:
     if not is_first_rank():
         os.environ["FLAGSCALE_LOG_LEVEL"] = "WARNING"
     try:
-        with step_process(step):
+        with step_process(step, is_rank=True):
             request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
             module, name = function.split(":")
             result = getattr(importlib.import_module(module), name)(**request)

@@ -133,7 +133,7 @@ class Step:
 
 
 @contextmanager
-def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
+def step_process(name: str, exclusive: str | None = None, is_rank: bool = False) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
     Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
@@ -143,6 +143,7 @@ def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
         name: of the step.
         exclusive: a folder that only one process at a time may write, e.g. of checkpoints; an
             earlier process that is still ending is waited for.
+        is_rank: another process started this one, and will tell its error.
 
     Raises:
         SystemExit: the step failed or was interrupted.
@@ -155,20 +156,21 @@ def step_process(name: str, exclusive: str | None = None) -> Iterator[Step]:
             with _lock(exclusive):
                 yield Step(name)
         except (Interrupted, KeyboardInterrupt) as error:
-            _fail(name, "interrupted: " + (str(error) or "stopped by a signal"))
+            _fail(name, "interrupted: " + (str(error) or "stopped by a signal"), is_rank)
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
-            _fail(name, str(error))
+            _fail(name, str(error), is_rank)
             sys.exit(EXIT_ERROR)
         except Exception as error:
             logger.error("%s", traceback.format_exc().rstrip())
-            _fail(name, f"{type(error).__name__}: {error}")
+            _fail(name, f"{type(error).__name__}: {error}", is_rank)
             sys.exit(EXIT_ERROR)
 
 
-def _fail(name: str, message: str) -> None:
+def _fail(name: str, message: str, is_rank: bool) -> None:
     note_error(name, message)
-    logger.error("%s: %s", name, message)
+    if not is_rank:
+        logger.error("%s: %s", name, message)
 
 
 def _configure_logging() -> None:

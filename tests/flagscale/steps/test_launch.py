@@ -134,6 +134,8 @@ def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp
             process.terminate()
         output = process.communicate(timeout=300)[0]
         assert process.returncode == (143 if layout is LAYOUTS[0] else 0), output
+        # Told once, whatever the number of ranks.
+        assert output.count("interrupted: stopped after step") == (layout is LAYOUTS[0]), output
     assert "resuming after step" in output
     for name in ("training", "validation"):
         for ours, theirs in zip(
