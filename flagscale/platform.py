@@ -125,7 +125,10 @@ def runtime(
             initialize_rerun_state_machine,
         )
 
-        check_world_size(sizes, torch.distributed.get_world_size())
+        try:
+            sizes.check_world_size(torch.distributed.get_world_size())
+        except ValueError as error:
+            raise UserError(str(error)) from error
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.tensor_model_parallel_size,
             pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
@@ -142,26 +145,6 @@ def runtime(
             initialize_rerun_state_machine(mode=RerunMode(rerun_mode))
         stack.callback(destroy_rerun_state_machine)
         yield
-
-
-def check_world_size(sizes: ParallelismRecipe, world_size: int) -> None:
-    """Make sure that so many processes can be divided so.
-
-    Raises:
-        UserError: which sizes do not divide them.
-    """
-    if world_size % sizes.model_parallel_size:
-        raise UserError(
-            f"parallelism: tensor x pipeline x context = {sizes.tensor_model_parallel_size} x "
-            f"{sizes.pipeline_model_parallel_size} x {sizes.context_parallel_size} does not divide "
-            f"the {world_size} processes"
-        )
-    stage = world_size // sizes.pipeline_model_parallel_size
-    if stage % sizes.expert_model_parallel_size:
-        raise UserError(
-            f"parallelism: expert_model_parallel_size={sizes.expert_model_parallel_size} does not "
-            f"divide the {stage} processes of a pipeline stage"
-        )
 
 
 @contextlib.contextmanager

@@ -104,8 +104,10 @@ def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
     checkpoints = checkpoint_folder(recipe, runs)
     if not reuse:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    pipeline = build_pipeline(recipe, source_version())
-    result = run_pipeline(pipeline, {"checkpoints": str(checkpoints)}, recipe, runs, reuse)
+    pipeline = build_pipeline(recipe, code_version=source_version())
+    # The runner names the experiment; as an argument it would be part of every cache key.
+    arguments = {"checkpoints": str(checkpoints), "experiment": ""}
+    result = run_pipeline(pipeline, arguments, recipe, runs, reuse)
     shutil.rmtree(checkpoints, ignore_errors=True)  # they serve trainings that have not ended
     return result
 

@@ -9,6 +9,7 @@ from components.image import image
 def convert_student(
     student: dict,
     code_version: str,
+    experiment: str,
     teacher: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
@@ -19,6 +20,7 @@ def convert_student(
     Args:
         student: the recipe's section `student`.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
         dataset: from prepare-data: text for the proofs.
         model: the student before training, as a Megatron-Core distributed checkpoint.
@@ -26,12 +28,11 @@ def convert_student(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("convert-student") as step:
-        from pathlib import Path
-
+    with step_process("convert-student", experiment=experiment) as step:
         from flagscale.recipe import StudentRecipe
         from flagscale.steps.convert_student import convert_student
 
-        inputs = (Path(teacher.path), Path(dataset.path))
-        figures = convert_student(step.section(StudentRecipe, student), *inputs, Path(model.path))
+        section = step.section(StudentRecipe, student)
+        inputs = (step.input(teacher.path), step.input(dataset.path))
+        figures = convert_student(section, *inputs, step.output(model.path))
         step.report(figures, metrics)

@@ -11,6 +11,7 @@ def distil_student(
     training: dict,
     checkpoints: str,
     code_version: str,
+    experiment: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -24,6 +25,7 @@ def distil_student(
         training: the recipe's section `training`.
         checkpoints: folder of training checkpoints; the same path resumes an interrupted run.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
@@ -32,7 +34,7 @@ def distil_student(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("distil-student", exclusive=checkpoints) as step:
+    with step_process("distil-student", experiment=experiment, exclusive=checkpoints) as step:
         from pathlib import Path
 
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
@@ -41,10 +43,10 @@ def distil_student(
         figures = distil_student(
             step.section(DistillationRecipe, distillation),
             step.section(TrainingRecipe, training),
-            teacher=Path(teacher.path),
-            student=Path(student.path),
-            dataset=Path(dataset.path),
+            teacher=step.input(teacher.path),
+            student=step.input(student.path),
+            dataset=step.input(dataset.path),
             checkpoints=Path(checkpoints),
-            output=Path(model.path),
+            output=step.output(model.path),
         )
         step.report(figures, metrics)

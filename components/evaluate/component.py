@@ -9,6 +9,7 @@ from components.image import image
 def evaluate(
     evaluation: dict,
     code_version: str,
+    experiment: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     distilled: dsl.Input[dsl.Model],
@@ -22,6 +23,7 @@ def evaluate(
     Args:
         evaluation: the recipe's section `evaluation`.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
         student: from convert-student: before training.
         distilled: from distil-student: after training.
@@ -32,7 +34,7 @@ def evaluate(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("evaluate") as step:
+    with step_process("evaluate", experiment=experiment) as step:
         from pathlib import Path
 
         from flagscale.recipe import EvaluationRecipe
@@ -40,10 +42,10 @@ def evaluate(
 
         figures = evaluate(
             step.section(EvaluationRecipe, evaluation),
-            teacher=Path(teacher.path),
-            student=Path(student.path),
-            distilled=Path(distilled.path),
-            dataset=Path(dataset.path),
+            teacher=step.input(teacher.path),
+            student=step.input(student.path),
+            distilled=step.input(distilled.path),
+            dataset=step.input(dataset.path),
             output=Path(results.path),
         )
         step.copy(Path(results.path) / "report.html", report.path)

@@ -9,6 +9,7 @@ from components.image import image
 def export_student(
     export: dict,
     code_version: str,
+    experiment: str,
     distilled: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     model: dsl.Output[dsl.Model],
@@ -19,6 +20,7 @@ def export_student(
     Args:
         export: the recipe's section `export`.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         distilled: from distil-student.
         evaluation: from evaluate: the figures of the model card.
         model: config, safetensors, tokenizer and model card.
@@ -26,12 +28,10 @@ def export_student(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("export-student") as step:
-        from pathlib import Path
-
+    with step_process("export-student", experiment=experiment) as step:
         from flagscale.recipe import ExportRecipe
         from flagscale.steps.export_student import export_student
 
         section = step.section(ExportRecipe, export)
-        inputs = (Path(distilled.path), Path(evaluation.path))
-        step.report(export_student(section, *inputs, Path(model.path)), metrics)
+        inputs = (step.input(distilled.path), step.input(evaluation.path))
+        step.report(export_student(section, *inputs, step.output(model.path)), metrics)

@@ -9,6 +9,7 @@ from components.image import image
 def prepare_data(
     data: dict,
     code_version: str,
+    experiment: str,
     dataset: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
@@ -17,16 +18,15 @@ def prepare_data(
     Args:
         data: the recipe's section `data`.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         dataset: train, validation and test tokens, and the tokenizer.
         metrics: counts of documents, tokens and characters.
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("prepare-data") as step:
-        from pathlib import Path
-
+    with step_process("prepare-data", experiment=experiment) as step:
         from flagscale.recipe import DataRecipe
         from flagscale.steps.prepare_data import prepare_data
 
-        figures = prepare_data(step.section(DataRecipe, data), Path(dataset.path))
+        figures = prepare_data(step.section(DataRecipe, data), step.output(dataset.path))
         step.report(figures, metrics)

@@ -9,6 +9,7 @@ from components.image import image
 def prepare_teacher(
     teacher: dict,
     code_version: str,
+    experiment: str,
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
@@ -18,18 +19,17 @@ def prepare_teacher(
     Args:
         teacher: the recipe's section `teacher`.
         code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         dataset: from prepare-data: its validation split measures the teacher's loss.
         model: the teacher as a Megatron-Core distributed checkpoint.
         metrics: largest logit difference to transformers, validation loss, parameters.
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("prepare-teacher") as step:
-        from pathlib import Path
-
+    with step_process("prepare-teacher", experiment=experiment) as step:
         from flagscale.recipe import TeacherRecipe
         from flagscale.steps.prepare_teacher import prepare_teacher
 
         section = step.section(TeacherRecipe, teacher)
-        figures = prepare_teacher(section, Path(dataset.path), Path(model.path))
+        figures = prepare_teacher(section, step.input(dataset.path), step.output(model.path))
         step.report(figures, metrics)

@@ -25,7 +25,7 @@ class ParallelismRecipe(Section):
         1, description="EP: ranks that share the experts; divides TP x CP x DP"
     )
     processes: PositiveInt | None = Field(
-        None, description="On one node; default: one a GPU, on a CPU as few as hold the model"
+        None, description="On each node; default: one a GPU, on a CPU as few as hold the model"
     )
     use_distributed_optimizer: bool | None = Field(
         None, description="Shard the optimiser's state over DP ranks; default: on a GPU"
@@ -52,9 +52,23 @@ class ParallelismRecipe(Section):
                 f"virtual_pipeline_model_parallel_size={chunks} needs to be above 1, and "
                 f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} above 1 too"
             )
-        if self.processes is not None and self.processes % self.model_parallel_size:
-            raise ValueError(
-                f"processes={self.processes} is not a multiple of tensor x pipeline x context = "
-                f"{self.model_parallel_size}"
-            )
         return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Make sure that so many processes can be divided so.
+
+        Raises:
+            ValueError: which sizes do not divide them.
+        """
+        if world_size % self.model_parallel_size:
+            raise ValueError(
+                f"parallelism: tensor x pipeline x context = {self.tensor_model_parallel_size} x "
+                f"{self.pipeline_model_parallel_size} x {self.context_parallel_size} does not "
+                f"divide the {world_size} processes"
+            )
+        stage = world_size // self.pipeline_model_parallel_size
+        if stage % self.expert_model_parallel_size:
+            raise ValueError(
+                f"parallelism: expert_model_parallel_size={self.expert_model_parallel_size} does "
+                f"not divide the {stage} processes of a pipeline stage"
+            )

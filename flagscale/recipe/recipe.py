@@ -65,18 +65,33 @@ class Recipe(Section):
                 "by those with a loss, so it would be as much too heavy as tokens are masked; set "
                 "moe_aux_loss_coeff=0"
             )
-        self._check_accelerators()
         return self
 
-    def _check_accelerators(self) -> None:
-        pod, sizes = self.resources.accelerator_count, self.training.parallelism
-        if pod and (sizes.processes or pod) > pod:
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Recipe:
+        self.check_accelerators(self.resources.accelerator_count or 0)
+        return self
+
+    def check_accelerators(self, accelerator_count: int) -> None:
+        """Refuse a training that its pods could not be divided for.
+
+        Args:
+            accelerator_count: of one training pod; 0 for CPUs, or where it is not known yet.
+
+        Raises:
+            ValueError: too few for the processes, or a number that the layout does not divide.
+        """
+        nodes, per_node = self.resources.nodes, self.training.parallelism.processes
+        if accelerator_count and (per_node or 0) > accelerator_count:
             raise ValueError(
-                f"training.parallelism.processes={sizes.processes} with "
-                f"resources.accelerator_count={pod}: a process needs an accelerator of its own"
+                f"training.parallelism.processes={per_node} with accelerator_count="
+                f"{accelerator_count} a pod: a process needs an accelerator of its own"
             )
-        if pod and (sizes.processes or pod) % sizes.model_parallel_size:
-            raise ValueError(
-                f"resources.accelerator_count={pod} is not a multiple of training.parallelism's "
-                f"tensor x pipeline x context = {sizes.model_parallel_size}"
-            )
+        processes = per_node or accelerator_count
+        if processes:
+            try:
+                self.training.check_world_size(nodes * processes)
+            except ValueError as error:
+                raise ValueError(
+                    f"training.{error} (resources.nodes={nodes}, {processes} each)"
+                ) from error

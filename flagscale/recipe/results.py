@@ -66,9 +66,14 @@ class TrackingRecipe(Section):
 
 
 class ResourcesRecipe(Section):
-    """What a step that runs models asks of a cluster. Ignored by `pipelines run`."""
+    """What the training asks of a cluster; the platform file says what there is.
 
-    accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
-    accelerator_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name")
-    cpu: str = Field("2", description="Kubernetes CPU quantity")
-    memory: str = Field("8G", description="Kubernetes memory quantity")
+    Ignored by `pipelines run`.
+    """
+
+    nodes: PositiveInt = Field(
+        1, description="Pods that train together; above 1 as a TrainJob of Kubeflow Trainer"
+    )
+    accelerator_count: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Accelerators a training pod; default: what the platform gives"
+    )

@@ -116,12 +116,14 @@ class TrainingRecipe(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_processes(self) -> TrainingRecipe:
-        sizes = self.parallelism
-        if sizes.processes is not None:
-            self.check_ranks(sizes.processes // sizes.model_parallel_size)
-        return self
+    def check_world_size(self, world_size: int) -> None:
+        """Make sure that so many processes can train this.
+
+        Raises:
+            ValueError: the layout does not divide them, or they do not divide the global batch.
+        """
+        self.parallelism.check_world_size(world_size)
+        self.check_ranks(world_size // self.parallelism.model_parallel_size)
 
     def check_ranks(self, ranks: int) -> None:
         """Make sure that the global batch is whole micro-batches of each data-parallel rank.

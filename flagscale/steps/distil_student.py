@@ -109,8 +109,7 @@ def _check(
         return
     try:
         check_combination(distillation, training, ModelShape.load(student).architecture)
-        platform.check_world_size(training.parallelism, processes)
-        training.check_ranks(processes // training.parallelism.model_parallel_size)
+        training.check_world_size(processes)
     except ValueError as error:
         raise UserError(str(error)) from error
 

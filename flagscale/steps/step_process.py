@@ -109,6 +109,14 @@ class Step:
         """
         return parse_section(kind, values, where=self.name)
 
+    def input(self, path: str) -> Path:
+        """The folder of an input artifact."""
+        return Path(path)
+
+    def output(self, path: str) -> Path:
+        """The folder to write an output artifact to."""
+        return Path(path)
+
     def copy(self, source: Path, target: str) -> None:
         """Copy a file to where an output artifact of KFP is to be.
 
@@ -133,7 +141,9 @@ class Step:
 
 
 @contextmanager
-def step_process(name: str, exclusive: str | None = None, is_rank: bool = False) -> Iterator[Step]:
+def step_process(
+    name: str, experiment: str = "", exclusive: str | None = None, is_rank: bool = False
+) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
     Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
@@ -141,6 +151,7 @@ def step_process(name: str, exclusive: str | None = None, is_rank: bool = False)
 
     Args:
         name: of the step.
+        experiment: MLflow's, where the environment does not name one.
         exclusive: a folder that only one process at a time may write, e.g. of checkpoints; an
             earlier process that is still ending is waited for.
         is_rank: another process started this one, and will tell its error.
@@ -149,6 +160,8 @@ def step_process(name: str, exclusive: str | None = None, is_rank: bool = False)
         SystemExit: the step failed or was interrupted.
     """
     _configure_logging()
+    if experiment:
+        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", experiment)
     with _signals_raise():
         try:
             note_process()

@@ -112,24 +112,6 @@ CONTRADICTIONS = [
     ("training", {"fp8_recipe": "mxfp8"}, "fp8_recipe=mxfp8 has no effect with fp8=none"),
     (
         "training",
-        {"micro_batch_size": 1, "global_batch_size": 3, "parallelism": {"processes": 2}},
-        "global_batch_size=3 is not a multiple of micro_batch_size=1 x 2 data-parallel ranks",
-    ),
-    (
-        "training",
-        {
-            "micro_batch_size": 1,
-            "global_batch_size": 3,
-            "parallelism": {
-                "processes": 2,
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-            },
-        },
-        "global_batch_size=3 makes 3 micro-batches a rank",
-    ),
-    (
-        "training",
         {"parallelism": {"sequence_parallel": True}},
         "sequence_parallel=true needs tensor_model_parallel_size above 1",
     ),
@@ -137,11 +119,6 @@ CONTRADICTIONS = [
         "training",
         {"parallelism": {"virtual_pipeline_model_parallel_size": 2}},
         "virtual_pipeline_model_parallel_size=2 needs to be above 1, and pipeline_model_parallel",
-    ),
-    (
-        "training",
-        {"parallelism": {"tensor_model_parallel_size": 2, "processes": 3}},
-        "processes=3 is not a multiple of tensor x pipeline x context = 2",
     ),
 ]
 
@@ -262,18 +239,52 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("parallelism", "message"),
+    ("parallelism", "batch", "resources", "message"),
     [
-        ({"processes": 4}, "processes=4 with resources.accelerator_count=2"),
-        ({"tensor_model_parallel_size": 4}, "accelerator_count=2 is not a multiple of .* = 4"),
+        ({"processes": 4}, 4, {"accelerator_count": 2}, "processes=4 with accelerator_count=2"),
+        (
+            {"tensor_model_parallel_size": 4},
+            4,
+            {"accelerator_count": 2},
+            r"4 x 1 x 1 does not divide the 2 processes \(resources.nodes=1, 2 each\)",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "processes": 3},
+            4,
+            {},
+            "training.parallelism: tensor x pipeline x context = 2 x 1 x 1 does not divide the 3",
+        ),
+        (
+            {"processes": 2},
+            3,
+            {},
+            "training.global_batch_size=3 is not a multiple of micro_batch_size=1 x 2 data-parallel",
+        ),
+        ({"processes": 2}, 6, {"nodes": 2}, "micro_batch_size=1 x 4 data-parallel ranks"),
+        ({"processes": 2, **INTERLEAVED}, 3, {}, "makes 3 micro-batches a rank"),
     ],
 )
-def test_processes_that_the_pod_has_no_accelerators_for(parallelism, message) -> None:
-    training = {**MINIMAL["training"], "global_batch_size": 4, "parallelism": parallelism}
-    values = {**MINIMAL, "training": training, "resources": {"accelerator_count": 2}}
+def test_processes_that_cannot_share_the_training(parallelism, batch, resources, message) -> None:
+    training = {"micro_batch_size": 1, "global_batch_size": batch, "parallelism": parallelism}
+    values = {
+        **MINIMAL,
+        "training": {**MINIMAL["training"], **training},
+        "distillation": {"loss": "none"},
+        "resources": resources,
+    }
     with pytest.raises(UserError, match=message):
         parse_section(Recipe, values, where="recipe")
+
+
+def test_a_model_may_be_larger_than_a_node() -> None:
+    parallelism = {"processes": 2, "pipeline_model_parallel_size": 4}
+    training = {**MINIMAL["training"], "parallelism": parallelism}
+    values = {**MINIMAL, "training": training, "resources": {"nodes": 2}}
+    assert parse_section(Recipe, values, where="recipe").resources.nodes == 2
 
 
 def test_a_balance_loss_that_masked_tokens_would_make_heavier() -> None:

@@ -1,0 +1,180 @@
+"""Puts a pipeline's tasks where a platform says: nodes, volumes, secrets, retries.
+
+What KFP can take at run time becomes a parameter of the pipeline whose default is the platform's
+(`parameters`); the rest is written into the compiled file. Without a platform, on this machine,
+there is nothing to place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from components.image import image
+from flagscale.recipe import Recipe
+from pipelines.parameters import Parameter
+from pipelines.platform import Platform, Pods
+
+KINDS = ("data", "models", "training")
+_MLFLOW_CREDENTIALS = {
+    "username": "MLFLOW_TRACKING_USERNAME",
+    "password": "MLFLOW_TRACKING_PASSWORD",
+}
+
+
+def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
+    """What a run may change of a platform."""
+    found = []
+    for kind in KINDS:
+        pods = _pods(platform, recipe, kind)
+        steps = type(platform.steps).model_fields[kind].description
+        found.append(Parameter(f"{kind}_image", _image(platform, pods), f"image of {steps}"))
+        if kind != "data":
+            text = f"{pods.accelerator_type} a pod of {steps}"
+            found.append(Parameter(f"{kind}_accelerator_count", pods.accelerator_count, text))
+        text = "labels of the nodes, e.g. {\"pool\": \"h100\"}, of " + str(steps)
+        found.append(Parameter(f"{kind}_node_selector", dict(pods.node_selector), text))
+        tolerations = [t.model_dump(exclude_none=True) for t in pods.tolerations]
+        text = f"taints, as in Kubernetes, of {steps}"
+        found.append(Parameter(f"{kind}_tolerations", tolerations, text))
+    if platform.shared is not None and platform.shared.claim is not None:
+        text = f"PersistentVolumeClaim mounted at {platform.shared.mount_path}"
+        found.append(Parameter("volume_claim", platform.shared.claim, text))
+    if platform.mlflow.secret is not None:
+        text = "Secret with keys tracking-uri and, if the server asks, username and password"
+        found.append(Parameter("mlflow_secret", platform.mlflow.secret, text))
+    return found
+
+
+def location(platform: Platform | None) -> str | None:
+    """Folder or URL that steps share; None where there is none."""
+    return platform.shared.location if platform and platform.shared else None
+
+
+class Placement:
+    """Places the tasks of one pipeline; made inside the pipeline's function.
+
+    Args:
+        platform: None to leave every task alone.
+        recipe: its resources.
+        values: the pipeline's parameters by name.
+    """
+
+    def __init__(
+        self, platform: Platform | None, recipe: Recipe, values: Mapping[str, Any]
+    ) -> None:
+        self._platform = platform
+        self._recipe = recipe
+        self._values = values
+        self._claim: Any = values.get("volume_claim")
+        if platform and platform.shared and platform.shared.create:
+            self._claim = _new_volume(platform)
+
+    def place(
+        self, task: dsl.PipelineTask, kind: str, title: str, accelerators: bool = True
+    ) -> dsl.PipelineTask:
+        """Give a task what its kind gets.
+
+        Args:
+            task: just made.
+            kind: `data`, `models` or `training`.
+            title: what the UI shows.
+            accelerators: False for a task that works through others, e.g. a launcher.
+        """
+        task.set_display_name(title)
+        platform = self._platform
+        if platform is None:
+            return task
+        pods = _pods(platform, self._recipe, kind)
+        self._resources(task, kind, pods, accelerators)
+        self._nodes(task, kind, pods)
+        self._storage(task, platform, pods)
+        self._surroundings(task, platform)
+        task.set_retry(
+            pods.retries.count,
+            backoff_duration=pods.retries.backoff,
+            backoff_factor=pods.retries.factor,
+            backoff_max_duration=pods.retries.longest,
+        )
+        if pods.timeout_seconds is not None:
+            kubernetes.set_timeout(task, pods.timeout_seconds)
+        return task
+
+    def _resources(
+        self, task: dsl.PipelineTask, kind: str, pods: Pods, accelerators: bool
+    ) -> None:
+        task.set_container_image(self._values[f"{kind}_image"])
+        task.set_cpu_request(pods.cpu if accelerators else "1")
+        memory = pods.memory if accelerators else "4Gi"
+        task.set_memory_request(memory).set_memory_limit(memory)
+        if accelerators and kind != "data":
+            task.set_accelerator_type(pods.accelerator_type)
+            task.set_accelerator_limit(self._values[f"{kind}_accelerator_count"])
+
+    def _nodes(self, task: dsl.PipelineTask, kind: str, pods: Pods) -> None:
+        kubernetes.add_node_selector_json(task, self._values[f"{kind}_node_selector"])
+        kubernetes.add_toleration_json(task, self._values[f"{kind}_tolerations"])
+        for key, value in pods.all_labels.items():
+            kubernetes.add_pod_label(task, key, value)
+
+    def _storage(self, task: dsl.PipelineTask, platform: Platform, pods: Pods) -> None:
+        kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root may be read-only
+        if pods.shared_memory is not None:
+            kubernetes.empty_dir_mount(
+                task, "dshm", "/dev/shm", medium="Memory", size_limit=pods.shared_memory  # noqa: S108
+            )
+        if platform.shared is not None:
+            task.set_env_variable("FLAGSCALE_SHARED", platform.shared.location)
+            if self._claim is not None:
+                kubernetes.mount_pvc(task, self._claim, platform.shared.mount_path)
+
+    def _surroundings(self, task: dsl.PipelineTask, platform: Platform) -> None:
+        kubernetes.set_security_context(
+            task,
+            run_as_user=platform.run_as_user,
+            run_as_group=platform.run_as_user,
+            run_as_non_root=True,
+        )
+        kubernetes.set_image_pull_policy(task, platform.images.pull_policy)
+        if platform.images.pull_secrets:
+            kubernetes.set_image_pull_secrets(task, list(platform.images.pull_secrets))
+        # Steps of one run find one another in MLflow by it.
+        kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+        if platform.mlflow.secret is not None:
+            secret = self._values["mlflow_secret"]
+            kubernetes.use_secret_as_env(task, secret, {"tracking-uri": "MLFLOW_TRACKING_URI"})
+            kubernetes.use_secret_as_env(task, secret, _MLFLOW_CREDENTIALS, optional=True)
+        for secret in platform.secrets:
+            kubernetes.use_secret_as_env(task, secret.name, dict(secret.env), secret.optional)
+        for name, value in platform.env.items():
+            task.set_env_variable(name, value)
+
+
+def _pods(platform: Platform, recipe: Recipe, kind: str) -> Pods:
+    pods: Pods = getattr(platform.steps, kind)
+    wanted = recipe.resources.accelerator_count
+    if kind == "training" and wanted is not None:
+        return pods.model_copy(update={"accelerator_count": wanted})
+    return pods
+
+
+def _image(platform: Platform, pods: Pods) -> str:
+    given = platform.images.gpu if pods.accelerator_count else platform.images.cpu
+    return given or image(pods.accelerator_count)
+
+
+def _new_volume(platform: Platform) -> Any:  # noqa: ANN401 - KFP's channel
+    assert platform.shared is not None
+    assert platform.shared.create is not None
+    new = platform.shared.create
+    made = kubernetes.CreatePVC(
+        pvc_name_suffix="-flagscale",
+        access_modes=list(new.access_modes),
+        size=new.size,
+        storage_class_name=new.storage_class or "",
+    )
+    made.set_display_name("Create volume")
+    made.set_caching_options(enable_caching=False)
+    return made.outputs["name"]

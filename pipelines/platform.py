@@ -1,0 +1,205 @@
+"""A platform: what a cluster has for each kind of step, read from `recipes/platforms/*.yaml`.
+
+The recipe says what is trained, the platform where. `python -m pipelines compile RECIPE --platform
+gke-h100` puts both together; the same recipe runs on every platform.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from flagscale.errors import UserError
+from flagscale.recipe import Section, parse_section
+from flagscale.recipe.section import PositiveInt
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
+
+CpuQuantity = Annotated[str, Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+([EPTGMK]i?)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+MountPath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
+Duration = Annotated[str, Field(pattern=r"^[0-9]+s$")]
+
+
+class Toleration(Section):
+    """A taint of nodes that the pods may run on; names are those of Kubernetes."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None  # noqa: N815 - Kubernetes' spelling
+
+    @model_validator(mode="after")
+    def _check(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError(f"operator=Exists takes no value, but value={self.value!r}")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator=Equal needs a key")
+        return self
+
+
+class Retries(Section):
+    """How often a failed pod is started again; a training goes on from its last checkpoint."""
+
+    count: Annotated[int, Field(ge=0)] = 2
+    backoff: Duration = Field("30s", description="Pause before the first")
+    factor: float = Field(2.0, ge=1, description="Each pause is so much longer than the last")
+    longest: Duration = Field("600s", description="No pause is longer")
+
+
+class Pods(Section):
+    """What the pods of one kind of step get."""
+
+    accelerator_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name")
+    accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
+    cpu: CpuQuantity = Field("2", description="Kubernetes CPU quantity, requested")
+    memory: Quantity = Field("8Gi", description="Kubernetes memory quantity, request and limit")
+    shared_memory: Quantity | None = Field(
+        None, description="Size of /dev/shm, part of `memory`; NCCL and data loaders want it"
+    )
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes")
+    tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
+    labels: dict[str, str] = Field({}, description="Of the pods")
+    queue: Name | None = Field(None, description="Kueue's local queue (a label of the pods)")
+    priority: Name | None = Field(
+        None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"
+    )
+    retries: Retries = Retries()
+    timeout_seconds: PositiveInt | None = Field(
+        None, description="A pod that runs longer is ended, and counts as failed"
+    )
+
+    @property
+    def all_labels(self) -> dict[str, str]:
+        """`labels`, and those by which Kueue knows queue and priority."""
+        kueue = {"queue-name": self.queue, "priority-class": self.priority}
+        return self.labels | {f"kueue.x-k8s.io/{k}": v for k, v in kueue.items() if v}
+
+
+class Steps(Section):
+    """Kinds of steps: what they need is alike."""
+
+    data: Pods = Field(Pods(), description="prepare-data, leaderboard: no accelerators")
+    models: Pods = Field(
+        Pods(memory="16Gi"),
+        description="prepare-teacher, convert-student, evaluate, export-student: run whole models",
+    )
+    training: Pods = Field(Pods(memory="16Gi"), description="distil-student")
+
+    @model_validator(mode="after")
+    def _check(self) -> Steps:
+        if self.data.accelerator_count:
+            raise ValueError(
+                f"data.accelerator_count={self.data.accelerator_count}: these steps run no models; "
+                "leave it out"
+            )
+        return self
+
+
+class NewVolume(Section):
+    """A claim made at the start of each run, and left behind with its student."""
+
+    size: Quantity
+    storage_class: Name | None = Field(None, description="Default: the cluster's default class")
+    access_modes: tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...] = ("ReadWriteMany",)
+
+
+class Shared(Section):
+    """Where weights, data and checkpoints lie; KFP's artifacts then are small pointers to them."""
+
+    claim: Name | None = Field(None, description="An existing PersistentVolumeClaim")
+    create: NewVolume | None = Field(None, description="Or a new one for each run")
+    mount_path: MountPath = Field("/mnt/flagscale", description="Where steps see the volume")
+    url: str | None = Field(
+        None, description="Or a folder of an object store, e.g. s3://bucket/distillation"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Shared:
+        ways = {"claim": self.claim, "create": self.create, "url": self.url}
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
+        if self.url is not None and not self.url.startswith(("s3://", "gs://", "az://")):
+            raise ValueError(f"url={self.url!r} must start with s3://, gs:// or az://")
+        return self
+
+    @property
+    def location(self) -> str:
+        """The folder, or the URL, as a step sees it."""
+        return (self.url or self.mount_path).rstrip("/")
+
+
+class SecretEnvironment(Section):
+    """A Kubernetes Secret whose values steps see as environment variables."""
+
+    name: Name = Field(description="Of the Secret, in the pipeline's namespace")
+    env: dict[str, Variable] = Field(min_length=1, description="Key in the Secret: variable")
+    optional: bool = Field(False, description="Steps start without it too")
+
+
+class Mlflow(Section):
+    """The tracking server, from a Secret with keys `tracking-uri`, `username`, `password`."""
+
+    secret: Name | None = Field(
+        "mlflow", description="Name of the Secret; none: KFP's own plugin injects what steps need"
+    )
+
+
+class Images(Section):
+    """Container images; by digest (`name@sha256:...`) the cache sees when one changes."""
+
+    cpu: str | None = Field(None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's")
+    gpu: str | None = Field(None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    pull_secrets: tuple[Name, ...] = ()
+
+
+class Trainer(Section):
+    """Kubeflow Trainer, for `resources.nodes` above 1."""
+
+    runtime: Name = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
+
+
+class Platform(Section):
+    """A cluster, as far as pipelines need to know it."""
+
+    description: str = ""
+    images: Images = Images()
+    steps: Steps = Steps()
+    shared: Shared | None = Field(
+        None, description="None: weights travel through KFP's object store, checkpoints are lost"
+    )
+    mlflow: Mlflow = Mlflow()
+    secrets: tuple[SecretEnvironment, ...] = ()
+    env: dict[Variable, str] = Field({}, description="Of all steps; no secrets")
+    trainer: Trainer = Trainer()
+    run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
+
+
+def load_platform(name: str | Path) -> Platform:
+    """Read a platform file.
+
+    Args:
+        name: a YAML file, or the name of one in `recipes/platforms/`.
+
+    Raises:
+        UserError: there is no such file, it is no YAML, or a field is unknown or wrong.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise UserError(f"platform {name}: no such file; known names: {known}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"platform {path} is not readable YAML: {error}") from error
+    return parse_section(Platform, values, where=f"platform {path}")
