@@ -1,10 +1,12 @@
-"""The pipeline as a file for Kubeflow."""
+"""The pipeline as a file for Kubeflow: KFP's own format, or Kubernetes objects."""
 
 import itertools
 from pathlib import Path
 
 from kfp import compiler
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from pipelines.distillation import build_pipeline
@@ -12,25 +14,68 @@ from pipelines.platform import Platform
 
 
 def compile_recipe(recipe: Recipe, platform: Platform, output: Path) -> Path:
-    """Write the pipeline with the recipe's values as its defaults.
+    """Write the pipeline with the recipe's and the platform's values as its defaults.
 
     Its `code_version` is the release, not a digest of the sources: on a cluster the image pins
     the code, and the file changes only when the pipeline does.
 
     Args:
         recipe: validated.
+        platform: validated.
         output: a `.yaml` file, replaced if there is one.
 
     Raises:
-        UserError: `output` has another suffix.
+        UserError: `output` has another suffix, or the platform cannot hold the training.
     """
+    _make_folder(output)
+    compiler.Compiler().compile(build_pipeline(recipe, platform), str(output))
+    _head(output, f"{recipe.name}, made by `python -m pipelines compile`: upload it in the KFP UI.")
+    return output
+
+
+def compile_manifests(
+    recipe: Recipe, platform: Platform, output: Path, namespace: str | None = None
+) -> Path:
+    """Write the pipeline as Kubernetes objects: a Pipeline, and a PipelineVersion of it.
+
+    Args:
+        recipe: validated.
+        platform: validated.
+        output: a `.yaml` file, replaced if there is one.
+        namespace: of the objects; None: whichever they are applied to.
+
+    Raises:
+        UserError: `output` has another suffix, or the platform cannot hold the training.
+    """
+    _make_folder(output)
+    pipeline = build_pipeline(recipe, platform)
+    # A version cannot be changed once it is there, so its name follows from what is in it.
+    content = digest([recipe.model_dump(mode="json"), platform.model_dump(mode="json")])
+    options = KubernetesManifestOptions(
+        pipeline_name=f"distillation-{recipe.name}",
+        pipeline_display_name=f"Distillation: {recipe.name}",
+        pipeline_version_name=f"distillation-{recipe.name}-{content[7:15]}",
+        namespace=namespace,
+        include_pipeline_manifest=True,
+    )
+    compiler.Compiler().compile(
+        pipeline,
+        str(output),
+        kubernetes_manifest_format=True,
+        kubernetes_manifest_options=options,
+    )
+    _head(output, f"{recipe.name}, made by `python -m pipelines compile`: kubectl apply -f it.")
+    return output
+
+
+def _make_folder(output: Path) -> None:
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"output {output}: must end in .yaml")
     output.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build_pipeline(recipe, platform), str(output))
-    # KFP's opening comment lists the defaults in an order that differs from process to process.
+
+
+def _head(output: Path, heading: str) -> None:
+    """Replace KFP's opening comment, which lists defaults in an order that varies by process."""
     lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
     body = itertools.dropwhile(lambda line: line.startswith("#"), lines)
-    heading = f"# {recipe.name}, made by `python -m pipelines compile`: upload it in the KFP UI.\n"
-    output.write_text(heading + "".join(body), encoding="utf-8")
-    return output
+    output.write_text(f"# {heading}\n" + "".join(body), encoding="utf-8")

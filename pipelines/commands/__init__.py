@@ -1,0 +1,1 @@
+"""The commands of `python -m pipelines`, one module each: `add` makes its parser."""

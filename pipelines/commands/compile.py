@@ -1,0 +1,54 @@
+"""`python -m pipelines compile`: the pipeline as a file for Kubeflow."""
+
+import argparse
+from pathlib import Path
+
+from pipelines.commands.arguments import add_platform, add_recipe, new_command, read_recipe
+from pipelines.compiling import compile_manifests, compile_recipe
+from pipelines.platform import load_platform
+
+_EXAMPLES = """\
+  python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100
+      write build/smollm2-135m-to-10-layers-gke-h100.yaml; upload it in the KFP UI
+
+  python -m pipelines compile mine.yaml --platform my-cluster.yaml -o mine-on-my-cluster.yaml
+
+  python -m pipelines compile mine.yaml --format kubernetes --namespace ml -o mine.yaml && kubectl apply -f mine.yaml
+      for a KFP that keeps pipelines as Kubernetes objects
+
+environment:
+  FLAGSCALE_REGISTRY    where the release's images were pushed
+  FLAGSCALE_CPU_IMAGE, FLAGSCALE_GPU_IMAGE
+                        whole names, where the platform file gives none; with a digest best
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    """Add the command's parser."""
+    parser = new_command(commands, "compile", "write the pipeline for Kubeflow", _EXAMPLES)
+    add_recipe(parser)
+    add_platform(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, help="file to write (default: build/RECIPE-PLATFORM.yaml)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("ir", "kubernetes"),
+        default="ir",
+        help="ir: what the UI and clients upload; kubernetes: objects Pipeline and "
+        "PipelineVersion (default: %(default)s)",
+    )
+    parser.add_argument("--namespace", help="of the objects; only with --format kubernetes")
+    parser.set_defaults(work=work)
+
+
+def work(arguments: argparse.Namespace) -> str:
+    """Write the file, and say which."""
+    recipe = read_recipe(arguments)
+    platform = load_platform(arguments.platform)
+    name = f"{recipe.name}-{Path(arguments.platform).stem}.yaml"
+    output = arguments.output or Path("build") / name
+    if arguments.format == "kubernetes":
+        written = compile_manifests(recipe, platform, output, arguments.namespace)
+        return f"wrote {written}: kubectl apply -f {written}"
+    return f"wrote {compile_recipe(recipe, platform, output)}"

@@ -1,0 +1,38 @@
+"""`python -m pipelines run`: the pipeline on this machine."""
+
+import argparse
+
+from pipelines.commands.arguments import add_recipe, add_runs, new_command, read_recipe
+from pipelines.local import run_recipe
+from pipelines.summary import summary
+
+_EXAMPLES = """\
+  python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
+      distil on this machine; results in runs/latest
+
+  python -m pipelines run recipes/tiny.yaml --set distillation.temperature=2
+      the same with another temperature: data, teacher and conversion come from the cache
+
+environment:
+  MLFLOW_TRACKING_URI   tracking server; default: a file in the runs folder
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    """Add the command's parser."""
+    parser = new_command(commands, "run", "run the pipeline on this machine", _EXAMPLES)
+    add_recipe(parser)
+    add_runs(parser)
+    parser.add_argument(
+        "--no-cache",
+        dest="reuse",
+        action="store_false",
+        help="repeat every step, and the training from its beginning",
+    )
+    parser.set_defaults(work=work)
+
+
+def work(arguments: argparse.Namespace) -> str:
+    """Run, and say what came of it."""
+    recipe = read_recipe(arguments)
+    return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
