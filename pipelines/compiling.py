@@ -1,12 +1,12 @@
 """The pipeline as a file for Kubeflow: KFP's own format, or Kubernetes objects."""
 
+import hashlib
 import itertools
 from pathlib import Path
 
 from kfp import compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from pipelines.distillation import build_pipeline
@@ -48,13 +48,12 @@ def compile_manifests(
         UserError: `output` has another suffix, or the platform cannot hold the training.
     """
     _make_folder(output)
+    version = pipeline_version(compile_recipe(recipe, platform, output))
     pipeline = build_pipeline(recipe, platform)
-    # A version cannot be changed once it is there, so its name follows from what is in it.
-    content = digest([recipe.model_dump(mode="json"), platform.model_dump(mode="json")])
     options = KubernetesManifestOptions(
-        pipeline_name=f"distillation-{recipe.name}",
+        pipeline_name=pipeline_name(recipe),
         pipeline_display_name=f"Distillation: {recipe.name}",
-        pipeline_version_name=f"distillation-{recipe.name}-{content[7:15]}",
+        pipeline_version_name=f"{pipeline_name(recipe)}-{version}",
         namespace=namespace,
         include_pipeline_manifest=True,
     )
@@ -66,6 +65,20 @@ def compile_manifests(
     )
     _head(output, f"{recipe.name}, made by `python -m pipelines compile`: kubectl apply -f it.")
     return output
+
+
+def pipeline_name(recipe: Recipe) -> str:
+    """Under which name a cluster keeps the recipe's pipeline."""
+    return f"distillation-{recipe.name}"
+
+
+def pipeline_version(compiled: Path) -> str:
+    """A name for what a compiled file says: another pipeline, another name.
+
+    A version on a cluster cannot be changed, so equal files are the same version and need no new
+    one.
+    """
+    return hashlib.sha256(compiled.read_bytes()).hexdigest()[:12]
 
 
 def _make_folder(output: Path) -> None:

@@ -43,7 +43,12 @@ def build_pipeline(
         code_version: changes when the code does, and with it every cache key. In a compiled
             pipeline it is the release, because the image pins the code; on this machine it is
             `source_version`.
+
+    Raises:
+        UserError: the platform cannot hold the training.
     """
+    if platform is not None:
+        placement.check(platform, recipe)
 
     def wire(values: Mapping[str, Any]) -> None:
         _wire(values, Placement(platform, recipe, values))
@@ -72,9 +77,7 @@ def sections(recipe: Recipe, names: tuple[str, ...]) -> list[Parameter]:
     ]
 
 
-def run_parameters(
-    recipe: Recipe, platform: Platform | None, code_version: str
-) -> list[Parameter]:
+def run_parameters(recipe: Recipe, platform: Platform | None, code_version: str) -> list[Parameter]:
     """What is said of a run beside the recipe's sections."""
     folder = f"{placement.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
     return [

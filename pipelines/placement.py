@@ -13,6 +13,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from components.image import image
+from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from pipelines.parameters import Parameter
 from pipelines.platform import Platform, Pods
@@ -34,7 +35,7 @@ def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
         if kind != "data":
             text = f"{pods.accelerator_type} a pod of {steps}"
             found.append(Parameter(f"{kind}_accelerator_count", pods.accelerator_count, text))
-        text = "labels of the nodes, e.g. {\"pool\": \"h100\"}, of " + str(steps)
+        text = 'labels of the nodes, e.g. {"pool": "h100"}, of ' + str(steps)
         found.append(Parameter(f"{kind}_node_selector", dict(pods.node_selector), text))
         tolerations = [t.model_dump(exclude_none=True) for t in pods.tolerations]
         text = f"taints, as in Kubernetes, of {steps}"
@@ -46,6 +47,27 @@ def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
         text = "Secret with keys tracking-uri and, if the server asks, username and password"
         found.append(Parameter("mlflow_secret", platform.mlflow.secret, text))
     return found
+
+
+def check(platform: Platform, recipe: Recipe) -> None:
+    """Refuse a training that the platform's pods could not hold.
+
+    Raises:
+        UserError: which of their values do not go together.
+    """
+    try:
+        recipe.check_accelerators(_pods(platform, recipe, "training").accelerator_count)
+    except ValueError as error:
+        raise UserError(
+            f"recipe {recipe.name} on this platform: {error}; resources.accelerator_count makes "
+            "a pod use fewer"
+        ) from error
+    if recipe.resources.nodes > 1 and (platform.shared is None or platform.shared.url):
+        raise UserError(
+            f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but the "
+            f"platform's shared={platform.shared and platform.shared.url}: set shared.claim or "
+            "shared.create"
+        )
 
 
 def location(platform: Platform | None) -> str | None:
@@ -102,9 +124,7 @@ class Placement:
             kubernetes.set_timeout(task, pods.timeout_seconds)
         return task
 
-    def _resources(
-        self, task: dsl.PipelineTask, kind: str, pods: Pods, accelerators: bool
-    ) -> None:
+    def _resources(self, task: dsl.PipelineTask, kind: str, pods: Pods, accelerators: bool) -> None:
         task.set_container_image(self._values[f"{kind}_image"])
         task.set_cpu_request(pods.cpu if accelerators else "1")
         memory = pods.memory if accelerators else "4Gi"
@@ -123,7 +143,11 @@ class Placement:
         kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root may be read-only
         if pods.shared_memory is not None:
             kubernetes.empty_dir_mount(
-                task, "dshm", "/dev/shm", medium="Memory", size_limit=pods.shared_memory  # noqa: S108
+                task,
+                "dshm",
+                "/dev/shm",
+                medium="Memory",
+                size_limit=pods.shared_memory,  # noqa: S108
             )
         if platform.shared is not None:
             task.set_env_variable("FLAGSCALE_SHARED", platform.shared.location)
@@ -155,9 +179,9 @@ class Placement:
 def _pods(platform: Platform, recipe: Recipe, kind: str) -> Pods:
     pods: Pods = getattr(platform.steps, kind)
     wanted = recipe.resources.accelerator_count
-    if kind == "training" and wanted is not None:
-        return pods.model_copy(update={"accelerator_count": wanted})
-    return pods
+    if kind != "training" or wanted is None:
+        return pods
+    return pods.model_copy(update={"accelerator_count": min(wanted, pods.accelerator_count)})
 
 
 def _image(platform: Platform, pods: Pods) -> str:

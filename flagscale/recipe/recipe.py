@@ -69,14 +69,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:
-        self.check_accelerators(self.resources.accelerator_count or 0)
+        self.check_accelerators(0)
         return self
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.
 
         Args:
-            accelerator_count: of one training pod; 0 for CPUs, or where it is not known yet.
+            accelerator_count: of one training pod; 0 on CPUs, or where no platform is known yet.
 
         Raises:
             ValueError: too few for the processes, or a number that the layout does not divide.

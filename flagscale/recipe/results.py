@@ -74,6 +74,6 @@ class ResourcesRecipe(Section):
     nodes: PositiveInt = Field(
         1, description="Pods that train together; above 1 as a TrainJob of Kubeflow Trainer"
     )
-    accelerator_count: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Accelerators a training pod; default: what the platform gives"
+    accelerator_count: PositiveInt | None = Field(
+        None, description="Use so many of the platform's accelerators a training pod; default: all"
     )

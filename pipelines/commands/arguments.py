@@ -8,9 +8,9 @@ from flagscale.recipe import Recipe, load_recipe
 DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-10-layers.yaml")
 
 
-def new_command(commands: argparse._SubParsersAction, name: str, text: str, examples: str) -> (  # type: ignore[type-arg]
-    argparse.ArgumentParser
-):
+def new_command(
+    commands: argparse._SubParsersAction, name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
     """A command's parser.
 
     Args:

@@ -11,7 +11,7 @@ _EXAMPLES = """\
 """
 
 
-def add(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     text = "a run beside the same training without a teacher"
     parser = new_command(commands, "compare", text, _EXAMPLES)

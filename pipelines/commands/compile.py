@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from flagscale.errors import UserError
 from pipelines.commands.arguments import add_platform, add_recipe, new_command, read_recipe
 from pipelines.compiling import compile_manifests, compile_recipe
 from pipelines.platform import load_platform
@@ -13,8 +14,8 @@ _EXAMPLES = """\
 
   python -m pipelines compile mine.yaml --platform my-cluster.yaml -o mine-on-my-cluster.yaml
 
-  python -m pipelines compile mine.yaml --format kubernetes --namespace ml -o mine.yaml && kubectl apply -f mine.yaml
-      for a KFP that keeps pipelines as Kubernetes objects
+  python -m pipelines compile mine.yaml --format kubernetes --namespace ml -o objects.yaml
+      for a KFP that keeps pipelines as Kubernetes objects: kubectl apply -f objects.yaml
 
 environment:
   FLAGSCALE_REGISTRY    where the release's images were pushed
@@ -23,7 +24,7 @@ environment:
 """
 
 
-def add(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     parser = new_command(commands, "compile", "write the pipeline for Kubeflow", _EXAMPLES)
     add_recipe(parser)
@@ -51,4 +52,9 @@ def work(arguments: argparse.Namespace) -> str:
     if arguments.format == "kubernetes":
         written = compile_manifests(recipe, platform, output, arguments.namespace)
         return f"wrote {written}: kubectl apply -f {written}"
+    if arguments.namespace is not None:
+        raise UserError(
+            f"--namespace {arguments.namespace}: only --format kubernetes writes a namespace; a "
+            "client or the UI chooses it when the file is uploaded"
+        )
     return f"wrote {compile_recipe(recipe, platform, output)}"

@@ -18,7 +18,7 @@ environment:
 """
 
 
-def add(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     parser = new_command(commands, "run", "run the pipeline on this machine", _EXAMPLES)
     add_recipe(parser)

@@ -245,13 +245,6 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
 @pytest.mark.parametrize(
     ("parallelism", "batch", "resources", "message"),
     [
-        ({"processes": 4}, 4, {"accelerator_count": 2}, "processes=4 with accelerator_count=2"),
-        (
-            {"tensor_model_parallel_size": 4},
-            4,
-            {"accelerator_count": 2},
-            r"4 x 1 x 1 does not divide the 2 processes \(resources.nodes=1, 2 each\)",
-        ),
         (
             {"tensor_model_parallel_size": 2, "processes": 3},
             4,
@@ -278,6 +271,23 @@ def test_processes_that_cannot_share_the_training(parallelism, batch, resources,
     }
     with pytest.raises(UserError, match=message):
         parse_section(Recipe, values, where="recipe")
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        ({"processes": 4}, "processes=4 with accelerator_count=2"),
+        (
+            {"tensor_model_parallel_size": 4},
+            r"4 x 1 x 1 does not divide the 2 processes \(resources.nodes=1, 2 each\)",
+        ),
+    ],
+)
+def test_processes_that_a_pod_has_no_accelerators_for(parallelism, message) -> None:
+    training = {**MINIMAL["training"], "global_batch_size": 4, "parallelism": parallelism}
+    recipe = parse_section(Recipe, {**MINIMAL, "training": training}, where="recipe")
+    with pytest.raises(ValueError, match=message):
+        recipe.check_accelerators(2)
 
 
 def test_a_model_may_be_larger_than_a_node() -> None:
