@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/smollm2-135m-to-10-layers.yaml
 RUNS ?= runs
+PLATFORM ?= cpu-only
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -31,8 +32,8 @@ tiny: $(VENV)/.run build/tiny-teacher/config.json  ## the whole pipeline in two 
 mlflow: $(VENV)/.run  ## the MLflow UI over the runs on this machine
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
 
-compile: $(VENV)/.run  ## the pipeline as YAML for the KFP UI, in pipelines/compiled/
-	$(BIN)/python -m pipelines compile $(RECIPE) $(ARGS)
+compile: $(VENV)/.run  ## the pipeline as YAML for the KFP UI (RECIPE=..., PLATFORM=gke-h100), in build/
+	$(BIN)/python -m pipelines compile $(RECIPE) --platform $(PLATFORM) $(ARGS)
 
 test: $(VENV)/.test  ## all tests, on the CPU
 	$(BIN)/python -m pytest $(ARGS)
@@ -51,7 +52,7 @@ format: $(VENV)/.test  ## mend what ruff can mend
 
 docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML
 	$(BIN)/python -m components
-	$(BIN)/python -m pipelines compile
+	$(BIN)/python -m pipelines.golden
 
 parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of docs/parallelism.md
 	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/train/test_layouts.py

@@ -126,7 +126,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
     exported = export_student(
         export=values["export"], distilled=distilled, evaluation=results, **always
     )
-    placed.place(exported, "models", "Export student")
+    placed.place(exported, "models", "Export student", last=True)
 
 
 def source_version() -> str:

@@ -21,12 +21,12 @@ class Parameter:
 
     Attributes:
         name: as in the KFP UI.
-        default: text, whole number, mapping or list.
+        default: text, mapping or list.
         description: one line.
     """
 
     name: str
-    default: str | int | dict[str, Any] | list[Any]
+    default: str | dict[str, Any] | list[Any]
     description: str
 
 

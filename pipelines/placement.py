@@ -33,8 +33,10 @@ def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
         steps = type(platform.steps).model_fields[kind].description
         found.append(Parameter(f"{kind}_image", _image(platform, pods), f"image of {steps}"))
         if kind != "data":
+            # As text: KFP's driver takes an integer for nothing, and the pod gets no accelerators.
+            count = str(pods.accelerator_count)
             text = f"{pods.accelerator_type} a pod of {steps}"
-            found.append(Parameter(f"{kind}_accelerator_count", pods.accelerator_count, text))
+            found.append(Parameter(f"{kind}_accelerator_count", count, text))
         text = 'labels of the nodes, e.g. {"pool": "h100"}, of ' + str(steps)
         found.append(Parameter(f"{kind}_node_selector", dict(pods.node_selector), text))
         tolerations = [t.model_dump(exclude_none=True) for t in pods.tolerations]
@@ -95,7 +97,12 @@ class Placement:
             self._claim = _new_volume(platform)
 
     def place(
-        self, task: dsl.PipelineTask, kind: str, title: str, accelerators: bool = True
+        self,
+        task: dsl.PipelineTask,
+        kind: str,
+        title: str,
+        accelerators: bool = True,
+        last: bool = False,
     ) -> dsl.PipelineTask:
         """Give a task what its kind gets.
 
@@ -104,6 +111,7 @@ class Placement:
             kind: `data`, `models` or `training`.
             title: what the UI shows.
             accelerators: False for a task that works through others, e.g. a launcher.
+            last: whether the run is done with it, and MLflow's parent run too.
         """
         task.set_display_name(title)
         platform = self._platform
@@ -120,6 +128,8 @@ class Placement:
             backoff_factor=pods.retries.factor,
             backoff_max_duration=pods.retries.longest,
         )
+        if last:
+            task.set_env_variable("FLAGSCALE_LAST_STEP", "1")
         if pods.timeout_seconds is not None:
             kubernetes.set_timeout(task, pods.timeout_seconds)
         return task
@@ -145,9 +155,9 @@ class Placement:
             kubernetes.empty_dir_mount(
                 task,
                 "dshm",
-                "/dev/shm",
+                "/dev/shm",  # noqa: S108
                 medium="Memory",
-                size_limit=pods.shared_memory,  # noqa: S108
+                size_limit=pods.shared_memory,
             )
         if platform.shared is not None:
             task.set_env_variable("FLAGSCALE_SHARED", platform.shared.location)

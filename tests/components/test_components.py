@@ -8,7 +8,7 @@ import pytest
 from kfp.dsl.base_component import BaseComponent
 
 from components.__main__ import all_components, readme
-from components.image import VERSION, image
+from components.image import image
 
 FOUND = all_components()
 by_name = pytest.mark.parametrize(
@@ -65,11 +65,3 @@ def test_importing_components_and_pipelines_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_image_is_named_once_and_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLAGSCALE_IMAGE", raising=False)
-    assert image() == f"flagscale-distillation:{VERSION}-cpu"
-    assert image(accelerators=2) == f"flagscale-distillation:{VERSION}-gpu"
-    monkeypatch.setenv("FLAGSCALE_IMAGE", "registry.example/distil@sha256:0")
-    assert image() == image(1) == "registry.example/distil@sha256:0"

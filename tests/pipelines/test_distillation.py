@@ -4,19 +4,19 @@ from typing import Any
 import pytest
 import yaml
 from google.protobuf import json_format
-from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from components.image import image
+from components.image import VERSION, image
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
+from pipelines import golden
 from pipelines.__main__ import main
 from pipelines.compiling import compile_recipe
 from pipelines.distillation import SECTIONS, build_pipeline, source_version
+from pipelines.platform import Platform, load_platform
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = ROOT / "recipes" / "smollm2-135m-to-10-layers.yaml"
-GOLDEN = ROOT / "pipelines" / "compiled" / "distillation.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -26,35 +26,25 @@ def recipe() -> Recipe:
 
 @pytest.fixture(autouse=True)
 def own_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLAGSCALE_IMAGE", raising=False)
+    for name in ("FLAGSCALE_REGISTRY", "FLAGSCALE_CPU_IMAGE", "FLAGSCALE_GPU_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
 
 
-def compiled(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(compile_recipe(recipe, folder / "p.yaml").read_text()))
+def compiled(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    path = compile_recipe(recipe, load_platform("gke-h100"), folder / "p.yaml")
+    return next(yaml.safe_load_all(path.read_text()))
 
 
-def test_the_compiled_pipeline_is_current(recipe: Recipe, tmp_path: Path) -> None:
-    fresh = compile_recipe(recipe, tmp_path / "p.yaml").read_text()
-    assert fresh == GOLDEN.read_text(), f"run: python -m pipelines compile {DEFAULT.name}"
-
-
-def test_a_cluster_would_take_it_strictly(recipe: Recipe, tmp_path: Path) -> None:
-    gpus = recipe.resources.model_copy(update={"accelerator_count": 2})
-    for candidate in (recipe, recipe.model_copy(update={"resources": gpus})):
-        spec, *platforms = compiled(candidate, tmp_path)
-        parsed = json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-        json_format.ParseDict(
-            json_format.MessageToDict(parsed.deployment_spec),
-            pipeline_spec_pb2.PipelineDeploymentConfig(),
-        )
-        for platform in platforms:
-            executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-            for executor in executors.values():
-                json_format.ParseDict(executor, KubernetesExecutorConfig())
+def test_what_is_compiled_in_the_repository_is_current(tmp_path: Path) -> None:
+    fresh = {path.name: path.read_text() for path in golden.write(tmp_path)}
+    kept = {path.name: path.read_text() for path in golden.FOLDER.glob("*.yaml")}
+    assert set(fresh) == set(kept), "run: make docs"
+    for name, text in fresh.items():
+        assert text == kept[name], f"{name}: run: make docs"
 
 
 def test_the_recipes_values_are_the_defaults(recipe: Recipe, tmp_path: Path) -> None:
-    spec = compiled(recipe, tmp_path)[0]
+    spec = compiled(recipe, tmp_path)
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     whole = recipe.model_dump(mode="json", exclude_none=True)
     for section in SECTIONS:
@@ -65,7 +55,7 @@ def test_the_recipes_values_are_the_defaults(recipe: Recipe, tmp_path: Path) -> 
 
 
 def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) -> None:
-    tasks = compiled(recipe, tmp_path)[0]["root"]["dag"]["tasks"]
+    tasks = compiled(recipe, tmp_path)["root"]["dag"]["tasks"]
     sections = {
         name: set(task["inputs"]["parameters"]) & set(SECTIONS) for name, task in tasks.items()
     }
@@ -85,29 +75,12 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
     assert tasks["distil-student"]["taskInfo"]["name"] == "Distil student"
 
 
-def test_resources_go_to_the_steps_that_run_models(recipe: Recipe, tmp_path: Path) -> None:
-    resources = recipe.resources.model_copy(
-        update={"accelerator_count": 8, "memory": "64G", "accelerator_type": "amd.com/gpu"}
-    )
-    spec = compiled(recipe.model_copy(update={"resources": resources}), tmp_path)[0]
-    executors = spec["deploymentSpec"]["executors"]
-    assert len(executors) == 6
-    data = executors.pop("exec-prepare-data")["container"]
-    assert data["image"] == image()
-    assert "resources" not in data
-    for executor in executors.values():
-        container = executor["container"]
-        assert container["image"] == image(accelerators=8)
-        asked = container["resources"]
-        assert asked["accelerator"]["resourceType"] == "amd.com/gpu"
-        assert asked["accelerator"]["resourceCount"] == "8"
-        assert asked["resourceMemoryLimit"] == asked["resourceMemoryRequest"] == "64G"
-
-
 def test_local_runs_see_the_code_and_compiled_ones_the_release(recipe: Recipe) -> None:
     assert source_version().startswith("sources ")
     assert source_version() == source_version()
-    inputs = build_pipeline(recipe, "x").pipeline_spec.root.input_definitions.parameters
+    inputs = build_pipeline(
+        recipe, code_version="x"
+    ).pipeline_spec.root.input_definitions.parameters
     assert inputs["code_version"].default_value.string_value == "x"
 
 
@@ -127,7 +100,41 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["run", str(DEFAULT), "--set", "training.lrr=1"]) == 2
     assert "did you mean 'lr'?" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"must end in \.yaml"):
-        compile_recipe(load_recipe(DEFAULT), tmp_path / "p.json")
+        compile_recipe(load_recipe(DEFAULT), Platform(), tmp_path / "p.json")
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "--set distillation.temperature=2" in capsys.readouterr().out
+
+
+def test_the_command_writes_kubernetes_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "objects.yaml"
+    command = ["compile", str(DEFAULT), "--format", "kubernetes", "--namespace", "ml"]
+    assert main([*command, "-o", str(output)]) == 0
+    assert "kubectl apply -f" in capsys.readouterr().out
+    pipeline, version = yaml.safe_load_all(output.read_text())
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert pipeline["metadata"] == {
+        "name": "distillation-smollm2-135m-to-10-layers",
+        "namespace": "ml",
+    }
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
+    json_format.ParseDict(version["spec"]["pipelineSpec"], pipeline_spec_pb2.PipelineSpec())
+    assert set(version["spec"]["platformSpec"]["platforms"]) == {"kubernetes"}
+    assert main([*command, "-o", str(output), "--set", "distillation.temperature=2"]) == 0
+    _, other = yaml.safe_load_all(output.read_text())
+    assert other["metadata"]["name"] != version["metadata"]["name"]
+
+
+def test_a_namespace_that_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", str(DEFAULT), "--namespace", "ml"]) == 2
+    assert "--namespace ml: only --format kubernetes" in capsys.readouterr().err
+
+
+def test_images_are_named_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert image(1) == f"flagscale-distillation:{VERSION}-gpu"
+    monkeypatch.setenv("FLAGSCALE_REGISTRY", "registry.example/ml/")
+    assert image() == f"registry.example/ml/flagscale-distillation:{VERSION}-cpu"
+    monkeypatch.setenv("FLAGSCALE_GPU_IMAGE", "other@sha256:1")
+    assert image(8) == "other@sha256:1"

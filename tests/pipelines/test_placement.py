@@ -1,0 +1,271 @@
+"""What the compiled YAML asks of a cluster, read back from it, against the platform files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe, load_recipe
+from pipelines import placement
+from pipelines.compiling import compile_recipe
+from pipelines.platform import FOLDER, Platform, Pods, load_platform
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+KINDS = {"prepare-data": "data", "leaderboard": "data"} | {"distil-student": "training"}
+
+
+class Compiled:
+    """A compiled pipeline: its two documents, and what a step's pod would get with the defaults."""
+
+    def __init__(self, path: Path) -> None:
+        self.spec, self.platform = yaml.safe_load_all(path.read_text())
+        self.executors: dict[str, Any] = self.spec["deploymentSpec"]["executors"]
+        executors = self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        self.kubernetes: dict[str, Any] = executors
+
+    def resolve(self, value: Any) -> Any:
+        """A literal, or the default of the pipeline parameter that it names."""
+        if isinstance(value, dict) and "componentInputParameter" in value:
+            return self.default(value["componentInputParameter"])
+        if isinstance(value, dict) and "runtimeValue" in value:
+            return value["runtimeValue"]["constant"]
+        if isinstance(value, str) and value.startswith("{{$.inputs.parameters['"):
+            return self.default(value.split("'")[1])
+        return value
+
+    def default(self, name: str) -> Any:
+        name = name.removeprefix("pipelinechannel--")
+        return self.spec["root"]["inputDefinitions"]["parameters"][name]["defaultValue"]
+
+
+def compiled(recipe: Recipe, platform: Platform, folder: Path) -> Compiled:
+    return Compiled(compile_recipe(recipe, platform, folder / "p.yaml"))
+
+
+def fits(recipe: Recipe, platform: Platform) -> bool:
+    """Whether the platform has what the recipe needs."""
+    try:
+        placement.check(platform, recipe)
+    except UserError:
+        return False
+    return True
+
+
+PAIRS = [
+    (recipe, platform)
+    for recipe in RECIPES
+    for platform in PLATFORMS
+    if fits(load_recipe(RECIPES[recipe]), load_platform(platform))
+]
+
+
+@pytest.fixture(params=PAIRS, ids="-on-".join)
+def pair(request: pytest.FixtureRequest) -> tuple[Recipe, Platform]:
+    recipe, platform = request.param
+    return load_recipe(RECIPES[recipe]), load_platform(platform)
+
+
+def test_every_platform_holds_the_default_recipe_and_every_recipe_has_a_platform() -> None:
+    assert {platform for recipe, platform in PAIRS if recipe == "tiny"} == set(PLATFORMS)
+    assert {recipe for recipe, _ in PAIRS} == set(RECIPES)
+
+
+def test_both_documents_parse_strictly(pair: tuple[Recipe, Platform], tmp_path: Path) -> None:
+    found = compiled(*pair, tmp_path)
+    parsed = json_format.ParseDict(found.spec, pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(
+        json_format.MessageToDict(parsed.deployment_spec),
+        pipeline_spec_pb2.PipelineDeploymentConfig(),
+    )
+    assert set(found.kubernetes) <= set(found.executors)
+    for executor in found.kubernetes.values():
+        json_format.ParseDict(executor, KubernetesExecutorConfig())
+
+
+def test_each_step_gets_what_the_platform_says(
+    pair: tuple[Recipe, Platform], tmp_path: Path
+) -> None:
+    recipe, platform = pair
+    found = compiled(recipe, platform, tmp_path)
+    steps = {k for k in found.executors if "createpvc" not in k}
+    assert {"exec-prepare-data", "exec-prepare-teacher", "exec-evaluate"} <= steps
+    for name in steps:
+        step = name.removeprefix("exec-")
+        kind = KINDS.get(step.removesuffix("-on-nodes"), "models")
+        pods: Pods = getattr(platform.steps, kind)
+        check_container(found, found.executors[name]["container"], step, pods, recipe)
+        check_pod(found, found.kubernetes[name], platform, pods)
+
+
+def check_container(
+    found: Compiled, container: dict[str, Any], step: str, pods: Pods, recipe: Recipe
+) -> None:
+    resources = container["resources"]
+    launcher = step.endswith("-on-nodes")
+    if not launcher:
+        assert resources["resourceCpuRequest"] == pods.cpu
+        assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"] == pods.memory
+    image = found.resolve(container["image"])
+    if step in ("prepare-data", "leaderboard") or launcher:
+        assert "accelerator" not in resources
+    else:
+        asked = resources["accelerator"]
+        count = pods.accelerator_count
+        if step == "distil-student" and recipe.resources.accelerator_count:
+            count = min(count, recipe.resources.accelerator_count)
+        assert asked["resourceType"] == pods.accelerator_type
+        # KFP's driver reads text only: an integer would be taken for nothing, silently.
+        assert found.resolve(asked["resourceCount"]) == str(count)
+        assert ("gpu" in image) == (count > 0)
+    assert ("gpu" in image) == (pods.accelerator_count > 0)
+
+
+def check_pod(found: Compiled, pod: dict[str, Any], platform: Platform, pods: Pods) -> None:
+    assert found.resolve(pod["nodeSelector"]["nodeSelectorJson"]) == pods.node_selector
+    (toleration,) = pod["tolerations"]
+    assert found.resolve(toleration["tolerationJson"]) == [
+        t.model_dump(exclude_none=True) for t in pods.tolerations
+    ]
+    assert pod.get("podMetadata", {}).get("labels", {}) == pods.all_labels
+    mounts = {mount["mountPath"]: mount for mount in pod["emptyDirMounts"]}
+    assert "/tmp" in mounts
+    shm = mounts.get("/dev/shm", {})
+    assert shm.get("sizeLimit") == pods.shared_memory
+    assert shm.get("medium") == ("Memory" if pods.shared_memory else None)
+    timeout = pod.get("activeDeadlineSeconds")
+    assert timeout == (str(pods.timeout_seconds) if pods.timeout_seconds else None)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert int(pod["securityContext"]["runAsUser"]) == platform.run_as_user != 0
+    assert pod["imagePullPolicy"] == platform.images.pull_policy
+    pulls = [found.resolve(s["secretNameParameter"]) for s in pod.get("imagePullSecret", [])]
+    assert pulls == list(platform.images.pull_secrets)
+    check_secrets(found, pod, platform)
+    check_volume(found, pod, platform)
+
+
+def check_secrets(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
+    asked = {
+        (found.resolve(secret["secretNameParameter"]), pair["secretKey"], pair["envVar"]): secret[
+            "optional"
+        ]
+        for secret in pod.get("secretAsEnv", [])
+        for pair in secret["keyToEnv"]
+    }
+    wanted = {
+        (secret.name, key, variable): secret.optional
+        for secret in platform.secrets
+        for key, variable in secret.env.items()
+    }
+    if platform.mlflow.secret:
+        name = platform.mlflow.secret
+        wanted[name, "tracking-uri", "MLFLOW_TRACKING_URI"] = False
+        wanted[name, "username", "MLFLOW_TRACKING_USERNAME"] = True
+        wanted[name, "password", "MLFLOW_TRACKING_PASSWORD"] = True
+    assert asked == wanted
+
+
+def check_volume(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
+    mounts = pod.get("pvcMount", [])
+    if platform.shared is None or platform.shared.url:
+        assert mounts == []
+        return
+    (mount,) = mounts
+    assert mount["mountPath"] == platform.shared.mount_path
+    if platform.shared.claim:
+        assert found.resolve(mount["pvcNameParameter"]) == platform.shared.claim
+    else:
+        output = mount["pvcNameParameter"]["taskOutputParameter"]
+        assert output == {"outputParameterKey": "name", "producerTask": "createpvc"}
+
+
+def test_retries_are_the_platforms(pair: tuple[Recipe, Platform], tmp_path: Path) -> None:
+    recipe, platform = pair
+    found = compiled(recipe, platform, tmp_path)
+    dags = [found.spec["root"], *found.spec["components"].values()]
+    tasks = {n: t for dag in dags for n, t in dag.get("dag", {}).get("tasks", {}).items()}
+    checked = 0
+    for name, task in tasks.items():
+        step = name.removesuffix("-on-nodes")
+        if name == "createpvc" or f"exec-{name}" not in found.executors:
+            continue
+        retries = getattr(platform.steps, KINDS.get(step, "models")).retries
+        policy = task["retryPolicy"]
+        assert policy["maxRetryCount"] == retries.count
+        assert policy["backoffDuration"] == retries.backoff
+        assert policy["backoffFactor"] == retries.factor
+        assert policy["backoffMaxDuration"] == retries.longest
+        checked += 1
+    assert checked >= 6
+
+
+def test_another_default_changes_nothing_else(tmp_path: Path) -> None:
+    platform = load_platform("gke-h100")
+    recipe = load_recipe(RECIPES["tiny"])
+    before = compile_recipe(recipe, platform, tmp_path / "a.yaml").read_text().splitlines()
+    pods = platform.steps.models.model_copy(update={"node_selector": {"pool": "other"}})
+    steps = platform.steps.model_copy(update={"models": pods})
+    other = platform.model_copy(update={"steps": steps})
+    after = compile_recipe(recipe, other, tmp_path / "b.yaml").read_text().splitlines()
+    changed = [(a.strip(), b.strip()) for a, b in zip(before, after, strict=True) if a != b]
+    assert changed == [("cloud.google.com/gke-accelerator: nvidia-h100-80gb", "pool: other")]
+
+    warmer = load_recipe(RECIPES["tiny"], ["distillation.temperature=3"])
+    after = compile_recipe(warmer, platform, tmp_path / "c.yaml").read_text().splitlines()
+    changed = [(a.strip(), b.strip()) for a, b in zip(before, after, strict=True) if a != b]
+    assert changed == [("temperature: 1.0", "temperature: 3.0")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "platform", "message"),
+    [
+        ("smollm2-135m-to-10-layers", ["resources.accelerator_count=8"], "gke-h100", "8 data-par"),
+        ("tiny", ["resources.nodes=2"], "cpu-only", "resources.nodes=2 needs a volume"),
+        (
+            "tiny",
+            ["training.parallelism.processes=2"],
+            "gke-h100",
+            "processes=2 with accelerator_count=1",
+        ),
+    ],
+)
+def test_a_platform_that_cannot_hold_it_is_refused(
+    recipe: str, overrides: list[str], platform: str, message: str, tmp_path: Path
+) -> None:
+    asked = load_recipe(RECIPES[recipe], overrides)
+    with pytest.raises(UserError, match=message):
+        compile_recipe(asked, load_platform(platform), tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: {training: {memroy: 8Gi}}", "did you mean 'memory'?"),
+        ("steps: {training: {memory: lots}}", "steps.training.memory='lots'"),
+        ("steps: {data: {accelerator_count: 1}}", "data.accelerator_count=1"),
+        ("shared: {}", "needs one of claim, create, url"),
+        ("shared: {claim: a, url: s3://b}", "needs one of claim, create, url"),
+        ("shared: {url: ftp://b}", "must start with s3://"),
+        ("secrets: [{name: a, env: {}}]", "secrets.0.env"),
+        ("run_as_user: 0", "run_as_user=0"),
+        ("steps: {models: {tolerations: [{operator: Exists, value: x}]}}", "takes no value"),
+        ("a: [", "not readable YAML"),
+    ],
+)
+def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_platform(path)
+    assert message in str(error.value)
+
+
+def test_an_unknown_platform_names_the_known() -> None:
+    with pytest.raises(UserError, match="known names: cpu-only, gke-h100, on-prem-a100"):
+        load_platform("gke-h200")
