@@ -19,6 +19,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
+from flagscale.recipe.sweep import SweepRecipe, Variant
 from flagscale.recipe.training import TrainingRecipe
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "Section",
     "SectionT",
     "StudentRecipe",
+    "SweepRecipe",
     "TeacherRecipe",
     "TrackingRecipe",
     "TrainingRecipe",
+    "Variant",
     "load_recipe",
     "parse_section",
 ]

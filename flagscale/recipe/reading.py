@@ -47,7 +47,7 @@ def parse_section(kind: type[SectionT], values: Any, where: str) -> SectionT:  #
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, item) for item in error.errors()]
+        lines = [explain(kind, item) for item in error.errors()]
         raise UserError("\n".join([f"{where}: {len(lines)} error(s)", *lines])) from None
 
 
@@ -80,7 +80,8 @@ def _is_float(text: str) -> bool:
     return True
 
 
-def _explain(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def explain(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    """A line about one wrong field: its value, and what would be right."""
     location = [part for part in item["loc"] if isinstance(part, str | int)]
     name = ".".join(str(part) for part in location) or "recipe"
     if item["type"] == "extra_forbidden":

@@ -13,6 +13,7 @@ from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
+from flagscale.recipe.sweep import SweepRecipe, Variant, variants, with_first_values
 from flagscale.recipe.training import TrainingRecipe
 
 
@@ -29,6 +30,7 @@ class Recipe(Section):
     export: ExportRecipe = ExportRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()
+    sweep: SweepRecipe | None = Field(None, description="Many trainings in one run; default: one")
 
     @model_validator(mode="before")
     @classmethod
@@ -37,6 +39,7 @@ class Recipe(Section):
         if not isinstance(values, dict):
             return values
         values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+        values = with_first_values(values)
         teacher = values.get("teacher")
         data = values.setdefault("data", {})
         export = values.setdefault("export", {})
@@ -66,6 +69,16 @@ class Recipe(Section):
                 "moe_aux_loss_coeff=0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> Recipe:
+        variants(self)
+        return self
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The sweep's variants, each a whole recipe; none without a sweep."""
+        return variants(self)
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:
