@@ -89,7 +89,7 @@ def test_the_command_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     overrides = ["--set", "distillation.temperature=3"]
     assert main(["compile", str(DEFAULT), "-o", str(output), *overrides]) == 0
     assert capsys.readouterr().out == f"wrote {output}\n"
-    spec = yaml.safe_load(output.read_text())
+    spec = next(yaml.safe_load_all(output.read_text()))
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["distillation"]["defaultValue"]["temperature"] == 3
 
