@@ -1,35 +1,49 @@
-# Image of the steps on NVIDIA GPUs. Build from the repository's root:
-#   docker build -f images/gpu.Dockerfile -t flagscale-distillation:0.1.0-gpu .
-# Both bases must have the CUDA major version of the torch in constraints.txt.
-ARG BUILD_BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
-ARG BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
+# Image of the steps on NVIDIA GPUs. `make images` builds it; images/README.md says how.
+# The base brings CUDA, NCCL, torch, triton and transformer-engine, built for one another: they stay.
+ARG PYTORCH_VERSION=25.12
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:${PYTORCH_VERSION}-py3
 
-FROM ${BUILD_BASE} AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends \
-        g++ git make ninja-build python3 python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/*
-RUN python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
+FROM ${BASE_IMAGE} AS build
+ARG EXTRAS=""
+ARG PIP_NO_CACHE_DIR=1
+# The base's own pins (PIP_CONSTRAINT) are of a year before the lock; ours hold, but for its torch.
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/venv/bin/python \
+    PIP_CONSTRAINT=/tmp/lock/constraints.txt
+RUN python3 -m venv --without-pip --system-site-packages /opt/venv
 WORKDIR /src
-COPY constraints.txt teacher-requirements.txt ./
-RUN pip install --constraint constraints.txt torch setuptools wheel pybind11
-COPY pyproject.toml README.md LICENSE ./
+COPY images/requirements.py images/build-constraints.txt images/
+COPY pyproject.toml constraints.txt teacher-requirements.txt ./
+RUN python3 images/requirements.py /tmp/lock --keep-base --extras gpu $EXTRAS
+RUN pip install --no-compile --requirement /tmp/lock/requirements.txt \
+    && pip install --no-compile --no-deps --require-hashes --requirement teacher-requirements.txt
+# A torch in the environment would hide the base's; another transformer-engine is not Megatron-Core's.
+COPY images/prune.sh images/check_base.py images/
+RUN sh images/prune.sh /opt/venv \
+    && /opt/venv/bin/python images/check_base.py \
+    && echo /opt/flagscale > "$(/opt/venv/bin/python -c \
+        'import sysconfig; print(sysconfig.get_path("purelib"))')/flagscale.pth" \
+    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
+FROM build AS project
+COPY README.md LICENSE ./
 COPY flagscale flagscale
 COPY components components
 COPY pipelines pipelines
-# Transformer Engine compiles against the torch that is installed: no isolated build.
-RUN pip install --constraint constraints.txt --no-build-isolation '.[gpu]' \
-    && pip install --no-deps --require-hashes --requirement teacher-requirements.txt
+RUN pip install --no-deps --no-compile --target /opt/flagscale . \
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/flagscale
 
-FROM ${BASE}
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ python3 python3-dev \
-    && rm -rf /var/lib/apt/lists/*
+# NVIDIA's image keeps its compiler: Triton and transformer-engine compile kernels as they run.
+FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
-# Ubuntu's image has a user with this number already.
-RUN id 1000 >/dev/null 2>&1 || useradd --uid 1000 --create-home distil
-USER 1000
+COPY --from=project /opt/flagscale /opt/flagscale
+# Ubuntu's image has a user with this number already; its name does not matter.
+RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --no-create-home --home-dir /tmp distil
+USER 1000:1000
 WORKDIR /tmp
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp USER=distil
+ARG VERSION=""
+ARG SOURCES=""
+LABEL org.opencontainers.image.title="flagscale-distillation, steps on NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      flagscale.sources="${SOURCES}"
