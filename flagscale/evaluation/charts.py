@@ -58,6 +58,8 @@ _LOSSES = {  # key of training.jsonl -> label and role
     "intermediate distillation loss": ("intermediate loss", "teacher"),
 }
 _MOST_DUMBBELLS = 120
+_LONGEST_NAME = 60  # characters beside an axis
+_SIZE = (4.3, 2.7)  # inches; half the page
 
 Log = Sequence[Mapping[str, float]]
 
@@ -142,6 +144,52 @@ def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
     return _chart("documents", "KL to the teacher, document by document", text, draw)
 
 
+def ranking(
+    names: Sequence[str],
+    intervals: Sequence[Mapping[str, float]],
+    roles: Sequence[str],
+    label: str,
+    percent: bool = False,
+) -> Chart:
+    """A figure of several models with its intervals, one below the other.
+
+    Args:
+        names: of the models, the first at the top.
+        intervals: value, low, high of each.
+        roles: colour of each: `after`, `before` or `muted`.
+        label: of the axis.
+        percent: whether the figure is a share, shown in percent.
+    """
+    scale = 100 if percent else 1
+    value, low, high = (
+        np.array([interval[key] * scale for interval in intervals])
+        for key in ("value", "low", "high")
+    )
+
+    def draw(axes: Axes) -> None:
+        y = -np.arange(len(names))
+        for i, role in enumerate(roles):
+            axes.plot([low[i], high[i]], [y[i], y[i]], color=_ROLES[role], linewidth=2)
+            axes.plot(value[i], y[i], "o", color=_ROLES[role], markersize=6)
+        axes.set_yticks(y, [_shortened(name) for name in names])
+        axes.set_ylim(-len(names) + 0.4, 0.6)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(label)
+        axes.margins(x=0.06)
+
+    text = "; ".join(
+        f"{name} {v:.3g} ({lo:.3g} to {hi:.3g})"
+        for name, v, lo, hi in zip(names, value, low, high, strict=True)
+    )
+    size = (7.6, 0.75 + 0.27 * len(names))
+    return _chart("ranking", f"{label}, best first", f"{text}.", draw, size)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
 def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
     points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
     return [p[0] for p in points], [p[1] for p in points]
@@ -158,9 +206,15 @@ def _describe(log: Log, keys: Sequence[str], name: str) -> str:
     return f"{name}: {'; '.join(parts)}." if parts else ""
 
 
-def _chart(name: str, title: str, description: str, draw: Callable[[Axes], None]) -> Chart:
+def _chart(
+    name: str,
+    title: str,
+    description: str,
+    draw: Callable[[Axes], None],
+    size: tuple[float, float] = _SIZE,
+) -> Chart:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.3, 2.7), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         if not axes.get_xlabel():

@@ -79,16 +79,16 @@ def compare(a: Path, b: Path, names: tuple[str, str] = ("A", "B")) -> Comparison
             f"names {names[0]!r} and {names[1]!r}: must differ from each other, from 'Teacher' and "
             "from 'Student before'"
         )
-    metrics_a, fidelity_a = _read(a)
-    metrics_b, fidelity_b = _read(b)
-    _check_same(a, b, metrics_a, metrics_b, fidelity_a, fidelity_b)
+    metrics_a, fidelity_a = read_evaluation(a)
+    metrics_b, fidelity_b = read_evaluation(b)
+    check_same(a, b, metrics_a, metrics_b, fidelity_a, fidelity_b)
     sums = {
         "Teacher": fidelity_a.sums[TEACHER],
         "Student before": fidelity_a.sums[BEFORE],
         names[0]: fidelity_a.sums[AFTER],
         names[1]: fidelity_b.sums[AFTER],
     }
-    if not _close(fidelity_a.sums[BEFORE], fidelity_b.sums[BEFORE]):
+    if not is_same_model(fidelity_a.sums[BEFORE], fidelity_b.sums[BEFORE]):
         del sums["Student before"]  # they started from different students
     both = Fidelity(fidelity_a.documents, fidelity_a.tokens_d, sums)
     found = estimates(both, metrics_a["bootstrap_samples"], metrics_a["seed"])
@@ -127,14 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Fidelity]:
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], Fidelity]:
+    """The figures of an evaluation artifact, and its sums per document.
+
+    Raises:
+        UserError: it is none, or is damaged.
+    """
     open_artifact(folder, "evaluation")
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     with (folder / PER_DOCUMENT).open(encoding="utf-8") as lines:
         return metrics, read_rows([json.loads(line) for line in lines])
 
 
-def _check_same(
+def check_same(
     a: Path,
     b: Path,
     metrics_a: Mapping[str, Any],
@@ -142,6 +147,11 @@ def _check_same(
     fidelity_a: Fidelity,
     fidelity_b: Fidelity,
 ) -> None:
+    """Refuse evaluations that cannot be compared.
+
+    Raises:
+        UserError: they are not of the same documents, windows and teacher.
+    """
     if fidelity_a.documents != fidelity_b.documents:
         shared = len({*fidelity_a.documents} & {*fidelity_b.documents})
         raise UserError(
@@ -154,11 +164,11 @@ def _check_same(
             f"{a} was measured with data.seq_length={metrics_a['seq_length']}, {b} with "
             f"{metrics_b['seq_length']}: they must be equal"
         )
-    if not _close(fidelity_a.sums[TEACHER], fidelity_b.sums[TEACHER]):
+    if not is_same_model(fidelity_a.sums[TEACHER], fidelity_b.sums[TEACHER]):
         raise UserError(f"{a} and {b} have different teachers: their KLs cannot be compared")
 
 
-def _close(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+def is_same_model(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     """Whether these are figures of one model, measured on perhaps different machines."""
     return all(np.allclose(a[f], b[f], rtol=1e-3, atol=1) for f in FIGURES)
 

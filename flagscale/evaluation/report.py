@@ -137,8 +137,8 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     tiles.append(
         {
             "label": "Parameters",
-            "before": _count(data.parameters[TEACHER]),
-            "after": _count(data.parameters[AFTER]),
+            "before": count(data.parameters[TEACHER]),
+            "after": count(data.parameters[AFTER]),
             "note": f"{100 * share:.0f}% of the teacher's",
         }
     )
@@ -154,7 +154,7 @@ def _model_rows(data: ReportData) -> list[dict[str, Any]]:
             value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
             interval = "by definition" if itself else f"{low} to {high}"
             cells.append({"label": shown.label, "value": value, "interval": interval})
-        size = f"{data.layers[model]} layers, {_count(data.parameters[model])}"
+        size = f"{data.layers[model]} layers, {count(data.parameters[model])}"
         rows.append({"key": model, "name": LABELS[model], "size": size, "cells": cells})
     return rows
 
@@ -225,7 +225,8 @@ def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
-def _count(parameters: int) -> str:
+def count(parameters: int) -> str:
+    """`135M`, `1.2B`."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if parameters >= size:
             return f"{parameters / size:.3g}{unit}"

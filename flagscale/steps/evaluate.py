@@ -104,7 +104,11 @@ def evaluate(
         )
         _write(staging.path, metrics, fidelity, html)
         staging.tokenizer_hash = manifests["dataset"].tokenizer_hash
-        staging.facts = {"metrics": metrics, "generations": generations}
+        staging.facts = {
+            "metrics": metrics,
+            "generations": generations,
+            "measured": _measured(manifests),
+        }
         scalars = _scalars(metrics)
         run.log_metrics(scalars)
         for name in (REPORT, METRICS, PER_DOCUMENT):
@@ -176,6 +180,16 @@ def _run_models(
             )
         parameters = {m: sum(p.numel() for p in model.parameters()) for m, model in models.items()}
     return fidelity, written, parameters
+
+
+def _measured(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """What the student is and how it was trained: by it a sweep knows which variant this is."""
+    return {
+        "recipe": manifests[BEFORE].recipe | manifests[AFTER].recipe,
+        "training": {
+            name: value for name, value in manifests[AFTER].facts.items() if name != "seq_length"
+        },
+    }
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:

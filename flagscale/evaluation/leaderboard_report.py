@@ -1,0 +1,126 @@
+"""A leaderboard as one HTML page that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from flagscale.evaluation import charts
+from flagscale.evaluation.figures import SHOWN
+from flagscale.evaluation.leaderboard import Leaderboard, Row
+from flagscale.evaluation.report import count
+
+_ROLES = {"best": "after", "equal": "after", "not clear": "muted", "worse": "before"}
+
+
+def render(board: Leaderboard) -> str:
+    """The page as HTML. The same leaderboard gives the same bytes."""
+    environment = Environment(
+        loader=PackageLoader("flagscale.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metric = SHOWN[board.metric]
+    return environment.get_template("leaderboard.html.j2").render(
+        headline=headline(board),
+        subtitle=_subtitle(board),
+        tiles=_tiles(board),
+        metric=metric,
+        columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
+        rows=[_cells(row, board) for row in board.rows],
+        references=[
+            {"name": name, "cells": _figures(figures)} for name, figures in board.references.items()
+        ],
+        chart=charts.ranking(
+            [row.name for row in board.rows],
+            [row.figures[board.metric] for row in board.rows],
+            [_ROLES.get(row.verdict, "muted") for row in board.rows],
+            metric.label + (", % of tokens" if metric.percent else ", nats a token"),
+            metric.percent,
+        ),
+        board=board,
+    )
+
+
+def headline(board: Leaderboard) -> str:
+    """The outcome in one sentence, which claims no more than the intervals allow."""
+    metric, best = SHOWN[board.metric], board.winner
+    close = _not_worse(board)
+    value = metric.text(best.figures[board.metric]["value"])
+    said = f"{best.name}: {metric.label} {value}"
+    if not close:
+        return f"{said}, the best of {len(board.rows)} variants"
+    if len(close) == 1:
+        return f"{said}, first, but not clearly ahead of {close[0].name}"
+    return f"{said}, first, but not clearly ahead of {len(close)} others"
+
+
+def _not_worse(board: Leaderboard) -> list[Row]:
+    """Other variants that the figures do not tell from the winner."""
+    return [row for row in board.rows[1:] if row.verdict != "worse"]
+
+
+def _subtitle(board: Leaderboard) -> str:
+    return (
+        f"{len(board.rows)} variants of one recipe, which share teacher and data. Measured on "
+        f"{board.documents:,} held-out documents, {board.tokens:,} tokens."
+    )
+
+
+def _tiles(board: Leaderboard) -> list[dict[str, str]]:
+    metric, best, last = SHOWN[board.metric], board.winner, board.rows[-1]
+    interval = best.figures[board.metric]
+    sizes = [row.parameters for row in board.rows]
+    return [
+        {
+            "label": f"Best {metric.label}",
+            "value": metric.text(interval["value"]),
+            "note": f"{metric.text(interval['low'])} to {metric.text(interval['high'])}",
+        },
+        {
+            "label": f"Last {metric.label}",
+            "value": metric.text(last.figures[board.metric]["value"]),
+            "note": last.name,
+        },
+        {
+            "label": "Not clearly worse",
+            "value": f"{len(_not_worse(board))} of {len(board.rows) - 1}",
+            "note": "other variants, paired by document",
+        },
+        {
+            "label": "Parameters of the best",
+            "value": count(best.parameters),
+            "note": f"of {count(min(sizes))} to {count(max(sizes))}",
+        },
+    ]
+
+
+def _cells(row: Row, board: Leaderboard) -> dict[str, Any]:
+    metric = SHOWN[board.metric]
+    difference = row.difference[board.metric]
+    value, low, high = (metric.text(difference[x], signed=True) for x in ("value", "low", "high"))
+    best = row.verdict == "best"
+    return {
+        "rank": row.rank,
+        "number": row.number,
+        "name": row.name,
+        "role": {"best": "distilled", "worse": "student"}.get(row.verdict, "teacher"),
+        "size": f"{count(row.parameters)} parameters, {row.tokens_per_second:,.0f} tokens/s",
+        "cells": _figures(row.figures),
+        "difference": "" if best else value,
+        "interval": "" if best else f"{low} to {high}".replace(" points", ""),
+        "verdict": row.verdict,
+    }
+
+
+def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
+    cells = []
+    for key, shown in SHOWN.items():
+        value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
+        interval = "" if low == high else f"{low} to {high}"
+        cells.append({"label": shown.label, "value": value, "interval": interval})
+    return cells
