@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from flagscale.artifacts import write_json
+from flagscale.secrets import mask
 
 FOLDER_VARIABLE = "FLAGSCALE_STEP_FOLDER"  # where a step leaves its notes, if set
 RUNNER_VARIABLE = "FLAGSCALE_RUNNER"  # the runner's `this_process()`: a step ends with its runner
@@ -41,7 +42,7 @@ def note_process() -> None:
 
 def note_error(step: str, message: str) -> None:
     """Tell the runner why this step ends."""
-    _note("error.json", {"step": step, "message": message})
+    _note("error.json", {"step": step, "message": mask(message)})
 
 
 def read_process(folder: Path) -> str | None:

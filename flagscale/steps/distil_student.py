@@ -132,7 +132,7 @@ def _train(
     if distillation.loss != "none":
         args = with_teacher(args, paths.teacher, distillation)
     with (
-        _tracked(recipe) as run,
+        _tracked(recipe, f"{paths.checkpoints}/{folder.name}") as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
     ):
@@ -181,12 +181,12 @@ def _fingerprint(recipe: dict[str, dict[str, object]], parents: dict[str, Manife
 
 
 @contextmanager
-def _tracked(recipe: dict[str, dict[str, object]]) -> Iterator[tracking.StepRun]:
+def _tracked(recipe: dict[str, dict[str, object]], training: str) -> Iterator[tracking.StepRun]:
     """The step's run on the first rank; elsewhere one that tells nobody."""
     if not launch.is_first_rank():
         yield tracking.StepRun(None, None)
         return
-    with tracking.step_run("distil-student", recipe) as run:
+    with tracking.step_run("distil-student", recipe, training) as run:
         yield run
 
 

@@ -34,6 +34,8 @@ class _Observers:
     def __init__(self, progress: Progress, run: tracking.StepRun, state: TrainingState) -> None:
         """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
         self._progress, self._run = progress, run
+        if state.step:
+            run.mark_resumed()
         for record in state.training:
             self._log("train", record)
         for record in state.validation:

@@ -293,7 +293,7 @@ def test_a_silent_server_is_refused_within_seconds(
     silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = silent_server
-    monkeypatch.setitem(tracking._HTTP_LIMITS_AT_START, "MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setitem(tracking.server._HTTP_LIMITS_AT_START, "MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     begin = time.monotonic()
     with pytest.raises(UserError, match="no usable tracking server"):
         tracking.connect(RECIPE, tmp_path)
@@ -325,7 +325,7 @@ def test_a_server_that_goes_away_does_not_stop_a_step(caplog: pytest.LogCaptureF
 def test_figures_wait_for_a_server_that_comes_back(
     runs: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(tracking.run, "_PAUSE_SECONDS", 0.1)
     with tracking.pipeline_run(RECIPE, runs) as run:
         sent, fail = client.log_batch, [True]
 

@@ -1,0 +1,141 @@
+"""The parent run that this machine's runner makes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flagscale.processes import is_alive
+from flagscale.secrets import hide_in_urls
+from flagscale.tracking.names import CACHED_TAG, PARENT_TAG, PROCESS_TAG, here
+from flagscale.tracking.run import StepRun, truthful_status
+from flagscale.tracking.server import children_of, connect, find_run, unusable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from flagscale.recipe import Recipe
+
+
+@contextmanager
+def pipeline_run(recipe: Recipe, runs: Path) -> Iterator[PipelineRun]:
+    """Track a pipeline run: the parent of its steps' runs.
+
+    Args:
+        recipe: resolved; becomes the run's parameters and its artifact `recipe.yaml`.
+        runs: folder of `mlflow.db` and `mlartifacts/`, used unless `MLFLOW_TRACKING_URI` is set.
+
+    Raises:
+        UserError: the tracking server does not answer, or refuses, within seconds.
+    """
+    run = _start(recipe, runs)
+    with truthful_status(run):
+        yield run
+
+
+class PipelineRun(StepRun):
+    """The parent run, with what only the pipeline's runner does.
+
+    Attributes:
+        uri: of the tracking server or database, without a password: to be shown.
+        experiment_id: MLflow's id of the experiment.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, uri: str) -> None:
+        super().__init__(client, run_id)
+        self.uri = hide_in_urls(uri)
+        self.experiment_id = experiment_id
+        self._whole_uri = uri
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that make a step's process attach to this run."""
+        return {
+            "MLFLOW_TRACKING_URI": self._whole_uri,
+            "MLFLOW_EXPERIMENT_ID": self.experiment_id,
+            "MLFLOW_RUN_ID": self._id,
+        }
+
+    def newest_child(self, name: str) -> str | None:
+        """Id of the step's run, None if it has none."""
+        found: list[str] = []
+
+        def search(client: MlflowClient) -> None:
+            query = f"tags.`{PARENT_TAG}` = '{self._id}' and attributes.run_name = '{name}'"
+            runs = client.search_runs([self.experiment_id], query, max_results=1)
+            found.extend(run.info.run_id for run in runs)
+
+        self._call("a search", search)
+        return found[0] if found else None
+
+    def reuse(self, name: str, original_run_id: str | None, metrics: Mapping[str, float]) -> None:
+        """Add a child for a step whose result came from the cache, so that runs compare.
+
+        Args:
+            name: of the step.
+            original_run_id: the run that did the work, if known: its parameters and last figures
+                are repeated here.
+            metrics: figures to show when that run is unknown or gone.
+        """
+        self._call("a reused step", lambda c: _copy_run(c, self, name, original_run_id, metrics))
+
+    def finish(self, status: str) -> None:
+        """Also end children that could not do so themselves (killed with -9, server away)."""
+
+        def end_children(client: MlflowClient) -> None:
+            for run in children_of(client, self.experiment_id, self._id):
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, status)
+
+        self._call("children's status", end_children)
+        super().finish(status)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _start(recipe: Recipe, runs: Path) -> PipelineRun:
+    uri, client, experiment_id = connect(recipe, runs)
+    try:
+        _end_dead_runs(client, experiment_id)
+        tags = {PROCESS_TAG: here()}
+        run_id = client.create_run(experiment_id, run_name=recipe.name, tags=tags).info.run_id
+    except Exception as error:  # MLflow and its databases raise many kinds
+        raise unusable(uri, error) from error
+    run = PipelineRun(client, run_id, experiment_id, uri)
+    run.log_params(recipe.model_dump(mode="json"))
+    run.log_text(recipe_yaml(recipe), "recipe.yaml")
+    return run
+
+
+def _end_dead_runs(client: MlflowClient, experiment_id: str) -> None:
+    """Mark as KILLED the runs whose process, on this machine, ended without saying so."""
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        host, _, process = run.data.tags.get(PROCESS_TAG, "").partition(":")
+        if host == socket.gethostname() and not is_alive(process):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _copy_run(
+    client: MlflowClient,
+    parent: PipelineRun,
+    name: str,
+    original_run_id: str | None,
+    metrics: Mapping[str, float],
+) -> None:
+    """A finished child with the parameters and the last figures of the run that did the work."""
+    tags = {PARENT_TAG: parent._id, CACHED_TAG: original_run_id or "unknown"}
+    copy = client.create_run(parent.experiment_id, run_name=name, tags=tags)
+    child = StepRun(client, copy.info.run_id)
+    original = find_run(client, original_run_id)
+    if original is not None:
+        child.log_params(original.data.params)
+    child.log_metrics(original.data.metrics if original is not None else metrics)
+    child.finish("FINISHED")

@@ -1,0 +1,181 @@
+"""The tracking server: reaching it within seconds, its experiments, what is sent to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagscale.errors import UserError
+from flagscale.secrets import hide_in_urls, split_credentials
+from flagscale.tracking.names import first_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from flagscale.recipe import Recipe
+
+DEFAULT_EXPERIMENT = "flagscale-distillation"
+
+_PARAMS_A_BATCH = 100
+_HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+_HTTP_LIMITS_AT_START = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+UPLOAD_TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300"}
+
+
+def connect(recipe: Recipe, runs: Path) -> tuple[str, MlflowClient, str]:
+    """Reach the tracking server and the recipe's experiment.
+
+    Returns:
+        The server's URI, a client, and the experiment's id.
+
+    Raises:
+        UserError: the server does not answer, or refuses, within seconds.
+    """
+    uri = tracking_uri() or f"sqlite:///{runs.absolute()}/mlflow.db"
+    store = runs.absolute() / "mlartifacts" if uri.startswith("sqlite:") else None
+    try:
+        with environment(_HTTP_LIMITS_AT_START):
+            client = make_client(uri)
+            return uri, client, find_experiment(client, recipe.tracking.experiment, store)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow and its databases raise many kinds
+        raise unusable(uri, error) from error
+
+
+def tracking_uri() -> str | None:
+    """`MLFLOW_TRACKING_URI`; a web server's credentials move out of it, into their own variables.
+
+    MLflow puts the whole URI into its errors, and people into their notes.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and uri.startswith(("http://", "https://")):
+        uri, user, password = split_credentials(uri)
+        if user is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+            os.environ.setdefault("MLFLOW_TRACKING_USERNAME", user)
+            os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", password or "")
+    return uri or None
+
+
+def unusable(uri: str, error: Exception) -> UserError:
+    """The error for a server that cannot be tracked to."""
+    return UserError(
+        f"MLFLOW_TRACKING_URI={hide_in_urls(uri)}: no usable tracking server there: "
+        f"{first_line(error)}; start one, or unset the variable to track into a file"
+    )
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client that gives up on a silent server within half a minute."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in _HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for noisy in ("mlflow.store.db.utils", "alembic"):  # a new database tells of its tables
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def find_experiment(client: MlflowClient, name: str, store: Path | None = None) -> str:
+    """Id of the experiment, which is made if there is none.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(
+                name, artifact_location=store.as_uri() if store else None
+            )
+        except MlflowException:  # another run has just made it
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment={name!r} was deleted in MLflow: restore it there, or name another"
+        )
+    return found.experiment_id
+
+
+def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 - mlflow's Run
+    """The run, None if this server has none of that id."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException:  # another server, or deleted
+        return None
+
+
+def children_of(client: MlflowClient, experiment_id: str, parent: str) -> list[Any]:
+    """The runs of the steps below a pipeline's run."""
+    query = f"tags.`mlflow.parentRunId` = '{parent}'"
+    return list(client.search_runs([experiment_id], query))
+
+
+def send_params(client: MlflowClient, run_id: str, flat: Mapping[str, str]) -> None:
+    """In as many requests as the server asks for."""
+    from mlflow.entities import Param
+
+    params = [Param(name, value) for name, value in flat.items()]
+    for start in range(0, len(params), _PARAMS_A_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_A_BATCH])
+
+
+def send_metrics(
+    client: MlflowClient, run_id: str, batch: list[tuple[str, float, int, int]]
+) -> None:
+    """Points of curves: name, value, time (ms), step."""
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(*point) for point in batch])
+
+
+def send_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
+    """Store a folder as the next version of a registered model; gives its `models:/` URI."""
+    from mlflow.exceptions import MlflowException
+
+    client.log_artifacts(run_id, str(folder), "model")
+    try:
+        client.create_registered_model(name)
+    except MlflowException:  # there is one: this becomes its next version
+        client.get_registered_model(name)
+    source = f"runs:/{run_id}/model"
+    version = client.create_model_version(name, source, run_id, await_creation_for=0).version
+    return f"models:/{name}/{version}"
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that hold inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

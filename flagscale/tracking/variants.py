@@ -1,0 +1,30 @@
+"""A sweep's variants in MLflow: a child of the sweep's run each, to be compared and plotted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale.tracking.step import step_run
+
+VARIANT_TAG = "flagscale.variant"
+WINNER_TAG = "flagscale.winner"
+
+
+def log_variants(board: Mapping[str, Any]) -> None:
+    """Add a finished child for each variant: what varies as parameters, its figures as metrics.
+
+    Select them with `tags."flagscale.variant" != ""` for MLflow's table and parallel coordinates;
+    the steps' runs, which have the curves, stay beside them.
+
+    Args:
+        board: the content of leaderboard.json.
+    """
+    for place, row in enumerate(board["rows"]):
+        with step_run(row["name"], row["changes"]) as run:
+            run.set_tag(VARIANT_TAG, row["name"])
+            if place == 0:
+                run.set_tag(WINNER_TAG, "true")
+            figures = {name: interval["value"] for name, interval in row["figures"].items()}
+            sizes = {name: float(row[name]) for name in ("rank", "parameters", "tokens_per_second")}
+            run.log_metrics(figures | sizes)
