@@ -18,6 +18,7 @@ from flagscale.evaluation.bootstrap import Estimate
 from flagscale.evaluation.compare import check_same
 from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, differences, estimates, verdict
+from flagscale.recipe.sweep import describe
 
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
@@ -214,14 +215,11 @@ def _intervals(figures: Mapping[str, Estimate], confidence: float) -> dict[str, 
 
 def _references(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
     """Name and key of the teacher, and of each student as it was before training."""
-    origins: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        origins.setdefault(candidate.origin, []).append(candidate)
+    origins = {candidate.origin: candidate for candidate in candidates}
     names = [("Teacher", TEACHER)]
-    for origin, same in origins.items():
-        name = "Before training"
-        if len(origins) > 1:
-            name += f" ({', '.join(str(candidate.number) for candidate in same)})"
+    for origin, one in origins.items():
+        made = {f: value for f, value in one.changes.items() if f.startswith("student.")}
+        name = f"Before training, {describe(made)}" if len(origins) > 1 else "Before training"
         names.append((name, origin))
     return names
 

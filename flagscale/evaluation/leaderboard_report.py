@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.evaluation import charts
+from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import SHOWN
 from flagscale.evaluation.leaderboard import Leaderboard, Row
 from flagscale.evaluation.report import count
@@ -30,10 +31,10 @@ def render(board: Leaderboard) -> str:
         subtitle=_subtitle(board),
         tiles=_tiles(board),
         metric=metric,
-        columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
+        columns=[(SHOWN[key].label, SHOWN[key].meaning) for key in _keys(board)],
         rows=[_cells(row, board) for row in board.rows],
         references=[
-            {"name": name, "cells": _figures(figures)} for name, figures in board.references.items()
+            {"name": name, "cells": _figures(figures, board)} for name, figures in board.references.items()
         ],
         chart=charts.ranking(
             [row.name for row in board.rows],
@@ -110,16 +111,24 @@ def _cells(row: Row, board: Leaderboard) -> dict[str, Any]:
         "name": row.name,
         "role": {"best": "distilled", "worse": "student"}.get(row.verdict, "teacher"),
         "size": f"{count(row.parameters)} parameters, {row.tokens_per_second:,.0f} tokens/s",
-        "cells": _figures(row.figures),
+        "cells": _figures(row.figures, board),
         "difference": "" if best else value,
         "interval": "" if best else f"{low} to {high}".replace(" points", ""),
         "verdict": row.verdict,
     }
 
 
-def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
+def _keys(board: Leaderboard) -> list[str]:
+    """The deciding figure, then the others; the perplexity says what the LM loss says."""
+    return [board.metric, *(key for key in FIGURES if key != board.metric)]
+
+
+def _figures(
+    figures: Mapping[str, Mapping[str, float]], board: Leaderboard
+) -> list[dict[str, str]]:
     cells = []
-    for key, shown in SHOWN.items():
+    for key in _keys(board):
+        shown = SHOWN[key]
         value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
         interval = "" if low == high else f"{low} to {high}"
         cells.append({"label": shown.label, "value": value, "interval": interval})

@@ -35,7 +35,10 @@ def candidate(fidelity_of: FidelityOf) -> Callable[..., Candidate]:
         return Candidate(
             number=number,
             name=f"temperature={number}.0",
-            changes={"distillation.temperature": f"{number}.0"},
+            changes={
+                "student.ffn_hidden_size": str(parameters),
+                "distillation.temperature": f"{number}.0",
+            },
             origin=str(parameters),
             metrics=metrics,
             fidelity=fidelity,
@@ -98,9 +101,9 @@ def test_a_tie_goes_to_the_smaller_student_then_to_the_first(candidate: Make) ->
     assert "first, but not clearly ahead of temperature=1.0" in headline(board)
     assert set(board.references) == {
         "Teacher",
-        "Before training (1)",
-        "Before training (2)",
-        "Before training (3)",
+        "Before training, ffn_hidden_size=900",
+        "Before training, ffn_hidden_size=800",
+        "Before training, ffn_hidden_size=1000",
     }
     board = rank([candidate(2, 2.0), candidate(1, 2.0)], "kl")
     assert [row.number for row in board.rows] == [1, 2]
