@@ -9,12 +9,19 @@ RECIPE ?= recipes/smollm2-135m-to-10-layers.yaml
 RUNS ?= runs
 PLATFORM ?= cpu-only
 ARGS ?=
+# Of `make images`: an empty base leaves the Dockerfile's own.
+IMAGES ?= cpu gpu mlflow
+BUILDER ?= docker
+REGISTRY ?=
+BASE_IMAGE ?=
+GPU_BASE_IMAGE ?=
+BUILD_OPTIONS ?=
 
 BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile test test-gpu lint format docs parallelism lock bench clean
+.PHONY: help run baseline tiny mlflow compile images test test-gpu test-containers lint format docs parallelism lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -35,11 +42,18 @@ mlflow: $(VENV)/.run  ## the MLflow UI over the runs on this machine
 compile: $(VENV)/.run  ## the pipeline as YAML for the KFP UI (RECIPE=..., PLATFORM=gke-h100), in build/
 	$(BIN)/python -m pipelines compile $(RECIPE) --platform $(PLATFORM) $(ARGS)
 
+images: $(VENV)/.run  ## container images (IMAGES='cpu gpu mlflow', REGISTRY=..., BASE_IMAGE=..., BUILDER=docker|podman|buildah)
+	BIN=$(BIN) BUILDER='$(BUILDER)' REGISTRY='$(REGISTRY)' BASE_IMAGE='$(BASE_IMAGE)' GPU_BASE_IMAGE='$(GPU_BASE_IMAGE)' \
+		BUILD_OPTIONS='$(BUILD_OPTIONS)' images/build.sh $(IMAGES)
+
 test: $(VENV)/.test  ## all tests, on the CPU
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(VENV)/.test  ## the tests that need a GPU; they skip themselves where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+test-containers: $(VENV)/.test  ## the CPU image built and the tiny pipeline run in containers; as root, with podman
+	TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers $(ARGS)
 
 lint: $(VENV)/.test  ## style, types, formatting
 	$(BIN)/ruff check .

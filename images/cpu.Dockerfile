@@ -13,17 +13,15 @@ RUN useradd --uid 1000 --no-create-home --home-dir /tmp distil
 FROM base AS build
 # Where pip finds torch without CUDA; empty: where pip finds everything else.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=""
+ARG EXTRAS=cluster
 # pip keeps no wheels in a layer; 0 where its cache is a mounted folder.
 ARG PIP_NO_CACHE_DIR=1
-# Megatron-Core's index builder and some packages without wheels compile a little C++.
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && if ! python3 -c 'import ensurepip' 2>/dev/null; then \
-        apt-get install --yes --no-install-recommends python3-venv; fi \
-    && if ! test -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; then \
-        apt-get install --yes --no-install-recommends python3-dev; fi \
-    && rm -rf /var/lib/apt/lists/*
+# Every package comes as a wheel or is plain Python: no compiler is needed.
+RUN if ! python3 -c 'import ensurepip' 2>/dev/null; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends python3-venv \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 # pip stays in a place of its own, and out of the result.
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 # As a variable the pins hold for what builds packages too.
@@ -39,13 +37,15 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
     && pip install --no-compile --requirement /tmp/lock/requirements.txt \
     && pip install --no-compile --no-deps --require-hashes --requirement teacher-requirements.txt
 # What serves to build, to test or to browse, and never in a step. Python's own compiled files stay:
-# a step's root is read-only, and each would be compiled at each start.
+# a step's root is read-only, and each would be compiled at each start. Some libraries ship files of
+# a newer Python's syntax, which do not compile and are not imported.
 COPY images/prune.sh images/
 RUN sh images/prune.sh /opt/venv \
     && /opt/venv/bin/python -c 'import torch; assert torch.version.cuda is None, "torch has CUDA"' \
     && echo /opt/flagscale > "$(/opt/venv/bin/python -c \
         'import sysconfig; print(sysconfig.get_path("purelib"))')/flagscale.pth" \
-    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+    && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
+        /opt/venv/lib || true; }
 
 FROM build AS project
 COPY README.md LICENSE ./

@@ -4,7 +4,7 @@ ARG PYTORCH_VERSION=25.12
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:${PYTORCH_VERSION}-py3
 
 FROM ${BASE_IMAGE} AS build
-ARG EXTRAS=""
+ARG EXTRAS=cluster
 ARG PIP_NO_CACHE_DIR=1
 # The base's own pins (PIP_CONSTRAINT) are of a year before the lock; ours hold, but for its torch.
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/venv/bin/python \
@@ -22,7 +22,8 @@ RUN sh images/prune.sh /opt/venv \
     && /opt/venv/bin/python images/check_base.py \
     && echo /opt/flagscale > "$(/opt/venv/bin/python -c \
         'import sysconfig; print(sysconfig.get_path("purelib"))')/flagscale.pth" \
-    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+    && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
+        /opt/venv/lib || true; }
 
 FROM build AS project
 COPY README.md LICENSE ./

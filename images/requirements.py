@@ -1,4 +1,4 @@
-"""What an image installs, pinned: `python3 images/requirements.py FOLDER [--extras NAME...] [--keep-base]`.
+"""What an image installs, pinned: `python3 images/requirements.py FOLDER [--keep-base]`.
 
 Writes `requirements.txt`, the project's dependencies, and `constraints.txt`, the lock. With
 `--keep-base` the packages that NVIDIA's image was built around (torch, transformer-engine, what

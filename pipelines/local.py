@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from flagscale.artifacts import digest, write_json
 from flagscale.processes import FOLDER_VARIABLE, RUNNER_VARIABLE, read_error, this_process
 from flagscale.recipe import Recipe
 from flagscale.recipe.training import CHANGES_NO_RESULT
+from pipelines.containers import Containers
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.output import quiet_kfp
 from pipelines.preflight import SourceCheck, with_fingerprints
@@ -76,17 +77,20 @@ class RunResult:
     steps: dict[str, StepResult] = field(default_factory=dict)
 
 
-def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
+def run_recipe(
+    recipe: Recipe, runs: Path, reuse: bool = True, image: str | None = None
+) -> RunResult:
     """Check the recipe against the world, then run the distillation pipeline for it.
 
     Args:
         recipe: validated.
         runs: folder of all runs.
         reuse: False to repeat every step, the training from its beginning.
+        image: None for steps that are processes; else each runs in a container of this image.
 
     Raises:
-        UserError: the teacher, the text or the tracking server does not serve, or the student is
-            deeper than the teacher: before any work.
+        UserError: the teacher, the text, the tracking server or the image does not serve, or the
+            student is deeper than the teacher: before any work.
         StepFailed: a step failed.
         Stopped: a signal came, and the running step has ended.
     """
@@ -94,6 +98,11 @@ def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
 
     recipe = with_fingerprints(recipe)
     runs.mkdir(parents=True, exist_ok=True)
+    code = source_version()
+    containers = None
+    if image is not None:
+        containers = Containers(image, code, recipe, runs)
+        code += f" in {containers.identity}"  # another image may hold other libraries
     sources = SourceCheck(recipe)
     try:
         tracking.connect(recipe, runs)
@@ -104,10 +113,10 @@ def run_recipe(recipe: Recipe, runs: Path, reuse: bool = True) -> RunResult:
     checkpoints = checkpoint_folder(recipe, runs)
     if not reuse:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    pipeline = build_pipeline(recipe, code_version=source_version())
+    pipeline = build_pipeline(recipe, code_version=code)
     # The runner names the experiment; as an argument it would be part of every cache key.
     arguments = {"checkpoints": str(checkpoints), "experiment": ""}
-    result = run_pipeline(pipeline, arguments, recipe, runs, reuse)
+    result = run_pipeline(pipeline, arguments, recipe, runs, reuse, containers)
     shutil.rmtree(checkpoints, ignore_errors=True)  # they serve trainings that have not ended
     return result
 
@@ -121,16 +130,22 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
 
 
 def run_pipeline(
-    pipeline: BaseComponent, arguments: dict[str, Any], recipe: Recipe, runs: Path, reuse: bool
+    pipeline: BaseComponent,
+    arguments: dict[str, Any],
+    recipe: Recipe,
+    runs: Path,
+    reuse: bool,
+    containers: Containers | None = None,
 ) -> RunResult:
     """Run any pipeline whose steps use `step_process`, tracked and stoppable.
 
     Args:
-        pipeline: its steps become processes of this machine, one after the other.
+        pipeline: its steps run on this machine, one after the other.
         arguments: of the pipeline.
         recipe: names the run and its experiment, and is logged.
         runs: folder of all runs.
         reuse: False to repeat every step.
+        containers: where the steps run; None: as processes.
 
     Raises:
         UserError: the tracking server is not usable.
@@ -153,12 +168,22 @@ def run_pipeline(
         total = len(pipeline.pipeline_spec.root.dag.tasks)
         steps = Steps(result, run, stopper, total)
         environment = {**run.environment, RUNNER_VARIABLE: this_process(), "PYTHONUNBUFFERED": "1"}
+        watch = containers.watch(pipeline, steps, stopper) if containers else nullcontext(steps)
         with (
             _environment(environment),
-            kfp_local(runs / "artifacts", runs / "cache", steps, reuse),
+            watch as observer,
+            kfp_local(
+                runs / "artifacts",
+                runs / "cache",
+                observer,
+                reuse,
+                containers and containers.runner,
+            ),
         ):
             try:
                 pipeline(**arguments)
+                if containers:
+                    containers.check()
             except RuntimeError as error:  # KFP's, which does not say why
                 raise steps.failure() from error
         result.seconds = time.monotonic() - begin

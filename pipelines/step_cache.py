@@ -76,12 +76,16 @@ class StepCache(kfp_cache.LocalCache):
 
 @contextmanager
 def kfp_local(
-    pipeline_root: Path, cache_root: Path, observer: Observer, reuse: bool
+    pipeline_root: Path,
+    cache_root: Path,
+    observer: Observer,
+    reuse: bool,
+    runner: local.DockerRunner | None = None,
 ) -> Iterator[None]:
-    """Make KFP run pipelines on this machine, steps as processes, with a `StepCache`."""
+    """Make KFP run pipelines on this machine, with a `StepCache`; None: steps as processes."""
     # No workspace_root: KFP deletes that folder after each pipeline, so it gets a temporary one.
     local.init(
-        local.SubprocessRunner(use_venv=False),
+        runner or local.SubprocessRunner(use_venv=False),
         pipeline_root=str(pipeline_root),
         raise_on_error=True,
         enable_caching=True,

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -44,11 +44,13 @@ class Stopper:
         signal: number of the first signal that came; None if none has.
         step_folder: set by the runner while a step runs: where the step notes its process.
             Without a running step a signal raises `Stopped`.
+        kill_more: called where processes are killed: ends what is no child of this one.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.step_folder: Path | None = None
+        self.kill_more: Callable[[], None] = lambda: None
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -110,6 +112,7 @@ class Stopper:
             doomed += [step, *step.children(recursive=True)]
         for process in doomed:
             _send(process, signal.SIGKILL)
+        self.kill_more()
 
 
 def _noted_process(folder: Path) -> psutil.Process | None:

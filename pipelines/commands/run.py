@@ -13,8 +13,12 @@ _EXAMPLES = """\
   python -m pipelines run recipes/tiny.yaml --set distillation.temperature=2
       the same with another temperature: data, teacher and conversion come from the cache
 
+  python -m pipelines run recipes/tiny.yaml --image flagscale-distillation:0.1.0-cpu
+      each step in its own container, as on a cluster
+
 environment:
   MLFLOW_TRACKING_URI   tracking server; default: a file in the runs folder
+  DOCKER_HOST           socket of docker or podman, for --image
 """
 
 
@@ -29,10 +33,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_false",
         help="repeat every step, and the training from its beginning",
     )
+    parser.add_argument(
+        "--image",
+        help="run each step in a container of this image, which `make images` builds from the code "
+        "here (default: as processes)",
+    )
     parser.set_defaults(work=work)
 
 
 def work(arguments: argparse.Namespace) -> str:
     """Run, and say what came of it."""
     recipe = read_recipe(arguments)
-    return summary(run_recipe(recipe, arguments.runs, reuse=arguments.reuse))
+    return summary(run_recipe(recipe, arguments.runs, arguments.reuse, arguments.image))

@@ -1,0 +1,254 @@
+"""Steps in containers of this machine: `python -m pipelines run RECIPE --image IMAGE`.
+
+The same local run, except that KFP's DockerRunner starts each step from an image, through the
+Docker or podman socket that `DOCKER_HOST` names. A step gets what it gets on a cluster: a user
+that is not root, a read-only root, no capabilities, an empty /tmp, and of this machine only the
+folder of the runs and, read-only, the recipe's local files. It shares this machine's process
+numbers, so that signals, notes and checks of who is alive are those of any local run.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+from kfp.dsl.base_component import BaseComponent
+
+from flagscale.errors import UserError
+from flagscale.processes import FOLDER_VARIABLE, this_process
+from flagscale.recipe import Recipe
+from pipelines.step_cache import Observer
+from pipelines.stopping import Stopper
+
+logger = logging.getLogger(__name__)
+
+SOURCES_LABEL = "flagscale.sources"  # set by `make images`: `source_version` of the code inside
+_RUNNER_LABEL = "flagscale.runner"
+_NOT_ROOT = (1000, 1000)  # the image's user, where the caller is root
+_SHARED_MEMORY = "2g"
+_PASSED = ("FLAGSCALE_", "MLFLOW_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_", "AWS_", "OMP_")
+_PASSED_NAMES = ("PYTHONUNBUFFERED", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+_WITH_FILES = {"data", "teacher", "student", "distillation", "training"}
+
+
+class Containers:
+    """Runs the steps of a pipeline from an image.
+
+    Args:
+        image: its name, as for `docker run`.
+        sources: `source_version` of the code here, which must be that of the image.
+        recipe: its local files are mounted.
+        runs: folder of all runs.
+
+    Attributes:
+        image: the name by which the engine lists it.
+        identity: of its content.
+        runner: for `kfp.local.init`.
+
+    Raises:
+        UserError: there is no engine or no such image, or it holds other code, or the recipe wants
+            what containers here do not give.
+    """
+
+    def __init__(self, image: str, sources: str, recipe: Recipe, runs: Path) -> None:
+        if recipe.resources.accelerator_count:
+            raise UserError(
+                f"resources.accelerator_count={recipe.resources.accelerator_count}: containers of "
+                "this machine get no GPU; leave out --image, or run it on a cluster"
+            )
+        self._client = _connect()
+        self.image, self.identity = _find(self._client, image, sources)
+        self._runs = runs.absolute()
+        self._user = (os.getuid(), os.getgid()) if os.getuid() else _NOT_ROOT
+        self._unfinished: str | None = None
+        self.runner = local.DockerRunner(**self._options(recipe))
+
+    @contextmanager
+    def watch(
+        self, pipeline: BaseComponent, steps: Observer, stopper: Stopper
+    ) -> Iterator[Observer]:
+        """Let a pipeline's steps run from the image; afterwards no container is left.
+
+        Args:
+            pipeline: its tasks get the image.
+            steps: told of each step by the observer that this yields.
+            stopper: where it kills processes, containers end too.
+        """
+        self._adapt(pipeline)
+        stopper.kill_more = self.kill
+        try:
+            yield _Observing(self, steps)
+        finally:
+            self.kill()
+            stopper.kill_more = lambda: None
+            self._client.close()
+
+    def _adapt(self, pipeline: BaseComponent) -> None:
+        self._own(self._runs, self._runs / "artifacts")
+        for name in ("checkpoints", "mlartifacts"):
+            self._own(self._runs / name, *(self._runs / name).rglob("*"))
+        self._own(*self._runs.glob("mlflow.db*"))
+        for executor in pipeline.pipeline_spec.deployment_spec["executors"].values():
+            executor["container"]["image"] = self.image
+
+    def prepare(self) -> None:
+        """Before a step: the variables that it gets, its notes' folder writable."""
+        self.runner.container_run_args["environment"] = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_PASSED) or name.upper() in _PASSED_NAMES
+        }
+        self._own(Path(os.environ[FOLDER_VARIABLE]))
+
+    def note_end(self, name: str, outputs: Mapping[str, Path]) -> bool:
+        """Whether a step that KFP takes for ended well has ended well.
+
+        The engine may have removed a container before KFP asks for its exit code; KFP then
+        supposes 0. KFP's executor, inside, writes its output file last.
+        """
+        folders = {path.parent for path in outputs.values()}
+        if all((folder / "executor_output.json").exists() for folder in folders):
+            return True
+        self._unfinished = name
+        return False
+
+    def check(self) -> None:
+        """Raise as KFP does if a step has not ended well after all.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if self._unfinished is not None:
+            raise RuntimeError(f"{self._unfinished} left no outputs")
+
+    def kill(self) -> None:
+        """Remove what is left of this runner's containers."""
+        mine = {"label": f"{_RUNNER_LABEL}={this_process()}"}
+        for container in self._client.containers.list(all=True, filters=mine, ignore_removed=True):
+            try:
+                container.remove(force=True)
+            except Exception as error:  # it has just ended by itself
+                logger.debug("container %s: %s", container.short_id, error)
+
+    def _own(self, *paths: Path) -> None:
+        """Give folders to the containers' user, who else could not write there."""
+        if os.getuid() == 0:
+            for path in paths:
+                if not path.is_symlink():
+                    path.mkdir(parents=True, exist_ok=True) if not path.exists() else None
+                    os.chown(path, *self._user)
+
+    def _options(self, recipe: Recipe) -> dict[str, Any]:
+        from docker.types import Mount
+
+        mounts = [Mount(str(self._runs), str(self._runs), type="bind")]
+        mounts += [Mount(p, p, type="bind", read_only=True) for p in sorted(_files(recipe))]
+        return {
+            "user": "{}:{}".format(*self._user),
+            "read_only": True,
+            "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777"},  # noqa: S108 - the container's
+            "shm_size": _SHARED_MEMORY,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "pid_mode": "host",
+            "network_mode": "host",
+            "mounts": mounts,
+            "working_dir": os.getcwd(),  # the recipe's paths may be relative
+            "labels": {_RUNNER_LABEL: this_process()},
+        }
+
+
+class _Observing:
+    """Tells another observer, and prepares containers in between."""
+
+    def __init__(self, containers: Containers, steps: Observer) -> None:
+        self._containers = containers
+        self._steps = steps
+
+    def started(self, name: str) -> None:
+        self._containers.check()
+        self._steps.started(name)
+        self._containers.prepare()
+
+    def reused(self, name: str, outputs: Mapping[str, Path]) -> None:
+        self._containers.check()
+        self._steps.reused(name, outputs)
+
+    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
+        if self._containers.note_end(name, outputs):
+            self._steps.finished(name, outputs)
+
+
+def _connect() -> Any:  # noqa: ANN401 - docker's client
+    import docker
+
+    try:
+        client = docker.from_env()
+        security = client.info().get("SecurityOptions") or []
+    except docker.errors.DockerException as error:
+        host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        raise UserError(
+            f"DOCKER_HOST={host}: no container engine answers there ({error}); start docker, or "
+            "`podman system service --time 0 unix:///run/podman.sock` and name that socket"
+        ) from error
+    if any("rootless" in option for option in security):
+        client.close()
+        raise UserError(
+            "DOCKER_HOST: a rootless engine gives its users other numbers, so that steps could not "
+            "write into the folder of runs; name the socket of one that root runs"
+        )
+    return client
+
+
+def _find(client: Any, name: str, sources: str) -> tuple[str, str]:  # noqa: ANN401
+    """The name by which the engine lists an image, and the digest of its content."""
+    import docker
+
+    try:
+        found = client.images.get(name)
+    except docker.errors.ImageNotFound as error:
+        raise UserError(f"--image {name}: no such image; build it with `make images`") from error
+    inside = found.labels.get(SOURCES_LABEL)
+    if inside != sources:
+        raise UserError(
+            f"--image {name}: it holds {inside or 'no code of this project'}, and the code here is "
+            f"{sources}; renew it with `make images`"
+        )
+    names = [*found.tags, *(found.attrs.get("RepoDigests") or [])]
+    if not names:
+        raise UserError(f"--image {name}: the image has no name; give it one with `podman tag`")
+    # podman puts its own registry, localhost/, before names without one.
+    listed = [n for n in names if n == name or n.endswith(f"/{name}")]
+    return (listed or names)[0], str(found.id)
+
+
+def _files(recipe: Recipe) -> set[str]:
+    """Local files and folders that the recipe names, and what links below them point to."""
+    found: set[str] = set()
+    for text in _texts(recipe.model_dump(mode="json", include=_WITH_FILES)):
+        if text.startswith("~"):
+            raise UserError(f"{text}: with --image give the path in full; a container has no home")
+        for place in glob.glob(text) if glob.has_magic(text) else [text]:
+            path = Path(os.path.abspath(place))  # not resolved: the step uses this name
+            if not text or not path.exists():
+                continue
+            found.add(str(path))
+            found |= {str(p.resolve()) for p in path.rglob("*") if p.is_symlink() and p.exists()}
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
