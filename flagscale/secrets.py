@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote, urlsplit, urlunsplit
 
 HIDDEN = "***"
@@ -78,6 +78,11 @@ def mask_output() -> None:
             setattr(sys, name, MaskedStream(stream))
 
 
+def masked(stream: TextIO) -> TextIO:
+    """The stream, with secrets hidden in what is written."""
+    return cast(TextIO, MaskedStream(stream))
+
+
 class MaskedStream:
     """A text stream that hides secrets in what is written; else the stream that it is given."""
 
@@ -96,12 +101,6 @@ class MaskedStream:
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the stream has
         return getattr(self._stream, name)
-
-    def __enter__(self) -> MaskedStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from flagscale.errors import UserError
+from flagscale.secrets import mask_output
 from pipelines.commands import compare, compile, run
 from pipelines.local import StepFailed
 from pipelines.stopping import Stopped
@@ -36,6 +37,7 @@ def ended(work: Callable[[], str]) -> int:
         0; 1 when a step failed; 2 for something the user can put right; 130 or 143 when stopped
         by Ctrl-C or SIGTERM.
     """
+    mask_output()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     try:
         print(work())

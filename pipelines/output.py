@@ -10,6 +10,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+from flagscale.secrets import masked
+
 _INDENT = "    "
 _NOISE = re.compile(r"^-{20,}$|Wrote executor output file to")
 
@@ -59,7 +61,8 @@ def quiet_kfp(log: Path) -> Iterator[None]:
         log: a file, made anew.
     """
     root = logging.getLogger()
-    with log.open("w", encoding="utf-8") as stream, warnings.catch_warnings():
+    with log.open("w", encoding="utf-8") as file, warnings.catch_warnings():
+        stream = masked(file)
         handlers: list[logging.Handler] = [logging.StreamHandler(f) for f in (sys.stdout, stream)]
         ours = [logging.getLogger(name) for name in ("flagscale", "pipelines")]
         before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in ours]

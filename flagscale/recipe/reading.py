@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from flagscale.errors import UserError
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.section import SectionT
+from flagscale.secrets import hide_in_urls
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -48,7 +49,8 @@ def parse_section(kind: type[SectionT], values: Any, where: str) -> SectionT:  #
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [explain(kind, item) for item in error.errors()]
-        raise UserError("\n".join([f"{where}: {len(lines)} error(s)", *lines])) from None
+        text = "\n".join([f"{where}: {len(lines)} error(s)", *lines])
+        raise UserError(hide_in_urls(text)) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -110,7 +110,7 @@ def evaluate(
             "measured": _measured(manifests),
         }
         scalars = _scalars(metrics)
-        run.log_metrics(scalars)
+        run.log_headline(scalars)
         for name in (REPORT, METRICS, PER_DOCUMENT):
             run.log_artifact(staging.path / name)
     logger.info("%s", headline(metrics))

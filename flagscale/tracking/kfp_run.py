@@ -79,6 +79,10 @@ class KfpRun:
         """The steps' runs."""
         return children_of(self.client, self.experiment_id, self.run_id)
 
+    def children_named(self, name: str) -> list[Any]:
+        """The runs of one step."""
+        return [run for run in self.children() if run.info.run_name == name]
+
     def show_children(self) -> None:
         """Set the status that follows from the steps'."""
         self.show(overall_status(self.children()))

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flagscale.artifacts import digest
 from flagscale.secrets import hide_in_urls
-from flagscale.tracking.kfp_run import KFP_RUN_VARIABLE, KfpRun, KfpStep, in_kfp_without_plugin
+from flagscale.tracking.kfp_run import (
+    KFP_RUN_VARIABLE,
+    KfpRun,
+    KfpStep,
+    in_kfp_without_plugin,
+    overall_status,
+)
 from flagscale.tracking.names import (
     OF_KFP_RUN_TAG,
     PARENT_TAG,
@@ -100,22 +106,16 @@ def step_failed(name: str, status: str) -> None:
 
 
 def _note_failure(client: MlflowClient, parent: KfpRun, name: str, status: str) -> None:
-    """End the runs that this pod's other processes left, or make one that says it."""
-    ours = [
-        run.info
-        for run in parent.children()
-        if run.info.run_name == name
-        and run.data.tags.get(PROCESS_TAG, "").partition(":")[0] == socket.gethostname()
-    ]
-    for run in ours:
-        if run.status == "RUNNING":
-            client.set_terminated(run.run_id, status)
-    if not ours:
+    """End the runs that this pod's other processes left; where none failed, make one that did."""
+    for run in parent.children_named(name):
+        host = run.data.tags.get(PROCESS_TAG, "").partition(":")[0]
+        if run.info.status == "RUNNING" and host == socket.gethostname():
+            client.set_terminated(run.info.run_id, status)
+    if overall_status(parent.children_named(name)) == "RUNNING":
         tags = {PARENT_TAG: parent.run_id, PROCESS_TAG: here()}
         made = client.create_run(parent.experiment_id, run_name=name, tags=tags)
         client.set_terminated(made.info.run_id, status)
-        ours.append(made.info)
-    parent.settle(ours[-1].run_id, status)
+    parent.show_children()
 
 
 def _start(name: str, params: Mapping[str, Any], training: str | None) -> StepRun:
