@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from flagscale.errors import UserError
 from flagscale.secrets import mask_output
-from pipelines.commands import compare, compile, run
+from pipelines.commands import compare, compile, run, schedule, status, submit
+from pipelines.following import StoppedWaiting
 from pipelines.local import StepFailed
 from pipelines.stopping import Stopped
 
-_COMMANDS = (run, compile, compare)
+_COMMANDS = (run, compile, submit, schedule, status, compare)
 _EXAMPLES = """examples:
   python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
       distil on this machine; results in runs/latest
@@ -47,6 +48,8 @@ def ended(work: Callable[[], str]) -> int:
         return _last_word(f"error: {error}", 1)
     except Stopped as stop:
         return _last_word(f"{stop}; the same command goes on from there", stop.exit_code)
+    except StoppedWaiting as stop:
+        return _last_word(str(stop), 130)
     except KeyboardInterrupt:
         return _last_word("stopped before any work", 130)
     return 0

@@ -1,0 +1,190 @@
+"""Arguments of the commands that talk to a KFP server, in the same words."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from flagscale.errors import UserError
+from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
+from pipelines.connection import Connection
+from pipelines.platform import load_platform
+from pipelines.run_parameters import read_parameters
+from pipelines.submission import Order, Package, experiment_name, make_package
+
+# As KFP's own command line: KFP_ and the option's name.
+_OPTIONS = (
+    # names, field of Connection, variable, help
+    (("--host", "--endpoint"), "host", "KFP_ENDPOINT", "address of the KFP server"),
+    (("-n", "--namespace"), "namespace", "KFP_NAMESPACE", "yours, on a server of many users"),
+    (
+        ("--existing-token", "--token"),
+        "existing_token",
+        "KFP_EXISTING_TOKEN",
+        "to authenticate with; others on this machine see an option, but not the variable",
+    ),
+    (
+        ("--token-file",),
+        "token_file",
+        "KF_PIPELINES_SA_TOKEN_PATH",
+        "a file with the token, read again at each request",
+    ),
+    (("--cookies",), "cookies", "KFP_COOKIES", "of a login in the browser: name=value"),
+    (("--iap-client-id",), "client_id", "KFP_IAP_CLIENT_ID", "of Google's Identity-Aware Proxy"),
+    (("--other-client-id",), "other_client_id", "KFP_OTHER_CLIENT_ID", "of a desktop app there"),
+    (
+        ("--other-client-secret",),
+        "other_client_secret",
+        "KFP_OTHER_CLIENT_SECRET",
+        "of the same app",
+    ),
+    (("--ssl-ca-cert",), "ssl_ca_cert", "KFP_SSL_CA_CERT", "certificates to trust, a PEM file"),
+    (("--kube-context",), "kube_context", "KFP_KUBE_CONTEXT", "of kubectl, without --host"),
+    (("--ui-host",), "ui_host", "KF_PIPELINES_UI_ENDPOINT", "for links, where not the host"),
+)
+
+ENVIRONMENT = """\
+environment:
+  KFP_ENDPOINT, KFP_NAMESPACE, KFP_EXISTING_TOKEN, ...
+                        in place of the options, as for KFP's own command `kfp`; so are
+                        KF_PIPELINES_ENDPOINT and the other variables of KFP's client
+  FLAGSCALE_REGISTRY, FLAGSCALE_CPU_IMAGE, FLAGSCALE_GPU_IMAGE
+                        images, as for `compile`
+"""
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Where the server is, and who asks."""
+    group = parser.add_argument_group(
+        "server",
+        "Inside a Kubeflow notebook no option is needed. Without an address: kubectl port-forward "
+        "--namespace kubeflow svc/ml-pipeline-ui 8080:80, then --host http://localhost:8080",
+    )
+    for names, field, variable, text in _OPTIONS:
+        kind = Path if field in ("token_file", "ssl_ca_cert") else str
+        metavar = names[-1].removeprefix("--").upper()
+        group.add_argument(
+            *names, dest=field, type=kind, metavar=metavar, help=f"{text} [{variable}]"
+        )
+
+
+def connection(arguments: argparse.Namespace) -> Connection:
+    """The options, and the variables in place of those not given.
+
+    Raises:
+        UserError: they contradict one another, or name no file.
+    """
+    values: dict[str, Any] = {}
+    for _names, field, variable, _text in _OPTIONS:
+        value = getattr(arguments, field)
+        if value is None and os.environ.get(variable):
+            value = os.environ[variable]
+            value = Path(value) if field in ("token_file", "ssl_ca_cert") else value
+        values[field] = value
+    values["host"] = values["host"] or os.environ.get("KF_PIPELINES_ENDPOINT") or None
+    # An option is meant for this command, a variable perhaps for all: the option wins.
+    if arguments.existing_token is None and arguments.token_file is not None:
+        values["existing_token"] = None
+    elif values["existing_token"] is not None and arguments.token_file is None:
+        values["token_file"] = None
+    return Connection(**values)
+
+
+def add_waiting(parser: argparse.ArgumentParser) -> None:
+    """Whether and how to wait for a run's end."""
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="follow the run until it ends; exit code 1 when it failed. Ctrl-C ends only the wait",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        metavar="SECONDS",
+        help="wait no longer than this; the run goes on (default: without end)",
+    )
+    parser.add_argument(
+        "--poll-seconds",
+        type=_positive,
+        default=10.0,
+        metavar="SECONDS",
+        help="between two looks while waiting (default: %(default)g)",
+    )
+
+
+def check_waiting(arguments: argparse.Namespace) -> None:
+    """Refuse a limit of a wait that is not asked for.
+
+    Raises:
+        UserError: `--timeout` without `--wait`.
+    """
+    if arguments.timeout is not None and not arguments.wait:
+        raise UserError(f"--timeout {arguments.timeout:g}: limits only a wait; add --wait")
+
+
+def add_order(parser: argparse.ArgumentParser) -> None:
+    """What is started, and with which values."""
+    add_recipe(parser)
+    add_platform(parser)
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a value for these runs alone: a parameter as the KFP UI shows it, or "
+        "section.field=value of the recipe. --set changes the pipeline's own defaults instead, "
+        "which makes a new version of it. May be repeated",
+    )
+    parser.add_argument("--pipeline-name", help="on the server (default: distillation-RECIPE)")
+    parser.add_argument(
+        "--experiment-name",
+        help="KFP's experiment, made where it is missing (default: the recipe's tracking."
+        "experiment) [KF_PIPELINES_DEFAULT_EXPERIMENT_NAME]",
+    )
+    parser.add_argument("--service-account", help="of the pods (default: the server's)")
+    parser.add_argument(
+        "--no-cache",
+        dest="reuse",
+        action="store_false",
+        help="repeat every step, also where an earlier run has its result",
+    )
+
+
+@contextmanager
+def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Package, Order]]:
+    """The compiled pipeline and what is asked of it; nothing has been sent yet.
+
+    Args:
+        arguments: of `add_order`.
+        name: of the run or schedule; None: the recipe's.
+
+    Raises:
+        UserError: recipe, platform or parameters are wrong.
+    """
+    recipe = read_recipe(arguments)
+    platform = load_platform(arguments.platform)
+    where = Path(arguments.platform).stem
+    with TemporaryDirectory(prefix="flagscale-") as folder:
+        package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
+        yield (
+            package,
+            Order(
+                name=name or f"{recipe.name} on {where}",
+                experiment=experiment_name(arguments.experiment_name, recipe),
+                parameters=read_parameters(arguments.parameters, package.definitions, recipe),
+                service_account=arguments.service_account,
+                reuse=arguments.reuse,
+            ),
+        )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return value

@@ -1,0 +1,293 @@
+"""The connection to a KFP server: made as `kfp` makes it, with errors that say what would be right.
+
+`Server.read` and `Server.write` run calls of `kfp.Client`. Reads are tried again when a server is
+briefly away; writes are not, because the first may have arrived. No message holds a token.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import kfp
+import kfp_server_api
+import urllib3
+from kfp.client import ServiceAccountTokenVolumeCredentials
+
+from flagscale.errors import UserError
+from pipelines.connection_errors import NotKfp, Problem, is_transient
+
+T = TypeVar("T")
+
+TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, to answer
+_RETRIES = 4
+_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where the server is and who asks; names and meaning are those of `kfp.Client`.
+
+    Attributes:
+        token_file: read again at each request, so that a renewed token is used.
+    """
+
+    host: str | None = None
+    namespace: str | None = None
+    existing_token: str | None = field(default=None, repr=False)
+    token_file: Path | None = None
+    cookies: str | None = field(default=None, repr=False)
+    client_id: str | None = None
+    other_client_id: str | None = None
+    other_client_secret: str | None = field(default=None, repr=False)
+    ssl_ca_cert: Path | None = None
+    kube_context: str | None = None
+    ui_host: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_host()
+        if self.existing_token is not None and self.token_file is not None:
+            raise UserError("--existing-token and --token-file: give one of them")
+        for path in (self.token_file, self.ssl_ca_cert):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path}: no such file")
+
+    def _check_host(self) -> None:
+        """A host with credentials, or copied from the browser, would fail in obscure ways."""
+        if self.host is None:
+            return
+        address = self.host if "://" in self.host else f"https://{self.host}"
+        parts = urlsplit(address)
+        plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+        if parts.username or parts.password:
+            raise UserError(
+                f"host {plain}: holds a user name or password, which KFP's client would ignore; "
+                "give a token in KFP_EXISTING_TOKEN"
+            )
+        if parts.query or parts.fragment or not parts.hostname:
+            raise UserError(f"host {self.host!r}: must be like https://kfp.example.com/pipeline")
+        if parts.scheme not in ("http", "https"):
+            raise UserError(f"host {self.host!r}: must start with http:// or https://")
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no message may hold."""
+        known = [self.existing_token, self.cookies, self.other_client_secret]
+        if self.token_file is not None and self.token_file.is_file():
+            known.append(self.token_file.read_text(encoding="utf-8").strip())
+        return [secret for secret in known if secret]
+
+
+class _Client(kfp.Client):
+    """KFP's client, asking for the server's health once and with a limit of time."""
+
+    health: dict[str, Any] | None = None
+
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> kfp_server_api.V2beta1GetHealthzResponse:
+        api = self._healthz_api
+        answer = api.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
+        try:
+            self.health = json.loads(api.api_client.last_response.data)
+        except ValueError:
+            raise NotKfp from None  # a login page, most often
+        if not isinstance(self.health, dict):
+            raise NotKfp
+        return answer
+
+    def version(self) -> str | None:
+        """The server's release, if it says it: the UI's server does, the API's only once did."""
+        health = self.health or {}
+        if "apiServerTagName" in health:
+            return health["apiServerTagName"]
+        try:
+            old = self._healthz_api.api_client.call_api(
+                "/apis/v1beta1/healthz",
+                "GET",
+                response_type="object",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+                _request_timeout=TIMEOUT_SECONDS,
+            )
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError):
+            return None
+        return old.get("tag_name") if isinstance(old, dict) else None
+
+
+class Server:
+    """A KFP server that has answered and accepts the caller.
+
+    Attributes:
+        client: KFP's own.
+        namespace: of the user's pipelines and runs; None on a single-user server.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Connect, and check that the server is one that can be used.
+
+        Raises:
+            UserError: no server, no KFP, a token or namespace that it does not accept.
+        """
+        self.connection = connection
+        self._has_answered = False
+        # The address is in our own message; urllib3 would tell of each attempt.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        _check_there_is_a_host(connection)
+        self.client = self.read("connecting", lambda: _connected(connection))
+        self.namespace = self._checked_namespace()
+        self.read(
+            f"looking into namespace {self.namespace}" if self.namespace else "looking around",
+            lambda: self.client.experiments.experiment_service_list_experiments(
+                page_size=1, namespace=self.namespace or "", _request_timeout=TIMEOUT_SECONDS
+            ),
+        )
+        self._warn_of_age()
+
+    def read(self, doing: str, call: Callable[[], T], missing: str | None = None) -> T:
+        """Ask something; a server that is briefly away is asked again.
+
+        Args:
+            doing: opens the error's message.
+            call: asks.
+            missing: what to say of a 404.
+
+        Raises:
+            UserError: it failed.
+        """
+        renewed = False
+        for attempt in range(_RETRIES + 1):
+            try:
+                return self._quietly(call)
+            except Problem.EXCEPTIONS as error:
+                expired = self._has_answered and getattr(error, "status", None) == 401
+                if expired and not renewed:
+                    self.renew()
+                    renewed = True
+                elif attempt == _RETRIES or not is_transient(error, self._has_answered):
+                    # The cause lets who waits for hours see whether to go on.
+                    raise self.problem(error, missing).as_user_error(doing) from error
+                else:
+                    time.sleep(0.25 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def write(self, doing: str, call: Callable[[], T], missing: str | None = None) -> T:
+        """Change something; asked once.
+
+        Raises:
+            UserError: it failed.
+        """
+        try:
+            return self._quietly(call)
+        except Problem.EXCEPTIONS as error:
+            raise self.problem(error, missing).as_user_error(doing) from None
+
+    def problem(self, error: Exception, missing: str | None = None) -> Problem:
+        """What an exception of the client means here."""
+        return Problem(error, place(self.connection), self.connection, missing)
+
+    def renew(self) -> None:
+        """Get a new token from wherever the old one came from."""
+        # Without `existing_token` KFP's client finds its token anew each time it is made.
+        self.client = self._quietly(lambda: _connected(self.connection))
+
+    def url(self, *path: str) -> str:
+        """A page of the KFP UI.
+
+        Args:
+            path: e.g. `runs`, `details`, a run's id.
+        """
+        page = "/#/" + "/".join(path)
+        host = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.connection.ui_host
+        host = host or self.connection.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+        if host is None:
+            return f"/pipeline{page} of the KFP UI (--ui-host makes this a link)"
+        host = host.rstrip("/")
+        return (host if "://" in host else f"https://{host}") + page
+
+    def _quietly(self, call: Callable[[], T]) -> T:
+        """Without what the client prints: links in its own words."""
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = call()
+        self._has_answered = True
+        return answer
+
+    def _checked_namespace(self) -> str | None:
+        namespace: str | None = self.connection.namespace or self.client.get_user_namespace()
+        health = self.client.health or {}
+        if health.get("multi_user", health.get("apiServerMultiUser")):
+            if not namespace:
+                raise UserError(
+                    f"{place(self.connection)} has a namespace for each user: name yours with "
+                    "--namespace or KFP_NAMESPACE"
+                )
+            return namespace
+        if self.connection.namespace:
+            say(
+                f"note: {place(self.connection)} has one user; --namespace "
+                f"{self.connection.namespace} does nothing there"
+            )
+        return None
+
+    def _warn_of_age(self) -> None:
+        theirs, ours = _release(self.client.version()), _release(kfp.__version__)
+        if theirs and ours and theirs < ours:
+            say(
+                f"warning: the server is KFP {self.client.version()}, older than the client's "
+                f"{kfp.__version__}: it drops settings that it does not know, without a word"
+            )
+
+
+def say(text: str) -> None:
+    """A line for the user, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def place(connection: Connection) -> str:
+    """The server's name in messages."""
+    host = connection.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    return host or "the cluster's service ml-pipeline"
+
+
+def _check_there_is_a_host(connection: Connection) -> None:
+    if connection.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
+        return
+    configs = os.environ.get("KUBECONFIG", str(Path.home() / ".kube" / "config"))
+    if _SERVICE_ACCOUNT.exists() or any(map(os.path.exists, configs.split(os.pathsep))):
+        return
+    raise UserError(
+        "no server is named: give --host or KFP_ENDPOINT, e.g. https://kfp.example.com. Without an "
+        "address of its own, forward a port: kubectl port-forward --namespace kubeflow "
+        "svc/ml-pipeline-ui 8080:80, then --host http://localhost:8080"
+    )
+
+
+def _connected(connection: Connection) -> _Client:
+    values = {f.name: getattr(connection, f.name) for f in fields(connection)}
+    token_file = values.pop("token_file")
+    if token_file is not None:
+        values["credentials"] = ServiceAccountTokenVolumeCredentials(str(token_file))
+    # `kubeflow` is the client's word for "none given": it finds KFP there in a cluster.
+    values["namespace"] = connection.namespace or "kubeflow"
+    values["ssl_ca_cert"] = connection.ssl_ca_cert and str(connection.ssl_ca_cert)
+    client = _Client(**values)
+    if client.health is None:
+        client.get_kfp_healthz()
+    return client
+
+
+def _release(text: str | None) -> tuple[int, int] | None:
+    found = re.match(r"v?(\d+)\.(\d+)", text or "")
+    return (int(found[1]), int(found[2])) if found else None

@@ -1,0 +1,308 @@
+"""Brings a pipeline to a KFP server: a version where it changed, and runs or schedules of it.
+
+A version's name holds a digest of what the compiled file says, so an equal pipeline is found again
+and nothing is uploaded. Everything that can be checked here is checked before the server is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kfp_server_api
+import yaml
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe
+from pipelines.compiling import compile_recipe, pipeline_name, pipeline_version
+from pipelines.connection import TIMEOUT_SECONDS, Server, say
+from pipelines.platform import Platform
+
+_EQUALS = 1  # of KFP's filters
+
+
+@dataclass(frozen=True)
+class Package:
+    """A compiled pipeline.
+
+    Attributes:
+        path: the file.
+        name: of the pipeline on the server.
+        version: of what the file says.
+        description: of the version.
+    """
+
+    path: Path
+    name: str
+    version: str
+    description: str
+
+    @property
+    def definitions(self) -> dict[str, dict[str, Any]]:
+        """The pipeline's parameters: type, default and description by name."""
+        root = self._documents()[0]["root"]
+        found: dict[str, dict[str, Any]] = root.get("inputDefinitions", {}).get("parameters", {})
+        return found
+
+    def without_cache(self) -> Path:
+        """A file beside it whose steps never take an earlier result, nested ones included."""
+        documents = self._documents()
+        spec = documents[0]
+        for component in (spec["root"], *spec["components"].values()):
+            for task in component.get("dag", {}).get("tasks", {}).values():
+                task["cachingOptions"] = {}
+        path = self.path.with_stem(f"{self.path.stem}-without-cache")
+        path.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
+        return path
+
+    def _documents(self) -> list[dict[str, Any]]:
+        return list(yaml.safe_load_all(self.path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the server beside the pipeline.
+
+    Attributes:
+        name: of the run or schedule.
+        experiment: KFP's; created where it is missing.
+        parameters: those that differ from the pipeline's defaults.
+        service_account: of the pods; None: the server's default.
+        reuse: whether steps may take results of earlier runs.
+    """
+
+    name: str
+    experiment: str
+    parameters: dict[str, Any]
+    service_account: str | None = None
+    reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When runs start.
+
+    Attributes:
+        cron: six fields.
+        max_concurrency: runs at a time.
+        catch_up: whether runs that were missed are made up for.
+        enabled: whether it starts runs at all.
+    """
+
+    cron: str
+    max_concurrency: int = 1
+    catch_up: bool = True
+    enabled: bool = True
+
+
+def make_package(
+    recipe: Recipe, platform: Platform, folder: Path, name: str | None = None, where: str = ""
+) -> Package:
+    """Compile a recipe.
+
+    Args:
+        recipe: validated.
+        platform: validated.
+        folder: for the file.
+        name: of the pipeline on the server; None: the recipe's.
+        where: the platform's name, for people.
+
+    Raises:
+        UserError: the platform cannot hold the recipe.
+    """
+    path = compile_recipe(recipe, platform, folder / "pipeline.yaml")
+    name = name or pipeline_name(recipe)
+    described = f"recipe {recipe.name} on {where}" if where else f"recipe {recipe.name}"
+    return Package(path, name, f"{name}-{pipeline_version(path)}", described)
+
+
+def experiment_name(given: str | None, recipe: Recipe) -> str:
+    """Which KFP experiment; the variables are those of KFP's client."""
+    default = os.environ.get("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME") or recipe.tracking.experiment
+    name = given or default
+    instead = os.environ.get("KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME")
+    if instead and instead != name:
+        say(f"experiment {instead}, not {name}: KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME says so")
+    return instead or name
+
+
+def start_run(server: Server, package: Package, order: Order) -> str:
+    """Start a run of the package, uploading it first where the server has no equal one.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        UserError: the server refused something.
+    """
+    source = _source(server, package, order)
+    experiment = _experiment(server, order.experiment)
+    run = server.write(
+        f"starting run {order.name}",
+        lambda: server.client.run_pipeline(
+            experiment_id=experiment,
+            job_name=order.name,
+            params=order.parameters,
+            service_account=order.service_account,
+            **source,
+        ),
+    )
+    return str(run.run_id)
+
+
+def start_schedule(server: Server, package: Package, order: Order, schedule: Schedule) -> str:
+    """Create a recurring run, in place of those of its name that were made here.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UserError: the server refused something, or the name is another pipeline's.
+    """
+    made_for = f"pipeline {package.name}: {package.description}"
+    old = _schedules(server, order.name, f"pipeline {package.name}:")
+    source = _source(server, package, order)
+    experiment = _experiment(server, order.experiment)
+    new = server.write(
+        f"creating schedule {order.name}",
+        lambda: server.client.create_recurring_run(
+            experiment_id=experiment,
+            job_name=order.name,
+            description=made_for,
+            cron_expression=schedule.cron,
+            max_concurrency=schedule.max_concurrency,
+            no_catchup=not schedule.catch_up,
+            enabled=schedule.enabled,
+            params=order.parameters,
+            service_account=order.service_account,
+            **source,
+        ),
+    )
+    # The old one goes last: when the new one is refused, runs go on being started.
+    for found in old:
+        server.write(
+            f"deleting the schedule before, {found}",
+            lambda found=found: server.client.delete_recurring_run(found),  # type: ignore[misc]
+        )
+        say(f"replaced schedule {found}")
+    return str(new.recurring_run_id)
+
+
+def _source(server: Server, package: Package, order: Order) -> dict[str, str]:
+    """What a run is of: an uploaded version, or a file of its own.
+
+    KFP has no switch for the cache on a run of a version: it is written in the pipeline. A version
+    without cache would become the default of the UI, so such a run carries its pipeline instead.
+    """
+    if order.reuse:
+        pipeline, version = _version(server, package)
+        return {"pipeline_id": pipeline, "version_id": version}
+    say("pipeline: without cache, in the run itself; no version is uploaded")
+    return {"pipeline_package_path": str(package.without_cache())}
+
+
+def _version(server: Server, package: Package) -> tuple[str, str]:
+    """Ids of the pipeline and of the version that equals the package."""
+    pipeline = _pipeline(server, package.name)
+    if pipeline is not None:
+        known = _known_version(server, pipeline, package)
+        if known is not None:
+            say(f"pipeline: unchanged, version {package.version}")
+            return pipeline, known
+        return pipeline, _upload(server, pipeline, package)
+    made = server.write(
+        f"creating pipeline {package.name}",
+        lambda: server.client.pipelines.pipeline_service_create_pipeline(
+            kfp_server_api.V2beta1Pipeline(
+                name=package.name,
+                display_name=package.name,
+                namespace=server.namespace,
+                description="Distils a teacher into a smaller student.",
+            )
+        ),
+    )
+    pipeline = str(made.pipeline_id)
+    try:
+        return pipeline, _upload(server, pipeline, package)
+    except UserError:  # an empty pipeline helps nobody
+        server.write(
+            f"deleting pipeline {package.name}",
+            lambda: server.client.delete_pipeline(pipeline),
+        )
+        raise
+
+
+def _pipeline(server: Server, name: str) -> str | None:
+    def find() -> str | None:
+        try:
+            found = server.client.pipelines.pipeline_service_get_pipeline_by_name(
+                name, namespace=server.namespace or "", _request_timeout=TIMEOUT_SECONDS
+            )
+        except kfp_server_api.ApiException as error:
+            if error.status == 404:
+                return None
+            raise
+        return str(found.pipeline_id)
+
+    return server.read(f"looking for pipeline {name}", find)
+
+
+def _known_version(server: Server, pipeline: str, package: Package) -> str | None:
+    found = server.read(
+        f"looking for version {package.version}",
+        lambda: server.client.list_pipeline_versions(pipeline, filter=_named(package.version)),
+    )
+    versions = found.pipeline_versions or []
+    return str(versions[0].pipeline_version_id) if versions else None
+
+
+def _upload(server: Server, pipeline: str, package: Package) -> str:
+    made = server.write(
+        f"uploading version {package.version}",
+        lambda: server.client.upload_pipeline_version(
+            str(package.path),
+            pipeline_version_name=package.version,
+            pipeline_id=pipeline,
+            description=package.description,
+        ),
+    )
+    say(f"pipeline: uploaded version {package.version}")
+    return str(made.pipeline_version_id)
+
+
+def _experiment(server: Server, name: str) -> str:
+    """The experiment's id; it is created where there is none."""
+    try:
+        found = server.write(
+            f"experiment {name}",
+            lambda: server.client.create_experiment(name, namespace=server.namespace),
+        )
+    except ValueError as error:  # KFP's client: several of one name
+        raise UserError(f"experiment {name}: {error}") from None
+    return str(found.experiment_id)
+
+
+def _schedules(server: Server, name: str, made_for: str) -> list[str]:
+    """Ids of the recurring runs of this name."""
+    found = server.read(
+        f"looking for schedules named {name}",
+        lambda: server.client.list_recurring_runs(
+            page_size=100, namespace=server.namespace, filter=_named(name)
+        ),
+    )
+    schedules = found.recurring_runs or []
+    for schedule in schedules:
+        if not (schedule.description or "").startswith(made_for):
+            raise UserError(
+                f"schedule {name}: there is one already that was not made of {made_for[:-1]} "
+                f"({schedule.recurring_run_id}); choose another --name, or delete it in the UI"
+            )
+    return [str(schedule.recurring_run_id) for schedule in schedules]
+
+
+def _named(name: str) -> str:
+    predicate = {"operation": _EQUALS, "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [predicate]})
