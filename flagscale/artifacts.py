@@ -131,6 +131,26 @@ def open_artifact(path: Path, kind: str, check_files: bool = True) -> Manifest:
     Raises:
         UserError: no such folder, an unfinished or changed one, or one of another kind.
     """
+    manifest = read_manifest(path, kind)
+    if manifest.kind != kind:
+        raise UserError(f"{path}: is a {manifest.kind!r}, but a {kind!r} is needed")
+    found = hash_files(path) if check_files else manifest.files
+    if found != manifest.files:
+        changed = sorted(set(found.items()) ^ set(manifest.files.items()))
+        raise UserError(f"{path}: {changed[0][0]} is missing or changed; make the {kind} anew")
+    return manifest
+
+
+def read_manifest(path: Path, kind: str = "artifact") -> Manifest:
+    """The manifest of the artifact at `path`, as it stands there.
+
+    Args:
+        path: its folder.
+        kind: what is expected, for the message.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     try:
         values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(**values)
@@ -143,12 +163,6 @@ def open_artifact(path: Path, kind: str, check_files: bool = True) -> Manifest:
             f"{path}: format version {manifest.format_version}, this program reads "
             f"{FORMAT_VERSION}; make it anew"
         )
-    if manifest.kind != kind:
-        raise UserError(f"{path}: is a {manifest.kind!r}, but a {kind!r} is needed")
-    found = hash_files(path) if check_files else manifest.files
-    if found != manifest.files:
-        changed = sorted(set(found.items()) ^ set(manifest.files.items()))
-        raise UserError(f"{path}: {changed[0][0]} is missing or changed; make the {kind} anew")
     return manifest
 
 
@@ -175,6 +189,24 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def flush(folder: Path, deep: bool = True) -> None:
+    """Onto the disk: what is in the folder, and the folder's own list of names.
+
+    Args:
+        folder: of files and folders.
+        deep: False for the list of names alone.
+    """
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # file systems of the network may know this of files only
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -23,7 +23,8 @@ def distil_student(
     Args:
         distillation: the recipe's section `distillation`.
         training: the recipe's section `training`.
-        checkpoints: folder of training checkpoints; the same path resumes an interrupted run.
+        checkpoints: folder of training checkpoints, or its URL in an object store; the same one
+            resumes an interrupted run.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
@@ -35,8 +36,6 @@ def distil_student(
     from flagscale.steps.step_process import step_process
 
     with step_process("distil-student", experiment=experiment, exclusive=checkpoints) as step:
-        from pathlib import Path
-
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student import distil_student
 
@@ -46,7 +45,7 @@ def distil_student(
             teacher=step.input(teacher.path),
             student=step.input(student.path),
             dataset=step.input(dataset.path),
-            checkpoints=Path(checkpoints),
+            checkpoints=checkpoints,
             output=step.output(model.path),
         )
         step.report(figures, metrics)

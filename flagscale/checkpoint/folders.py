@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flagscale.artifacts import write_json
+from flagscale.artifacts import flush, write_json
 from flagscale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,23 +86,29 @@ class CheckpointFolders:
         write_json(path / _HISTORY, history)
         return path
 
-    def publish(self, partial: Path) -> None:
-        """Make a folder from `begin`, now complete, the latest checkpoint, and delete old ones."""
+    def publish(self, partial: Path) -> list[Path]:
+        """Make a folder from `begin`, now complete, the latest checkpoint, and delete old ones.
+
+        Returns:
+            The checkpoints that are kept, the latest last.
+        """
         checkpoint = _read(partial)
-        _flush(partial)
+        flush(partial)
         path = self.root / _name(checkpoint.step)
         if path.exists():  # written by a training that was killed before it became the latest
             self._delete(path)
         os.replace(partial, path)
-        _flush(self.root)
+        flush(self.root, deep=False)
         write_json(self.root / _LATEST, {"step": checkpoint.step, "folder": path.name})
         # Later ones are left of a training that was set back to an earlier checkpoint.
         kept = [one for one in self._complete() if one.step <= checkpoint.step]
         best = self._best(kept)
         self._point_to_best(best)
-        for old in kept[: -self._keep]:
-            if old != best:
+        stay = [one for one in kept if one in kept[-self._keep :] or one == best]
+        for old in kept:
+            if old not in stay:
                 self._delete(old.path)
+        return [one.path for one in stay]
 
     def latest(self) -> Checkpoint | None:
         """The checkpoint to resume from, None if there is none.
@@ -170,13 +176,3 @@ def _read(path: Path) -> Checkpoint:
         raise UserError(
             f"{path / _HISTORY}: cannot be read: {error}; delete {path} to go on without it"
         ) from error
-
-
-def _flush(folder: Path) -> None:
-    """Onto the disk: what is in the folder, and the folder's own list of names."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from flagscale.checkpoint.agreement import is_first_rank, on_first_rank
 from flagscale.checkpoint.folders import STATE, CheckpointFolders
+from flagscale.checkpoint.mirror import Mirror
 from flagscale.checkpoint.training_state import (
     TrainingState,
     layout,
@@ -41,6 +42,7 @@ class TrainingCheckpoints:
         keep: int = 2,
         async_save: bool = False,
         best_by: str = "lm loss",
+        mirror: Mirror | None = None,
     ) -> None:
         """Use `folder`, which need not exist yet.
 
@@ -49,8 +51,10 @@ class TrainingCheckpoints:
             keep: how many of the newest stay, beside the best.
             async_save: write while training goes on, one checkpoint at a time.
             best_by: name of the validation loss that the best checkpoint is smallest in.
+            mirror: keeps the folder in an object store; every rank has one, or none has.
         """
         self.folder = folder
+        self._mirror = mirror
         self._folders = CheckpointFolders(folder, keep, best_by)
         self._async_save = async_save
         self._calls = AsyncCallsQueue(persistent=False)
@@ -66,7 +70,7 @@ class TrainingCheckpoints:
             UserError: a rank cannot write, e.g. because the disk is full; the checkpoint before is
                 untouched.
         """
-        self.wait()
+        self._finish(blocking=True)
         history = {**asdict(state), "layout": layout()}
         partial = on_first_rank(self.folder, _WRITING, lambda: self._begin(history))
         if partial is None:
@@ -91,12 +95,15 @@ class TrainingCheckpoints:
         self._finish(blocking=False)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is complete.
+        """Wait until the checkpoint that is being written is complete, and in the object store.
 
         Raises:
-            UserError: a rank could not write it.
+            UserError: a rank could not write it. That it could not be uploaded is only told.
         """
         self._finish(blocking=True)
+        # In turns of seconds: other ranks' patience with a collective has an end.
+        while self._mirror and not on_first_rank(self.folder, _WRITING, self._mirror.uploaded):
+            pass
 
     def restore(self, trainer: Trainer) -> TrainingState:
         """Load the latest checkpoint, if there is one, and say where training stands.
@@ -104,6 +111,8 @@ class TrainingCheckpoints:
         Raises:
             UserError: the latest checkpoint cannot be read.
         """
+        while self._mirror and not on_first_rank(self.folder, _READING, self._mirror.downloaded):
+            pass
         latest = on_first_rank(self.folder, _READING, self._folders.latest)
         if latest is None:
             return TrainingState()
@@ -134,8 +143,13 @@ class TrainingCheckpoints:
     def _publish(self) -> None:
         partial = self._partial
         assert partial is not None
-        on_first_rank(self.folder, _WRITING, lambda: self._folders.publish(partial))
+        on_first_rank(self.folder, _WRITING, lambda: self._make_latest(partial))
         self._partial = None
+
+    def _make_latest(self, partial: Path) -> None:
+        kept = self._folders.publish(partial)
+        if self._mirror is not None:
+            self._mirror.upload(kept)
 
     def _finish(self, blocking: bool) -> None:
         if self._calls.get_num_unfinalized_calls():

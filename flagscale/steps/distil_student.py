@@ -22,7 +22,13 @@ from flagscale.artifacts import (
     open_artifact,
     staging_path,
 )
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights, save_weights
+from flagscale.checkpoint import (
+    TrainingCheckpoints,
+    TrainingState,
+    load_weights,
+    mirror,
+    save_weights,
+)
 from flagscale.errors import UserError
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.shape import MODEL_JSON, ModelShape
@@ -32,7 +38,7 @@ from flagscale.recipe.combinations import check_combination
 from flagscale.recipe.training import CHANGES_NO_RESULT
 from flagscale.steps import launch
 from flagscale.steps.observers import observer
-from flagscale.steps.step_process import deferred_stop, stop_requested
+from flagscale.steps.step_process import deferred_stop, stop_requested, when_published
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
@@ -48,7 +54,7 @@ class _Paths(NamedTuple):
     teacher: Path
     student: Path
     dataset: Path
-    checkpoints: Path
+    checkpoints: str
     output: Path
 
 
@@ -58,7 +64,7 @@ def distil_student(
     teacher: Path,
     student: Path,
     dataset: Path,
-    checkpoints: Path,
+    checkpoints: str | Path,
     output: Path,
 ) -> dict[str, float]:
     """Train the student; go on from the last checkpoint of the same training, if there is one.
@@ -71,8 +77,9 @@ def distil_student(
         teacher: a `teacher` artifact.
         student: a `student` artifact.
         dataset: a `dataset` artifact.
-        checkpoints: folder that outlives the process; the training keeps to a folder inside it
-            whose name follows from everything that its result depends on.
+        checkpoints: folder that outlives the process, or URL of one in an object store; the
+            training keeps to a folder inside it whose name follows from everything that its result
+            depends on. That goes when the step's output is in place.
         output: the `distilled-student` artifact to write.
 
     Returns:
@@ -84,8 +91,20 @@ def distil_student(
     """
     processes = platform.processes(training.parallelism)
     _check(distillation, training, student, processes)
-    paths = _Paths(teacher, student, dataset, checkpoints, output)
-    if processes == 1 or launch.is_rank():
+    paths = _Paths(teacher, student, dataset, str(checkpoints), output)
+    if launch.is_rank():
+        return _train(distillation, training, paths)
+    figures = _run(distillation, training, paths, processes)
+    name = _fingerprint(_sections(distillation, training), _parents(paths, check_files=False))
+    when_published(lambda: mirror.forget(paths.checkpoints, name))
+    return figures
+
+
+def _run(
+    distillation: DistillationRecipe, training: TrainingRecipe, paths: _Paths, processes: int
+) -> dict[str, float]:
+    """Train in this process, or in as many others."""
+    if processes == 1:
         return _train(distillation, training, paths)
     request = {
         "distillation": distillation.model_dump(mode="json"),
@@ -118,15 +137,9 @@ def _train(
     distillation: DistillationRecipe, training: TrainingRecipe, paths: _Paths
 ) -> dict[str, float]:
     """The work of one rank, or of the only process."""
-    parents = {
-        name: open_artifact(getattr(paths, name), name, check_files=launch.is_first_rank())
-        for name in ("teacher", "student", "dataset")
-    }
-    recipe = {
-        "distillation": distillation.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
-    }
-    folder = paths.checkpoints / _fingerprint(recipe, parents)
+    parents = _parents(paths, check_files=launch.is_first_rank())
+    recipe = _sections(distillation, training)
+    folder, remote = mirror.place(paths.checkpoints, _fingerprint(recipe, parents))
     seq_length = parents["dataset"].facts["seq_length"]
     args = training_arguments(ModelShape.load(paths.student), seq_length, training)
     if distillation.loss != "none":
@@ -142,6 +155,7 @@ def _train(
             training.keep_checkpoints,
             training.async_save,
             best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
+            mirror=remote,
         )
         state = _restore(trainer, saved)
         batches = RankBatches(paths.dataset, folder / "data", args, training)
@@ -164,9 +178,23 @@ def _train(
             staging.tokenizer_hash = parents["student"].tokenizer_hash
         speed = "median tokens per second"
         run.log_metrics({speed: figures[speed]})
-        if launch.is_first_rank():
-            shutil.rmtree(folder)
     return figures
+
+
+def _sections(
+    distillation: DistillationRecipe, training: TrainingRecipe
+) -> dict[str, dict[str, object]]:
+    return {
+        "distillation": distillation.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+    }
+
+
+def _parents(paths: _Paths, *, check_files: bool) -> dict[str, Manifest]:
+    return {
+        name: open_artifact(getattr(paths, name), name, check_files)
+        for name in ("teacher", "student", "dataset")
+    }
 
 
 def _fingerprint(recipe: dict[str, dict[str, object]], parents: dict[str, Manifest]) -> str:
@@ -275,5 +303,8 @@ def run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: st
     return _train(
         parse_section(DistillationRecipe, distillation, where="distil-student"),
         parse_section(TrainingRecipe, training, where="distil-student"),
-        _Paths(**{name: Path(path) for name, path in paths.items()}),
+        _Paths(
+            checkpoints=paths.pop("checkpoints"),
+            **{name: Path(path) for name, path in paths.items()},
+        ),
     )

@@ -101,7 +101,7 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
 def test_a_held_folder_is_given_up_on_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flagscale.steps.step_process._LOCK_SECONDS", -1.0)
+    monkeypatch.setattr("flagscale.steps.exclusive._LOCK_SECONDS", -1.0)
     folder = str(tmp_path / "checkpoints")
     with (
         step_process("distil-student", exclusive=folder),
