@@ -47,7 +47,7 @@ class Toleration(Section):
 class Retries(Section):
     """How often a failed pod is started again; a training goes on from its last checkpoint."""
 
-    count: Annotated[int, Field(ge=0)] = 2
+    count: Annotated[int, Field(ge=0)] = Field(2, description="Times")
     backoff: Duration = Field("30s", description="Pause before the first")
     factor: float = Field(2.0, ge=1, description="Each pause is so much longer than the last")
     longest: Duration = Field("600s", description="No pause is longer")
@@ -105,9 +105,11 @@ class Steps(Section):
 class NewVolume(Section):
     """A claim made at the start of each run, and left behind with its student."""
 
-    size: Quantity
+    size: Quantity = Field(description="Kubernetes quantity")
     storage_class: Name | None = Field(None, description="Default: the cluster's default class")
-    access_modes: tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...] = ("ReadWriteMany",)
+    access_modes: tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...] = Field(
+        ("ReadWriteMany",), description="By how many nodes: ReadWriteMany or ReadWriteOnce"
+    )
 
 
 class Shared(Section):
@@ -157,8 +159,10 @@ class Images(Section):
 
     cpu: str | None = Field(None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's")
     gpu: str | None = Field(None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's")
-    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    pull_secrets: tuple[Name, ...] = ()
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        "IfNotPresent", description="Always, IfNotPresent or Never, as in Kubernetes"
+    )
+    pull_secrets: tuple[Name, ...] = Field((), description="Secrets of private registries")
 
 
 class Trainer(Section):
@@ -170,7 +174,7 @@ class Trainer(Section):
 class Platform(Section):
     """A cluster, as far as pipelines need to know it."""
 
-    description: str = ""
+    description: str = Field("", description="For people")
     images: Images = Images()
     steps: Steps = Steps()
     shared: Shared | None = Field(

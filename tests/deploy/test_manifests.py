@@ -25,7 +25,7 @@ from manifests import (
 from components.image import VERSION
 from flagscale.recipe import load_recipe
 from pipelines.compiling import compile_recipe
-from pipelines.platform import FOLDER, load_platform
+from pipelines.platform import FOLDER, Platform, load_platform
 
 KUBERNETES = ("1.31", kubernetes_validate.latest_version())  # the oldest that Trainer takes
 PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -49,12 +49,14 @@ def test_every_file_belongs_to_a_kustomization() -> None:
             named = (path.parent / name).resolve()
             used.add(named / "kustomization.yaml" if named.is_dir() else named)
     assert {path for path in used if not path.is_file()} == set()
-    assert set(DEPLOY.rglob("*.yaml")) - used == {DEPLOY / "secrets.example.yaml"}
+    by_hand = {DEPLOY / "secrets.example.yaml", DEPLOY / "volume-owner.yaml"}
+    assert set(DEPLOY.rglob("*.yaml")) - used == by_hand
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_kubernetes_takes_them(built: list[Manifest], version: str) -> None:
-    for manifest in [*built, *documents(DEPLOY / "secrets.example.yaml")]:
+    by_hand = ("secrets.example.yaml", "volume-owner.yaml")
+    for manifest in [*built, *(d for name in by_hand for d in documents(DEPLOY / name))]:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -100,6 +102,21 @@ def test_images_are_pinned_and_ours_is_this_release(built: list[Manifest]) -> No
         assert re.search(r"\d+\.\d+", tag), image
         if image.startswith("flagscale"):
             assert image == f"flagscale-distillation:{VERSION}-mlflow"
+
+
+def test_root_does_nothing_but_give_the_volume_to_the_steps() -> None:
+    [job] = documents(DEPLOY / "volume-owner.yaml")
+    [volume] = pod(job)["spec"]["volumes"]
+    claims = of_kind(documents(DEPLOY / "base/volume.yaml"), "PersistentVolumeClaim")
+    assert volume["persistentVolumeClaim"]["claimName"] in claims
+    [container] = containers(job)
+    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    user = Platform().run_as_user
+    assert (
+        f"chown {user}:{user} {container['volumeMounts'][0]['mountPath']} "
+        in container["command"][-1]
+    )
 
 
 def _references(value: Any, name: str) -> list[Manifest]:
