@@ -37,6 +37,8 @@ def build_pipeline(
 ) -> BaseComponent:
     """The pipeline with the recipe's sections as defaults, placed on a platform.
 
+    A recipe with `sweep` gives the pipeline of `pipelines.sweep`.
+
     Args:
         recipe: resolved.
         platform: None for this machine.
@@ -47,6 +49,10 @@ def build_pipeline(
     Raises:
         UserError: the platform cannot hold the training.
     """
+    if recipe.sweep is not None:
+        from pipelines.sweep import build_sweep
+
+        return build_sweep(recipe, platform, code_version)
     if platform is not None:
         placement.check(platform, recipe)
 
@@ -89,16 +95,37 @@ def run_parameters(recipe: Recipe, platform: Platform | None, code_version: str)
 
 
 def _wire(values: Mapping[str, Any], placed: Placement) -> None:
-    always = {"code_version": values["code_version"], "experiment": values["experiment"]}
+    dataset, teacher = prepare(values, placed)
+    distilled, results = teach(values, placed, dataset, teacher)
+    exported = export_student(
+        export=values["export"], distilled=distilled, evaluation=results, **always(values)
+    )
+    placed.place(exported, "models", "Export student", last=True)
 
-    text = prepare_data(data=values["data"], **always)
+
+def always(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What every step is given."""
+    return {"code_version": values["code_version"], "experiment": values["experiment"]}
+
+
+def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
+    """The steps that all students of a teacher share: channels of the dataset and the teacher."""
+    text = prepare_data(data=values["data"], **always(values))
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
 
-    source = prepare_teacher(teacher=values["teacher"], dataset=dataset, **always)
-    teacher = placed.place(source, "models", "Prepare teacher").outputs["model"]
+    source = prepare_teacher(teacher=values["teacher"], dataset=dataset, **always(values))
+    return dataset, placed.place(source, "models", "Prepare teacher").outputs["model"]
 
+
+def teach(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Any,  # noqa: ANN401 - KFP's channel
+    teacher: Any,  # noqa: ANN401 - KFP's channel
+) -> tuple[Any, Any]:
+    """The steps of one student: channels of the distilled student and its evaluation."""
     conversion = convert_student(
-        student=values["student"], teacher=teacher, dataset=dataset, **always
+        student=values["student"], teacher=teacher, dataset=dataset, **always(values)
     )
     student = placed.place(conversion, "models", "Convert student").outputs["model"]
 
@@ -109,7 +136,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         teacher=teacher,
         student=student,
         dataset=dataset,
-        **always,
+        **always(values),
     )
     distilled = placed.place(trained, "training", "Distil student").outputs["model"]
 
@@ -119,14 +146,9 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         student=student,
         distilled=distilled,
         dataset=dataset,
-        **always,
+        **always(values),
     )
-    results = placed.place(measured, "models", "Evaluate").outputs["results"]
-
-    exported = export_student(
-        export=values["export"], distilled=distilled, evaluation=results, **always
-    )
-    placed.place(exported, "models", "Export student", last=True)
+    return distilled, placed.place(measured, "models", "Evaluate").outputs["results"]
 
 
 def source_version() -> str:

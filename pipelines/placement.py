@@ -141,7 +141,10 @@ class Placement:
         task.set_memory_request(memory).set_memory_limit(memory)
         if accelerators and kind != "data":
             task.set_accelerator_type(pods.accelerator_type)
-            task.set_accelerator_limit(self._values[f"{kind}_accelerator_count"])
+            count = self._values[f"{kind}_accelerator_count"]
+            task.set_accelerator_limit(count)
+            # KFP forgets to pass it into a loop, whose tasks would look for it there in vain.
+            task.register_pipeline_channels([count])
 
     def _nodes(self, task: dsl.PipelineTask, kind: str, pods: Pods) -> None:
         kubernetes.add_node_selector_json(task, self._values[f"{kind}_node_selector"])

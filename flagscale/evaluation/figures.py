@@ -128,6 +128,21 @@ def summarise(fidelity: Fidelity, samples: int, confidence: float, seed: int) ->
     }
 
 
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What `summarise` found as one level of names: `distilled/kl`, ..., and the counts.
+
+    `kl_reduction` is left out where the student began as a copy of the teacher.
+    """
+    flat = {
+        f"{model}/{figure}": interval["value"]
+        for model, figures in metrics["models"].items()
+        for figure, interval in figures.items()
+    }
+    if metrics["kl_reduction"] is not None:
+        flat["kl_reduction"] = metrics["kl_reduction"]
+    return flat | {name: float(metrics[name]) for name in ("documents", "tokens")}
+
+
 def verdict(figure: str, difference: Mapping[str, float]) -> str:
     """`better`, `worse`, or `not clear` where the interval of a difference holds 0."""
     if difference["low"] <= 0 <= difference["high"]:

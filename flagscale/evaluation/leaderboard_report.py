@@ -34,7 +34,8 @@ def render(board: Leaderboard) -> str:
         columns=[(SHOWN[key].label, SHOWN[key].meaning) for key in _keys(board)],
         rows=[_cells(row, board) for row in board.rows],
         references=[
-            {"name": name, "cells": _figures(figures, board)} for name, figures in board.references.items()
+            {"name": name, "cells": _figures(figures, board)}
+            for name, figures in board.references.items()
         ],
         chart=charts.ranking(
             [row.name for row in board.rows],

@@ -18,7 +18,7 @@ from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.fidelity import TEACHER, Fidelity, measure
-from flagscale.evaluation.figures import AFTER, BEFORE, summarise
+from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.report import ReportData, headline, render
 from flagscale.models.megatron import load_model, logits
@@ -109,12 +109,12 @@ def evaluate(
             "generations": generations,
             "measured": _measured(manifests),
         }
-        scalars = _scalars(metrics)
-        run.log_headline(scalars)
+        figures = scalars(metrics)
+        run.log_headline(figures)
         for name in (REPORT, METRICS, PER_DOCUMENT):
             run.log_artifact(staging.path / name)
     logger.info("%s", headline(metrics))
-    return scalars
+    return figures
 
 
 def _open(folders: Mapping[str, Path]) -> dict[str, Manifest]:
@@ -203,14 +203,3 @@ def _write(folder: Path, metrics: Mapping[str, Any], fidelity: Fidelity, html: s
         for row in fidelity.rows():
             stream.write(json.dumps(row) + "\n")
     (folder / REPORT).write_text(html, encoding="utf-8")
-
-
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    scalars = {
-        f"{model}/{figure}": interval["value"]
-        for model, figures in metrics["models"].items()
-        for figure, interval in figures.items()
-    }
-    if metrics["kl_reduction"] is not None:
-        scalars["kl_reduction"] = metrics["kl_reduction"]
-    return scalars | {name: float(metrics[name]) for name in ("documents", "tokens")}

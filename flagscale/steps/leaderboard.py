@@ -12,6 +12,7 @@ from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, w
 from flagscale.errors import UserError
 from flagscale.evaluation import REPORT
 from flagscale.evaluation.compare import read_evaluation
+from flagscale.evaluation.figures import scalars
 from flagscale.evaluation.leaderboard import LEADERBOARD, TABLE, Candidate, Leaderboard, rank
 from flagscale.evaluation.leaderboard_report import headline, render
 from flagscale.recipe import parse_section
@@ -40,7 +41,8 @@ def leaderboard(
             report.html.
 
     Returns:
-        The winner's figures, and `winner`: its number in the sweep, from 1.
+        The winner's figures as its evaluation has them, `winner`: its number in the sweep, from
+        1, and the number of `variants`.
 
     Raises:
         UserError: a variant has no evaluation, or two, or an evaluation is of no variant, or they
@@ -55,18 +57,16 @@ def leaderboard(
         new_artifact(output, "leaderboard", recipe, parents, run.log_artifact) as staging,
     ):
         changes = _changes(wanted)
-        board = rank(
-            [
-                _candidate(number, name, changes[name], *evaluations[name])
-                for number, name in enumerate(wanted, start=1)
-            ],
-            metric,
-        )
+        candidates = [
+            _candidate(number, name, changes[name], *evaluations[name])
+            for number, name in enumerate(wanted, start=1)
+        ]
+        board = rank(candidates, metric)
         _write(staging.path, board)
         staging.facts = {"winner": board.winner.name, "digests": board.winner.digests}
-        figures = {f: interval["value"] for f, interval in board.winner.figures.items()}
+        figures = scalars(candidates[board.winner.number - 1].metrics)
         figures |= {"winner": float(board.winner.number), "variants": float(len(board.rows))}
-        run.log_metrics(figures)
+        run.log_headline(figures)
         for name in (REPORT, LEADERBOARD, TABLE):
             run.log_artifact(staging.path / name)
     log_variants(board.as_json())

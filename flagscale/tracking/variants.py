@@ -21,7 +21,9 @@ def log_variants(board: Mapping[str, Any]) -> None:
         board: the content of leaderboard.json.
     """
     for place, row in enumerate(board["rows"]):
-        with step_run(row["name"], row["changes"]) as run:
+        # A leaderboard that is tried again goes on in the same runs.
+        training = f"leaderboard {row['digests']['evaluation']}"
+        with step_run(row["name"], row["changes"], training) as run:
             run.set_tag(VARIANT_TAG, row["name"])
             if place == 0:
                 run.set_tag(WINNER_TAG, "true")

@@ -22,6 +22,8 @@ def test_there_is_a_component_for_each_step() -> None:
         "distil_student",
         "evaluate",
         "export_student",
+        "export_winner",
+        "leaderboard",
         "prepare_data",
         "prepare_teacher",
     ]

@@ -1,0 +1,1 @@
+"""The step that exports the best student of a sweep."""

@@ -1,0 +1,1 @@
+"""The step that ranks the variants of a sweep."""

@@ -1,0 +1,58 @@
+"""export-winner: the student that leads a sweep's leaderboard -> an `export` artifact."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from flagscale.artifacts import open_artifact
+from flagscale.errors import UserError
+from flagscale.recipe import ExportRecipe
+from flagscale.steps.export_student import export_student
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {"distilled": "distilled-student", "evaluation": "evaluation"}
+
+
+def export_winner(
+    export: ExportRecipe,
+    models: Sequence[Path],
+    results: Sequence[Path],
+    leaderboard: Path,
+    output: Path,
+) -> dict[str, float]:
+    """Export the student that leads the leaderboard; see `export_student`.
+
+    Args:
+        export: the recipe's section.
+        models: the `distilled-student` artifacts of the sweep, in any order.
+        results: their `evaluation` artifacts, in any order.
+        leaderboard: the `leaderboard` artifact of the sweep.
+        output: folder of the `export` artifact.
+
+    Returns:
+        The figures of `export_student`.
+
+    Raises:
+        UserError: the winner is not among the artifacts, or cannot be exported.
+    """
+    facts = open_artifact(leaderboard, "leaderboard").facts
+    logger.info("exporting the winner, %s", facts["winner"])
+    distilled, evaluation = (
+        _find(paths, name, facts["digests"][name])
+        for name, paths in (("distilled", models), ("evaluation", results))
+    )
+    return export_student(export, distilled, evaluation, output)
+
+
+def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:
+    """The artifact with this digest; only the winner's files will be hashed, when it is opened."""
+    for path in paths:
+        if open_artifact(path, _KINDS[name], check_files=False).digest == wanted:
+            return path
+    raise UserError(
+        f"none of {len(paths)} {_KINDS[name]} artifacts is the leaderboard's winner ({wanted}); "
+        "give the artifacts of one sweep"
+    )
