@@ -23,8 +23,7 @@ def distil_student(
     Args:
         distillation: the recipe's section `distillation`.
         training: the recipe's section `training`.
-        checkpoints: folder of training checkpoints, or its URL in an object store; the same one
-            resumes an interrupted run.
+        checkpoints: folder or URL of training checkpoints; the same one resumes a stopped run.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.

@@ -17,7 +17,6 @@ from flagscale import platform, tracking
 from flagscale.artifacts import (
     Manifest,
     Staging,
-    digest,
     new_artifact,
     open_artifact,
     staging_path,
@@ -35,8 +34,8 @@ from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
 from flagscale.recipe.combinations import check_combination
-from flagscale.recipe.training import CHANGES_NO_RESULT
 from flagscale.steps import launch
+from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.step_process import deferred_stop, stop_requested, when_published
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
@@ -95,7 +94,7 @@ def distil_student(
     if launch.is_rank():
         return _train(distillation, training, paths)
     figures = _run(distillation, training, paths, processes)
-    name = _fingerprint(_sections(distillation, training), _parents(paths, check_files=False))
+    name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
     when_published(lambda: mirror.forget(paths.checkpoints, name))
     return figures
 
@@ -138,8 +137,8 @@ def _train(
 ) -> dict[str, float]:
     """The work of one rank, or of the only process."""
     parents = _parents(paths, check_files=launch.is_first_rank())
-    recipe = _sections(distillation, training)
-    folder, remote = mirror.place(paths.checkpoints, _fingerprint(recipe, parents))
+    recipe = sections(distillation, training)
+    folder, remote = mirror.place(paths.checkpoints, fingerprint(recipe, parents))
     seq_length = parents["dataset"].facts["seq_length"]
     args = training_arguments(ModelShape.load(paths.student), seq_length, training)
     if distillation.loss != "none":
@@ -181,31 +180,11 @@ def _train(
     return figures
 
 
-def _sections(
-    distillation: DistillationRecipe, training: TrainingRecipe
-) -> dict[str, dict[str, object]]:
-    return {
-        "distillation": distillation.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
-    }
-
-
 def _parents(paths: _Paths, *, check_files: bool) -> dict[str, Manifest]:
     return {
         name: open_artifact(getattr(paths, name), name, check_files)
         for name in ("teacher", "student", "dataset")
     }
-
-
-def _fingerprint(recipe: dict[str, dict[str, object]], parents: dict[str, Manifest]) -> str:
-    """Name of the checkpoints that may be resumed from: same inputs, same recipe, same result.
-
-    How often checkpoints are saved changes no result, nor does the number of processes (but for
-    rounding): a training may go on where it was on another layout.
-    """
-    training = {k: v for k, v in recipe["training"].items() if k not in CHANGES_NO_RESULT}
-    origin = {name: manifest.digest for name, manifest in parents.items()}
-    return digest([recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
 
 
 @contextmanager

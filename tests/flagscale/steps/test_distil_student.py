@@ -117,13 +117,13 @@ def wait_for(condition, process):
 
 def test_another_recipe_does_not_resume(inputs, tmp_path):
     """Only checkpoints of the very same training count."""
-    from flagscale.steps.distil_student import _fingerprint
+    from flagscale.steps.fingerprint import fingerprint
 
     parents = {"teacher": open_artifact(inputs[0], "teacher")}
 
     def name(**changes):
         training = {**TRAINING.model_dump(), **changes}
-        return _fingerprint({"distillation": {"loss": "logits"}, "training": training}, parents)
+        return fingerprint({"distillation": {"loss": "logits"}, "training": training}, parents)
 
     assert name() == name(save_interval=5)
     assert len({name(), name(seed=1), name(lr=0.1), name(train_iters=9)}) == 4
