@@ -17,6 +17,7 @@ from kfp.local import cache as kfp_cache
 
 from flagscale.artifacts import MANIFEST, open_artifact
 from flagscale.errors import UserError
+from flagscale.shared import damage, read_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,9 @@ def _damage(path: Path) -> str | None:
     """What is wrong with an output, None if nothing."""
     manifest = path / MANIFEST
     try:
+        pointer = read_pointer(path)
+        if pointer is not None:
+            return damage(pointer)
         if path.is_dir():
             open_artifact(path, json.loads(manifest.read_text(encoding="utf-8"))["kind"])
         elif path.stat().st_size == 0:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _STALE_SECONDS = 120.0
 _SETTLE_SECONDS = 1.0
 _POLL_SECONDS = 2.0
+_READS = 3
 
 
 @contextmanager
@@ -100,17 +101,19 @@ class _Lease:
 
     def _other(self) -> str | None:
         """Who else holds it, None if nobody does."""
-        content = self._store.read(self._name)
-        if content is None:
-            return None
-        try:
-            found = json.loads(content)
-            holder, renewed = str(found["holder"]), float(found["renewed"])
-        except (ValueError, TypeError, KeyError):
-            return None
-        if holder == self._holder or time.time() - renewed > _STALE_SECONDS:
-            return None
-        return holder
+        for _ in range(_READS):
+            content = self._store.read(self._name)
+            if content is None:
+                return None
+            try:
+                found = json.loads(content)
+                holder, renewed = str(found["holder"]), float(found["renewed"])
+            except (ValueError, TypeError, KeyError):  # on a file system, while it is written
+                time.sleep(0.5)
+                continue
+            mine = holder == self._holder
+            return None if mine or time.time() - renewed > _STALE_SECONDS else holder
+        return None
 
     def _write(self) -> None:
         values = {"holder": self._holder, "renewed": time.time()}

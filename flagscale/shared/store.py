@@ -91,12 +91,16 @@ class ObjectStore:
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained("read"):
-            self._fs.get(
-                [self._path(name) for name in files],
-                [str(path) for path in files.values()],
-                batch_size=_AT_ONCE,
-                callback=_Progress("downloaded", len(files)),
-            )
+            try:
+                self._fs.get(
+                    [self._path(name) for name in files],
+                    [str(path) for path in files.values()],
+                    batch_size=_AT_ONCE,
+                    callback=_Progress("downloaded", len(files)),
+                )
+            except FileNotFoundError:
+                absent = sorted(files.keys() - self.sizes().keys())
+                raise UserError(f"{self.url}/{(absent or ['?'])[0]}: is missing") from None
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every file."""
@@ -145,10 +149,8 @@ class ObjectStore:
         """
         try:
             yield
-        except (UserError, FileNotFoundError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.url}: cannot be {what}: no {error}") from error
+        except UserError:
+            raise
         except Exception as error:
             if is_disk_full(error):
                 raise
