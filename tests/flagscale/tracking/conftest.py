@@ -1,0 +1,62 @@
+"""A real tracking server, and an environment without anybody's tracking."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+_OURS = ("MLFLOW_", "KFP_", "FLAGSCALE_")
+
+
+@pytest.fixture(autouse=True)
+def no_inherited_tracking() -> Iterator[None]:
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith(_OURS)]:
+        del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def client(runs: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def server(runs: Path) -> Iterator[str]:
+    """A real tracking server on the SQLite file of `runs`."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    command = [sys.executable, "-m", "mlflow", "server", "--port", uri.rsplit(":", 1)[1]]
+    command += ["--backend-store-uri", f"sqlite:///{runs}/mlflow.db", "--workers", "1"]
+    command += ["--artifacts-destination", str(runs / "served")]
+    quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=quick, stdout=null, stderr=null)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    yield uri
+    process.terminate()
+    process.wait(timeout=20)
