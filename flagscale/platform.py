@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -72,9 +71,7 @@ def processes(parallelism: ParallelismRecipe) -> int:
         return parallelism.processes
     if HAS_GPU:
         return torch.cuda.device_count()
-    sizes = parallelism
-    stage = sizes.tensor_model_parallel_size * sizes.context_parallel_size
-    return sizes.pipeline_model_parallel_size * math.lcm(stage, sizes.expert_model_parallel_size)
+    return parallelism.smallest_world_size
 
 
 def use_distributed_optimizer(choice: bool | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, model_validator
 
 from flagscale.recipe.section import PositiveInt, Section
@@ -38,6 +40,14 @@ class ParallelismRecipe(Section):
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
+        )
+
+    @property
+    def smallest_world_size(self) -> int:
+        """The fewest processes that hold the model once, experts included."""
+        ranks = self.tensor_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * math.lcm(
+            ranks, self.expert_model_parallel_size
         )
 
     @model_validator(mode="after")

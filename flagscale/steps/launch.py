@@ -1,15 +1,16 @@
 """Runs a step's function on several processes of this machine, under torchrun.
 
 The step's process starts torchrun and waits; each rank is `python -m flagscale.steps.launch STEP
-MODULE:FUNCTION` and calls the function. What goes there and comes back are JSON values in files. A
-signal to the step is passed on to every rank, which saves and ends; a rank's error becomes the
-step's.
+MODULE:FUNCTION` and calls the function. What goes there and comes back are JSON values in files
+(`flagscale.steps.rank_folder`). A signal to the step is passed on to every rank, which saves and
+ends; a rank's error becomes the step's.
+
+`flagscale.steps.trainjob` starts the same ranks on several nodes.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import signal
@@ -22,27 +23,20 @@ from typing import Any
 
 import psutil
 
-from flagscale.artifacts import write_json
-from flagscale.errors import Interrupted, UserError
 from flagscale.processes import (
-    FOLDER_VARIABLE,
     RUNNER_VARIABLE,
     is_alive,
-    read_error,
     read_process,
     this_process,
 )
-from flagscale.steps.step_process import (
-    EXIT_INTERRUPTED,
-    deferred_stop,
-    step_process,
-    stop_requested,
-)
+from flagscale.steps import heartbeat
+from flagscale.steps.rank_folder import RankFolder
+from flagscale.steps.signals import deferred_stop, stop_requested
+from flagscale.steps.step_process import step_process
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_VARIABLE = "FLAGSCALE_REQUEST"
-_EXIT_CODE = "exit-code"
+REQUEST_VARIABLE = "FLAGSCALE_REQUEST"
 _POLL_SECONDS = 0.2
 
 
@@ -54,6 +48,31 @@ def is_rank() -> bool:
 def is_first_rank() -> bool:
     """Whether this process speaks for all: it alone writes small files, logs and tracks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def rank_command(step: str, function: str, processes: int, *options: str) -> list[str]:
+    """What starts the ranks of one machine.
+
+    Args:
+        step: its name, for the log.
+        function: `module:name`.
+        processes: ranks on this machine.
+        options: of torchrun.
+    """
+    return [
+        *(sys.executable, "-m", "flagscale.steps.torchrun", *options),
+        *("--nproc-per-node", str(processes)),
+        *("--module", "flagscale.steps.launch", step, function),
+    ]
+
+
+def rank_environment(cores: float, processes: int) -> dict[str, str]:
+    """What ranks want of their environment, unless it says otherwise: they share the cores."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(cores / processes))),
+        # Communication is then issued before the computation that it overlaps with.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
 
 
 def run_on_ranks(
@@ -75,57 +94,52 @@ def run_on_ranks(
         Interrupted: this process was asked to stop, and the ranks have stopped.
     """
     with tempfile.TemporaryDirectory(prefix="flagscale-ranks-") as name:
-        folder = Path(name)
-        write_json(folder / "request.json", request)
-        command = [
-            *(sys.executable, "-m", "flagscale.steps.torchrun", "--standalone"),
-            *("--nproc-per-node", str(processes)),
-            *("--module", "flagscale.steps.launch", step, function),
-        ]
+        ranks = RankFolder.create(Path(name), request)
+        command = rank_command(step, function, processes, "--standalone")
         logger.info("starting %d processes", processes)
         with deferred_stop():
-            torchrun = subprocess.Popen(command, env=_environment(folder, processes))  # noqa: S603
+            environment = _environment(ranks.path, processes)
+            torchrun = subprocess.Popen(command, env=environment)  # noqa: S603
             try:
-                _wait(torchrun, folder)
+                _wait(torchrun, ranks)
             finally:
                 _end(torchrun)
-        return _outcome(folder, torchrun.returncode)
+        code = torchrun.returncode
+        if code:
+            why = f"one of the processes was killed (torchrun ended with {code}); see the log above"
+            ranks.raise_error(stop_requested(), otherwise=why)
+        return ranks.result()
 
 
 def _work(step: str, function: str) -> None:
     """The whole life of one rank."""
-    folder = Path(os.environ[_REQUEST_VARIABLE])
-    mine = folder / os.environ["RANK"]
-    mine.mkdir()
-    os.environ[FOLDER_VARIABLE] = str(mine)
+    ranks = RankFolder(Path(os.environ[REQUEST_VARIABLE]))
+    mine = ranks.join(int(os.environ["RANK"]))
     if not is_first_rank():
         os.environ["FLAGSCALE_LOG_LEVEL"] = "WARNING"
     try:
         with step_process(step, is_rank=True):
-            request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+            heartbeat.heed(ranks.path)
             module, name = function.split(":")
-            result = getattr(importlib.import_module(module), name)(**request)
+            result = getattr(importlib.import_module(module), name)(**ranks.request())
             if is_first_rank():
-                write_json(folder / "result.json", result)
+                ranks.note_result(result)
     except SystemExit as error:
-        write_json(mine / _EXIT_CODE, error.code)
+        ranks.note_exit(mine, error.code)
         raise
 
 
 def _environment(folder: Path, processes: int) -> dict[str, str]:
-    """Of the ranks: they end when this process does, and share its cores."""
-    cores = len(os.sched_getaffinity(0))
+    """Of the ranks of this machine: they end when this process does."""
     return {
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
-        # Communication is then issued before the computation that it overlaps with.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **rank_environment(len(os.sched_getaffinity(0)), processes),
         **os.environ,
-        _REQUEST_VARIABLE: str(folder),
+        REQUEST_VARIABLE: str(folder),
         RUNNER_VARIABLE: this_process(),
     }
 
 
-def _wait(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
+def _wait(torchrun: subprocess.Popen[bytes], ranks: RankFolder) -> None:
     """Until torchrun ends, passing a request to stop on to every rank, once.
 
     Not to torchrun: that gives its ranks 30 seconds, and a checkpoint may take longer.
@@ -133,14 +147,14 @@ def _wait(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
     told = False
     while torchrun.poll() is None:
         if stop_requested() and not told:
-            told = _tell_ranks(folder)
+            told = _tell_ranks(ranks)
         time.sleep(_POLL_SECONDS)
 
 
-def _tell_ranks(folder: Path) -> bool:
+def _tell_ranks(ranks: RankFolder) -> bool:
     """SIGTERM to each rank; whether there was one that listens already."""
-    ranks = [read_process(path) for path in folder.iterdir() if path.is_dir()]
-    found = [process for process in ranks if process is not None and is_alive(process)]
+    processes = [read_process(path) for path in ranks.ranks()]
+    found = [process for process in processes if process is not None and is_alive(process)]
     for process in found:
         os.kill(int(process.split(":")[0]), signal.SIGTERM)
     return bool(found)
@@ -152,22 +166,6 @@ def _end(torchrun: subprocess.Popen[bytes]) -> None:
             process.kill()
         torchrun.kill()
         torchrun.wait()
-
-
-def _outcome(folder: Path, code: int) -> Any:  # noqa: ANN401 - any JSON value
-    if code == 0:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    failed = sorted(folder.glob(f"*/{_EXIT_CODE}"), key=lambda path: path.stat().st_mtime_ns)
-    interrupted = [p for p in failed if json.loads(p.read_text()) == EXIT_INTERRUPTED]
-    if stop_requested() and failed == interrupted:
-        message = read_error(interrupted[0].parent) if interrupted else None
-        raise Interrupted((message or "stopped by a signal").removeprefix("interrupted: "))
-    # A rank that is stopped because of another's error is not the one to ask.
-    told = [path.parent for path in failed if path not in interrupted]
-    message = read_error(told[0]) if told else None
-    if message is None:
-        message = f"one of the processes was killed (torchrun ended with {code}); see the log above"
-    raise UserError(message)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""What the launcher of a training on several nodes is told of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from flagscale.errors import UserError
+from flagscale.recipe import ParallelismRecipe, Section
+from flagscale.recipe.section import PositiveInt
+
+SHARED_VARIABLE = "FLAGSCALE_SHARED"
+
+
+class NodePods(Section):
+    """The training's pods, one a node: what the platform file says of them."""
+
+    cpu: str = Field("2", description="Kubernetes CPU quantity, requested")
+    memory: str = Field("16Gi", description="Kubernetes memory quantity, request and limit")
+    accelerator_type: str = Field("nvidia.com/gpu", description="Resource name of accelerators")
+    runtime: str = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
+    timeout_seconds: PositiveInt | None = Field(
+        None, description="A training that runs longer is ended, and counts as failed"
+    )
+
+
+def processes_per_node(parallelism: ParallelismRecipe, nodes: int, accelerator_count: int) -> int:
+    """How many ranks train on each node: the recipe's number, or one an accelerator.
+
+    Without accelerators as few as hold the model a whole number of times.
+
+    Args:
+        parallelism: the layout.
+        nodes: pods that train together.
+        accelerator_count: of each.
+
+    Raises:
+        UserError: the recipe wants more ranks on a node than it has accelerators.
+    """
+    wanted = parallelism.processes
+    if accelerator_count and wanted is not None and wanted > accelerator_count:
+        raise UserError(
+            f"training.parallelism.processes={wanted} on each node, but a node has "
+            f"{accelerator_count} accelerators; NCCL takes one process on each"
+        )
+    if wanted is not None:
+        return wanted
+    if accelerator_count:
+        return accelerator_count
+    return math.lcm(parallelism.smallest_world_size, nodes) // nodes
+
+
+def shared_folder(paths: dict[str, Path]) -> Path:
+    """The volume that all nodes see.
+
+    Args:
+        paths: field -> what the ranks read or write; must be on it.
+
+    Raises:
+        UserError: there is none, or it does not hold one of `paths`.
+    """
+    place = os.environ.get(SHARED_VARIABLE, "")
+    if not place or "://" in place:
+        raise UserError(
+            f"{SHARED_VARIABLE}={place or '(unset)'}: several nodes need a folder that all of them "
+            "see; give the platform file a volume (`shared.claim` or `shared.create`, "
+            "ReadWriteMany), or train on one node (resources.nodes=1)"
+        )
+    shared = Path(place)
+    if not os.access(shared, os.W_OK):
+        raise UserError(f"{SHARED_VARIABLE}={place}: no such folder, or it is not writable")
+    for field, path in paths.items():
+        if not path.resolve().is_relative_to(shared.resolve()):
+            raise UserError(f"{field}={path} must lie under {place}, which all nodes see")
+    return shared

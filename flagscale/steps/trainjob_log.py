@@ -1,0 +1,55 @@
+"""The first node's log, line by line into the step's own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+from flagscale.errors import UserError
+from flagscale.steps.cluster import Cluster
+from flagscale.steps.trainjob_state import first_node
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 2.0
+
+
+class NodeLog:
+    """Follows the log from a thread. A broken stream is taken up again where it broke."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        """Follow TrainJob `name`."""
+        self._cluster, self._name = cluster, name
+        self._ended = threading.Event()
+        self._pod: str | None = None
+        self._told = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self, patience_seconds: float) -> None:
+        """Take what is left of the log, and end."""
+        self._ended.set()
+        self._thread.join(patience_seconds)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._read(follow=True)
+            self._ended.wait(_RETRY_SECONDS)
+        self._read(follow=False)
+
+    def _read(self, follow: bool) -> None:
+        """The log always comes from its beginning: skip what was told."""
+        try:
+            pod = first_node(self._cluster.pods(self._name))
+            if pod is None:
+                return
+            if pod != self._pod:
+                self._pod, self._told = pod, 0
+            for number, line in enumerate(self._cluster.log(self._name, follow)):
+                if number >= self._told:
+                    sys.stdout.write(f"{line}\n")
+                    sys.stdout.flush()
+                    self._told = number + 1
+        except UserError as error:  # the log is not what the step is for
+            logger.debug("%s", error)
