@@ -38,6 +38,7 @@ class StepRun:
     Attributes:
         run_id: MLflow's id; None when tracking is off.
         resumes: the run that did the first part of this work; None where there is none.
+        status: RUNNING until `finish`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StepRun:
         """
         self.run_id = run_id
         self.resumes: str | None = None
+        self.status = "RUNNING"
         self._client = client
         self._known = known or {}
         self._buffer: list[tuple[str, float, int, int]] = []
@@ -144,6 +146,7 @@ class StepRun:
 
     def finish(self, status: str) -> None:
         """Send what is left and set the final status: FINISHED, FAILED or KILLED."""
+        self.status = status
         self._closing.set()
         if self._flusher is not None:
             self._flusher.join(timeout=60)

@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 _EARLIER_LOOKED_AT = 50  # runs of the same training
 
 
-class _Began:
-    """Whether this process has made a run: its end is then told by that."""
+class _Process:
+    """What this process is about: the first run that it makes."""
 
-    any = False
+    run: StepRun | None = None
 
 
 class _Place(NamedTuple):
@@ -78,23 +78,27 @@ def step_run(
             same parent, or in the same KFP run, goes on in the same run, whose curves it only
             completes; a run of another pipeline run becomes `StepRun.resumes`.
     """
-    _Began.any = True
     run = _start(name, params, training)
+    _Process.run = _Process.run or run
     with truthful_status(run):
         yield run
 
 
 def step_failed(name: str, status: str) -> None:
-    """Tell the pipeline's run, on a cluster, of a step that ended before it began `step_run`.
+    """Tell of a step that failed outside `step_run`: its outputs could not be put in place.
 
-    Elsewhere somebody else looks after the pipeline's run.
+    Or, on a cluster where the steps look after the pipeline's run, before it had a run of its own.
 
     Args:
         name: of the step.
         status: FAILED or KILLED.
     """
+    if _Process.run is not None:
+        if _Process.run.status == "FINISHED":
+            _Process.run.finish(status)
+        return
     uri = tracking_uri()
-    if _Began.any or not uri or not in_kfp_without_plugin():
+    if not uri or not in_kfp_without_plugin():
         return
     try:
         client = make_client(uri)

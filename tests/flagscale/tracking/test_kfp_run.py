@@ -22,7 +22,7 @@ EXPERIMENT = "on a cluster"
 def pod(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """The environment of a step's pod where KFP's plugin is off; gives the KFP run's id."""
     monkeypatch.setattr(kfp_run, "_SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(step._Began, "any", False)
+    monkeypatch.setattr(step._Process, "run", None)
     kfp_run_id = f"kfp-{request.node.name[-30:]}"
     os.environ |= {
         "MLFLOW_TRACKING_URI": server,
@@ -186,9 +186,18 @@ def test_a_deleted_parent_is_made_anew(pod: str, remote: mlflow.MlflowClient) ->
     assert parent(remote, pod).info.run_id != first
 
 
+def test_outputs_that_could_not_be_put_in_place_fail_the_step(
+    pod: str, remote: mlflow.MlflowClient
+) -> None:
+    child = do("prepare-data")
+    tracking.step_failed("prepare-data", "FAILED")
+    assert remote.get_run(child).info.status == "FAILED"
+    assert parent(remote, pod).info.status == "FAILED"
+
+
 def test_an_end_before_tracking_is_told(pod: str, remote: mlflow.MlflowClient) -> None:
     do("prepare-data")
-    step._Began.any = False  # a new process
+    step._Process.run = None  # a new process
     tracking.step_failed("evaluate", "FAILED")
     assert parent(remote, pod).info.status == "FAILED"
     do("evaluate")
@@ -224,7 +233,7 @@ def test_a_server_that_is_away_stops_nothing(away: None, caplog: pytest.LogCaptu
     with tracking.step_run("evaluate", {}, training="a") as run:
         run.log_headline({"kl": 1.0})
         run.mark_resumed()
-    step._Began.any = False
+    step._Process.run = None
     tracking.step_failed("evaluate", "FAILED")
     assert run.run_id is None
     assert time.monotonic() - begin < 20
@@ -238,7 +247,7 @@ def test_with_kfps_plugin_its_run_is_left_alone(pod: str, remote: mlflow.MlflowC
     injected = remote.create_run(experiment_id, run_name="kfp task").info.run_id
     os.environ |= {"MLFLOW_RUN_ID": injected, "MLFLOW_EXPERIMENT_ID": experiment_id}
     child = do("evaluate", ValueError())
-    step._Began.any = False
+    step._Process.run = None
     tracking.step_failed("evaluate", "FAILED")
     found = remote.get_run(injected)
     assert (found.info.status, found.info.run_name) == ("RUNNING", "kfp task")
