@@ -179,6 +179,7 @@ class Placement:
             kubernetes.set_image_pull_secrets(task, list(platform.images.pull_secrets))
         # Steps of one run find one another in MLflow by it.
         kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+        task.set_env_variable("FLAGSCALE_RUN_NAME", self._recipe.name)
         if platform.mlflow.secret is not None:
             secret = self._values["mlflow_secret"]
             kubernetes.use_secret_as_env(task, secret, {"tracking-uri": "MLFLOW_TRACKING_URI"})
