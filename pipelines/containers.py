@@ -4,7 +4,8 @@ The same local run, except that KFP's DockerRunner starts each step from an imag
 Docker or podman socket that `DOCKER_HOST` names. A step gets what it gets on a cluster: a user
 that is not root, a read-only root, no capabilities, an empty /tmp, and of this machine only the
 folder of the runs and, read-only, the recipe's local files. It shares this machine's process
-numbers, so that signals, notes and checks of who is alive are those of any local run.
+numbers, so that signals, notes and checks of who is alive are those of any local run. It gets no
+GPU.
 """
 
 from __future__ import annotations
@@ -52,16 +53,11 @@ class Containers:
         runner: for `kfp.local.init`.
 
     Raises:
-        UserError: there is no engine or no such image, or it holds other code, or the recipe wants
-            what containers here do not give.
+        UserError: there is no engine or no such image, it holds other code, or the recipe names a
+            file by `~`.
     """
 
     def __init__(self, image: str, sources: str, recipe: Recipe, runs: Path) -> None:
-        if recipe.resources.accelerator_count:
-            raise UserError(
-                f"resources.accelerator_count={recipe.resources.accelerator_count}: containers of "
-                "this machine get no GPU; leave out --image, or run it on a cluster"
-            )
         self._client = _connect()
         self.image, self.identity = _find(self._client, image, sources)
         self._runs = runs.absolute()

@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--image",
         help="run each step in a container of this image, which `make images` builds from the code "
-        "here (default: as processes)",
+        "here; it gets no GPU (default: as processes)",
     )
     parser.set_defaults(work=work)
 
