@@ -9,7 +9,7 @@ from flagscale.errors import UserError
 from flagscale.secrets import mask_output
 from pipelines.commands import compare, compile, run, schedule, status, submit
 from pipelines.following import StoppedWaiting
-from pipelines.local import StepFailed
+from pipelines.steps import StepFailed
 from pipelines.stopping import Stopped
 
 _COMMANDS = (run, compile, submit, schedule, status, compare)

@@ -15,7 +15,7 @@ from typing import Any
 from flagscale.errors import UserError
 from pipelines.connection import TIMEOUT_SECONDS, Server, say
 from pipelines.connection_errors import Problem, is_transient
-from pipelines.local import StepFailed, duration
+from pipelines.steps import StepFailed, duration
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 _LONGEST_PAUSE_SECONDS = 60.0

@@ -10,22 +10,20 @@ What a run leaves behind, in one folder (`runs/`):
     mlflow.db, mlartifacts/      tracking, unless MLFLOW_TRACKING_URI names a server
 """
 
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kfp.dsl.base_component import BaseComponent
 
-from flagscale.artifacts import digest, write_json
-from flagscale.processes import FOLDER_VARIABLE, RUNNER_VARIABLE, read_error, this_process
+from flagscale.artifacts import digest
+from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
 from flagscale.recipe.training import CHANGES_NO_RESULT
 from pipelines.containers import Containers
@@ -33,48 +31,12 @@ from pipelines.distillation import build_pipeline, source_version
 from pipelines.output import quiet_kfp
 from pipelines.preflight import SourceCheck, with_fingerprints
 from pipelines.step_cache import kfp_local
-from pipelines.stopping import Stopped, Stopper
+from pipelines.steps import Plan, RunResult, Steps, read_scalars
+from pipelines.stopping import Stopper
 
 logger = logging.getLogger(__name__)
 
-_NOTE = "step.json"  # beside a step's outputs: who made them, for runs that reuse them
 _CHECKPOINTED = ("data", "teacher", "student", "distillation", "training")
-
-
-class StepFailed(Exception):  # noqa: N818 - it reports what happened to a step
-    """A step ended with an error; the message is the step's own, after its name."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What became of a step.
-
-    Attributes:
-        seconds: wall time of the work, by the earlier run where it was reused.
-        reused: whether the cache had the outputs.
-        outputs: the artifacts' paths.
-    """
-
-    seconds: float
-    reused: bool
-    outputs: Mapping[str, Path]
-
-
-@dataclass
-class RunResult:
-    """What a run that ended well leaves.
-
-    Attributes:
-        folder: of the run.
-        tracking_uri: where MLflow has it.
-        seconds: wall time of everything.
-        steps: in the order in which they ran.
-    """
-
-    folder: Path
-    tracking_uri: str
-    seconds: float = 0.0
-    steps: dict[str, StepResult] = field(default_factory=dict)
 
 
 def run_recipe(
@@ -126,6 +88,8 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     sections = recipe.model_dump(
         mode="json", include=set(_CHECKPOINTED), exclude={"training": set(CHANGES_NO_RESULT)}
     )
+    if recipe.sweep is not None:
+        sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
     return runs.absolute() / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
 
 
@@ -165,8 +129,7 @@ def run_pipeline(
         tracking.pipeline_run(recipe, runs) as run,
     ):
         result = RunResult(folder, run.uri)
-        total = len(pipeline.pipeline_spec.root.dag.tasks)
-        steps = Steps(result, run, stopper, total)
+        steps = Steps(result, run, stopper, Plan(pipeline, arguments))
         environment = {**run.environment, RUNNER_VARIABLE: this_process(), "PYTHONUNBUFFERED": "1"}
         watch = containers.watch(pipeline, steps, stopper) if containers else nullcontext(steps)
         with (
@@ -188,88 +151,10 @@ def run_pipeline(
                 raise steps.failure() from error
         result.seconds = time.monotonic() - begin
         run.log_metrics({f"seconds/{name}": step.seconds for name, step in result.steps.items()})
-        evaluation = result.steps.get("evaluate")
-        if evaluation:  # so that runs compare without opening their children
-            run.log_metrics(_scalars(evaluation.outputs.get("metrics")))
+        for name in ("evaluate", "leaderboard"):
+            if name in result.steps:  # so that runs compare without opening their children
+                run.log_metrics(read_scalars(result.steps[name].outputs.get("metrics")))
     return result
-
-
-class Steps:
-    """Follows the steps of a run: tells people and MLflow, and notes who made what.
-
-    Args:
-        result: filled in step by step.
-        run: the parent run, a `flagscale.tracking.PipelineRun`.
-        stopper: told whether a step is running.
-        total: number of steps.
-    """
-
-    def __init__(self, result: RunResult, run: Any, stopper: Stopper, total: int) -> None:  # noqa: ANN401
-        self._result = result
-        self._run = run
-        self._stopper = stopper
-        self._total = total
-        self._current = ""
-        self._begin = 0.0
-
-    def started(self, name: str) -> None:
-        """Give the step a folder for its notes; raises `Stopped` when a signal has come."""
-        self._stopper.check()
-        logger.info("%s %s ...", self._position(), name)
-        notes = self._result.folder / "steps" / name
-        notes.mkdir(parents=True)
-        os.environ[FOLDER_VARIABLE] = str(notes)
-        self._current, self._begin = name, time.monotonic()
-        self._stopper.step_folder = notes
-
-    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
-        """Note beside the outputs who made them."""
-        self._stopper.step_folder = None
-        seconds = time.monotonic() - self._begin
-        logger.info("%s %s done in %s", self._position(), name, duration(seconds))
-        note = {
-            "step": name,
-            "seconds": seconds,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "mlflow_run_id": self._run.newest_child(name),
-        }
-        for path in list(outputs.values())[:1]:  # KFP keeps a task's outputs in one folder
-            write_json(path.parent / _NOTE, note)
-        self._add(name, StepResult(seconds, reused=False, outputs=outputs))
-
-    def reused(self, name: str, outputs: Mapping[str, Path]) -> None:
-        """Show the step in MLflow as what the earlier run measured."""
-        self._stopper.check()
-        note = _read_note(outputs)
-        made = f", made {note['finished']}" if note else ""
-        logger.info("%s %s reused from cache%s", self._position(), name, made)
-        self._run.reuse(name, note.get("mlflow_run_id"), _scalars(outputs.get("metrics")))
-        self._add(name, StepResult(note.get("seconds", 0.0), reused=True, outputs=outputs))
-
-    def failure(self) -> Exception:
-        """The error to raise after KFP has said that a step failed."""
-        notes, self._stopper.step_folder = self._stopper.step_folder, None
-        if self._stopper.signal is not None:
-            return Stopped(self._stopper.signal, self._current)
-        message = notes and read_error(notes)
-        return StepFailed(
-            f"{self._current} failed: "
-            + (message or "it ended without a word: killed, perhaps for want of memory")
-        )
-
-    def _add(self, name: str, step: StepResult) -> None:
-        self._result.steps[name] = step
-        for output, path in step.outputs.items():
-            (self._result.folder / f"{name}-{output}").symlink_to(path)
-
-    def _position(self) -> str:
-        return f"[{len(self._result.steps) + 1}/{self._total}]"
-
-
-def duration(seconds: float) -> str:
-    """`12 s` or `3 min 20 s`."""
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
 
 
 def _run_folder(runs: Path, name: str) -> Path:
@@ -286,21 +171,6 @@ def _run_folder(runs: Path, name: str) -> Path:
     link.symlink_to(folder.name)
     os.replace(link, runs / "latest")
     return folder
-
-
-def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
-    for path in list(outputs.values())[:1]:
-        note = path.parent / _NOTE
-        if note.exists():
-            return json.loads(note.read_text(encoding="utf-8"))
-    return {}
-
-
-def _scalars(metrics: Path | None) -> dict[str, float]:
-    if metrics is None or not metrics.is_file():
-        return {}
-    values = json.loads(metrics.read_text(encoding="utf-8"))
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 @contextmanager

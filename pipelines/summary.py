@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.artifacts import write_json
-from pipelines.local import RunResult, duration
+from pipelines.steps import RunResult, duration
 
 _MODELS = {"teacher": "teacher", "student": "student before", "distilled": "student after"}
 _FIGURES = {  # name in metrics.json -> heading, decimals

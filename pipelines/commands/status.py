@@ -6,7 +6,7 @@ from pipelines.commands.arguments import new_command
 from pipelines.commands.cluster import add_connection, add_waiting, check_waiting, connection
 from pipelines.connection import Server, say
 from pipelines.following import State, check_outcome, follow, look
-from pipelines.local import duration
+from pipelines.steps import duration
 
 _EXAMPLES = """\
   python -m pipelines status 1f0c... --host https://kfp.example.com

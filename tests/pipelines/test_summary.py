@@ -2,8 +2,8 @@ import io
 import json
 from pathlib import Path
 
-from pipelines.local import RunResult, StepResult, duration
 from pipelines.output import StepOutput
+from pipelines.steps import RunResult, StepResult, duration
 from pipelines.summary import summary
 
 
