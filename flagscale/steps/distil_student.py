@@ -28,16 +28,15 @@ from flagscale.checkpoint import (
     mirror,
     save_weights,
 )
-from flagscale.errors import UserError
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
-from flagscale.recipe.combinations import check_combination
 from flagscale.steps import launch
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.step_process import deferred_stop, stop_requested, when_published
+from flagscale.steps.training_check import check_training
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
 from flagscale.train.loop import train
@@ -89,10 +88,10 @@ def distil_student(
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
     processes = platform.processes(training.parallelism)
-    _check(distillation, training, student, processes)
     paths = _Paths(teacher, student, dataset, str(checkpoints), output)
     if launch.is_rank():
         return _train(distillation, training, paths)
+    check_training(distillation, training, student, processes)
     figures = _run(distillation, training, paths, processes)
     name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
     when_published(lambda: mirror.forget(paths.checkpoints, name))
@@ -114,22 +113,6 @@ def _run(
         "distil-student", f"{__name__}:run_rank", request, processes
     )
     return figures
-
-
-def _check(
-    distillation: DistillationRecipe, training: TrainingRecipe, student: Path, processes: int
-) -> None:
-    """Refuse, before any process starts, what none of them could train.
-
-    The sections may have been changed one by one since the recipe was read.
-    """
-    if launch.is_rank():
-        return
-    try:
-        check_combination(distillation, training, ModelShape.load(student).architecture)
-        training.check_world_size(processes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _train(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from flagscale.errors import UserError
-from flagscale.models.shape import ModelShape
+from flagscale.artifacts import open_artifact
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.recipe.combinations import check_combination
+from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.nodes import NodePods, processes_per_node, shared_folder
+from flagscale.steps.step_process import when_published
+from flagscale.steps.training_check import check_training
 from flagscale.steps.trainjob import job_name, run_on_nodes
 from flagscale.steps.trainjob_manifest import Nodes
 
@@ -51,40 +53,16 @@ def distil_student_on_nodes(
     inputs = {"teacher": teacher, "student": student, "dataset": dataset}
     paths = {**inputs, "checkpoints": checkpoints, "output": output}
     shared = shared_folder(paths)
-    sections = {
-        "distillation": distillation.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
-    }
-    places = {name: str(path) for name, path in paths.items()}
+    recipe = sections(distillation, training)
+    parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
+    name = fingerprint(recipe, parents)
     figures: dict[str, float] = run_on_nodes(
         _STEP,
         "flagscale.steps.distil_student:run_rank",
-        {**sections, **places},
+        {**recipe, **{place: str(path) for place, path in paths.items()}},
         Nodes(nodes, processes, accelerator_count, pods),
         shared,
-        job_name(_STEP, [sections, places["student"], places["checkpoints"]]),
+        job_name(_STEP, [name, str(checkpoints)]),
     )
+    when_published(lambda: shutil.rmtree(checkpoints / name, ignore_errors=True))
     return figures
-
-
-def check_training(
-    distillation: DistillationRecipe, training: TrainingRecipe, student: Path, processes: int
-) -> None:
-    """Refuse, before any process starts, what none of them could train.
-
-    The sections may have been changed one by one since the recipe was read.
-
-    Args:
-        distillation: the loss.
-        training: the optimisation.
-        student: a `student` artifact.
-        processes: ranks in all.
-
-    Raises:
-        UserError: what does not go together.
-    """
-    try:
-        check_combination(distillation, training, ModelShape.load(student).architecture)
-        training.check_world_size(processes)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -158,7 +158,8 @@ class _Launch:
                 heart.stop()
                 deadline = time.monotonic() + _SETTLE_SECONDS
             # Ranks that have not started have nothing to save, and none will be waited for.
-            if deadline and (len(exits) >= len(self._ranks.ranks()) or time.monotonic() > deadline):
+            ended = self._ended or len(exits) >= len(self._ranks.ranks())
+            if deadline and (ended or time.monotonic() > deadline):
                 return why or f"TrainJob {self._name}: a rank ended early; see the log above"
             time.sleep(_POLL_SECONDS)
 

@@ -1,0 +1,64 @@
+"""The step that trains the student on several nodes."""
+
+from kfp import dsl
+
+from components.image import image
+
+
+@dsl.component(base_image=image(), install_kfp_package=False)
+def distil_student_on_nodes(
+    distillation: dict,
+    training: dict,
+    checkpoints: str,
+    code_version: str,
+    experiment: str,
+    nodes: int,
+    accelerator_count: int,
+    pods: dict,
+    teacher: dsl.Input[dsl.Model],
+    student: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Train the student as distil-student does, on several nodes: starts a TrainJob and follows it.
+
+    Args:
+        distillation: the recipe's section `distillation`.
+        training: the recipe's section `training`.
+        checkpoints: folder of training checkpoints on the shared volume; the same path resumes an
+            interrupted run.
+        code_version: changes when the code does; KFP's cache sees only parameters.
+        experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        nodes: pods that train together.
+        accelerator_count: of each of them.
+        pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
+            runtime, timeout_seconds; image, volumes, node selector and secrets are the launcher's.
+        teacher: from prepare-teacher.
+        student: from convert-student.
+        dataset: from prepare-data.
+        model: the student after training, with its loss curves.
+        metrics: last losses, speed.
+    """
+    from flagscale.steps.step_process import step_process
+
+    with step_process("distil-student", experiment=experiment, exclusive=checkpoints) as step:
+        from pathlib import Path
+
+        from flagscale.recipe import DistillationRecipe, TrainingRecipe
+        from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
+        from flagscale.steps.nodes import NodePods
+
+        figures = distil_student_on_nodes(
+            step.section(DistillationRecipe, distillation),
+            step.section(TrainingRecipe, training),
+            teacher=step.input(teacher.path),
+            student=step.input(student.path),
+            dataset=step.input(dataset.path),
+            checkpoints=Path(checkpoints),
+            output=step.output(model.path),
+            nodes=nodes,
+            accelerator_count=accelerator_count,
+            pods=step.section(NodePods, pods),
+        )
+        step.report(figures, metrics)
