@@ -165,15 +165,16 @@ class Server:
         Raises:
             UserError: it failed.
         """
-        renewed = False
+        renew, renewed = False, False
         for attempt in range(_RETRIES + 1):
             try:
+                if renew:
+                    renew, renewed = False, True
+                    self.renew()
                 return self._quietly(call)
             except Problem.EXCEPTIONS as error:
-                expired = self._has_answered and getattr(error, "status", None) == 401
-                if expired and not renewed:
-                    self.renew()
-                    renewed = True
+                if self._has_answered and getattr(error, "status", None) == 401 and not renewed:
+                    renew = True
                 elif attempt == _RETRIES or not is_transient(error, self._has_answered):
                     # The cause lets who waits for hours see whether to go on.
                     raise self.problem(error, missing).as_user_error(doing) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,8 +154,9 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401 - of any kind
                     f"parameter {key}: label {label} must have a text, not {wanted!r}: "
                     f"{{{label}: '{wanted}'}}"
                 )
-    if key.endswith("_accelerator_count") and value < 0:
-        raise UserError(f"parameter {key}={value}: must be 0 or more")
+    # A text in the pipeline: KFP puts it into a Kubernetes quantity.
+    if key.endswith("_accelerator_count") and not re.fullmatch("[0-9]+", str(value)):
+        raise UserError(f"parameter {key}={value}: must be a whole number, 0 or more")
     return value
 
 

@@ -1,0 +1,18 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.kfp_server import KfpServer
+
+
+@pytest.fixture
+def kfp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A KFP server in `KFP_ENDPOINT`; nothing of this machine's own configuration is seen."""
+    for name in [n for n in os.environ if n.startswith(("KFP_", "KF_PIPELINES_", "KUBECONFIG"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("kfp.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+    with KfpServer().serving() as server:
+        monkeypatch.setenv("KFP_ENDPOINT", server.url)
+        yield server

@@ -1,0 +1,114 @@
+"""A run's parameters, against the definitions of a pipeline that was really compiled."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe, load_recipe
+from pipelines.platform import load_platform
+from pipelines.run_parameters import read_parameters
+from pipelines.submission import Package, make_package
+from tests.pipelines.kfp_server import check_inputs
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("recipes/tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def package(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return make_package(recipe, load_platform("gke-h100"), tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture(scope="module")
+def definitions(package: Package) -> dict[str, Any]:
+    return package.definitions
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("resources.nodes=2", "--set resources.nodes=2"),
+        ("nothing_like_it=2", "known: .*volume_claim"),
+        ("training_accelerator_count=many", "must be a whole number, 0 or more"),
+        ("training_accelerator_count=-1", "must be a whole number, 0 or more"),
+        ("training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
+        ("training_accelerator_count=[1]", "must be a text, not a list"),
+        ("models_node_selector=[a]", "must be a mapping, e.g. {key: value}, not a list"),
+        ("models_node_selector={pool: 1}", "label pool must have a text, not 1"),
+        ("models_tolerations={key: a}", "must be a list, e.g. .*, not a mapping"),
+        ("models_tolerations=[{kye: a}]", "item 0: .*\n.*did you mean 'key'?"),
+        ("training=", "must be a mapping, .*, not nothing"),
+        ("training=5", "must be a mapping, .*, not a number"),
+        ("distillation.temprature=2", "did you mean 'temperature'?"),
+        ("distillation={temperature: -1}", "distillation.temperature=-1"),
+        ("training={lr: 1e-3}", "training.train_iters: required"),
+        ("training.parallelism.tensor_model_parallel_size=3", "recipe with this run's"),
+        ("training.lr.deep=3", "lr is a value, not a section"),
+        ("lr", "must read name=value"),
+        ("training.lr=[1", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_explained(
+    recipe: Recipe, definitions: dict[str, Any], given: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        read_parameters([given], definitions, recipe)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ([], {}),
+        (["training.lr=0.001"], {}),  # the default
+        (["experiment=123"], {"experiment": "123"}),
+        (["experiment='a: b'"], {"experiment": "a: b"}),
+        (["experiment="], {"experiment": ""}),
+        (["checkpoints=s3://bucket/a=b"], {"checkpoints": "s3://bucket/a=b"}),
+        (["training_accelerator_count=2"], {"training_accelerator_count": "2"}),
+        (["models_tolerations=[]"], {"models_tolerations": []}),
+        (
+            ["training_node_selector={a.b/c: d}", "experiment=x", "experiment=y"],
+            {"training_node_selector": {"a.b/c": "d"}, "experiment": "y"},
+        ),
+    ],
+)
+def test_values_are_those_of_the_pipelines_types(
+    recipe: Recipe, package: Package, given: list[str], sent: dict[str, Any]
+) -> None:
+    values = read_parameters(given, package.definitions, recipe)
+    assert values == sent
+    check_inputs(package.specification, values)  # as the backend does
+
+
+def test_parts_of_a_section_add_up(recipe: Recipe, definitions: dict[str, Any]) -> None:
+    given = ["training.lr=3e-4", "training.train_iters=40", "distillation.temperature=2"]
+    values = read_parameters(given, definitions, recipe)
+    default = recipe.training.model_dump(mode="json", exclude_none=True)
+    assert values["training"] == default | {"lr": 3e-4, "train_iters": 40}
+    assert values["distillation"]["temperature"] == 2.0
+    assert sorted(values) == ["distillation", "training"]
+
+
+def test_another_teacher_brings_its_tokenizer(recipe: Recipe, definitions: dict[str, Any]) -> None:
+    values = read_parameters(["teacher.source=org/other"], definitions, recipe)
+    assert sorted(values) == ["data", "teacher"]
+    assert (values["teacher"]["source"], values["data"]["tokenizer"]) == ("org/other", "org/other")
+    own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": "own"})})
+    assert sorted(read_parameters(["teacher.source=org/other"], definitions, own)) == ["teacher"]
+
+
+def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_path: Path) -> None:
+    import yaml
+
+    spec, platforms = yaml.safe_load_all(package.path.read_text(encoding="utf-8"))
+    inner = {"dag": {"tasks": {"inner": {"cachingOptions": {"enableCache": True}}}}}
+    spec["components"]["comp-loop"] = inner
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump_all([spec, platforms]), encoding="utf-8")
+    written = Package(path, "name", "version", "").without_cache().read_text(encoding="utf-8")
+    assert "enableCache" not in written
+    assert written.count("cachingOptions: {}") == 1 + len(spec["root"]["dag"]["tasks"])

@@ -1,0 +1,327 @@
+"""`submit` against a real HTTP server that speaks KFP's API; see kfp_server.py."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.__main__ import main
+from tests.pipelines.kfp_server import KfpServer, tasks
+
+RECIPE = "recipes/tiny.yaml"
+SUBMIT = ["submit", RECIPE, "--platform", "gke-h100"]
+TOKEN = "planted-token-5f2a"
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    assert TOKEN not in captured.out + captured.err
+    return captured.out, captured.err
+
+
+def test_a_run_arrives_as_it_was_asked_for(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "--parameter=distillation.temperature=2",
+        "-pvolume_claim=123",
+        "--parameter=training_node_selector={pool: h100}",
+        "--run-name=first",
+        "--experiment-name=tries",
+        "--service-account=runner",
+    ]
+    assert main([*SUBMIT, *given]) == 0
+    out, _ = lines(capsys)
+    run = kfp.run
+    assert out.endswith(f"run {run.run_id}\n{kfp.url}/#/runs/details/{run.run_id}\n")
+    assert (run.display_name, run.service_account) == ("first", "runner")
+    assert [e.display_name for e in kfp.experiments.values()] == ["tries"]
+    (version,) = kfp.versions.values()
+    assert run.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
+    assert [p.name for p in kfp.pipelines.values()] == ["distillation-tiny"]
+    # Only what differs from the defaults, and sections whole: the server replaces, not merges.
+    definitions = version.pipeline_spec["root"]["inputDefinitions"]["parameters"]
+    defaults = definitions["distillation"]["defaultValue"]
+    assert run.runtime_config.parameters == {
+        "distillation": defaults | {"temperature": 2.0},
+        "volume_claim": "123",
+        "training_node_selector": {"pool": "h100"},
+    }
+
+
+def test_an_equal_pipeline_is_uploaded_once_and_a_changed_one_again(kfp: KfpServer) -> None:
+    assert main(SUBMIT) == main(SUBMIT) == 0
+    assert len(kfp.versions) == 1
+    assert len(kfp.runs) == 2
+    # Another process, another order of hashes: the version is the same one.
+    command = [sys.executable, "-m", "pipelines", *SUBMIT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pipeline: unchanged, version distillation-tiny-" in done.stdout
+    assert main([*SUBMIT, "--set", "training.lr=0.002"]) == 0
+    assert (len(kfp.pipelines), len(kfp.versions), len(kfp.runs)) == (1, 2, 4)
+    assert all(re.fullmatch(r"distillation-tiny-[0-9a-f]{12}", name) for name in kfp.packages)
+    assert main([*SUBMIT, "--pipeline-name", "mine"]) == 0
+    assert sorted(p.name for p in kfp.pipelines.values()) == ["distillation-tiny", "mine"]
+
+
+def test_what_is_uploaded_is_what_compile_writes(kfp: KfpServer, tmp_path: Path) -> None:
+    assert main(SUBMIT) == 0
+    compiled = tmp_path / "pipeline.yaml"
+    assert main(["compile", RECIPE, "--platform", "gke-h100", "-o", str(compiled)]) == 0
+    assert list(kfp.packages.values()) == [compiled.read_bytes()]
+
+
+def test_without_cache_the_run_carries_its_pipeline(kfp: KfpServer) -> None:
+    assert main([*SUBMIT, "--no-cache"]) == 0
+    assert (kfp.pipelines, kfp.versions) == ({}, {})
+    sent = kfp.run.pipeline_spec
+    assert "kubernetes" in sent["platform_spec"]["platforms"]
+    steps = sent["pipeline_spec"]["root"]["dag"]["tasks"]
+    assert len(steps) >= 6
+    assert not any(task.get("cachingOptions", {}).get("enableCache") for task in steps.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["-ptrainin.lr=1"], "did you mean training?"),
+        (["-pexperiment={a: 1}"], "must be a text, not a mapping"),
+        (["--set", "training.lr=x"], "training.lr='x'"),
+        (["--platform", "moon"], "platform moon: no such file"),
+        (["--timeout", "5"], "add --wait"),
+        (["--host", "https://me:hidden@kfp.example.com"], "holds a user name or password"),
+        (["--host", "https://kfp.example.com/#/runs"], "must be like https://kfp.example.com"),
+        (["--host", "ftp://kfp.example.com"], "must start with http:// or https://"),
+        (["--token-file", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_mistakes_are_found_before_the_server_is_asked(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    assert main([*SUBMIT, *given]) == 2
+    _, err = lines(capsys)
+    assert said in err
+    assert "hidden" not in err
+    assert kfp.requests == []
+
+
+def test_a_token_is_sent_and_a_wrong_one_explained(
+    kfp: KfpServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    kfp.token = TOKEN
+    assert main(SUBMIT) == 2
+    assert "answered 401 (not authenticated): it wants a token" in lines(capsys)[1]
+    monkeypatch.setenv("KFP_EXISTING_TOKEN", "wrong-token-77aa")
+    assert main(SUBMIT) == 2
+    _, err = lines(capsys)
+    assert "the token is wrong or has expired" in err
+    assert "wrong-token-77aa" not in err
+    assert kfp.written == []
+    assert main([*SUBMIT, "--existing-token", TOKEN]) == 0  # an option wins
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert main([*SUBMIT, "--token-file", str(tmp_path / "token")]) == 0
+    assert len(kfp.runs) == 2
+    lines(capsys)
+
+
+def test_namespaces_of_a_server_with_many_users(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kfp.namespaces = ("team-a",)
+    assert main(SUBMIT) == 2
+    assert "--namespace or KFP_NAMESPACE" in lines(capsys)[1]
+    assert main([*SUBMIT, "-n", "team-b"]) == 2
+    err = lines(capsys)[1]
+    assert "looking into namespace team-b" in err
+    assert "answered 403 (not allowed)" in err
+    assert "kubeflow-pipelines-edit in namespace team-b" in err
+    assert kfp.written == []
+    monkeypatch.setenv("KFP_NAMESPACE", "team-a")
+    assert main(SUBMIT) == 0
+    made = [*kfp.pipelines.values(), *kfp.experiments.values()]
+    assert {value.namespace for value in made} == {"team-a"}
+
+
+def test_a_namespace_that_does_nothing_is_told(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SUBMIT, "-n", "team-a"]) == 0
+    assert "--namespace team-a does nothing there" in lines(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("arrange", "said"),
+    [
+        ({"failures": [("GET /apis/v2beta1/healthz", 404)]}, "has no KFP API there"),
+        ({"failures": [("GET /apis/v2beta1/healthz", 500)]}, "answered 500: injected 500"),
+        ({"page": "<html>Log in</html>"}, "answers with a web page"),
+    ],
+)
+def test_what_is_no_kfp_is_told(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], arrange: dict[str, object], said: str
+) -> None:
+    for name, value in arrange.items():
+        setattr(kfp, name, value)
+    assert main(SUBMIT) == 2
+    assert said in lines(capsys)[1]
+    assert kfp.written == []
+
+
+def test_no_server(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*SUBMIT, "--host", "http://127.0.0.1:9"]) == 2
+    err = lines(capsys)[1]
+    assert "http://127.0.0.1:9 cannot be reached" in err
+    assert "kubectl port-forward" in err
+    # Without a protocol it is https, which this server does not speak.
+    assert main([*SUBMIT, "--host", kfp.url.removeprefix("http://")]) == 2
+    assert "TLS failed" in lines(capsys)[1]
+    monkeypatch.delenv("KFP_ENDPOINT")
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    assert main(SUBMIT) == 2
+    assert "no server is named: give --host or KFP_ENDPOINT" in lines(capsys)[1]
+
+
+def test_an_old_server_is_warned_of(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+    kfp.health = {"apiServerTagName": "2.4.0"}
+    assert main(SUBMIT) == 0
+    assert "the server is KFP 2.4.0, older than the client's 2.17.0" in lines(capsys)[0]
+
+
+def test_reads_are_tried_again_and_writes_are_not(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.failures = [("GET /apis/v2beta1/healthz", 503), ("/pipelines/names/", 502)]
+    assert main(SUBMIT) == 0
+    assert kfp.failures == []
+    kfp.failures = [("POST /apis/v2beta1/runs", 503)]
+    assert main(SUBMIT) == 2
+    assert "starting run" in (err := lines(capsys)[1])
+    assert "answered 503 (injected 503)" in err
+    assert len(kfp.runs) == 1
+
+
+def test_a_refused_upload_leaves_no_empty_pipeline(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.failures = [("upload_version", 400)]
+    assert main(SUBMIT) == 2
+    assert re.search(
+        r"uploading version distillation-tiny-\w+: .* 400: injected 400", lines(capsys)[1]
+    )
+    assert (kfp.pipelines, kfp.experiments, kfp.runs) == ({}, {}, {})
+
+
+def test_names_of_the_clients_environment(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KFP_ENDPOINT")
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp.url)
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://ui.example.com/pipeline/")
+    monkeypatch.setenv("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", "from-the-environment")
+    assert main(SUBMIT) == 0
+    assert [e.display_name for e in kfp.experiments.values()] == ["from-the-environment"]
+    assert "https://ui.example.com/pipeline/#/runs/details/" in lines(capsys)[0]
+
+
+def test_no_secret_of_this_machine_leaves_it(
+    kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-hf-token")
+    monkeypatch.setenv("KFP_EXISTING_TOKEN", TOKEN)
+    assert main(SUBMIT) == 0
+    for request in kfp.requests:
+        sent = json.dumps(request.body) + request.file.decode() + str(request.query)
+        assert "planted-hf-token" not in sent + str(request.headers)
+        assert TOKEN not in sent
+    assert {r.headers["authorization"] for r in kfp.requests} == {f"Bearer {TOKEN}"}
+
+
+def test_the_packages_documents_are_the_ones_that_were_checked(kfp: KfpServer) -> None:
+    """The test server is strict: a field that the backend does not know is refused."""
+    assert main(SUBMIT) == 0
+    from tests.pipelines.kfp_server import Refused, parse_package
+
+    (data,) = kfp.packages.values()
+    documents = list(yaml.safe_load_all(data))
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    next(iter(executors.values()))["tolerationz"] = []
+    with pytest.raises(Refused, match="tolerationz"):
+        parse_package(documents)
+
+
+WAIT = [*SUBMIT, "--wait", "--poll-seconds", "0.05"]
+
+
+def test_waiting_tells_each_change_and_the_outcome(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.frames = [
+        tasks(prepare_data="RUNNING"),
+        tasks(prepare_data="SUCCEEDED", prepare_teacher="RUNNING"),
+        tasks(prepare_data="SUCCEEDED", prepare_teacher="SUCCEEDED"),
+    ]
+    kfp.failures = [("GET /apis/v2beta1/runs/", 503), ("GET /apis/v2beta1/runs/", 401)]
+    assert main(WAIT) == 0
+    out, _ = lines(capsys)
+    told = re.findall(r"^\d:\d\d:\d\d  (\S+) +(\S+)(?: +(.*))?$", out, re.M)
+    assert [t[:2] for t in told] == [
+        ("prepare-data", "RUNNING"),
+        ("prepare-data", "SUCCEEDED"),
+        ("prepare-teacher", "RUNNING"),
+        ("prepare-teacher", "SUCCEEDED"),
+    ]
+    assert told[1][2] == "1 min 05 s"
+    assert re.search(r"^tiny on gke-h100 .*: SUCCEEDED in \d+ s$", out, re.M)
+
+
+def test_waiting_for_a_run_that_fails(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+    kfp.outcome = "FAILED"
+    kfp.frames = [
+        tasks(prepare_data="SUCCEEDED", distil_student="FAILED: OOMKilled (exit code 137)")
+    ]
+    assert main(WAIT) == 1
+    out, err = lines(capsys)
+    assert "distil-student: OOMKilled (exit code 137)" in err
+    assert "driver" not in out + err
+    assert f"/#/runs/details/{kfp.run.run_id}" in err
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("CANCELED", 1), ("SKIPPED", 0)])
+def test_waiting_ends_with_every_last_state(kfp: KfpServer, outcome: str, code: int) -> None:
+    kfp.outcome = outcome
+    assert main(WAIT) == code
+
+
+def test_waiting_has_an_end(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+    kfp.frames = [tasks(prepare_data="RUNNING")] * 1000
+    assert main([*WAIT, "--timeout", "0.3"]) == 2
+    err = lines(capsys)[1]
+    assert "the run is RUNNING still; the run goes on" in err
+    assert f"python -m pipelines status {kfp.run.run_id} --wait" in err
+
+
+def test_ctrl_c_ends_the_waiting_alone(kfp: KfpServer) -> None:
+    kfp.frames = [tasks(prepare_data="RUNNING")] * 1000
+    looked = threading.Event()
+    kfp.on_look = lambda _: looked.set()
+    command = [sys.executable, "-m", "pipelines", *WAIT]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert looked.wait(60)
+    child.send_signal(2)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert "stopped waiting; the run goes on" in err
+    assert "Terminate" in err
+    assert "Traceback" not in err
+    assert not any("terminate" in request for request in kfp.written)
