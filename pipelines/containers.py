@@ -13,7 +13,8 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class Containers:
         runner: for `kfp.local.init`.
 
     Raises:
-        UserError: there is no engine or no such image, it holds other code, or the recipe names a
-            file by `~`.
+        UserError: there is no engine or no such image, it holds other code, or a file of the
+            recipe cannot be had there.
     """
 
     def __init__(self, image: str, sources: str, recipe: Recipe, runs: Path) -> None:
@@ -63,7 +64,10 @@ class Containers:
         self._runs = runs.absolute()
         self._user = (os.getuid(), os.getgid()) if os.getuid() else _NOT_ROOT
         self._unfinished: str | None = None
-        self.runner = local.DockerRunner(**self._options(recipe))
+        files = sorted(_files(recipe))
+        if os.getuid() == 0:
+            _check_readable(files)
+        self.runner = local.DockerRunner(**self._options(files))
 
     @contextmanager
     def watch(
@@ -106,13 +110,25 @@ class Containers:
         """Whether a step that KFP takes for ended well has ended well.
 
         The engine may have removed a container before KFP asks for its exit code; KFP then
-        supposes 0. KFP's executor, inside, writes its output file last.
+        supposes 0. KFP's executor, inside, writes its output file last; without it a step has no
+        outputs.
         """
         folders = {path.parent for path in outputs.values()}
-        if all((folder / "executor_output.json").exists() for folder in folders):
+        if folders and all((folder / "executor_output.json").exists() for folder in folders):
             return True
         self._unfinished = name
         return False
+
+    def run(self, pipeline: BaseComponent, arguments: Mapping[str, Any]) -> None:
+        """Run a pipeline.
+
+        Raises:
+            RuntimeError: a step failed, whatever KFP made of it.
+        """
+        try:
+            pipeline(**arguments)
+        finally:  # an error that KFP met further on has its cause here
+            self.check()
 
     def check(self) -> None:
         """Raise as KFP does if a step has not ended well after all.
@@ -140,11 +156,11 @@ class Containers:
                     path.mkdir(parents=True, exist_ok=True) if not path.exists() else None
                     os.chown(path, *self._user)
 
-    def _options(self, recipe: Recipe) -> dict[str, Any]:
+    def _options(self, files: Iterable[str]) -> dict[str, Any]:
         from docker.types import Mount
 
         mounts = [Mount(str(self._runs), str(self._runs), type="bind")]
-        mounts += [Mount(p, p, type="bind", read_only=True) for p in sorted(_files(recipe))]
+        mounts += [Mount(p, p, type="bind", read_only=True) for p in files]
         return {
             "user": "{}:{}".format(*self._user),
             "read_only": True,
@@ -237,6 +253,19 @@ def _files(recipe: Recipe) -> set[str]:
             found.add(str(path))
             found |= {str(p.resolve()) for p in path.rglob("*") if p.is_symlink() and p.exists()}
     return found
+
+
+def _check_readable(files: Iterable[str]) -> None:
+    """What root can read need not be readable to the user of the steps."""
+    for place in map(Path, files):
+        for path in [place, *place.rglob("*")]:
+            facts = path.stat()
+            wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
+            if facts.st_uid != _NOT_ROOT[0] and facts.st_mode & wanted != wanted:
+                raise UserError(
+                    f"{path}: user {_NOT_ROOT[0]}, as whom the steps run when root calls, cannot "
+                    "read it: `chmod -R a+rX`, or call as another user"
+                )
 
 
 def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON

@@ -144,9 +144,10 @@ def run_pipeline(
             ),
         ):
             try:
-                pipeline(**arguments)
                 if containers:
-                    containers.check()
+                    containers.run(pipeline, arguments)
+                else:
+                    pipeline(**arguments)
             except RuntimeError as error:  # KFP's, which does not say why
                 raise steps.failure() from error
         result.seconds = time.monotonic() - begin

@@ -13,7 +13,7 @@ from typing import TextIO
 from flagscale.secrets import masked
 
 _INDENT = "    "
-_NOISE = re.compile(r"^-{20,}$|Wrote executor output file to")
+_NOISE = re.compile(r"^-{20,}$|Wrote executor output file to|^Found image '")
 
 
 class StepOutput(io.TextIOBase):
