@@ -1,9 +1,11 @@
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import mlflow
 import pytest
 import torch
 
@@ -86,23 +88,41 @@ def test_checkpoints_go_when_the_artifact_is_there(uninterrupted):
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_started_again_gives_the_same_losses(inputs, uninterrupted, tmp_path, kill):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "KFP_RUN_ID": "a-b", "MLFLOW_RUN_ID": ""}
     paths = [*inputs, tmp_path / "checkpoints", tmp_path / "distilled"]
     (tmp_path / "process.py").write_text(PROCESS)
     command = [sys.executable, tmp_path / "process.py", TRAINING.model_dump_json(), *paths]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    own = {"env": env, "cwd": tmp_path, "text": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/latest.json")), process)
     process.send_signal(kill)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == (-9 if kill == signal.SIGKILL else 143), output
     assert not (tmp_path / "distilled").exists()
 
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    second = subprocess.run(command, capture_output=True, check=True, **own)
     assert "resuming after step" in second.stdout
     whole, _ = uninterrupted
     assert records(tmp_path / "distilled") == records(whole / "distilled")
     assert records(tmp_path / "distilled", "validation") == records(
         whole / "distilled", "validation"
     )
+    assert_one_run_with_the_whole_curve(uri, records(whole / "distilled"))
+
+
+def assert_one_run_with_the_whole_curve(uri, expected):
+    """A retry in the same KFP run goes on in the run of the first attempt."""
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs(
+        [client.get_experiment_by_name("flagscale-distillation").experiment_id]
+    )
+    (run,) = (run for run in runs if run.info.run_name == "distil-student")
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "train/logits distillation loss")
+    assert [(point.step, point.value) for point in points] == [
+        (record["step"], record["logits distillation loss"]) for record in expected
+    ]
 
 
 def wait_for(condition, process):
