@@ -38,7 +38,7 @@ def _newest(recipe: Recipe, runs: Path, baseline: bool) -> Path:
         if summary.parent.is_symlink():
             continue
         values = yaml.safe_load((summary.parent / "recipe.yaml").read_text(encoding="utf-8"))
-        if _shared(Recipe.model_validate(values)) != _shared(recipe):
+        if values.get("sweep") or _shared(Recipe.model_validate(values)) != _shared(recipe):
             continue
         if (values["distillation"]["loss"] == "none") == baseline:
             steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]

@@ -10,11 +10,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.data import CorpusRecipe
+
+if TYPE_CHECKING:
+    from flagscale.models.shape import ModelShape
 
 _PACKAGE = "package:"
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
@@ -108,13 +111,28 @@ def check_sources(recipe: Recipe) -> None:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
             supported, the student does not fit it, or one of them cannot be divided over the ranks.
     """
-    from flagscale.models.layout import check_intermediate_layers, check_layout
     from flagscale.models.shape import from_hf_config
     from flagscale.models.source import load_hf_config
+
+    teacher = from_hf_config(load_hf_config(recipe.teacher.source, recipe.teacher.revision))
+    if recipe.sweep is None:
+        _check_student(recipe, teacher)
+    for variant in recipe.variants:
+        try:
+            _check_student(variant.recipe, teacher)
+        except UserError as error:
+            raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
+    for corpus in recipe.data.corpora:
+        if not _is_on_the_hub(corpus):
+            from flagscale.data.sources import documents
+
+            next(documents(corpus))
+
+
+def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
+    from flagscale.models.layout import check_intermediate_layers, check_layout
     from flagscale.models.student_shape import student_shape
 
-    config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
-    teacher = from_hf_config(config)
     student = student_shape(teacher, recipe.student)
     sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
     chunks = sizes.virtual_pipeline_model_parallel_size or 1
@@ -122,11 +140,6 @@ def check_sources(recipe: Recipe) -> None:
     if recipe.distillation.loss != "none":
         check_layout(teacher, sizes, seq_length, chunks)
         check_intermediate_layers(recipe.distillation, student, teacher, sizes)
-    for corpus in recipe.data.corpora:
-        if not _is_on_the_hub(corpus):
-            from flagscale.data.sources import documents
-
-            next(documents(corpus))
 
 
 def _is_on_the_hub(corpus: CorpusRecipe) -> bool:

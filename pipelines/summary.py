@@ -15,29 +15,34 @@ _FIGURES = {  # name in metrics.json -> heading, decimals
     "kl": ("KL to teacher", 3),
     "top1_agreement": ("top-1 agreement", 3),
 }
+_DECISIVE = {**_FIGURES, "accuracy": ("token accuracy", 3)}
 _LONG = 1e5
 
 
 def summary(result: RunResult) -> str:
     """The text that ends a run; the same facts are in its `summary.json`."""
-    metrics = _metrics(result)
-    write_json(result.folder / "summary.json", _facts(result, metrics))
-    parts = [_times(result)]
+    metrics = _read(result, "evaluate", "results", "metrics.json")
+    board = _read(result, "leaderboard", "table", "leaderboard.json")
+    facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
+    write_json(result.folder / "summary.json", facts)
+    parts = [_times(result), _places(result)]
     if metrics:
         parts.insert(0, _table(metrics))
-    parts.append(_places(result))
+    if board:
+        parts.insert(0, _leaderboard(board))
     return "\n\n".join(parts)
 
 
-def _metrics(result: RunResult) -> dict[str, Any]:
-    step = result.steps.get("evaluate")
-    path = step and step.outputs.get("results")
-    if not path:
+def _read(result: RunResult, step: str, output: str, file: str) -> dict[str, Any]:
+    """What a step wrote, empty where there was no such step."""
+    if step not in result.steps or output not in result.steps[step].outputs:
         return {}
-    return json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    path = result.steps[step].outputs[output] / file
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
-def _facts(result: RunResult, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(result: RunResult) -> dict[str, Any]:
     return {
         "seconds": result.seconds,
         "tracking_uri": result.tracking_uri,
@@ -46,30 +51,52 @@ def _facts(result: RunResult, metrics: Mapping[str, Any]) -> dict[str, Any]:
                 "seconds": step.seconds,
                 "reused": step.reused,
                 "outputs": {output: str(path) for output, path in step.outputs.items()},
+                **({"variant": step.variant} if step.variant else {}),
             }
             for name, step in result.steps.items()
         },
-        "metrics": metrics,
     }
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    percent = f"{100 * metrics['confidence']:.0f}%"
-    title = (
-        f"Held-out test split: {metrics['documents']} documents, {metrics['tokens']:,} tokens; "
-        f"{percent} intervals over documents. Losses and KL in nats a token."
-    )
     rows = [["", *(heading for heading, _ in _FIGURES.values())]]
     for model, label in _MODELS.items():
         figures = metrics["models"][model]
         rows.append([label, *(_cell(figures.get(f), d) for f, (_, d) in _FIGURES.items())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines = _columns(rows)
     reduction = metrics.get("kl_reduction")
     if reduction is not None:
         verb = "fell" if reduction >= 0 else "rose"
         lines.append(f"The student's KL {verb} by {abs(reduction):.1%} in training.")
-    return "\n".join([title, *lines])
+    return "\n".join([_measured(metrics), *lines])
+
+
+def _leaderboard(board: Mapping[str, Any]) -> str:
+    """The variants, best first."""
+    metric = board["metric"]
+    shown = {metric: _DECISIVE[metric], **_FIGURES}
+    rows = [["", "", *(heading for heading, _ in shown.values()), "beside the best"]]
+    for row in board["rows"]:
+        cells = [_cell(row["figures"][f], decimals) for f, (_, decimals) in shown.items()]
+        rows.append([str(row["rank"]), row["name"], *cells, row["verdict"]])
+    for name, figures in board["references"].items():
+        cells = [_cell(figures[f], decimals) for f, (_, decimals) in shown.items()]
+        rows.append(["", name, *cells, ""])
+    best = f"The best by {shown[metric][0]} is exported: {board['rows'][0]['name']}."
+    return "\n".join([_measured(board), *_columns(rows), best])
+
+
+def _measured(metrics: Mapping[str, Any]) -> str:
+    return (
+        f"Held-out test split: {metrics['documents']} documents, {metrics['tokens']:,} tokens; "
+        f"{100 * metrics['confidence']:.0f}% intervals over documents. Losses and KL in nats a "
+        "token."
+    )
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
 def _cell(figure: Mapping[str, float] | None, decimals: int) -> str:
@@ -83,8 +110,10 @@ def _cell(figure: Mapping[str, float] | None, decimals: int) -> str:
 
 
 def _times(result: RunResult) -> str:
+    width = max(16, *(len(name) for name in result.steps), 0)
     lines = [
-        f"  {name:<16} {'reused from cache' if step.reused else duration(step.seconds)}"
+        f"  {name:<{width}} {'reused from cache' if step.reused else duration(step.seconds):<18}"
+        f"{step.variant}".rstrip()
         for name, step in result.steps.items()
     ]
     return "\n".join([f"Wall time {duration(result.seconds)}:", *lines])
@@ -94,8 +123,11 @@ def _places(result: RunResult) -> str:
     lines = [("run", result.folder)]
     if "evaluate" in result.steps:
         lines.append(("report", result.folder / "evaluate-results" / "report.html"))
-    if "export-student" in result.steps:
-        lines.append(("student", result.folder / "export-student-model"))
+    if "leaderboard" in result.steps:
+        lines.append(("report", result.folder / "leaderboard-table" / "report.html"))
+    for name in ("export-student", "export-winner"):
+        if name in result.steps:
+            lines.append(("student", result.folder / f"{name}-model"))
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
         text.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {result.tracking_uri}")

@@ -34,7 +34,7 @@ def distil_student(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("distil-student", experiment=experiment, exclusive=checkpoints) as step:
+    with step_process("distil-student", experiment=experiment) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student import distil_student
 

@@ -42,7 +42,7 @@ def distil_student_on_nodes(
     """
     from flagscale.steps.step_process import step_process
 
-    with step_process("distil-student", experiment=experiment, exclusive=checkpoints) as step:
+    with step_process("distil-student", experiment=experiment) as step:
         from pathlib import Path
 
         from flagscale.recipe import DistillationRecipe, TrainingRecipe

@@ -35,7 +35,12 @@ from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
 from flagscale.steps import launch
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
-from flagscale.steps.step_process import deferred_stop, stop_requested, when_published
+from flagscale.steps.step_process import (
+    deferred_stop,
+    keep_exclusive,
+    stop_requested,
+    when_published,
+)
 from flagscale.steps.training_check import check_training
 from flagscale.train.arguments import Arguments, training_arguments, with_teacher
 from flagscale.train.global_vars import use_args
@@ -92,8 +97,10 @@ def distil_student(
     if launch.is_rank():
         return _train(distillation, training, paths)
     check_training(distillation, training, student, processes)
-    figures = _run(distillation, training, paths, processes)
     name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
+    # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
+    keep_exclusive(f"{paths.checkpoints}/{name}")
+    figures = _run(distillation, training, paths, processes)
     when_published(lambda: mirror.forget(paths.checkpoints, name))
     return figures
 

@@ -9,7 +9,7 @@ from flagscale.artifacts import open_artifact
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.nodes import NodePods, processes_per_node, shared_folder
-from flagscale.steps.step_process import when_published
+from flagscale.steps.step_process import keep_exclusive, when_published
 from flagscale.steps.training_check import check_training
 from flagscale.steps.trainjob import job_name, run_on_nodes
 from flagscale.steps.trainjob_manifest import Nodes
@@ -56,6 +56,7 @@ def distil_student_on_nodes(
     recipe = sections(distillation, training)
     parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
     name = fingerprint(recipe, parents)
+    keep_exclusive(str(checkpoints / name))
     figures: dict[str, float] = run_on_nodes(
         _STEP,
         "flagscale.steps.distil_student:run_rank",

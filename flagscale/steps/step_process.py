@@ -142,6 +142,10 @@ class Step:
         """See `when_published`."""
         self._afterwards.append(do)
 
+    def keep_exclusive(self, place: str) -> None:
+        """See `keep_exclusive`."""
+        self._folders.enter_context(exclusively(place))
+
 
 _running: list[Step] = []
 
@@ -158,6 +162,22 @@ def when_published(do: Callable[[], object]) -> None:
         _running[-1].when_published(do)
     else:
         do()
+
+
+def keep_exclusive(place: str) -> None:
+    """Keep other processes out of a place until the running step's outputs are published.
+
+    Unlike `step_process(exclusive=...)` the place need not be known before the step's inputs are.
+    Outside a step process nobody is kept out.
+
+    Args:
+        place: a folder or a URL, e.g. of one training's checkpoints.
+
+    Raises:
+        UserError: another process stays there.
+    """
+    if _running:
+        _running[-1].keep_exclusive(place)
 
 
 @contextmanager

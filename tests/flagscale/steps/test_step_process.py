@@ -12,7 +12,12 @@ from kfp import dsl
 from flagscale.errors import UserError
 from flagscale.processes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import StudentRecipe, TrainingRecipe
-from flagscale.steps.step_process import deferred_stop, step_process, stop_requested
+from flagscale.steps.step_process import (
+    deferred_stop,
+    keep_exclusive,
+    step_process,
+    stop_requested,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +115,22 @@ def test_a_held_folder_is_given_up_on_with_an_error(
     ):
         pytest.fail("not reached")
     assert "another process writes there" in str(read_error(tmp_path))
+
+
+def test_trainings_of_one_sweep_keep_each_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flagscale.steps.exclusive._LOCK_SECONDS", -1.0)
+    one, two = (str(tmp_path / "checkpoints" / name) for name in ("one", "two"))
+    with step_process("distil-student"):
+        keep_exclusive(one)
+        with step_process("distil-student"):
+            keep_exclusive(two)
+        with pytest.raises(SystemExit), step_process("distil-student"):
+            keep_exclusive(one)
+    with step_process("distil-student"):
+        keep_exclusive(one)  # it was let go with the step
+    assert "one: another process writes there" in str(read_error(tmp_path))
 
 
 def test_user_error_is_what_section_raises() -> None:
