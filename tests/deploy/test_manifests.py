@@ -111,13 +111,10 @@ def test_root_does_nothing_but_give_the_volume_to_the_steps() -> None:
     claims = of_kind(documents(DEPLOY / "base/volume.yaml"), "PersistentVolumeClaim")
     assert volume["persistentVolumeClaim"]["claimName"] in claims
     [container] = containers(job)
-    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    user = Platform().run_as_user
-    assert (
-        f"chown {user}:{user} {container['volumeMounts'][0]['mountPath']} "
-        in container["command"][-1]
-    )
+    user, folder = Platform().run_as_user, container["volumeMounts"][0]["mountPath"]
+    assert container["command"] == ["chown", f"{user}:{user}", folder]
 
 
 def _references(value: Any, name: str) -> list[Manifest]:
