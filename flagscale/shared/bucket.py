@@ -70,7 +70,9 @@ class Bucket(Place):
             logger.info("downloading the %s (%.0f MB)", pointer.kind, pointer.bytes / 1e6)
             store.get({name: folder / name for name in files})
         except OSError as error:
-            raise disk_full(folder) if is_disk_full(error) else error from error
+            if is_disk_full(error):
+                raise disk_full(folder) from error
+            raise
         return folder
 
     @classmethod

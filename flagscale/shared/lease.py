@@ -26,6 +26,7 @@ from flagscale.shared.store import ObjectStore
 logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 120.0
+_PATIENCE_SECONDS = 30.0  # beyond that
 _SETTLE_SECONDS = 1.0
 _POLL_SECONDS = 2.0
 _READS = 3
@@ -62,7 +63,7 @@ class _Lease:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
     def take(self) -> None:
-        deadline = time.monotonic() + _STALE_SECONDS + 30
+        deadline = time.monotonic() + _STALE_SECONDS + _PATIENCE_SECONDS
         while True:
             other = self._other()
             if other is None:

@@ -10,6 +10,7 @@ An artifact gets its name by a rename, after everything in it is on the disk. A 
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import shutil
@@ -76,24 +77,23 @@ class Volume(Place):
         return staging / "artifact"
 
     def publish(self, staged: Path) -> Pointer:
-        """See `Place.publish`. What stands there already is kept if it is intact."""
+        """See `Place.publish`. What stands there already serves if it is intact."""
         manifest = staged_manifest(staged)
-        target = self._folder / name_of(manifest)
-        pointer = pointer_to(staged, manifest, str(target))
+        first = self._folder / name_of(manifest)
         try:
             flush(staged)
-            while not _rename(staged, target):
-                if _damage(target, manifest) is None:
+            for number in itertools.count(1):
+                target = first if number == 1 else first.with_name(f"{first.name}-{number}")
+                pointer = pointer_to(staged, manifest, str(target))
+                if _rename(staged, target) or _is_intact(target, manifest):
                     break
-                logger.warning("%s: is damaged, and written anew", target)
-                _rename(target, staged.with_name(f"damaged-{uuid.uuid4().hex[:8]}"))
+                # Not put right: another step may be at it, or reading what it has put right.
+                logger.warning("%s: is damaged; going on to the next name", target)
             flush(self._folder, deep=False)
         except OSError as error:
-            raise (
-                disk_full(target)
-                if is_disk_full(error)
-                else UserError(f"{target}: cannot be written: {error}")
-            ) from error
+            if is_disk_full(error):
+                raise disk_full(first) from error
+            raise UserError(f"{first}: cannot be written: {error}") from error
         return pointer
 
     def close(self) -> None:
@@ -134,24 +134,21 @@ class Volume(Place):
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Whether it went there; False if something is there, or the source has gone."""
+    """Whether it went there; False if something is there."""
     try:
         os.rename(source, target)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        if error.errno == errno.ENOENT and not source.exists():
-            return False  # another step has put it aside
-        raise
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
     return True
 
 
-def _damage(folder: Path, manifest: Manifest) -> str | None:
+def _is_intact(folder: Path, manifest: Manifest) -> bool:
     try:
-        found = open_artifact(folder, manifest.kind)
-    except (UserError, OSError) as error:
-        return str(error)
-    return None if found.digest == manifest.digest else "another digest"
+        return open_artifact(folder, manifest.kind).digest == manifest.digest
+    except (UserError, OSError):
+        return False
 
 
 def _remove_dead(folder: Path, now: float) -> None:

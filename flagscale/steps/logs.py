@@ -11,7 +11,18 @@ from flagscale.secrets import mask_output
 
 _QUIET_LOGGERS = {
     **dict.fromkeys(
-        ("alembic", "mlflow", "urllib3", "httpx", "datasets", "matplotlib", "filelock", "modelopt"),
+        (
+            "alembic",
+            "mlflow",
+            "urllib3",
+            "httpx",
+            "datasets",
+            "matplotlib",
+            "filelock",
+            "modelopt",
+            "botocore",
+            "aiobotocore",
+        ),
         logging.WARNING,
     ),
     "megatron": logging.WARNING,
