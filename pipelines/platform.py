@@ -50,7 +50,10 @@ class Retries(Section):
     count: Annotated[int, Field(ge=0)] = Field(2, description="Times")
     backoff: Duration = Field("30s", description="Pause before the first")
     factor: float = Field(2.0, ge=1, description="Each pause is so much longer than the last")
-    longest: Duration = Field("600s", description="No pause is longer")
+    longest: Duration = Field(
+        "604800s",
+        description="From the first start: no retry begins later, and one that runs ends then",
+    )
 
 
 class Pods(Section):
