@@ -1,0 +1,207 @@
+"""Checkpoints in an object store: the folder's content there and back, faults, kills."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flagscale.checkpoint import mirror
+from flagscale.checkpoint.folders import STATE, CheckpointFolders
+from flagscale.checkpoint.mirror import Mirror
+from flagscale.errors import UserError
+from flagscale.shared.store import ObjectStore
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def url(bucket: str) -> str:
+    return f"{bucket}/checkpoints/training"
+
+
+class Pod:
+    """A training process's side: a folder of its own, and a mirror."""
+
+    def __init__(self, url: str, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.folders = CheckpointFolders(folder, keep, "lm loss")
+        self.mirror = Mirror(url, folder)
+        while not self.mirror.downloaded():
+            pass
+
+    def save(self, step: int, loss: float = 1.0, wait: bool = True) -> None:
+        validation = [{"step": step, "lm loss": loss}]
+        history = {"step": step, "layout": {}, "training": [], "validation": validation}
+        partial = self.folders.begin(history)
+        (partial / STATE).mkdir()
+        (partial / STATE / "0.distcp").write_text(f"weights of {step}" * 1000)
+        (partial / STATE / "metadata.json").write_text("{}")
+        self.mirror.upload(self.folders.publish(partial))
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        while not self.mirror.uploaded():
+            pass
+
+    def content(self) -> dict[str, str]:
+        return {
+            path.relative_to(self.folder).as_posix(): path.read_text()
+            for path in self.folder.glob("step-*/**/*")
+            if path.is_file()
+        }
+
+
+def test_another_pod_finds_latest_and_best(url: str, tmp_path: Path) -> None:
+    first = Pod(url, tmp_path / "a")
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0), (5, 2.0)):
+        first.save(step, loss)
+    second = Pod(url, tmp_path / "b")
+    assert second.content() == first.content()
+    latest, best = second.folders.latest(), second.folders.best()
+    assert latest
+    assert best
+    assert (latest.step, best.step) == (5, 2)
+    store = ObjectStore(url)
+    assert [name[:13] for name in store.folders()] == [f"step-0000000{n}" for n in (2, 4, 5)]
+    assert list(first.folder.glob(".upload-*")) == []
+
+
+def test_nothing_there_is_a_beginning(url: str, tmp_path: Path) -> None:
+    (tmp_path / "a" / "step-00000007").mkdir(parents=True)  # of a training that was forgotten
+    pod = Pod(url, tmp_path / "a")
+    assert pod.folders.latest() is None
+    assert pod.content() == {}
+
+
+def test_going_on_uploads_only_what_is_new(url: str, tmp_path: Path) -> None:
+    Pod(url, tmp_path / "a").save(1)
+    before = ObjectStore(url).folders()
+    pod = Pod(url, tmp_path / "b")
+    pod.save(2)
+    assert set(before) < set(ObjectStore(url).folders())
+    pod.save(3)
+    assert not set(before) & set(ObjectStore(url).folders())
+
+
+def test_what_was_cut_off_does_not_count_and_goes(url: str, tmp_path: Path) -> None:
+    """A pod was killed after it had uploaded a file of step 2."""
+    Pod(url, tmp_path / "a").save(1)
+    ObjectStore(url).write("step-00000002-12345678/history.json", b"{}")
+    pod = Pod(url, tmp_path / "b")
+    latest = pod.folders.latest()
+    assert latest
+    assert latest.step == 1
+    pod.save(2)
+    assert "step-00000002-12345678" not in ObjectStore(url).folders()
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    put = ObjectStore.put
+
+    def slowly(self: ObjectStore, files: dict[str, Path]) -> None:
+        time.sleep(seconds)
+        put(self, files)
+
+    monkeypatch.setattr(ObjectStore, "put", slowly)
+
+
+def test_training_does_not_wait_and_the_newest_counts(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are deleted here long before they could be uploaded."""
+    pod = Pod(url, tmp_path / "a", keep=1)
+    slow(monkeypatch, 0.5)
+    begin = time.monotonic()
+    for step in range(1, 21):
+        pod.save(step, 1 / step, wait=False)
+    assert time.monotonic() - begin < 0.5
+    pod.wait()
+    found = Pod(url, tmp_path / "b")
+    assert found.content() == pod.content()
+    assert len(found.content()) == 3
+    assert list(pod.folder.glob(".upload-*")) == []
+
+
+def test_a_store_that_fails_leaves_training_alone(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod = Pod(url, tmp_path / "a")
+    pod.save(1)
+    put, faults = ObjectStore.put, iter([True] * 4 + [False] * 10)
+
+    def failing(self: ObjectStore, files: dict[str, Path]) -> None:
+        if next(faults):
+            raise UserError("the store is out of order")
+        put(self, files)
+
+    monkeypatch.setattr(ObjectStore, "put", failing)
+    pod.save(2)  # all three attempts fail
+    assert "attempt 3 of 3" in caplog.text
+    assert "out of order" in caplog.text
+    latest = Pod(url, tmp_path / "b").folders.latest()
+    assert latest
+    assert latest.step == 1
+    pod.save(3)  # the second attempt succeeds, for both
+    assert Pod(url, tmp_path / "c").content() == pod.content()
+
+
+def test_what_is_damaged_there_is_refused(url: str, tmp_path: Path) -> None:
+    Pod(url, tmp_path / "a").save(1)
+    store = ObjectStore(url)
+    (name,) = [n for n in store.sizes() if n.endswith("0.distcp")]
+    store.write(name, b"short")
+    with pytest.raises(UserError, match=r"0.distcp: 5 bytes, but 12000 were written"):
+        Pod(url, tmp_path / "b")
+    store.remove(name)
+    with pytest.raises(UserError, match=r"0.distcp: is missing"):
+        Pod(url, tmp_path / "c")
+    for text in (b"{", b"[]", json.dumps({"format_version": 2}).encode()):
+        store.write("latest.json", text)
+        with pytest.raises(UserError, match=r"latest.json: cannot be read"):
+            Pod(url, tmp_path / "d")
+
+
+def test_place_and_forget(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert mirror.place(str(tmp_path / "x"), "name") == (tmp_path / "x" / "name", None)
+    folder, remote = mirror.place(f"{bucket}/checkpoints/", "name")
+    assert folder.parent == tmp_path
+    assert remote
+    Pod(f"{bucket}/checkpoints/name", folder).save(1)
+    ObjectStore(bucket).write("checkpoints/other/latest.json", b"{}")
+    mirror.forget(f"{bucket}/checkpoints", "name")
+    assert not folder.exists()
+    assert list(ObjectStore(bucket).sizes()) == ["checkpoints/other/latest.json"]
+    mirror.forget(f"{bucket}/checkpoints", "name")  # nothing there: told, not raised
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_moment_the_store_has_a_whole_checkpoint(
+    url: str, tmp_path: Path, seed: int
+) -> None:
+    """A child saves one checkpoint after another, until it is killed; its disk is lost."""
+    told, child = tmp_path / "told", os.fork()
+    if child == 0:
+        try:
+            pod = Pod(url, tmp_path / "a", keep=1)
+            for step in range(1, 1000):
+                pod.save(step)
+                told.write_text(str(step))
+        finally:
+            os._exit(1)
+    while not told.exists():
+        time.sleep(0.01)
+    time.sleep(0.05 + 0.13 * seed)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    pod = Pod(url, tmp_path / "b")
+    latest = pod.folders.latest()
+    assert latest
+    assert latest.step >= int(told.read_text() or 0)
+    assert (latest.path / STATE / "0.distcp").read_text() == f"weights of {latest.step}" * 1000
