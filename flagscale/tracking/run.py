@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale.errors import Interrupted
+from flagscale.secrets import mask
 from flagscale.tracking.names import RESUMED_TAG, first_line, flatten, metric_name, parameter, tag
 from flagscale.tracking.server import (
     UPLOAD_TIMEOUT,
@@ -113,7 +114,8 @@ class StepRun:
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Store a text as the file `artifact_file` with the run."""
-        self._call("artifacts", lambda client: client.log_text(self._id, text, artifact_file))
+        shown = mask(text)
+        self._call("artifacts", lambda client: client.log_text(self._id, shown, artifact_file))
 
     def set_tag(self, key: str, value: object) -> None:
         """Set a tag."""

@@ -26,6 +26,10 @@ def make(fail: str, text: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metri
             raise UserError("fail=user: must be empty")
         if fail == "bug":
             raise ValueError("a bug")
+        if fail == "secret":
+            import os
+
+            raise ValueError(f"no login with {os.environ['HF_TOKEN']}")
         with new_artifact(Path(text.path), "dataset", {}) as staging:
             (staging.path / "words").write_text("one two three")
         step.report({"words": 3}, metrics)
