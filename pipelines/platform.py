@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.section import PositiveInt
+from flagscale.secrets import has_credentials, is_secret_name
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
 
@@ -188,6 +189,18 @@ class Platform(Section):
     env: dict[Variable, str] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
     run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets_in_env(cls, env: dict[str, str]) -> dict[str, str]:
+        """What is written here stands in every compiled pipeline."""
+        for name, value in env.items():
+            if is_secret_name(name) or has_credentials(value):
+                raise ValueError(
+                    f"{name} looks like a secret, which would stand in every compiled pipeline; "
+                    "put it into a Kubernetes Secret and name that in `secrets`",
+                )
+        return env
 
 
 def load_platform(name: str | Path) -> Platform:

@@ -253,6 +253,9 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ("shared: {claim: a, url: s3://b}", "needs one of claim, create, url"),
         ("shared: {url: ftp://b}", "must start with s3://"),
         ("secrets: [{name: a, env: {}}]", "secrets.0.env"),
+        ("env: {HF_TOKEN: hf_planted}", "env: HF_TOKEN looks like a secret"),
+        ("env: {PROXY: 'http://me:planted@proxy'}", "env: PROXY looks like a secret"),
+        ("shared: {url: 's3://key:planted@b'}", "url=s3://***@b: holds credentials"),
         ("run_as_user: 0", "run_as_user=0"),
         ("steps: {models: {tolerations: [{operator: Exists, value: x}]}}", "takes no value"),
         ("a: [", "not readable YAML"),
@@ -264,6 +267,7 @@ def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_platform(path)
     assert message in str(error.value)
+    assert "planted" not in str(error.value)
 
 
 def test_an_unknown_platform_names_the_known() -> None:
