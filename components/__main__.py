@@ -10,7 +10,13 @@ from kfp.dsl.base_component import BaseComponent
 
 import components
 
-_KINDS = {"STRING": "text", "STRUCT": "mapping", "LIST": "list", "NUMBER_DOUBLE": "number"}
+_KINDS = {
+    "STRING": "text",
+    "STRUCT": "mapping",
+    "LIST": "list",
+    "NUMBER_DOUBLE": "number",
+    "NUMBER_INTEGER": "whole number",
+}
 
 
 def all_components() -> dict[Path, BaseComponent]:

@@ -26,8 +26,8 @@ def distil_student_on_nodes(
     Args:
         distillation: the recipe's section `distillation`.
         training: the recipe's section `training`.
-        checkpoints: folder of training checkpoints on the shared volume; the same path resumes an
-            interrupted run.
+        checkpoints: folder of training checkpoints on the volume; the same one resumes a stopped
+            run.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         nodes: pods that train together.
@@ -43,8 +43,6 @@ def distil_student_on_nodes(
     from flagscale.steps.step_process import step_process
 
     with step_process("distil-student", experiment=experiment) as step:
-        from pathlib import Path
-
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
         from flagscale.steps.nodes import NodePods
@@ -55,7 +53,7 @@ def distil_student_on_nodes(
             teacher=step.input(teacher.path),
             student=step.input(student.path),
             dataset=step.input(dataset.path),
-            checkpoints=Path(checkpoints),
+            checkpoints=checkpoints,
             output=step.output(model.path),
             nodes=nodes,
             accelerator_count=accelerator_count,

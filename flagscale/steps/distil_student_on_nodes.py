@@ -23,7 +23,7 @@ def distil_student_on_nodes(
     teacher: Path,
     student: Path,
     dataset: Path,
-    checkpoints: Path,
+    checkpoints: str | Path,
     output: Path,
     nodes: int,
     accelerator_count: int,
@@ -51,12 +51,12 @@ def distil_student_on_nodes(
     processes = processes_per_node(training.parallelism, nodes, accelerator_count)
     check_training(distillation, training, student, nodes * processes)
     inputs = {"teacher": teacher, "student": student, "dataset": dataset}
-    paths = {**inputs, "checkpoints": checkpoints, "output": output}
+    paths: dict[str, str | Path] = {**inputs, "checkpoints": checkpoints, "output": output}
     shared = shared_folder(paths)
     recipe = sections(distillation, training)
     parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
     name = fingerprint(recipe, parents)
-    keep_exclusive(str(checkpoints / name))
+    keep_exclusive(f"{checkpoints}/{name}")
     figures: dict[str, float] = run_on_nodes(
         _STEP,
         "flagscale.steps.distil_student:run_rank",
@@ -65,5 +65,5 @@ def distil_student_on_nodes(
         shared,
         job_name(_STEP, [name, str(checkpoints)]),
     )
-    when_published(lambda: shutil.rmtree(checkpoints / name, ignore_errors=True))
+    when_published(lambda: shutil.rmtree(Path(checkpoints, name), ignore_errors=True))
     return figures

@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -33,9 +34,15 @@ def limit_seconds() -> float:
 class Heartbeat:
     """The launcher's side; renews the file from a thread until the block ends, which says stop."""
 
-    def __init__(self, folder: Path) -> None:
-        """Begin to beat in `folder`."""
+    def __init__(self, folder: Path, stop_when: Callable[[], bool]) -> None:
+        """Begin to beat in `folder`.
+
+        Args:
+            folder: of the ranks.
+            stop_when: asked often; ranks hear of it at once, whatever else the launcher waits for.
+        """
         self._path = folder / _FILE
+        self._stop_when = stop_when
         self._stopped = threading.Event()
         self._count = 0
         self._beat()
@@ -55,14 +62,16 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Ask the ranks to save and end."""
-        if not self._stopped.is_set():
-            self._stopped.set()
-            if self._thread.ident is not None:
-                self._thread.join()
-            ask_to_stop(self._path.parent)
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        ask_to_stop(self._path.parent)
 
     def _run(self) -> None:
-        while not self._stopped.wait(limit_seconds() / 20):
+        while not self._stopped.wait(_pause(limit_seconds())):
+            if self._stop_when():
+                ask_to_stop(self._path.parent)
+                return
             self._beat()
 
     def _beat(self) -> None:
@@ -98,8 +107,13 @@ def _watch(path: Path, limit: float) -> None:
         if time.monotonic() - since > limit:
             logger.warning("nothing heard of the launcher for %.0f seconds: stopping", limit)
             break
-        time.sleep(min(1.0, limit / 20))
+        time.sleep(_pause(limit))
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _pause(limit: float) -> float:
+    """Between two beats, or two looks: 3 seconds where the limit is a minute."""
+    return limit / 20
 
 
 def _write(path: Path, text: str) -> None:

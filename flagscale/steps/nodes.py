@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -53,7 +54,7 @@ def processes_per_node(parallelism: ParallelismRecipe, nodes: int, accelerator_c
     return math.lcm(parallelism.smallest_world_size, nodes) // nodes
 
 
-def shared_folder(paths: dict[str, Path]) -> Path:
+def shared_folder(paths: Mapping[str, str | Path]) -> Path:
     """The volume that all nodes see.
 
     Args:
@@ -73,6 +74,6 @@ def shared_folder(paths: dict[str, Path]) -> Path:
     if not os.access(shared, os.W_OK):
         raise UserError(f"{SHARED_VARIABLE}={place}: no such folder, or it is not writable")
     for field, path in paths.items():
-        if not path.resolve().is_relative_to(shared.resolve()):
+        if not Path(path).resolve().is_relative_to(shared.resolve()):
             raise UserError(f"{field}={path} must lie under {place}, which all nodes see")
     return shared

@@ -43,7 +43,8 @@ _LOOK_SECONDS = 2.0  # between two looks at the TrainJob
 _SETTLE_SECONDS = 10.0  # for the other ranks to say how they end, once one has failed
 _REMIND_SECONDS = 60.0
 _API_PATIENCE_SECONDS = 300.0
-_GONE_SECONDS = 120.0
+_GRACE_SECONDS = 300  # that Kubernetes gives a node to save
+_GONE_SECONDS = _GRACE_SECONDS + 60.0
 _RESULT_SECONDS = 60.0
 
 
@@ -103,7 +104,7 @@ def run_on_nodes(
             rank_command(step, function, nodes.processes),
             _environment(ranks.path),
             rank_environment(float(parse_quantity(nodes.pods.cpu)), nodes.processes),
-            grace_seconds=round(_stop_seconds()) + 5,
+            _GRACE_SECONDS,
         )
         result = _Launch(cluster, name, ranks, nodes).run(manifest)
     shutil.rmtree(home, ignore_errors=True)
@@ -119,7 +120,7 @@ class _Launch:
         self._running = self._ended = False
 
     def run(self, manifest: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-        with Heartbeat(self._ranks.path) as heart:
+        with Heartbeat(self._ranks.path, stop_requested) as heart:
             log = None
             try:
                 self._cluster.create(manifest)
@@ -239,5 +240,8 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _stop_seconds() -> float:
-    """How long ranks may take to save; Kubernetes gives the launcher's pod 30 seconds in all."""
-    return float(os.environ.get(STOP_VARIABLE, "25"))
+    """How long the launcher waits for ranks to save; its pod has 30 seconds to end in all.
+
+    Deleting the TrainJob then does not cut them short: they have `_GRACE_SECONDS`.
+    """
+    return float(os.environ.get(STOP_VARIABLE, "20"))

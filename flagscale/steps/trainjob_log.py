@@ -24,21 +24,27 @@ class NodeLog:
         self._ended = threading.Event()
         self._pod: str | None = None
         self._told = 0
+        self._reader = 0  # who may write: a reader that hangs must not come back
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def finish(self, patience_seconds: float) -> None:
-        """Take what is left of the log, and end."""
+        """Take what is left of the log, and end.
+
+        Args:
+            patience_seconds: for a stream that is being followed to end by itself.
+        """
         self._ended.set()
         self._thread.join(patience_seconds)
+        self._reader += 1
+        self._read(follow=False, reader=self._reader)
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._read(follow=True)
+            self._read(follow=True, reader=0)
             self._ended.wait(_RETRY_SECONDS)
-        self._read(follow=False)
 
-    def _read(self, follow: bool) -> None:
+    def _read(self, follow: bool, reader: int) -> None:
         """The log always comes from its beginning: skip what was told."""
         try:
             pod = first_node(self._cluster.pods(self._name))
@@ -47,6 +53,8 @@ class NodeLog:
             if pod != self._pod:
                 self._pod, self._told = pod, 0
             for number, line in enumerate(self._cluster.log(self._name, follow)):
+                if reader != self._reader:
+                    return
                 if number >= self._told:
                     sys.stdout.write(f"{line}\n")
                     sys.stdout.flush()

@@ -24,7 +24,14 @@ _CONTAINER = "main"  # the step's, in a pod of Argo
 _NODE = "node"  # Trainer's name for the training's container
 _MANAGER = "flagscale.distillation/launcher"
 _ENVIRONMENT_OF_KFP = ("KFP_POD_", "ARGO_", "ML_PIPELINE_", "METADATA_", "PET_")
-_VOLUMES_OF_KFP = ("kfp-", "var-run-argo", "tmp-dir-argo", "input-artifacts", "argo-")
+_VOLUMES_OF_KFP = (
+    "kfp-",
+    "var-run-argo",
+    "tmp-dir-argo",
+    "input-artifacts",
+    "artifact-local-root",
+    "argo-",
+)
 _SCRATCH_OF_KFP = "-scratch"  # gcs-scratch, dot-cache-scratch, ...
 _VOLUME_KINDS = ("persistentVolumeClaim", "emptyDir", "secret", "configMap", "ephemeral")
 _LABELS_OF_OTHERS = ("pipelines.kubeflow.org/", "pipeline/", "workflows.argoproj.io/")

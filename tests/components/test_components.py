@@ -20,6 +20,7 @@ def test_there_is_a_component_for_each_step() -> None:
     assert [folder.name for folder in FOUND] == [
         "convert_student",
         "distil_student",
+        "distil_student_on_nodes",
         "evaluate",
         "export_student",
         "export_winner",
@@ -57,7 +58,7 @@ def test_the_body_is_imports_one_call_and_outputs(folder: Path, component: BaseC
     calls = [node for node in ast.walk(block) if isinstance(node, ast.Call)]
     step = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == folder.name]
     assert len(step) == 1
-    assert len(function.args.args) <= 12
+    assert len(function.args.args) <= 13
 
 
 def test_importing_components_and_pipelines_loads_nothing_heavy() -> None:

@@ -12,6 +12,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
 from flagscale.steps import launch
 from flagscale.steps.distil_student import distil_student
+from flagscale.steps.rank_folder import RankFolder
 
 RANKS = """
 import os, time
@@ -25,6 +26,7 @@ def run(what):
         raise UserError("the second rank says what is wrong")
     if what == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
+    print("working", flush=True)
     time.sleep(60)
 """
 
@@ -80,6 +82,31 @@ def test_ranks_end_with_the_step(ranks, tmp_path, number):
         time.sleep(0.2)
 
 
+def test_a_drained_nodes_ranks_have_as_long_as_it_gives_them(ranks, tmp_path, monkeypatch):
+    """SIGTERM to torchrun, a pod's first process, reaches the ranks and ends nothing itself."""
+    folder = RankFolder.create(tmp_path / "ranks", {"what": "sleep"})
+    monkeypatch.setenv(launch.REQUEST_VARIABLE, str(folder.path))
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    torchrun = subprocess.Popen(
+        launch.rank_command("ranks", "ranks:run", 1, "--standalone"), stdout=subprocess.PIPE
+    )
+    assert torchrun.stdout
+    assert torchrun.stdout.readline() == b"working\n"
+    torchrun.terminate()
+    assert torchrun.wait(timeout=30) == 1
+    assert list(folder.exits().values()) == [143]
+
+
+def test_a_node_that_waits_for_others_ends_at_once(monkeypatch):
+    for name, value in {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(f"PET_{name}", str(value))
+    torchrun = subprocess.Popen(launch.rank_command("ranks", "ranks:run", 1))
+    time.sleep(6)
+    assert torchrun.poll() is None
+    torchrun.terminate()
+    assert torchrun.wait(timeout=5) == 143
+
+
 TRAINING = TrainingRecipe(
     train_iters=8,
     micro_batch_size=2,
@@ -100,6 +127,7 @@ import sys
 from pathlib import Path
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
+from flagscale.steps.rank_folder import RankFolder
 from flagscale.steps.step_process import step_process
 
 if __name__ == "__main__":
