@@ -172,6 +172,8 @@ class Steps:
         made = f", made {note['finished']}" if note else ""
         logger.info("%s %s reused from cache%s", self._position(), self._title(name), made)
         self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs.get("metrics")))
+        if name == "leaderboard":
+            _show_variants(outputs["table"])
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
     def failure(self) -> Exception:
@@ -212,6 +214,14 @@ def duration(seconds: float) -> str:
     """`12 s` or `3 min 20 s`."""
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def _show_variants(table: Path) -> None:
+    """Give this run's parent in MLflow the variants that the leaderboard's own step gave its."""
+    from flagscale.evaluation import LEADERBOARD
+    from flagscale.tracking.variants import log_variants
+
+    log_variants(json.loads((table / LEADERBOARD).read_text(encoding="utf-8")))
 
 
 def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.artifacts import write_json
+from flagscale.evaluation import LEADERBOARD, METRICS
 from pipelines.steps import RunResult, duration
 
 _MODELS = {"teacher": "teacher", "student": "student before", "distilled": "student after"}
@@ -21,8 +22,8 @@ _LONG = 1e5
 
 def summary(result: RunResult) -> str:
     """The text that ends a run; the same facts are in its `summary.json`."""
-    metrics = _read(result, "evaluate", "results", "metrics.json")
-    board = _read(result, "leaderboard", "table", "leaderboard.json")
+    metrics = _read(result, "evaluate", "results", METRICS)
+    board = _read(result, "leaderboard", "table", LEADERBOARD)
     facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
     write_json(result.folder / "summary.json", facts)
     parts = [_times(result), _places(result)]

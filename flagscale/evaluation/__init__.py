@@ -1,5 +1,7 @@
-"""How close a student is to its teacher. The names are those of an evaluation's files."""
+"""How close a student is to its teacher. Names of files of evaluations and leaderboards."""
 
 METRICS = "metrics.json"
 PER_DOCUMENT = "per_document.jsonl"
 REPORT = "report.html"
+LEADERBOARD = "leaderboard.json"
+TABLE = "leaderboard.csv"

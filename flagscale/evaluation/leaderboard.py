@@ -20,8 +20,6 @@ from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, differences, estimates, verdict
 from flagscale.recipe.sweep import describe
 
-LEADERBOARD = "leaderboard.json"
-TABLE = "leaderboard.csv"
 _SETTINGS = ("bootstrap_samples", "confidence", "seed")
 _SIZES = ("parameters", "tokens_per_second")
 

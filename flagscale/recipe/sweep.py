@@ -72,7 +72,7 @@ class Variant:
     """One training of a sweep.
 
     Attributes:
-        name: the varied fields with their values, e.g. `temperature=2.0 num_layers=3`.
+        name: the fields with several values, and this one's: `temperature=2.0 num_layers=3`.
         changes: `section.field` -> value, as validated.
         recipe: the whole recipe of this variant alone.
     """
@@ -154,14 +154,16 @@ def _variant(recipe: Recipe, base: Mapping[str, Any], changes: dict[str, Any]) -
         raise ValueError(f"sweep.vary: the variant {describe(changes)!r}: {problems}") from None
     dumped = whole.model_dump(mode="json")
     validated = {path: _at(dumped, path) for path in changes}
-    return Variant(describe(validated), validated, whole)
+    assert recipe.sweep is not None
+    telling = {p: value for p, value in validated.items() if len(recipe.sweep.vary[p]) > 1}
+    return Variant(describe(telling), validated, whole)
 
 
 def _changed(
     values: Mapping[str, Any],
     path: str,
-    value: Any,
-    keep: bool = False,  # noqa: ANN401
+    value: Any,  # noqa: ANN401 - any JSON value
+    keep: bool = False,
 ) -> dict[str, Any]:
     """A copy with the (nested) field set; `keep` leaves one that is there."""
     name, _, rest = path.partition(".")

@@ -10,10 +10,11 @@ from typing import Any
 from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
-from flagscale.evaluation import REPORT
+from flagscale.evaluation import LEADERBOARD, REPORT, TABLE
 from flagscale.evaluation.compare import read_evaluation
+from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import scalars
-from flagscale.evaluation.leaderboard import LEADERBOARD, TABLE, Candidate, Leaderboard, rank
+from flagscale.evaluation.leaderboard import Candidate, Leaderboard, rank
 from flagscale.evaluation.leaderboard_report import headline, render
 from flagscale.recipe import parse_section
 from flagscale.recipe.sweep import VARIED
@@ -48,6 +49,8 @@ def leaderboard(
         UserError: a variant has no evaluation, or two, or an evaluation is of no variant, or they
             cannot be compared.
     """
+    if metric not in FIGURES:
+        raise UserError(f"metric={metric!r}: must be one of {', '.join(FIGURES)}")
     wanted = _sections(variants)
     evaluations = _by_variant(wanted, results)
     recipe = {"sweep": {"metric": metric, "variants": [wanted[name] for name in wanted]}}
@@ -81,11 +84,10 @@ def _sections(variants: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
         name = str(variant.get("name", ""))
         if not name or name in found:
             raise UserError(f"variants: name={name!r}: each needs a name of its own")
-        unknown = {*variant} ^ {"name", *VARIED}
-        if unknown:
+        if {*variant} != {"name", *VARIED}:
             raise UserError(
-                f"variants: {name!r}: must hold name, {', '.join(VARIED)}, and nothing else; "
-                f"{', '.join(sorted(unknown))} is missing or too much"
+                f"variants: {name!r} holds {', '.join(sorted(variant))}: must hold name, "
+                f"{', '.join(VARIED)}, and nothing else"
             )
         found[name] = {
             section: parse_section(

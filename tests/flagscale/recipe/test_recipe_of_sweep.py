@@ -46,6 +46,7 @@ def test_a_field_that_only_the_sweep_gives_needs_no_value_of_its_own() -> None:
     assert recipe.student.num_layers == 3
     assert recipe.training.lr == 1e-3  # given: stays
     assert [v.recipe.training.lr for v in recipe.variants] == [1e-4, 1e-4]
+    assert [v.name for v in recipe.variants] == ["num_layers=3", "num_layers=4"]
     again = Recipe.model_validate(recipe.model_dump(mode="json"))
     assert again == recipe
 
