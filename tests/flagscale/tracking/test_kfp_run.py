@@ -220,6 +220,23 @@ def test_the_run_of_a_rank_that_was_killed_is_ended_by_its_launcher(
     assert [child.info.status for child in children] == ["FAILED"]
 
 
+def test_a_step_that_is_refused_its_inputs_fails_the_pipelines_run(
+    pod: str, remote: mlflow.MlflowClient
+) -> None:
+    do("prepare-data")
+    code = f"""
+from flagscale.errors import UserError
+from flagscale.steps.step_process import step_process
+with step_process("evaluate", experiment="{EXPERIMENT}"):
+    raise UserError("no dataset here")
+"""
+    del os.environ["MLFLOW_EXPERIMENT_NAME"]  # the component's argument names it
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[0].endswith("evaluate: no dataset here")
+    assert parent(remote, pod).info.status == "FAILED"
+
+
 @pytest.fixture
 def away(pod: str) -> None:
     os.environ |= {
