@@ -8,7 +8,7 @@ from collections.abc import Callable
 from flagscale.errors import UserError
 from flagscale.secrets import mask_output
 from pipelines.commands import compare, compile, run, schedule, status, submit
-from pipelines.following import StoppedWaiting
+from pipelines.connection_errors import StoppedWaiting
 from pipelines.steps import StepFailed
 from pipelines.stopping import Stopped
 

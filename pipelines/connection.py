@@ -27,7 +27,7 @@ import urllib3
 from kfp.client import ServiceAccountTokenVolumeCredentials
 
 from flagscale.errors import UserError
-from pipelines.connection_errors import NotKfp, Problem, is_transient
+from pipelines.connection_errors import NotKfp, Problem, StoppedWaiting, is_transient
 
 T = TypeVar("T")
 
@@ -187,11 +187,16 @@ class Server:
 
         Raises:
             UserError: it failed.
+            StoppedWaiting: Ctrl-C came before the answer.
         """
         try:
             return self._quietly(call)
         except Problem.EXCEPTIONS as error:
             raise self.problem(error, missing).as_user_error(doing) from None
+        except KeyboardInterrupt:
+            raise StoppedWaiting(
+                f"stopped while {doing}: it may have been done all the same; see {self.url('runs')}"
+            ) from None
 
     def problem(self, error: Exception, missing: str | None = None) -> Problem:
         """What an exception of the client means here."""

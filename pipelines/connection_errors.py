@@ -9,6 +9,7 @@ import kfp_server_api
 import urllib3
 
 from flagscale.errors import UserError
+from flagscale.secrets import HIDDEN, mask
 
 if TYPE_CHECKING:
     from pipelines.connection import Connection
@@ -20,6 +21,10 @@ _FORWARD = "kubectl port-forward --namespace kubeflow svc/ml-pipeline-ui 8080:80
 
 class NotKfp(Exception):  # noqa: N818 - it says what the server is
     """The server answers, but not as KFP does."""
+
+
+class StoppedWaiting(Exception):  # noqa: N818 - what was waited for goes on
+    """Ctrl-C ended the waiting; the message says what goes on at the server."""
 
 
 class Problem:
@@ -61,8 +66,8 @@ class Problem:
     def __str__(self) -> str:
         text = self._explanation()
         for secret in self._connection.secrets:
-            text = text.replace(secret, "***")
-        return text
+            text = text.replace(secret, HIDDEN)
+        return mask(text)
 
     def _explanation(self) -> str:
         place = self._place

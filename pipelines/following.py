@@ -14,7 +14,7 @@ from typing import Any
 
 from flagscale.errors import UserError
 from pipelines.connection import TIMEOUT_SECONDS, Server, say
-from pipelines.connection_errors import Problem, is_transient
+from pipelines.connection_errors import Problem, StoppedWaiting, is_transient
 from pipelines.steps import StepFailed, duration
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
@@ -24,10 +24,6 @@ _PATIENCE_SECONDS = 900.0  # without an answer
 # root, and the workflow with the suffix that Kubernetes gave it (it has no vowels).
 _INNER = re.compile(r"root|(executor|(.*-)?driver)(\(\d+\))?|.*-[bcdfghjklmnpqrstvwxz2456789]{5}")
 _NO_TIME = datetime(2000, 1, 1, tzinfo=UTC)  # KFP writes 0001 or 1970 for what has not been yet
-
-
-class StoppedWaiting(Exception):  # noqa: N818 - the run goes on
-    """Ctrl-C ended the waiting, not the run."""
 
 
 @dataclass(frozen=True)

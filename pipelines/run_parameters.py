@@ -10,12 +10,13 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
+from flagscale.recipe.sweep import VARIED, Metric
 from pipelines.distillation import SECTIONS
 from pipelines.platform import Toleration
 
@@ -78,18 +79,43 @@ def _sections(
     """The sections that are not the recipe's, checked as a recipe is."""
     where = "the recipe with this run's parameters"
     new = parse_section(Recipe, changed, where=where)
+    recipes = {where: new} | {f"variant {v.name}": v.recipe for v in new.variants}
+    if "variants" in values:
+        recipes = {where: new} | _variants(values["variants"], changed)
     count = values.get("training_accelerator_count")
     if count is None:
         count = definitions.get("training_accelerator_count", {}).get("defaultValue", 0)
-    try:
-        new.check_accelerators(int(count))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    for name, one in recipes.items():
+        try:
+            one.check_accelerators(int(count))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
     return {
         name: getattr(new, name).model_dump(mode="json", exclude_none=True)
         for name in SECTIONS
         if name in definitions and getattr(new, name) != getattr(recipe, name)
     }
+
+
+def _variants(given: list[Any], base: Mapping[str, Any]) -> dict[str, Recipe]:
+    """A sweep's variants as whole recipes, by name; `base` holds what they share."""
+    keys = ["name", *VARIED]
+    shared = {key: value for key, value in base.items() if key != "sweep"}
+    found: dict[str, Recipe] = {}
+    for number, variant in enumerate(given):
+        if not isinstance(variant, dict) or sorted(variant) != sorted(keys):
+            raise UserError(
+                f"parameter variants, item {number}: must be a mapping of {', '.join(keys)}, not "
+                f"{sorted(variant) if isinstance(variant, dict) else repr(variant)}"
+            )
+        name = f"parameter variants, {variant['name']!r}"
+        if name in found:
+            raise UserError(f"{name}: two variants have this name; each needs its own")
+        own = {section: variant[section] for section in VARIED}
+        found[name] = parse_section(Recipe, shared | own, where=name)
+    if not found:
+        raise UserError("parameter variants: is empty; give at least one variant")
+    return found
 
 
 def _forget_inherited(values: dict[str, Any], recipe: Recipe) -> None:
@@ -110,17 +136,22 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 
     node[last] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number, as in JSON; YAML 1.1 wants a point and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
+    list("-+.0123456789"),
+)
+
+
 def _yaml(key: str, text: str) -> Any:  # noqa: ANN401 - whatever it holds
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError:
         raise UserError(f"parameter {key}={text}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 3e-4 as text
-        except ValueError:
-            return value
-    return value
 
 
 def _typed(key: str, text: str, kind: str) -> Any:  # noqa: ANN401 - as `kind` says
@@ -144,6 +175,8 @@ def _what(value: Any) -> str:  # noqa: ANN401 - anything
 
 def _checked(key: str, value: Any) -> Any:  # noqa: ANN401 - of any kind
     """What KFP would pass on to Kubernetes unseen, and pods would fail of."""
+    if key == "metric" and value not in get_args(Metric):
+        raise UserError(f"parameter metric={value}: must be one of {', '.join(get_args(Metric))}")
     if key.endswith("_tolerations"):
         for number, item in enumerate(value):
             parse_section(Toleration, copy.copy(item), where=f"parameter {key}, item {number}")

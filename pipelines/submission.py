@@ -282,14 +282,17 @@ def _upload(server: Server, pipeline: str, package: Package) -> str:
 
 def _experiment(server: Server, name: str) -> str:
     """The experiment's id; it is created where there is none."""
-    try:
-        found = server.write(
-            f"experiment {name}",
-            lambda: server.client.create_experiment(name, namespace=server.namespace),
-        )
-    except ValueError as error:  # KFP's client: several of one name
-        raise UserError(f"experiment {name}: {error}") from None
-    return str(found.experiment_id)
+    found = server.read(
+        f"looking for experiment {name}",
+        lambda: server.client.list_experiments(namespace=server.namespace, filter=_named(name)),
+    )
+    if found.experiments:
+        return str(found.experiments[0].experiment_id)
+    made = server.write(
+        f"creating experiment {name}",
+        lambda: server.client.create_experiment(name, namespace=server.namespace),
+    )
+    return str(made.experiment_id)
 
 
 def _schedules(server: Server, name: str, made_for: str) -> list[str]:

@@ -1,5 +1,6 @@
 """A run's parameters, against the definitions of a pipeline that was really compiled."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,53 @@ def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_pat
     written = Package(path, "name", "version", "").without_cache().read_text(encoding="utf-8")
     assert "enableCache" not in written
     assert written.count("cachingOptions: {}") == 1 + len(spec["root"]["dag"]["tasks"])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, Any]]:
+    recipe = load_recipe("recipes/tiny-sweep.yaml", ["resources.accelerator_count=1"])
+    folder = tmp_path_factory.mktemp("sweep")
+    return recipe, make_package(recipe, load_platform("gke-h100"), folder).definitions
+
+
+def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, definitions = sweep
+    one = recipe.variants[0].sections
+    values = read_parameters(
+        [f"variants=[{json.dumps(one)}]", "metric=lm_loss"], definitions, recipe
+    )
+    assert values == {"variants": [one], "metric": "lm_loss"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"lr": 1}}, "'one': .*\n.*training.train_iters: required"),
+        ({"more": 1}, "item 0: must be a mapping of name, student, distillation, training"),
+        (None, "two variants have this name"),
+    ],
+)
+def test_variants_are_checked_as_recipes(
+    sweep: tuple[Recipe, dict[str, Any]], change: dict[str, Any] | None, said: str
+) -> None:
+    recipe, definitions = sweep
+    one = recipe.variants[0].sections | {"name": "one"}
+    variants = [one, one] if change is None else [one | change]
+    with pytest.raises(UserError, match=said):
+        read_parameters([f"variants={json.dumps(variants)}"], definitions, recipe)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("variants=[]", "is empty"),
+        ("metric=loss", "must be one of kl, lm_loss"),
+        ("training.lr=1", "--set training.lr=1"),
+        ("training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
+    ],
+)
+def test_other_mistakes_in_a_sweep(
+    sweep: tuple[Recipe, dict[str, Any]], given: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        read_parameters([given], sweep[1], sweep[0])
