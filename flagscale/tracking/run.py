@@ -82,7 +82,11 @@ class StepRun:
             for name, value in named.items():
                 if step is None or step not in self._known.get(name, ()):
                     self._buffer.append((name, value, now, step or 0))
+            too_many = len(self._buffer) > _MOST_BUFFERED
             del self._buffer[:-_MOST_BUFFERED]
+        if too_many and "too many" not in self._warned:
+            self._warned.add("too many")
+            logger.warning("MLflow is behind by %d figures: the oldest are dropped", _MOST_BUFFERED)
         if self._flusher is None:
             self._flusher = threading.Thread(target=self._flush_often, daemon=True)
             self._flusher.start()

@@ -127,6 +127,16 @@ def test_a_run_of_the_pipeline_tells_none(
     assert {"run.log", "summary.json", "manifest.json"} <= {path.name for path in files}
 
 
+def test_a_compiled_pipeline_holds_none(tmp_path: Path) -> None:
+    uri = f"http://me:{quote(PASSWORD, safe='')}@mlflow"
+    environment = {**os.environ, **PLANTED, "MLFLOW_TRACKING_URI": uri}
+    recipe = TOY.parents[2] / "recipes" / "tiny.yaml"
+    command = [sys.executable, "-m", "pipelines", "compile", str(recipe), "--platform", "gke-h100"]
+    subprocess.run([*command, "-o", str(tmp_path / "p.yaml")], env=environment, check=True)
+    (file,) = assert_clean_files(tmp_path)
+    assert "MLFLOW_TRACKING_PASSWORD" in file.read_text()  # by name, from a Secret
+
+
 @pytest.fixture
 def strange_server() -> Iterator[tuple[str, list[str | None]]]:
     """Notes who asks, and answers with an error that repeats it."""

@@ -293,3 +293,14 @@ def test_figures_wait_for_a_server_that_comes_back(
 def test_flatten() -> None:
     values = {"a": {"b": {"c": 1}, "d": None}, "e": (1, "x"), "f": True}
     assert tracking.flatten(values) == {"a.b.c": "1", "e": '[1, "x"]', "f": "True"}
+
+
+def test_figures_that_do_not_fit_are_spoken_of(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking.run, "_MOST_BUFFERED", 3)
+    monkeypatch.setattr(tracking.run, "_FLUSH_SECONDS", 60.0)
+    with tracking.pipeline_run(RECIPE, runs) as run:
+        for i in range(5):
+            run.log_metrics({"loss": 1.0}, step=i)
+    assert caplog.text.count("MLflow is behind by 3 figures") == 1
