@@ -1,4 +1,4 @@
-"""A small real pipeline for tests: `python tests/pipelines/toy.py RUNS JSON`."""
+"""Small real pipelines for tests: `python tests/pipelines/toy.py RUNS JSON`."""
 
 import json
 import sys
@@ -52,9 +52,11 @@ def train(
 
         from flagscale import tracking
         from flagscale.artifacts import new_artifact
-        from flagscale.errors import Interrupted
+        from flagscale.errors import Interrupted, UserError
         from flagscale.steps.step_process import deferred_stop, stop_requested
 
+        if options.get("fail"):
+            raise UserError("options.fail: must be false")
         checkpoint = Path(checkpoints) / "done"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         done = int(checkpoint.read_text()) if checkpoint.exists() else 0
@@ -77,6 +79,22 @@ def toy(options: dict, checkpoints: str, fail: str = "") -> None:
     train(options=options, checkpoints=checkpoints, text=text)
 
 
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def choose(models: dsl.Input[list[dsl.Model]], metrics: dsl.Output[dsl.Metrics]) -> None:
+    from flagscale.steps.step_process import step_process
+
+    with step_process("choose") as step:
+        step.report({"models": len(models)}, metrics)
+
+
+@dsl.pipeline(name="toy-sweep")
+def toy_sweep(variants: list) -> None:
+    text = make(fail="").outputs["text"]
+    with dsl.ParallelFor(variants, parallelism=1) as variant:
+        trained = train(options=variant.options, checkpoints=variant.checkpoints, text=text)
+    choose(models=dsl.Collected(trained.outputs["model"]))
+
+
 def recipe() -> Recipe:
     return Recipe.model_validate(
         {
@@ -90,7 +108,8 @@ def recipe() -> Recipe:
 
 def main() -> int:
     runs, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
-    return ended(lambda: summary(run_pipeline(toy, arguments, recipe(), runs, reuse=True)))
+    pipeline = toy_sweep if "variants" in arguments else toy
+    return ended(lambda: summary(run_pipeline(pipeline, arguments, recipe(), runs, reuse=True)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The local runner with a loop in the pipeline: names, failures, signals, reuse."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp.dsl.base_component import BaseComponent
+from toy import toy, toy_sweep
+
+from pipelines.steps import Plan
+
+TOY = Path(__file__).with_name("toy.py")
+QUICK = {"steps": 2, "seconds": 0.01}
+SLOW = {"steps": 400, "seconds": 0.1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def start(runs: Path, **options: dict[str, Any]) -> subprocess.Popen[str]:
+    """A sweep whose variants are the keywords."""
+    variants = [
+        {"name": name, "options": values, "checkpoints": str(runs / "checkpoints" / name)}
+        for name, values in options.items()
+    ]
+    return subprocess.Popen(
+        [sys.executable, str(TOY), str(runs), json.dumps({"variants": variants})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    out, _ = process.communicate(timeout=100)
+    return process.returncode, [line for line in out.splitlines() if line]
+
+
+def told(lines: list[str]) -> list[str]:
+    """The runner's own lines, without times."""
+    own = [line for line in lines if line.startswith("[") and " ..." not in line]
+    return [line.split(" in ")[0].split(", made")[0] for line in own]
+
+
+def test_steps_of_a_loop_say_whose_they_are(runs: Path) -> None:
+    code, lines = end(start(runs, one=QUICK, two={**QUICK, "steps": 3}))
+    assert code == 0, lines
+    assert told(lines) == [
+        "[1/4] make done",
+        "[2/4] train (one) done",
+        "[3/4] train (two) done",
+        "[4/4] choose done",
+    ]
+    facts = json.loads((runs / "latest" / "summary.json").read_text())["steps"]
+    assert list(facts) == ["make", "train-1", "train-2", "choose"]
+    assert facts["train-2"]["variant"] == "two"
+    for link in ("train-1-model", "train-2-model"):
+        assert (runs / "latest" / link / "weights").exists()
+    outputs = {step["outputs"].get("model") for step in facts.values()}
+    assert len(outputs) == 3  # two folders, and None
+    metrics = json.loads(Path(facts["choose"]["outputs"]["metrics"]).read_text())
+    assert metrics == {"models": 2.0}
+    assert any(line.split() == ["train-2", *line.split()[1:3], "two"] for line in lines)
+
+
+def test_nothing_starts_after_a_variant_that_failed(runs: Path) -> None:
+    bad = {**QUICK, "fail": True}
+    code, lines = end(start(runs, first={**QUICK, "steps": 1}, bad=bad, late={**QUICK, "steps": 4}))
+    assert code == 1
+    assert lines[-1] == "error: train (bad) failed: options.fail: must be false"
+    assert told(lines) == ["[1/5] make reused from cache", "[2/5] train (first) done"]
+    assert not any("late" in line for line in lines)
+    assert not (runs / "checkpoints" / "late").exists()
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_a_signal_in_a_loop_stops_the_sweep_and_the_next_run_goes_on(runs: Path) -> None:
+    done = runs / "checkpoints" / "slow" / "done"
+    process = start(runs, one=QUICK, slow=SLOW, never=SLOW)
+    deadline = time.monotonic() + 60
+    while not done.exists() or int(done.read_text() or 0) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.terminate()
+    code, lines = end(process)
+    assert code == 143, lines
+    assert lines[-1] == "train (slow) was stopped by SIGTERM; the same command goes on from there"
+    assert not (runs / "checkpoints" / "never").exists()
+
+    step = int(done.read_text())
+    code, lines = end(start(runs, one=QUICK, slow={**SLOW, "steps": step + 1}))
+    assert code == 0, lines
+    assert "[2/4] train (one) reused from cache" in told(lines)
+    assert any(line.endswith(f" from step {step}") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "arguments", "total"),
+    [(toy, {}, 2), (toy_sweep, {"variants": [{"name": "a"}, {"name": "b"}, {}]}, 5)],
+)
+def test_the_plan_counts_loops(
+    pipeline: BaseComponent, arguments: dict[str, Any], total: int
+) -> None:
+    plan = Plan(pipeline, arguments)
+    assert plan.total == total
+    assert plan.turn("make", 0) == ("make", "")
+    if arguments:
+        turns = [plan.turn("train", before) for before in range(3)]
+        assert turns == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
