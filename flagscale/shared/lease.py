@@ -110,7 +110,7 @@ class _Lease:
                 found = json.loads(content)
                 holder, renewed = str(found["holder"]), float(found["renewed"])
             except (ValueError, TypeError, KeyError):  # on a file system, while it is written
-                time.sleep(0.5)
+                time.sleep(_SETTLE_SECONDS)
                 continue
             mine = holder == self._holder
             return None if mine or time.time() - renewed > _STALE_SECONDS else holder

@@ -17,12 +17,12 @@ from flagscale.shared.store import ObjectStore
 
 POD = Path(__file__).with_name("pod.py")
 TRAINING = TrainingRecipe(
-    train_iters=8,
+    train_iters=24,
     micro_batch_size=2,
     global_batch_size=4,
     lr=1e-3,
     lr_warmup_iters=1,
-    eval_interval=4,
+    eval_interval=12,
     eval_iters=1,
     save_interval=2,
     async_save=True,
