@@ -6,6 +6,7 @@ of tasks.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -108,19 +109,20 @@ def follow(
         StoppedWaiting: by Ctrl-C; the run goes on.
     """
     again = f"the run goes on; python -m pipelines status {run_id} --wait follows it"
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
     told: dict[str, str] = {}
     try:
         while True:
-            state = _patient_look(server, run_id, pause_seconds, again)
+            state = _patient_look(server, run_id, pause_seconds, deadline, again)
             _tell(state, told)
             if state.has_ended:
                 return state
-            if deadline is not None and time.monotonic() + pause_seconds > deadline:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 raise UserError(
                     f"--timeout {timeout_seconds:g}: the run is {state.state} still; {again}"
                 )
-            time.sleep(pause_seconds)
+            time.sleep(min(pause_seconds, remaining))
     except KeyboardInterrupt:
         raise StoppedWaiting(
             f"stopped waiting; {again}. To end the run: Terminate, on its page"
@@ -137,18 +139,19 @@ def check_outcome(state: State, url: str) -> None:
         raise StepFailed(f"{state.failure()}\n{url}")
 
 
-def _patient_look(server: Server, run_id: str, pause_seconds: float, again: str) -> State:
+def _patient_look(
+    server: Server, run_id: str, pause_seconds: float, deadline: float, again: str
+) -> State:
     """Look; a server that is away for minutes, or a token that was renewed, ends no waiting."""
-    since: float | None = None
     pause = pause_seconds
+    deadline = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
     while True:
         try:
             return look(server, run_id)
         except UserError as error:
             problem = error.__cause__
             lasting = not isinstance(problem, Problem.EXCEPTIONS) or not is_transient(problem, True)
-            since = since or time.monotonic()
-            if lasting or time.monotonic() - since > _PATIENCE_SECONDS:
+            if lasting or time.monotonic() + pause > deadline:
                 raise UserError(f"{error}; {again}") from None
             say(f"{error}; asking again in {pause:g} s")
             time.sleep(pause)

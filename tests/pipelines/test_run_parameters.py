@@ -11,7 +11,7 @@ from flagscale.recipe import Recipe, load_recipe
 from pipelines.platform import load_platform
 from pipelines.run_parameters import read_parameters
 from pipelines.submission import Package, make_package
-from tests.pipelines.kfp_server import check_inputs
+from tests.pipelines.kfp_api import check_inputs
 
 
 @pytest.fixture(scope="module")

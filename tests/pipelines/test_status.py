@@ -1,19 +1,22 @@
 """`status` against a real HTTP server that speaks KFP's API."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
+import kfp_server_api as api
 import pytest
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_server import KfpServer, tasks
+from tests.pipelines.kfp_api import tasks
+from tests.pipelines.kfp_server import KfpServer
 
 
 @pytest.fixture
-def run_id(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["submit", "recipes/tiny.yaml", "--run-name", "one"]) == 0
-    capsys.readouterr()
-    return str(kfp.run.run_id)
+def run_id(kfp: KfpServer) -> str:
+    run = api.V2beta1Run(run_id="run-1", display_name="one", created_at=datetime.now(UTC))
+    kfp.runs["run-1"] = run
+    return "run-1"
 
 
 def test_a_running_run(kfp: KfpServer, run_id: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,17 +4,18 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import kfp_server_api as api
 import pytest
 import yaml
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_server import KfpServer, tasks
+from tests.pipelines.kfp_server import KfpServer
 
 RECIPE = "recipes/tiny.yaml"
 SUBMIT = ["submit", RECIPE, "--platform", "gke-h100"]
+STATUS = ["status", "run-1"]
 TOKEN = "planted-token-5f2a"
 
 
@@ -66,8 +67,6 @@ def test_an_equal_pipeline_is_uploaded_once_and_a_changed_one_again(kfp: KfpServ
     assert main([*SUBMIT, "--set", "training.lr=0.002"]) == 0
     assert (len(kfp.pipelines), len(kfp.versions), len(kfp.runs)) == (1, 2, 4)
     assert all(re.fullmatch(r"distillation-tiny-[0-9a-f]{12}", name) for name in kfp.packages)
-    assert main([*SUBMIT, "--pipeline-name", "mine"]) == 0
-    assert sorted(p.name for p in kfp.pipelines.values()) == ["distillation-tiny", "mine"]
 
 
 def test_what_is_uploaded_is_what_compile_writes(kfp: KfpServer, tmp_path: Path) -> None:
@@ -120,16 +119,16 @@ def test_a_token_is_sent_and_a_wrong_one_explained(
     kfp.token = TOKEN
     assert main(SUBMIT) == 2
     assert "answered 401 (not authenticated): it wants a token" in lines(capsys)[1]
+    assert kfp.written == []
     monkeypatch.setenv("KFP_EXISTING_TOKEN", "wrong-token-77aa")
-    assert main(SUBMIT) == 2
+    assert main(STATUS) == 2
     _, err = lines(capsys)
     assert "the token is wrong or has expired" in err
     assert "wrong-token-77aa" not in err
-    assert kfp.written == []
-    assert main([*SUBMIT, "--existing-token", TOKEN]) == 0  # an option wins
+    kfp.runs["run-1"] = api.V2beta1Run(run_id="run-1")
+    assert main([*STATUS, "--existing-token", TOKEN]) == 0  # an option wins
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    assert main([*SUBMIT, "--token-file", str(tmp_path / "token")]) == 0
-    assert len(kfp.runs) == 2
+    assert main([*STATUS, "--token-file", str(tmp_path / "token")]) == 0
     lines(capsys)
 
 
@@ -137,7 +136,7 @@ def test_namespaces_of_a_server_with_many_users(
     kfp: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kfp.namespaces = ("team-a",)
-    assert main(SUBMIT) == 2
+    assert main(STATUS) == 2
     assert "--namespace or KFP_NAMESPACE" in lines(capsys)[1]
     assert main([*SUBMIT, "-n", "team-b"]) == 2
     err = lines(capsys)[1]
@@ -154,7 +153,7 @@ def test_namespaces_of_a_server_with_many_users(
 def test_a_namespace_that_does_nothing_is_told(
     kfp: KfpServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SUBMIT, "-n", "team-a"]) == 0
+    assert main([*STATUS, "-n", "team-a"]) == 2
     assert "--namespace team-a does nothing there" in lines(capsys)[0]
 
 
@@ -184,18 +183,12 @@ def test_no_server(
     assert "http://127.0.0.1:9 cannot be reached" in err
     assert "kubectl port-forward" in err
     # Without a protocol it is https, which this server does not speak.
-    assert main([*SUBMIT, "--host", kfp.url.removeprefix("http://")]) == 2
+    assert main([*STATUS, "--host", kfp.url.removeprefix("http://")]) == 2
     assert "TLS failed" in lines(capsys)[1]
     monkeypatch.delenv("KFP_ENDPOINT")
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
-    assert main(SUBMIT) == 2
+    assert main(STATUS) == 2
     assert "no server is named: give --host or KFP_ENDPOINT" in lines(capsys)[1]
-
-
-def test_an_old_server_is_warned_of(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    kfp.health = {"apiServerTagName": "2.4.0"}
-    assert main(SUBMIT) == 0
-    assert "the server is KFP 2.4.0, older than the client's 2.17.0" in lines(capsys)[0]
 
 
 def test_reads_are_tried_again_and_writes_are_not(
@@ -250,7 +243,7 @@ def test_no_secret_of_this_machine_leaves_it(
 def test_the_packages_documents_are_the_ones_that_were_checked(kfp: KfpServer) -> None:
     """The test server is strict: a field that the backend does not know is refused."""
     assert main(SUBMIT) == 0
-    from tests.pipelines.kfp_server import Refused, parse_package
+    from tests.pipelines.kfp_api import Refused, parse_package
 
     (data,) = kfp.packages.values()
     documents = list(yaml.safe_load_all(data))
@@ -258,70 +251,3 @@ def test_the_packages_documents_are_the_ones_that_were_checked(kfp: KfpServer) -
     next(iter(executors.values()))["tolerationz"] = []
     with pytest.raises(Refused, match="tolerationz"):
         parse_package(documents)
-
-
-WAIT = [*SUBMIT, "--wait", "--poll-seconds", "0.05"]
-
-
-def test_waiting_tells_each_change_and_the_outcome(
-    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kfp.frames = [
-        tasks(prepare_data="RUNNING"),
-        tasks(prepare_data="SUCCEEDED", prepare_teacher="RUNNING"),
-        tasks(prepare_data="SUCCEEDED", prepare_teacher="SUCCEEDED"),
-    ]
-    kfp.failures = [("GET /apis/v2beta1/runs/", 503), ("GET /apis/v2beta1/runs/", 401)]
-    assert main(WAIT) == 0
-    out, _ = lines(capsys)
-    told = re.findall(r"^\d:\d\d:\d\d  (\S+) +(\S+)(?: +(.*))?$", out, re.M)
-    assert [t[:2] for t in told] == [
-        ("prepare-data", "RUNNING"),
-        ("prepare-data", "SUCCEEDED"),
-        ("prepare-teacher", "RUNNING"),
-        ("prepare-teacher", "SUCCEEDED"),
-    ]
-    assert told[1][2] == "1 min 05 s"
-    assert re.search(r"^tiny on gke-h100 .*: SUCCEEDED in \d+ s$", out, re.M)
-
-
-def test_waiting_for_a_run_that_fails(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    kfp.outcome = "FAILED"
-    kfp.frames = [
-        tasks(prepare_data="SUCCEEDED", distil_student="FAILED: OOMKilled (exit code 137)")
-    ]
-    assert main(WAIT) == 1
-    out, err = lines(capsys)
-    assert "distil-student: OOMKilled (exit code 137)" in err
-    assert "driver" not in out + err
-    assert f"/#/runs/details/{kfp.run.run_id}" in err
-
-
-@pytest.mark.parametrize(("outcome", "code"), [("CANCELED", 1), ("SKIPPED", 0)])
-def test_waiting_ends_with_every_last_state(kfp: KfpServer, outcome: str, code: int) -> None:
-    kfp.outcome = outcome
-    assert main(WAIT) == code
-
-
-def test_waiting_has_an_end(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    kfp.frames = [tasks(prepare_data="RUNNING")] * 1000
-    assert main([*WAIT, "--timeout", "0.3"]) == 2
-    err = lines(capsys)[1]
-    assert "the run is RUNNING still; the run goes on" in err
-    assert f"python -m pipelines status {kfp.run.run_id} --wait" in err
-
-
-def test_ctrl_c_ends_the_waiting_alone(kfp: KfpServer) -> None:
-    kfp.frames = [tasks(prepare_data="RUNNING")] * 1000
-    looked = threading.Event()
-    kfp.on_look = lambda _: looked.set()
-    command = [sys.executable, "-m", "pipelines", *WAIT]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert looked.wait(60)
-    child.send_signal(2)
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 130
-    assert "stopped waiting; the run goes on" in err
-    assert "Terminate" in err
-    assert "Traceback" not in err
-    assert not any("terminate" in request for request in kfp.written)

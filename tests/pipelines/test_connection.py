@@ -1,0 +1,74 @@
+"""How a server is reached, and what of it is told; against real HTTP."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flagscale.errors import UserError
+from pipelines.connection import Connection, Server
+from pipelines.connection_errors import StoppedWaiting
+from tests.pipelines.kfp_server import KfpServer
+
+SECRET = "planted-cookie-93cd"
+
+
+def test_a_cookie_is_sent_and_never_told(kfp: KfpServer) -> None:
+    connection = Connection(host=kfp.url, cookies=f"session={SECRET}")
+    Server(connection)
+    assert {r.headers["cookie"] for r in kfp.requests} == {f"session={SECRET}"}
+    assert SECRET not in repr(connection)
+
+
+def test_a_secret_that_the_server_echoes_is_hidden(kfp: KfpServer) -> None:
+    kfp.namespaces = ()
+    connection = Connection(host=kfp.url, namespace=SECRET[:-1], existing_token=SECRET[:-1])
+    with pytest.raises(UserError, match="not authorized in namespace \\*\\*\\*"):
+        Server(connection)
+
+
+def test_the_namespace_of_kfps_own_settings(kfp: KfpServer, tmp_path: Path) -> None:
+    kfp.namespaces = ("team-a",)
+    (tmp_path / "context.json").write_text(json.dumps({"namespace": "team-a"}))
+    assert Server(Connection(host=kfp.url)).namespace == "team-a"
+
+
+@pytest.mark.parametrize(("tag", "warned"), [("2.0.5", True), ("2.17.1", False), (None, False)])
+def test_a_server_that_says_its_age_only_in_version_1(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], tag: str | None, warned: bool
+) -> None:
+    kfp.health, kfp.old_tag = {}, tag
+    Server(Connection(host=kfp.url))
+    assert ("older than the client's" in capsys.readouterr().out) == warned
+
+
+def test_an_old_server_is_warned_of(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+    kfp.health = {"apiServerTagName": "2.4.0"}
+    Server(Connection(host=kfp.url))
+    assert "the server is KFP 2.4.0, older than the client's 2.17.0" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_something_is_created(kfp: KfpServer) -> None:
+    server = Server(Connection(host=kfp.url))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(StoppedWaiting, match=r"while starting: it may have been done .*/#/runs"):
+        server.write("starting", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("host", "ui_host", "url"),
+    [
+        ("http://a:8080/", None, "http://a:8080/#/runs/details/1"),
+        ("https://a/pipeline", None, "https://a/pipeline/#/runs/details/1"),
+        ("a.example.com", None, "https://a.example.com/#/runs/details/1"),
+        ("http://api", "https://ui/pipeline/", "https://ui/pipeline/#/runs/details/1"),
+        (None, None, "/pipeline/#/runs/details/1 of the KFP UI (--ui-host makes this a link)"),
+    ],
+)
+def test_links(kfp: KfpServer, host: str | None, ui_host: str | None, url: str) -> None:
+    server = Server(Connection(host=kfp.url))
+    server.connection = Connection(host=host, ui_host=ui_host)
+    assert server.url("runs", "details", "1") == url
