@@ -36,7 +36,7 @@ _NOT_ROOT = (1000, 1000)  # the image's user, where the caller is root
 _SHARED_MEMORY = "2g"
 _PASSED = ("FLAGSCALE_", "MLFLOW_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_", "AWS_", "OMP_")
 _PASSED_NAMES = ("PYTHONUNBUFFERED", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
-_WITH_FILES = {"data", "teacher", "student", "distillation", "training"}
+_WITH_FILES = {"data", "teacher", "student", "distillation", "training", "sweep"}
 
 
 class Containers:
