@@ -77,7 +77,7 @@ def mlflow_server(
     artifacts.mkdir()
     os.chown(artifacts, 1000, 1000)
     port = free_port()
-    store = f"postgresql://mlflow@127.0.0.1:{database.port}/mlflow"
+    store = f"postgresql+psycopg2://mlflow@127.0.0.1:{database.port}/mlflow"
     name = engine.podman(
         "run", "--detach", "--network=host", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL",
         "--security-opt=no-new-privileges", "--env=PGPASSWORD",
