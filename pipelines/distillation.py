@@ -16,6 +16,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
+from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
 from components.export_student.component import export_student
 from components.image import VERSION
@@ -129,16 +130,7 @@ def teach(
     )
     student = placed.place(conversion, "models", "Convert student").outputs["model"]
 
-    trained = distil_student(
-        distillation=values["distillation"],
-        training=values["training"],
-        checkpoints=values["checkpoints"],
-        teacher=teacher,
-        student=student,
-        dataset=dataset,
-        **always(values),
-    )
-    distilled = placed.place(trained, "training", "Distil student").outputs["model"]
+    distilled = _train(values, placed, teacher=teacher, student=student, dataset=dataset)
 
     measured = evaluate(
         evaluation=values["evaluation"],
@@ -149,6 +141,24 @@ def teach(
         **always(values),
     )
     return distilled, placed.place(measured, "models", "Evaluate").outputs["results"]
+
+
+def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any) -> Any:  # noqa: ANN401 - KFP's channels
+    """The training, in its pod or in those that its pod starts: a channel of its student."""
+    given = {name: values[name] for name in ("distillation", "training", "checkpoints")}
+    given |= models_and_data | always(values)
+    if placed.nodes == 1:
+        trained = distil_student(**given)
+        return placed.place(trained, "training", "Distil student").outputs["model"]
+    started = distil_student_on_nodes(
+        nodes=placed.nodes,
+        accelerator_count=values["training_accelerator_count"],
+        pods=placed.node_pods,
+        **given,
+    )
+    title = f"Distil student on {placed.nodes} nodes"
+    placed.place(started, "training", title, accelerators=False)
+    return started.outputs["model"]
 
 
 def source_version() -> str:

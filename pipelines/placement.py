@@ -96,6 +96,20 @@ class Placement:
         if platform and platform.shared and platform.shared.create:
             self._claim = _new_volume(platform)
 
+    @property
+    def nodes(self) -> int:
+        """Pods that train together; on this machine always one."""
+        return self._recipe.resources.nodes if self._platform else 1
+
+    @property
+    def node_pods(self) -> dict[str, Any]:
+        """What a launcher of several is told of them (`flagscale.steps.nodes.NodePods`)."""
+        assert self._platform is not None
+        pods = _pods(self._platform, self._recipe, "training")
+        names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}
+        told = pods.model_dump(mode="json", include=names, exclude_none=True)
+        return {**told, "runtime": self._platform.trainer.runtime}
+
     def place(
         self,
         task: dsl.PipelineTask,

@@ -13,7 +13,7 @@ def distil_student_on_nodes(
     code_version: str,
     experiment: str,
     nodes: int,
-    accelerator_count: int,
+    accelerator_count: str,
     pods: dict,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
@@ -31,7 +31,7 @@ def distil_student_on_nodes(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         nodes: pods that train together.
-        accelerator_count: of each of them.
+        accelerator_count: of each of them, a number as text: KFP gives pods no other.
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
             runtime, timeout_seconds; image, volumes, node selector and secrets are the launcher's.
         teacher: from prepare-teacher.
@@ -56,7 +56,7 @@ def distil_student_on_nodes(
             checkpoints=checkpoints,
             output=step.output(model.path),
             nodes=nodes,
-            accelerator_count=accelerator_count,
+            accelerator_count=int(accelerator_count),
             pods=step.section(NodePods, pods),
         )
         step.report(figures, metrics)

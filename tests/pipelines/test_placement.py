@@ -11,6 +11,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
+from flagscale.steps.nodes import NodePods
 from pipelines import placement
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, Pods, load_platform
@@ -273,3 +274,26 @@ def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
 def test_an_unknown_platform_names_the_known() -> None:
     with pytest.raises(UserError, match="known names: cpu-only, gke-h100, on-prem-a100"):
         load_platform("gke-h200")
+
+
+def test_several_nodes_are_started_by_a_small_pod_that_knows_theirs(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES["qwen3-8b-to-24-layers"])
+    platform = load_platform("gke-h100")
+    found = compiled(recipe, platform, tmp_path)
+    tasks = found.spec["root"]["dag"]["tasks"]
+    assert "distil-student" not in tasks
+    inputs = tasks["distil-student-on-nodes"]["inputs"]["parameters"]
+    pods = platform.steps.training
+    assert NodePods.model_validate(found.resolve(inputs["pods"])) == NodePods(
+        cpu=pods.cpu,
+        memory=pods.memory,
+        accelerator_type=pods.accelerator_type,
+        runtime=platform.trainer.runtime,
+        timeout_seconds=pods.timeout_seconds,
+    )
+    assert found.resolve(inputs["nodes"]) == 2
+    assert found.resolve(inputs["accelerator_count"]) == "8"
+    own = found.executors["exec-distil-student-on-nodes"]["container"]["resources"]
+    assert own["resourceCpuRequest"] == "1"
+    evaluated = tasks["evaluate"]["inputs"]["artifacts"]["distilled"]["taskOutputArtifact"]
+    assert evaluated["producerTask"] == "distil-student-on-nodes"
