@@ -1,7 +1,6 @@
 """Brings a pipeline to a KFP server: a version where it changed, and runs or schedules of it.
 
-A version's name holds a digest of what the compiled file says, so an equal pipeline is found again
-and nothing is uploaded. Everything that can be checked here is checked before the server is asked.
+A version's name says what is in it, so an equal pipeline is found again and nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -9,64 +8,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import kfp_server_api
-import yaml
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from pipelines.compiling import compile_recipe, pipeline_name, pipeline_version
 from pipelines.connection import TIMEOUT_SECONDS, Server, say
-from pipelines.platform import Platform
+from pipelines.package import Package
 
 _EQUALS = 1  # of KFP's filters
-
-
-@dataclass(frozen=True)
-class Package:
-    """A compiled pipeline.
-
-    Attributes:
-        path: the file.
-        name: of the pipeline on the server.
-        version: of what the file says.
-        description: of the version.
-    """
-
-    path: Path
-    name: str
-    version: str
-    description: str
-
-    @property
-    def definitions(self) -> dict[str, dict[str, Any]]:
-        """The pipeline's parameters: type, default and description by name."""
-        inputs = self.specification["root"].get("inputDefinitions", {})
-        found: dict[str, dict[str, Any]] = inputs.get("parameters", {})
-        return found
-
-    @property
-    def specification(self) -> dict[str, Any]:
-        """The file's first document, KFP's PipelineSpec."""
-        return self._documents()[0]
-
-    def without_cache(self) -> Path:
-        """A file beside it whose steps never take an earlier result, nested ones included."""
-        documents = self._documents()
-        spec = documents[0]
-        for component in (spec["root"], *spec["components"].values()):
-            for task in component.get("dag", {}).get("tasks", {}).values():
-                task["cachingOptions"] = {}
-        path = self.path.with_stem(f"{self.path.stem}-without-cache")
-        path.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
-        return path
-
-    def _documents(self) -> list[dict[str, Any]]:
-        # libyaml, where PyYAML has it, is ten times as fast.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return list(yaml.load_all(self.path.read_text(encoding="utf-8"), loader))
 
 
 @dataclass(frozen=True)
@@ -103,27 +54,6 @@ class Schedule:
     max_concurrency: int = 1
     catch_up: bool = True
     enabled: bool = True
-
-
-def make_package(
-    recipe: Recipe, platform: Platform, folder: Path, name: str | None = None, where: str = ""
-) -> Package:
-    """Compile a recipe.
-
-    Args:
-        recipe: validated.
-        platform: validated.
-        folder: for the file.
-        name: of the pipeline on the server; None: the recipe's.
-        where: the platform's name, for people.
-
-    Raises:
-        UserError: the platform cannot hold the recipe.
-    """
-    path = compile_recipe(recipe, platform, folder / "pipeline.yaml")
-    name = name or pipeline_name(recipe)
-    described = f"recipe {recipe.name} on {where}" if where else f"recipe {recipe.name}"
-    return Package(path, name, f"{name}-{pipeline_version(path)}", described)
 
 
 def experiment_name(given: str | None, recipe: Recipe) -> str:

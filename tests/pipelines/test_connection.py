@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from kfp import Client
+from kfp_server_api import ApiException
 
 from flagscale.errors import UserError
+from flagscale.recipe import load_recipe
+from pipelines.compiling import compile_recipe
 from pipelines.connection import Connection, Server
 from pipelines.connection_errors import StoppedWaiting
+from pipelines.platform import load_platform
+from tests.pipelines.kfp_api import tasks
 from tests.pipelines.kfp_server import KfpServer
 
 SECRET = "planted-cookie-93cd"
@@ -72,3 +78,24 @@ def test_links(kfp: KfpServer, host: str | None, ui_host: str | None, url: str) 
     server = Server(Connection(host=kfp.url))
     server.connection = Connection(host=host, ui_host=ui_host)
     assert server.url("runs", "details", "1") == url
+
+
+def test_the_official_client_finds_a_server_here(kfp: KfpServer, tmp_path: Path) -> None:
+    """By itself: the test's server was not made to fit our own calls."""
+    recipe, platform = load_recipe("recipes/tiny.yaml"), load_platform("cpu-only")
+    file = str(compile_recipe(recipe, platform, tmp_path / "pipeline.yaml"))
+    client = Client(host=kfp.url)
+    kfp.frames = [tasks(prepare_data="RUNNING"), tasks(prepare_data="SUCCEEDED")]
+    run = client.create_run_from_pipeline_package(file, {"experiment": "x"}, "run", "tries")
+    done = client.wait_for_run_completion(run.run_id, timeout=20, sleep_duration=0)
+    assert (done.state, done.display_name) == ("SUCCEEDED", "run")
+    with pytest.raises(ApiException, match="requires type STRING"):
+        client.create_run_from_pipeline_package(file, {"experiment": 1})
+    client.create_recurring_run(
+        client.get_experiment(experiment_name="tries").experiment_id,
+        "nightly",
+        cron_expression="0 0 2 * * *",
+        pipeline_package_path=file,
+    )
+    (found,) = client.list_recurring_runs().recurring_runs
+    assert client.delete_recurring_run(found.recurring_run_id) is not None

@@ -8,9 +8,9 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
+from pipelines.package import Package, make_package
 from pipelines.platform import load_platform
 from pipelines.run_parameters import read_parameters
-from pipelines.submission import Package, make_package
 from tests.pipelines.kfp_api import check_inputs
 
 
