@@ -46,9 +46,7 @@ class ParallelismRecipe(Section):
     def smallest_world_size(self) -> int:
         """The fewest processes that hold the model once, experts included."""
         ranks = self.tensor_model_parallel_size * self.context_parallel_size
-        return self.pipeline_model_parallel_size * math.lcm(
-            ranks, self.expert_model_parallel_size
-        )
+        return self.pipeline_model_parallel_size * math.lcm(ranks, self.expert_model_parallel_size)
 
     @model_validator(mode="after")
     def _check(self) -> ParallelismRecipe:

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pytest
 from test_launch import records
-from test_trainjob import cluster, launcher_pod
 
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.shared import read_pointer
 from flagscale.steps.distil_student import distil_student
-
-__all__ = ["cluster", "launcher_pod"]
 
 TRAINING = TrainingRecipe(
     train_iters=12,

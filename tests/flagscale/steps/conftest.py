@@ -1,0 +1,49 @@
+"""A cluster of one machine, and this process as a launcher's pod in it."""
+
+import kubernetes_server
+import pytest
+from trainjob_nodes import SECRET, launcher_pod
+
+RANKS = """
+import logging, os, signal, sys, time
+from flagscale.errors import UserError
+
+def run(what):
+    rank = os.environ["RANK"]
+    for number in range(20):
+        logging.getLogger(__name__).info("line %d of rank %s", number, rank)
+    if what == "environment":
+        names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "KFP_RUN_ID", "NCCL_DEBUG",
+                 "MLFLOW_EXPERIMENT_NAME", "KFP_POD_NAME", "FLAGSCALE_SHARED")
+        found = {name: os.environ.get(name) for name in names}
+        return {**found, "secret": os.environ["MLFLOW_TRACKING_PASSWORD"][::-1]}
+    if what == "error" and rank == "1":
+        raise UserError("the second node says what is wrong")
+    if what == "kill" and rank == "1":
+        os.kill(os.getpid(), 9)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A cluster with a launcher's pod, whose environment this process has."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (tmp_path / "ranks.py").write_text(RANKS)
+    found = kubernetes_server.Cluster(tmp_path)
+    pod = launcher_pod(shared)
+    found.pods[pod["metadata"]["name"]] = pod
+    found.secrets["mlflow"] = {"password": SECRET}
+    for name, value in {
+        "KUBECONFIG": str(found.kubeconfig),
+        "KFP_POD_NAME": pod["metadata"]["name"],
+        "KFP_RUN_ID": "run-1",
+        "FLAGSCALE_SHARED": str(shared),
+        "MLFLOW_EXPERIMENT_NAME": "distillation",
+        "MLFLOW_TRACKING_PASSWORD": SECRET,
+        "PYTHONPATH": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield found
+    found.close()
