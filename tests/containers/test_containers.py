@@ -13,6 +13,8 @@ import pytest
 from engine import BASE, ROOT, Engine
 from runs import Containers, Runs, Tracking
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the images
+
 STEPS = (
     "prepare-data",
     "prepare-teacher",
