@@ -119,7 +119,13 @@ class RankFolder:
             raise Interrupted((message or "stopped by a signal").removeprefix("interrupted: "))
         # A rank that is stopped because of another's error is not the one to ask.
         failed = [rank for rank in exits if rank not in interrupted]
-        raise UserError((read_error(failed[0]) if failed else None) or otherwise)
+        message = read_error(failed[0]) if failed else None
+        if interrupted and len(interrupted) == len(self.ranks()):
+            told = (read_error(interrupted[0]) or "").removeprefix("interrupted: ")
+            message = (
+                f"stopped from outside, e.g. because a node is drained: {told}; start it again"
+            )
+        raise UserError(message or otherwise)
 
 
 def _read_code(rank: Path) -> int:

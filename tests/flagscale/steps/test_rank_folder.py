@@ -1,0 +1,66 @@
+import os
+
+import pytest
+
+from flagscale.errors import Interrupted, UserError
+from flagscale.processes import note_error
+from flagscale.steps.rank_folder import RankFolder
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_STEP_FOLDER", "")  # put back what `join` sets
+    return RankFolder.create(tmp_path / "launch", {"steps": 3})
+
+
+def ended(ranks: RankFolder, rank: int, code: int, message: str) -> None:
+    mine = ranks.join(rank)
+    note_error("distil-student", message)
+    ranks.note_exit(mine, code)
+    os.utime(mine / "exit-code", (rank, rank))
+
+
+def test_the_first_error_is_the_steps(ranks):
+    ended(ranks, 2, 1, "connection closed by peer")
+    ended(ranks, 1, 1, "loss is NaN")
+    ended(ranks, 0, 143, "interrupted: stopped after step 2")
+    assert list(ranks.exits().values()) == [143, 1, 1]
+    with pytest.raises(UserError, match=r"^loss is NaN$"):
+        ranks.raise_error(stopped=True, otherwise="killed")
+
+
+def test_stopped_on_request_or_from_outside(ranks):
+    for rank in range(2):
+        ended(ranks, rank, 143, "interrupted: stopped after step 2 of 3")
+    with pytest.raises(Interrupted, match=r"^stopped after step 2 of 3$"):
+        ranks.raise_error(stopped=True, otherwise="killed")
+    with pytest.raises(UserError, match=r"a node is drained: stopped after step 2 of 3; start it"):
+        ranks.raise_error(stopped=False, otherwise="killed")
+
+
+def test_a_killed_rank_has_said_nothing(ranks):
+    ranks.join(1)
+    ended(ranks, 0, 143, "interrupted: stopped after step 2 of 3")
+    with pytest.raises(UserError, match=r"^killed$"):
+        ranks.raise_error(stopped=False, otherwise="killed")
+
+
+def test_a_pod_that_is_started_anew_changes_nothing(ranks):
+    """Kubernetes does so with one that failed, and with one that was killed."""
+    ended(ranks, 0, 143, "interrupted: stopped after step 2 of 3")
+    with pytest.raises(SystemExit) as end:
+        ranks.join(0)
+    assert end.value.code == 143
+    ranks.join(1)
+    with pytest.raises(SystemExit) as end:
+        ranks.join(1)
+    assert end.value.code == 1
+    with pytest.raises(UserError, match=r"^rank 1 was killed, and started anew$"):
+        ranks.raise_error(stopped=False, otherwise="killed")
+
+
+def test_the_result_is_waited_for(ranks):
+    with pytest.raises(FileNotFoundError):
+        ranks.result()
+    ranks.note_result({"steps": 3})
+    assert ranks.result(patience_seconds=5) == {"steps": 3} == ranks.request()
