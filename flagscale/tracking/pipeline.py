@@ -90,6 +90,7 @@ class PipelineRun(StepRun):
                 if run.info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, status)
 
+        self._paused_until = 0.0
         self._call("children's status", end_children)
         super().finish(status)
 

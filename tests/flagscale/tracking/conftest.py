@@ -26,25 +26,30 @@ def no_inherited_tracking() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(runs: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
 
 
 @pytest.fixture(scope="session")
-def server(runs: Path) -> Iterator[str]:
-    """A real tracking server on the SQLite file of `runs`."""
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="session")
+def server(server_folder: Path) -> Iterator[str]:
+    """A real tracking server, with all that it keeps in `server_folder`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
     command = [sys.executable, "-m", "mlflow", "server", "--port", uri.rsplit(":", 1)[1]]
-    command += ["--backend-store-uri", f"sqlite:///{runs}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(runs / "served")]
+    command += ["--backend-store-uri", f"sqlite:///{server_folder}/mlflow.db", "--workers", "1"]
+    command += ["--artifacts-destination", str(server_folder / "artifacts")]
     quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, env=quick, stdout=null, stderr=null)

@@ -77,7 +77,7 @@ def assert_clean_files(*folders: Path) -> list[Path]:
     return files
 
 
-def test_a_step_tells_none(with_credentials: str, runs: Path, tmp_path: Path) -> None:
+def test_a_step_tells_none(with_credentials: str, server_folder: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()
     environment = {
@@ -98,12 +98,12 @@ def test_a_step_tells_none(with_credentials: str, runs: Path, tmp_path: Path) ->
     assert text.count("retrying with ***") == 3
     assert text.count("retrying with http://***@127.0.0.1") == 1
     assert "gave up" in json.loads((notes / "error.json").read_text())["message"]
-    files = assert_clean_files(tmp_path, runs)
+    files = assert_clean_files(tmp_path, server_folder)
     assert {"mlflow.db", "manifest.json", "environment.txt"} <= {path.name for path in files}
 
 
 def test_a_run_of_the_pipeline_tells_none(
-    with_credentials: str, runs: Path, tmp_path: Path
+    with_credentials: str, server_folder: Path, tmp_path: Path
 ) -> None:
     environment = {**os.environ, **PLANTED, "MLFLOW_TRACKING_URI": with_credentials}
     texts = []
@@ -123,7 +123,7 @@ def test_a_run_of_the_pipeline_tells_none(
         assert_clean(texts[-1], "the log")
     assert f"MLflow   http://{with_credentials.rpartition('@')[2]}" in texts[0]
     assert "make failed: ValueError: no login with ***" in texts[1]
-    files = assert_clean_files(tmp_path, runs)
+    files = assert_clean_files(tmp_path, server_folder)
     assert {"run.log", "summary.json", "manifest.json"} <= {path.name for path in files}
 
 
