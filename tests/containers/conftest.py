@@ -67,11 +67,17 @@ def sets(place: Path, tiny_teacher: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def started_reference(place: Path, sets: tuple[str, ...]) -> tuple[Runs, subprocess.Popen[str]]:
+def started_reference(
+    place: Path, sets: tuple[str, ...]
+) -> Iterator[tuple[Runs, subprocess.Popen[str]]]:
     """The same run with steps as processes; it goes on while the images are built."""
     outside = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     runs = Runs(place / "reference", sets, outside)
-    return runs, runs.start()
+    process = runs.start()
+    yield runs, process
+    if process.poll() is None:  # the images could not be built
+        process.terminate()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")
