@@ -18,7 +18,6 @@ COMPILED = {
     "smollm2-135m-to-10-layers": ("cpu-only", "gke-h100", "on-prem-a100"),
     "qwen3-8b-to-24-layers": ("gke-h100",),
     "tiny-sweep": ("gke-h100",),
-    "tiny-sweep": ("cpu-only",),
 }
 MANIFESTS = {"smollm2-135m-to-10-layers": ("gke-h100",)}
 

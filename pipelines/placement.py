@@ -139,8 +139,8 @@ class Placement:
         task.set_retry(
             pods.retries.count,
             backoff_duration=pods.retries.backoff,
-            backoff_factor=pods.retries.factor,
-            backoff_max_duration=pods.retries.longest,
+            backoff_factor=float(pods.retries.factor),
+            backoff_max_duration=pods.retries.max_duration,
         )
         if last:
             task.set_env_variable("FLAGSCALE_LAST_STEP", "1")

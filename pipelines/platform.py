@@ -50,8 +50,8 @@ class Retries(Section):
 
     count: Annotated[int, Field(ge=0)] = Field(2, description="Times")
     backoff: Duration = Field("30s", description="Pause before the first")
-    factor: float = Field(2.0, ge=1, description="Each pause is so much longer than the last")
-    longest: Duration = Field(
+    factor: PositiveInt = Field(2, description="Each pause is so much longer than the last")
+    max_duration: Duration = Field(
         "604800s",
         description="From the first start: no retry begins later, and one that runs ends then",
     )

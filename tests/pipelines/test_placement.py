@@ -201,7 +201,7 @@ def test_retries_are_the_platforms(pair: tuple[Recipe, Platform], tmp_path: Path
         assert policy["maxRetryCount"] == retries.count
         assert policy["backoffDuration"] == retries.backoff
         assert policy["backoffFactor"] == retries.factor
-        assert policy["backoffMaxDuration"] == retries.longest
+        assert policy["backoffMaxDuration"] == retries.max_duration
         checked += 1
     assert checked >= 6
 
