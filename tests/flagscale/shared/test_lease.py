@@ -20,7 +20,7 @@ from flagscale.steps.step_process import step_process
 HOLD = """
 import sys, time
 from flagscale.shared import lease
-lease._STALE_SECONDS, lease._SETTLE_SECONDS = 1.2, 0.2
+lease._STALE_SECONDS, lease._SETTLE_SECONDS = 2.5, 0.2
 with lease.leased(sys.argv[1]):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -29,7 +29,7 @@ with lease.leased(sys.argv[1]):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_STALE_SECONDS", 1.2)
+    monkeypatch.setattr(lease, "_STALE_SECONDS", 2.5)
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(lease, "_POLL_SECONDS", 0.1)
 
@@ -44,7 +44,7 @@ def holder(place: str, seconds: float) -> subprocess.Popen[str]:
 
 def test_one_that_is_held_and_renewed_is_waited_for(bucket: str) -> None:
     place = f"{bucket}/checkpoints"
-    other = holder(place, 3.0)  # longer than a lease lasts
+    other = holder(place, 3.5)  # longer than a lease lasts
     with leased(place):
         assert other.wait() == 0  # it had gone, or goes at once
     assert ObjectStore(bucket).read("checkpoints.lease") is None
@@ -62,7 +62,7 @@ def test_one_of_a_killed_process_is_taken_when_it_is_old(bucket: str) -> None:
 
 def test_one_that_is_not_given_up_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = f"{bucket}/checkpoints"
-    monkeypatch.setattr(lease, "_PATIENCE_SECONDS", -2.0)
+    monkeypatch.setattr(lease, "_PATIENCE_SECONDS", -5.0)
     values = {"holder": "pod-a:1:x", "renewed": time.time()}
     ObjectStore(bucket).write("checkpoints.lease", json.dumps(values).encode())
     with pytest.raises(UserError, match=r"checkpoints: pod-a:1:x writes there"), leased(place):
