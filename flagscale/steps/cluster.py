@@ -104,7 +104,7 @@ class Cluster:
                 if error.status == 404:
                     raise UserError(
                         "Kubeflow Trainer is not installed in this cluster: it knows no "
-                        f"{GROUP}/{VERSION} TrainJob. Install Trainer 2.2 or later "
+                        f"{GROUP}/{VERSION} TrainJob. Install Trainer 2.3 or later "
                         "(docs/cluster.md), or train on one node (resources.nodes=1)"
                     ) from error
                 raise

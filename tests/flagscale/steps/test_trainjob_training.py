@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 from test_launch import records
 
+from flagscale.errors import UserError
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.shared import read_pointer
 from flagscale.steps.distil_student import distil_student
+from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
+from flagscale.steps.nodes import NodePods
 
 TRAINING = TrainingRecipe(
     train_iters=12,
@@ -42,7 +45,7 @@ if __name__ == "__main__":
     distil_student_on_nodes.python_func(
         distillation={}, training=json.loads(sys.argv[2]),
         checkpoints=os.environ["FLAGSCALE_SHARED"] + "/checkpoints", code_version="1",
-        experiment="distillation", nodes=2, accelerator_count=0, pods={"cpu": "1"},
+        experiment="distillation", nodes=2, accelerator_count="0", pods={"cpu": "1"},
         teacher=artifact(dsl.Model, "teacher"), student=artifact(dsl.Model, "student"),
         dataset=artifact(dsl.Dataset, "dataset"), model=artifact(dsl.Model, "model"),
         metrics=metrics,
@@ -140,3 +143,30 @@ def test_killed_stopped_and_finished_as_if_never_stopped(
         assert told[name] == pytest.approx(figures[name], rel=1e-5)
     assert not list(shared.glob("checkpoints/*/*"))
     assert not list(shared.glob("launches/*"))
+
+
+def test_what_no_rank_could_train_is_refused_before_a_cluster_is_asked(
+    teacher, student, dataset, tmp_path, monkeypatch
+):
+    def start(nodes: int) -> None:
+        distil_student_on_nodes(
+            DistillationRecipe(),
+            TRAINING,
+            teacher,
+            student,
+            dataset,
+            tmp_path / "checkpoints",
+            tmp_path / "out",
+            nodes=nodes,
+            accelerator_count=0,
+            pods=NodePods(),
+        )
+
+    monkeypatch.delenv("FLAGSCALE_SHARED", raising=False)
+    with pytest.raises(UserError, match="not a multiple of micro_batch_size=2 x 3 data-parallel"):
+        start(nodes=3)
+    with pytest.raises(UserError, match=r"FLAGSCALE_SHARED=\(unset\): several nodes need a folder"):
+        start(nodes=2)
+    monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path))
+    with pytest.raises(UserError, match=rf"teacher={teacher} must lie under {tmp_path}"):
+        start(nodes=2)
