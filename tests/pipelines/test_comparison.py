@@ -39,6 +39,9 @@ def test_the_newest_runs_of_the_same_recipe_are_taken(tmp_path: Path) -> None:
     baseline = finished(tmp_path, "2026-01-03", BASELINE)
     longer = RECIPE.training.model_copy(update={"train_iters": 9})
     finished(tmp_path, "2026-01-04", RECIPE.model_copy(update={"training": longer}))
+    vary = {"sweep": {"vary": {"training.seed": [1, 2]}}}
+    sweep = Recipe.model_validate({**RECIPE.model_dump(mode="json"), **vary})
+    finished(tmp_path, "2026-01-06", sweep)
     unfinished = finished(tmp_path, "2026-01-05", RECIPE)
     (unfinished / "summary.json").unlink()
     (tmp_path / "latest").symlink_to(wanted)

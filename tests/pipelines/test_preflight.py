@@ -66,12 +66,27 @@ def test_a_blend_is_looked_at_corpus_by_corpus(tiny_teacher: Path, tmp_path: Pat
     assert with_fingerprints(blend).data.fingerprint != before
 
 
+def test_every_variant_of_a_sweep_is_looked_at(tiny_teacher: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    values = recipe(tiny_teacher, text).model_dump(mode="json")
+    values["student"] = {"num_layers": 2}
+    values["sweep"] = {"vary": {"student.num_layers": [2, 9], "training.seed": [1, 2]}}
+    with pytest.raises(UserError, match=r"the variant 'num_layers=9 seed=1': .*9"):
+        check_sources(Recipe.model_validate(values))
+    values["sweep"]["vary"]["student.num_layers"] = [2, 3]
+    check_sources(Recipe.model_validate(values))
+
+
 def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
     one = recipe("t", num_layers=2)
     same = one.model_copy(
         update={"evaluation": one.evaluation.model_copy(update={"max_documents": 3})}
     )
     other = one.model_copy(update={"training": one.training.model_copy(update={"seed": 1})})
+    vary = {"sweep": {"vary": {"training.seed": [1, 2]}}}
+    sweep = Recipe.model_validate({**one.model_dump(mode="json"), **vary})
+    assert checkpoint_folder(sweep, tmp_path) != checkpoint_folder(one, tmp_path)
     layout = ParallelismRecipe(tensor_model_parallel_size=2)
     spread = one.model_copy(
         update={"training": one.training.model_copy(update={"parallelism": layout})}

@@ -62,3 +62,43 @@ def test_step_output_drops_what_kfp_adds() -> None:
     output.write("\n    \n" + "-" * 80 + "\n")
     output.write("    [KFP Executor 2026 INFO]: Looking\n        indented\n")
     assert shown.getvalue() == "    12:00:00 step 1\n        indented\n"
+
+
+def test_the_summary_of_a_sweep_ends_with_its_leaderboard(tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    table.mkdir()
+    names = ("lm_loss", "perplexity", "kl", "top1_agreement", "accuracy")
+
+    def row(rank: int, name: str, value: float, verdict: str) -> dict[str, object]:
+        figures = {f: interval(value, 0.25) for f in names}
+        return {"rank": rank, "name": name, "figures": figures, "verdict": verdict}
+
+    board = {
+        "metric": "accuracy",
+        "rows": [row(1, "temperature=2.0", 3, "best"), row(2, "temperature=1.0", 2, "not clear")],
+        "references": {"Teacher": {f: interval(9, 0) for f in names}},
+        "documents": 12,
+        "tokens": 3456,
+        "confidence": 0.9,
+    }
+    (table / "leaderboard.json").write_text(json.dumps(board))
+    result = RunResult(tmp_path, "http://mlflow", seconds=1.0)
+    for number, variant in enumerate(("temperature=1.0", "temperature=2.0"), start=1):
+        result.steps[f"evaluate-{number}"] = StepResult(61.0, False, {}, variant)
+    result.steps["leaderboard"] = StepResult(2.0, reused=False, outputs={"table": table})
+    result.steps["export-winner"] = StepResult(2.0, reused=False, outputs={})
+    text = summary(result)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    heading = "token accuracy LM loss perplexity KL to teacher top-1 agreement beside the best"
+    first = lines.index(heading)
+    assert lines[first + 1].startswith("1 temperature=2.0 3.000 [2.750, 3.250] 3.000")
+    assert lines[first + 2].endswith("not clear")
+    assert lines[first + 3].startswith("Teacher 9.000 9.000 9.0")
+    assert lines[first + 4] == "The best by token accuracy is exported: temperature=2.0."
+    assert "90% intervals" in text
+    assert "evaluate-2 1 min 01 s temperature=2.0" in lines
+    assert f"report {tmp_path}/leaderboard-table/report.html" in lines
+    assert f"student {tmp_path}/export-winner-model" in lines
+    facts = json.loads((tmp_path / "summary.json").read_text())
+    assert facts["leaderboard"] == board
+    assert facts["steps"]["evaluate-2"]["variant"] == "temperature=2.0"
