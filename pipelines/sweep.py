@@ -13,6 +13,7 @@ student is the same share its conversion through the cache.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
+from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED
 from pipelines import placement
@@ -31,6 +33,7 @@ from pipelines.platform import Platform
 
 SECTIONS = ("data", "teacher", "evaluation", "export")
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
+_MOST_CHARACTERS = 100_000  # Linux takes 128 KiB an argument, in which the artifacts stand as well
 
 
 def build_sweep(
@@ -44,7 +47,8 @@ def build_sweep(
         code_version: see `build_pipeline`.
 
     Raises:
-        UserError: the platform cannot hold a variant's training.
+        UserError: the platform cannot hold a variant's training, or the variants are too large a
+            parameter.
     """
     sweep = recipe.sweep
     assert sweep is not None, "build_pipeline looks"
@@ -57,6 +61,12 @@ def build_sweep(
         _wire(values, Placement(platform, recipe, values), parallelism)
 
     variants = [variant.sections for variant in recipe.variants]
+    size = len(json.dumps(variants))
+    if size > _MOST_CHARACTERS:
+        raise UserError(
+            f"sweep.vary: {len(variants)} variants take {size:,} characters, but a pod can be "
+            f"given {_MOST_CHARACTERS:,}; vary fewer values, or make several sweeps"
+        )
     return make_pipeline(
         name="distillation-sweep",
         display_name=f"Sweep: {recipe.name}",

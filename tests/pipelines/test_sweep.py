@@ -130,6 +130,17 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
 
 def test_a_platform_that_cannot_hold_one_variant_is_refused(recipe: Recipe) -> None:
     values = recipe.model_dump(mode="json")
+    values["resources"] = {}  # all accelerators of a node
     values["sweep"]["vary"] = {"training.global_batch_size": [8, 9]}
     with pytest.raises(UserError, match="global_batch_size=9 is not a multiple"):
         build_sweep(Recipe.model_validate(values), load_platform("gke-h100"))
+
+
+def test_variants_that_no_pod_could_be_given_are_refused(recipe: Recipe) -> None:
+    layers = [f"decoder.layers.{i}.self_attention.linear_proj" for i in range(40)]
+    pairs = [[layer, layer] for layer in layers]
+    values = recipe.model_dump(mode="json")
+    values["distillation"]["intermediate_layer_pairs"] = pairs
+    values["sweep"]["vary"] = {"training.seed": list(range(64))}
+    with pytest.raises(UserError, match=r"64 variants take 3\d\d,\d+ characters"):
+        build_sweep(Recipe.model_validate(values))
