@@ -70,8 +70,9 @@ class StepCache(kfp_cache.LocalCache):
         return outputs
 
     def put(self, key: str, outputs: dict[str, Any]) -> None:
-        """Keep the outputs of a step that ended well."""
-        super().put(key, outputs)
+        """Keep the outputs of a step that ended well; one without any may have died unseen."""
+        if outputs:
+            super().put(key, outputs)
         self._observer.finished(self._names[key], _paths(outputs))
 
 

@@ -33,11 +33,11 @@ import json, os, sys
 
 words = sys.argv[1:]
 for word, following in zip(words, [*words[1:], ""]):
-    if word in ("--bundle", "-b"):
-        path = os.path.join(following, "config.json")
+    if word in ("--bundle", "-b", "--process", "-p"):
+        path = following if "p" in word.strip("-")[:1] else os.path.join(following, "config.json")
         with open(path) as stream:
             config = json.load(stream)
-        config["process"].pop("rlimits", None)
+        config.get("process", config).pop("rlimits", None)
         with open(path, "w") as stream:
             json.dump(config, stream)
 os.execvp("runc", ["runc", *words])
