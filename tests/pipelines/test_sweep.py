@@ -144,3 +144,16 @@ def test_variants_that_no_pod_could_be_given_are_refused(recipe: Recipe) -> None
     values["sweep"]["vary"] = {"training.seed": list(range(64))}
     with pytest.raises(UserError, match=r"64 variants take 3\d\d,\d+ characters"):
         build_sweep(Recipe.model_validate(values))
+
+
+@pytest.mark.parametrize("name", ["gke-h100", "on-prem-a100"])
+def test_a_sweep_of_trainings_on_several_nodes_resolves_too(
+    recipe: Recipe, name: str, tmp_path: Path
+) -> None:
+    values = recipe.model_dump(mode="json")
+    values["resources"] = {"nodes": 2, "accelerator_count": 2}
+    several = Recipe.model_validate(values)
+    output = compile_recipe(several, load_platform(name), tmp_path / "p.yaml")
+    spec, platform = yaml.safe_load_all(output.read_text())
+    assert "distil-student-on-nodes" in body_of(spec)["dag"]["tasks"]
+    assert unresolved(spec, platform) == []
