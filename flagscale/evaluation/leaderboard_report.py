@@ -96,7 +96,9 @@ def _tiles(board: Leaderboard) -> list[dict[str, str]]:
         {
             "label": "Parameters of the best",
             "value": count(best.parameters),
-            "note": f"of {count(min(sizes))} to {count(max(sizes))}",
+            "note": "all variants alike"
+            if min(sizes) == max(sizes)
+            else f"of {count(min(sizes))} to {count(max(sizes))}",
         },
     ]
 
