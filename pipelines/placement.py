@@ -103,7 +103,7 @@ class Placement:
 
     @property
     def node_pods(self) -> dict[str, Any]:
-        """What a launcher of several is told of them (`flagscale.steps.nodes.NodePods`)."""
+        """What a launcher of several is told of them (`flagscale.ranks.nodes.NodePods`)."""
         assert self._platform is not None
         pods = _pods(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}

@@ -43,9 +43,9 @@ def distil_student_on_nodes(
     from flagscale.steps.step_process import step_process
 
     with step_process("distil-student", experiment=experiment) as step:
+        from flagscale.ranks.nodes import NodePods
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
-        from flagscale.steps.nodes import NodePods
 
         figures = distil_student_on_nodes(
             step.section(DistillationRecipe, distillation),

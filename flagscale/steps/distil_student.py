@@ -31,8 +31,8 @@ from flagscale.checkpoint import (
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
+from flagscale.ranks import launch
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
-from flagscale.steps import launch
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.step_process import (

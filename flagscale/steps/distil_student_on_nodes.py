@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 from flagscale.artifacts import open_artifact
+from flagscale.ranks.nodes import NodePods, processes_per_node, shared_folder
+from flagscale.ranks.trainjob import job_name, run_on_nodes
+from flagscale.ranks.trainjob_manifest import Nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
-from flagscale.steps.nodes import NodePods, processes_per_node, shared_folder
 from flagscale.steps.step_process import keep_exclusive, when_published
 from flagscale.steps.training_check import check_training
-from flagscale.steps.trainjob import job_name, run_on_nodes
-from flagscale.steps.trainjob_manifest import Nodes
 
 _STEP = "distil-student"
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from flagscale import tracking
 from flagscale.checkpoint import TrainingState
-from flagscale.steps import launch
+from flagscale.ranks import launch
 from flagscale.train.loop import Observer
 from flagscale.train.progress import Progress
 

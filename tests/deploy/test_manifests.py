@@ -23,8 +23,8 @@ from manifests import (
 )
 
 from components.image import VERSION
+from flagscale.ranks.cluster import RULES
 from flagscale.recipe import load_recipe
-from flagscale.steps.cluster import RULES
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, load_platform
 

@@ -255,7 +255,7 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parall
             {"processes": 2},
             3,
             {},
-            "training.global_batch_size=3 is not a multiple of micro_batch_size=1 x 2 data-parallel",
+            "training.global_batch_size=3 is not a multiple of micro_batch_size=1 x 2 data",
         ),
         ({"processes": 2}, 6, {"nodes": 2}, "micro_batch_size=1 x 4 data-parallel ranks"),
         ({"processes": 2, **INTERLEAVED}, 3, {}, "makes 3 micro-batches a rank"),

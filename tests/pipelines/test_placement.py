@@ -10,8 +10,8 @@ from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConf
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from flagscale.errors import UserError
+from flagscale.ranks.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
-from flagscale.steps.nodes import NodePods
 from pipelines import placement
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, Pods, load_platform

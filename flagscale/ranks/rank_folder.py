@@ -2,7 +2,7 @@
 
     request.json      arguments of the function that every rank calls
     result.json       what the first rank's call returned
-    heartbeat         of a launcher on another machine (`flagscale.steps.heartbeat`)
+    heartbeat         of a launcher on another machine (`flagscale.ranks.heartbeat`)
     0/, 1/, ...       one a rank: its process, its error, its exit code if it failed
 
 It works on one machine, and on several that share a file system.

@@ -4,7 +4,7 @@ import pytest
 
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import note_error
-from flagscale.steps.rank_folder import RankFolder
+from flagscale.ranks.rank_folder import RankFolder
 
 
 @pytest.fixture

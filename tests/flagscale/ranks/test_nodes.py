@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
+from flagscale.ranks.nodes import processes_per_node, shared_folder
 from flagscale.recipe import ParallelismRecipe
-from flagscale.steps.nodes import processes_per_node, shared_folder
 
 
 def test_ranks_on_a_node():

@@ -1,11 +1,11 @@
 """Runs a step's function on several processes of this machine, under torchrun.
 
-The step's process starts torchrun and waits; each rank is `python -m flagscale.steps.launch STEP
+The step's process starts torchrun and waits; each rank is `python -m flagscale.ranks.launch STEP
 MODULE:FUNCTION` and calls the function. What goes there and comes back are JSON values in files
-(`flagscale.steps.rank_folder`). A signal to the step is passed on to every rank, which saves and
+(`flagscale.ranks.rank_folder`). A signal to the step is passed on to every rank, which saves and
 ends; a rank's error becomes the step's.
 
-`flagscale.steps.trainjob` starts the same ranks on several nodes.
+`flagscale.ranks.trainjob` starts the same ranks on several nodes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from flagscale.processes import (
     read_process,
     this_process,
 )
-from flagscale.steps import heartbeat
-from flagscale.steps.rank_folder import RankFolder
+from flagscale.ranks import heartbeat
+from flagscale.ranks.rank_folder import RankFolder
 from flagscale.steps.signals import deferred_stop, stop_requested
 from flagscale.steps.step_process import step_process
 
@@ -60,9 +60,9 @@ def rank_command(step: str, function: str, processes: int, *options: str) -> lis
         options: of torchrun.
     """
     return [
-        *(sys.executable, "-m", "flagscale.steps.torchrun", *options),
+        *(sys.executable, "-m", "flagscale.ranks.torchrun", *options),
         *("--nproc-per-node", str(processes)),
-        *("--module", "flagscale.steps.launch", step, function),
+        *("--module", "flagscale.ranks.launch", step, function),
     ]
 
 

@@ -3,8 +3,8 @@ import trainjob_nodes
 from trainjob_nodes import launcher_pod
 
 from flagscale.errors import UserError
-from flagscale.steps.nodes import NodePods
-from flagscale.steps.trainjob_manifest import Nodes, checked, train_job
+from flagscale.ranks.nodes import NodePods
+from flagscale.ranks.trainjob_manifest import Nodes, checked, train_job
 
 
 def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
@@ -15,7 +15,7 @@ def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
         "ClusterTrainingRuntime",
         launcher_pod(tmp_path),
         Nodes(4, 8, 8, pods),
-        ["python", "-m", "flagscale.steps.torchrun"],
+        ["python", "-m", "flagscale.ranks.torchrun"],
         {"FLAGSCALE_REQUEST": "/mnt/flagscale/launches/x"},
         {"OMP_NUM_THREADS": "24", "NCCL_DEBUG": "INFO"},
         grace_seconds=30,

@@ -15,18 +15,18 @@ from kubernetes_server import Cluster
 from trainjob_nodes import SECRET
 
 from flagscale.errors import UserError
-from flagscale.steps import cluster as cluster_module
-from flagscale.steps import trainjob
-from flagscale.steps.nodes import NodePods
-from flagscale.steps.trainjob_manifest import Nodes
+from flagscale.ranks import cluster as cluster_module
+from flagscale.ranks import trainjob
+from flagscale.ranks.nodes import NodePods
+from flagscale.ranks.trainjob_manifest import Nodes
 
 LAUNCHER = """
 import json, sys
 from pathlib import Path
-from flagscale.steps.nodes import NodePods
+from flagscale.ranks.nodes import NodePods
 from flagscale.steps.step_process import step_process
-from flagscale.steps.trainjob import job_name, run_on_nodes
-from flagscale.steps.trainjob_manifest import Nodes
+from flagscale.ranks.trainjob import job_name, run_on_nodes
+from flagscale.ranks.trainjob_manifest import Nodes
 
 with step_process("launcher"):
     nodes = Nodes(2, 1, 0, NodePods(cpu="3"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
+from flagscale.ranks import launch
+from flagscale.ranks.rank_folder import RankFolder
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
-from flagscale.steps import launch
 from flagscale.steps.distil_student import distil_student
-from flagscale.steps.rank_folder import RankFolder
 
 RANKS = """
 import os, time
@@ -32,7 +32,7 @@ def run(what):
 
 PARENT = """
 import sys
-from flagscale.steps import launch
+from flagscale.ranks import launch
 from flagscale.steps.step_process import step_process
 
 with step_process("parent"):
@@ -127,7 +127,7 @@ import sys
 from pathlib import Path
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
-from flagscale.steps.rank_folder import RankFolder
+from flagscale.ranks.rank_folder import RankFolder
 from flagscale.steps.step_process import step_process
 
 if __name__ == "__main__":

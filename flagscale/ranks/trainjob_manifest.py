@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale.errors import UserError
-from flagscale.steps.cluster import GROUP, VERSION
-from flagscale.steps.nodes import NodePods
+from flagscale.ranks.cluster import GROUP, VERSION
+from flagscale.ranks.nodes import NodePods
 
 _CONTAINER = "main"  # the step's, in a pod of Argo
 _NODE = "node"  # Trainer's name for the training's container

@@ -5,7 +5,7 @@
   checkpoint may take longer. Here it is only passed on; they end when they have saved, or when who
   sent it loses patience. While torchrun still waits for other nodes there is nothing to save.
 
-`python -m flagscale.steps.torchrun` takes torchrun's arguments.
+`python -m flagscale.ranks.torchrun` takes torchrun's arguments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 import trainjob_nodes
 
-from flagscale.steps import trainjob_state
+from flagscale.ranks import trainjob_state
 
 
 def test_what_is_waited_for(tmp_path):

@@ -16,11 +16,11 @@ import pytest
 from test_launch import records
 
 from flagscale.errors import UserError
+from flagscale.ranks.nodes import NodePods
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.shared import read_pointer
 from flagscale.steps.distil_student import distil_student
 from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
-from flagscale.steps.nodes import NodePods
 
 TRAINING = TrainingRecipe(
     train_iters=12,

@@ -7,8 +7,8 @@ import sys
 import threading
 
 from flagscale.errors import UserError
-from flagscale.steps.cluster import Cluster
-from flagscale.steps.trainjob_state import first_node
+from flagscale.ranks.cluster import Cluster
+from flagscale.ranks.trainjob_state import first_node
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Runs a step's function on several nodes, as a TrainJob of Kubeflow Trainer.
 
 The step's process is the launcher: it creates the TrainJob, follows it, and deletes it whatever
-happens. Its ranks are those of `flagscale.steps.launch`, torchrun's on each node; Trainer tells
+happens. Its ranks are those of `flagscale.ranks.launch`, torchrun's on each node; Trainer tells
 torchrun where the others are. Request, result and errors go through a folder on the shared volume.
 
 How it ends:
@@ -25,15 +25,15 @@ from typing import Any
 
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
-from flagscale.steps import heartbeat
-from flagscale.steps.cluster import Cluster
-from flagscale.steps.heartbeat import Heartbeat
-from flagscale.steps.launch import REQUEST_VARIABLE, rank_command, rank_environment
-from flagscale.steps.rank_folder import RankFolder
+from flagscale.ranks import heartbeat
+from flagscale.ranks.cluster import Cluster
+from flagscale.ranks.heartbeat import Heartbeat
+from flagscale.ranks.launch import REQUEST_VARIABLE, rank_command, rank_environment
+from flagscale.ranks.rank_folder import RankFolder
+from flagscale.ranks.trainjob_log import NodeLog
+from flagscale.ranks.trainjob_manifest import Nodes, train_job
+from flagscale.ranks.trainjob_state import all_ended, dead_pod, failure, is_complete, waiting
 from flagscale.steps.signals import deferred_stop, stop_requested
-from flagscale.steps.trainjob_log import NodeLog
-from flagscale.steps.trainjob_manifest import Nodes, train_job
-from flagscale.steps.trainjob_state import all_ended, dead_pod, failure, is_complete, waiting
 
 logger = logging.getLogger(__name__)
 
