@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from flagscale.errors import UserError
 from flagscale.secrets import mask_output
+from pipelines.cluster.connection_errors import StoppedWaiting
 from pipelines.commands import compare, compile, run, schedule, status, submit
-from pipelines.connection_errors import StoppedWaiting
-from pipelines.steps import StepFailed
-from pipelines.stopping import Stopped
+from pipelines.local.steps import StepFailed
+from pipelines.local.stopping import Stopped
 
 _COMMANDS = (run, compile, submit, schedule, status, compare)
 _EXAMPLES = """examples:

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flagscale.errors import UserError
+from pipelines.cluster.connection import Connection
+from pipelines.cluster.package import Package, make_package
+from pipelines.cluster.run_parameters import read_parameters
+from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
-from pipelines.connection import Connection
-from pipelines.package import Package, make_package
 from pipelines.platform import load_platform
-from pipelines.run_parameters import read_parameters
-from pipelines.submission import Order, experiment_name
 
 # As KFP's own command line: KFP_ and the option's name.
 _OPTIONS = (

@@ -3,7 +3,7 @@
 import argparse
 
 from pipelines.commands.arguments import add_recipe, add_runs, new_command, read_recipe
-from pipelines.comparison import compare_with_baseline
+from pipelines.local.comparison import compare_with_baseline
 
 _EXAMPLES = """\
   python -m pipelines compare recipes/tiny.yaml

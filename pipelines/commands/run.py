@@ -3,8 +3,8 @@
 import argparse
 
 from pipelines.commands.arguments import add_recipe, add_runs, new_command, read_recipe
-from pipelines.local import run_recipe
-from pipelines.summary import summary
+from pipelines.local.runner import run_recipe
+from pipelines.local.summary import summary
 
 _EXAMPLES = """\
   python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml

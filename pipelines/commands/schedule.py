@@ -3,11 +3,11 @@
 import argparse
 
 from flagscale.errors import UserError
+from pipelines.cluster.connection import Server
+from pipelines.cluster.cron import check_cron
+from pipelines.cluster.submission import Schedule, start_schedule
 from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command
-from pipelines.connection import Server
-from pipelines.cron import check_cron
-from pipelines.submission import Schedule, start_schedule
 
 _MOST_AT_A_TIME = 10  # KFP takes no more
 

@@ -2,11 +2,11 @@
 
 import argparse
 
+from pipelines.cluster.connection import Server, say
+from pipelines.cluster.following import State, check_outcome, follow, look
 from pipelines.commands.arguments import new_command
 from pipelines.commands.cluster import add_connection, add_waiting, check_waiting, connection
-from pipelines.connection import Server, say
-from pipelines.following import State, check_outcome, follow, look
-from pipelines.steps import duration
+from pipelines.local.steps import duration
 
 _EXAMPLES = """\
   python -m pipelines status 1f0c... --host https://kfp.example.com

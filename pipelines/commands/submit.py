@@ -4,12 +4,12 @@ import argparse
 from dataclasses import replace
 from datetime import datetime
 
+from pipelines.cluster.connection import Server, say
+from pipelines.cluster.following import check_outcome, follow
+from pipelines.cluster.submission import start_run
 from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command
 from pipelines.commands.status import headline
-from pipelines.connection import Server, say
-from pipelines.following import check_outcome, follow
-from pipelines.submission import start_run
 
 _EXAMPLES = f"""\
   python -m pipelines submit recipes/tiny.yaml --platform gke-h100 --host https://kfp.example.com

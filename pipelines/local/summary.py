@@ -7,7 +7,7 @@ from typing import Any
 
 from flagscale.artifacts import write_json
 from flagscale.evaluation import LEADERBOARD, METRICS
-from pipelines.steps import RunResult, duration
+from pipelines.local.steps import RunResult, duration
 
 _MODELS = {"teacher": "teacher", "student": "student before", "distilled": "student after"}
 _FIGURES = {  # name in metrics.json -> heading, decimals

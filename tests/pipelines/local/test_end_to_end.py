@@ -18,7 +18,7 @@ from flagscale.processes import read_process
 from flagscale.recipe import DistillationRecipe, load_recipe
 from flagscale.tracking import CACHED_TAG, RESUMED_TAG
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 OUTSIDE = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "FLAGSCALE_"))}
 IMPORTED = ("prepare-data", "prepare-teacher", "convert-student")

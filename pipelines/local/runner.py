@@ -26,13 +26,13 @@ from flagscale.artifacts import digest
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
 from flagscale.recipe.training import CHANGES_NO_RESULT
-from pipelines.containers import Containers
 from pipelines.distillation import build_pipeline, source_version
-from pipelines.output import quiet_kfp
-from pipelines.preflight import SourceCheck, with_fingerprints
-from pipelines.step_cache import kfp_local
-from pipelines.steps import Plan, RunResult, Steps, read_scalars
-from pipelines.stopping import Stopper
+from pipelines.local.containers import Containers
+from pipelines.local.output import quiet_kfp
+from pipelines.local.preflight import SourceCheck, with_fingerprints
+from pipelines.local.step_cache import kfp_local
+from pipelines.local.steps import Plan, RunResult, Steps, read_scalars
+from pipelines.local.stopping import Stopper
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_api import tasks
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_api import tasks
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 WAIT = ["submit", "recipes/tiny.yaml", "--platform", "gke-h100", "--wait", "--poll-seconds", "0.05"]
 

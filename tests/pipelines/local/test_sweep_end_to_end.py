@@ -13,7 +13,7 @@ import pytest
 
 from flagscale.artifacts import open_artifact
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OUTSIDE = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "FLAGSCALE_"))}
 NAMES = ("temperature=1.0", "temperature=4.0")
 SMALLEST = (

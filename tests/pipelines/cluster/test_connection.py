@@ -9,12 +9,12 @@ from kfp_server_api import ApiException
 
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
+from pipelines.cluster.connection import Connection, Server
+from pipelines.cluster.connection_errors import StoppedWaiting
 from pipelines.compiling import compile_recipe
-from pipelines.connection import Connection, Server
-from pipelines.connection_errors import StoppedWaiting
 from pipelines.platform import load_platform
-from tests.pipelines.kfp_api import tasks
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_api import tasks
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 SECRET = "planted-cookie-93cd"
 

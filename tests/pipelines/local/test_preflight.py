@@ -6,8 +6,8 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Recipe
-from pipelines.local import checkpoint_folder, run_recipe
-from pipelines.preflight import check_sources, fingerprint, with_fingerprints
+from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
+from pipelines.local.runner import checkpoint_folder, run_recipe
 
 
 def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:

@@ -11,7 +11,7 @@ import pytest
 from kfp.dsl.base_component import BaseComponent
 from toy import toy, toy_sweep
 
-from pipelines.steps import Plan
+from pipelines.local.steps import Plan
 
 TOY = Path(__file__).with_name("toy.py")
 QUICK = {"steps": 2, "seconds": 0.01}

@@ -22,7 +22,7 @@ from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConf
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 if TYPE_CHECKING:
-    from tests.pipelines.kfp_server import KfpServer
+    from tests.pipelines.cluster.kfp_server import KfpServer
 
 CLIENT = api.ApiClient()
 _NOT_YET = "0001-01-01T00:00:00Z"  # as the backend writes a time that has not come

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 RECIPE = "recipes/tiny.yaml"
 SUBMIT = ["submit", RECIPE, "--platform", "gke-h100"]
@@ -243,7 +243,7 @@ def test_no_secret_of_this_machine_leaves_it(
 def test_the_packages_documents_are_the_ones_that_were_checked(kfp: KfpServer) -> None:
     """The test server is strict: a field that the backend does not know is refused."""
     assert main(SUBMIT) == 0
-    from tests.pipelines.kfp_api import Refused, parse_package
+    from tests.pipelines.cluster.kfp_api import Refused, parse_package
 
     (data,) = kfp.packages.values()
     documents = list(yaml.safe_load_all(data))

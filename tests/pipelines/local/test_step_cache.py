@@ -7,7 +7,7 @@ import pytest
 from flagscale.artifacts import new_artifact
 from flagscale.shared import read_pointer
 from flagscale.steps.step_process import step_process
-from pipelines.step_cache import _damage
+from pipelines.local.step_cache import _damage
 
 
 def test_a_pointer_is_as_good_as_what_it_points_to(

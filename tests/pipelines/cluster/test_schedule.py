@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 SCHEDULE = ["schedule", "recipes/tiny.yaml", "--platform", "cpu-only", "--cron", "0 0  2 * * *"]
 

@@ -12,7 +12,7 @@ from flagscale.errors import UserError
 from flagscale.secrets import HIDDEN, mask
 
 if TYPE_CHECKING:
-    from pipelines.connection import Connection
+    from pipelines.cluster.connection import Connection
 
 _AWAY = (429, 502, 503, 504)
 _LONGEST_MESSAGE = 600

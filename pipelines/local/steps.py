@@ -16,7 +16,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from flagscale.artifacts import write_json
 from flagscale.processes import FOLDER_VARIABLE, read_error
-from pipelines.stopping import Stopped, Stopper
+from pipelines.local.stopping import Stopped, Stopper
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import kfp_server_api as api
 import pytest
 
 from pipelines.__main__ import main
-from tests.pipelines.kfp_api import tasks
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_api import tasks
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flagscale.errors import UserError
-from pipelines.connection import TIMEOUT_SECONDS, Server, say
-from pipelines.connection_errors import Problem, StoppedWaiting, is_transient
-from pipelines.steps import StepFailed, duration
+from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
+from pipelines.cluster.connection_errors import Problem, StoppedWaiting, is_transient
+from pipelines.local.steps import StepFailed, duration
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 _LONGEST_PAUSE_SECONDS = 60.0

@@ -1,7 +1,7 @@
 import pytest
 
 from flagscale.errors import UserError
-from pipelines.cron import check_cron
+from pipelines.cluster.cron import check_cron
 
 
 @pytest.mark.parametrize(

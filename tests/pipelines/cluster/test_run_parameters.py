@@ -8,10 +8,10 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
-from pipelines.package import Package, make_package
+from pipelines.cluster.package import Package, make_package
+from pipelines.cluster.run_parameters import read_parameters
 from pipelines.platform import load_platform
-from pipelines.run_parameters import read_parameters
-from tests.pipelines.kfp_api import check_inputs
+from tests.pipelines.cluster.kfp_api import check_inputs
 
 
 @pytest.fixture(scope="module")

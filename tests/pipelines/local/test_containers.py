@@ -9,9 +9,9 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
-from pipelines.containers import Containers, _check_readable, _files
+from pipelines.local.containers import Containers, _check_readable, _files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 
 

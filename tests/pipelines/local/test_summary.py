@@ -2,9 +2,9 @@ import io
 import json
 from pathlib import Path
 
-from pipelines.output import StepOutput
-from pipelines.steps import RunResult, StepResult, duration
-from pipelines.summary import summary
+from pipelines.local.output import StepOutput
+from pipelines.local.steps import RunResult, StepResult, duration
+from pipelines.local.summary import summary
 
 
 def interval(value: float, half: float) -> dict[str, float]:

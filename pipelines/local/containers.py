@@ -25,8 +25,8 @@ from kfp.dsl.base_component import BaseComponent
 from flagscale.errors import UserError
 from flagscale.processes import FOLDER_VARIABLE, this_process
 from flagscale.recipe import Recipe
-from pipelines.step_cache import Observer
-from pipelines.stopping import Stopper
+from pipelines.local.step_cache import Observer
+from pipelines.local.stopping import Stopper
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import kfp_server_api
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from pipelines.connection import TIMEOUT_SECONDS, Server, say
-from pipelines.package import Package
+from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
+from pipelines.cluster.package import Package
 
 _EQUALS = 1  # of KFP's filters
 

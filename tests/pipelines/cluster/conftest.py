@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.kfp_server import KfpServer
+from tests.pipelines.cluster.kfp_server import KfpServer
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import kfp_server_api as api
 
-from tests.pipelines.kfp_api import CLIENT, ROUTES, Refused, Request
+from tests.pipelines.cluster.kfp_api import CLIENT, ROUTES, Refused, Request
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 from flagscale import tracking
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from pipelines.comparison import _newest, compare_with_baseline
+from pipelines.local.comparison import _newest, compare_with_baseline
 
 RECIPE = Recipe.model_validate(
     {

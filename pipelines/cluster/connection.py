@@ -27,7 +27,7 @@ import urllib3
 from kfp.client import ServiceAccountTokenVolumeCredentials
 
 from flagscale.errors import UserError
-from pipelines.connection_errors import NotKfp, Problem, StoppedWaiting, is_transient
+from pipelines.cluster.connection_errors import NotKfp, Problem, StoppedWaiting, is_transient
 
 T = TypeVar("T")
 

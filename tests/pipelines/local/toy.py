@@ -1,4 +1,4 @@
-"""Small real pipelines for tests: `python tests/pipelines/toy.py RUNS JSON`."""
+"""Small real pipelines for tests: `python tests/pipelines/local/toy.py RUNS JSON`."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from kfp import dsl
 
 from flagscale.recipe import Recipe
 from pipelines.__main__ import ended
-from pipelines.local import run_pipeline
-from pipelines.summary import summary
+from pipelines.local.runner import run_pipeline
+from pipelines.local.summary import summary
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)

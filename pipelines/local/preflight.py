@@ -1,7 +1,7 @@
 """Checks before a run begins: what would fail later fails now, in seconds.
 
-The sources are looked at in a process of their own (`python -m pipelines.preflight`, a resolved
-recipe on its standard input), so that the runner does not keep torch in memory for hours.
+The sources are looked at in a process of their own (`python -m pipelines.local.preflight`, which
+reads a resolved recipe), so that the runner does not keep torch in memory for hours.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class SourceCheck:
 
     def __init__(self, recipe: Recipe) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.preflight"],
+            [sys.executable, "-m", "pipelines.local.preflight"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""Runs on this machine: steps as processes, or each in its own container."""
