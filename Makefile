@@ -47,7 +47,7 @@ images: $(VENV)/.run  ## container images (IMAGES='cpu gpu mlflow', REGISTRY=...
 		BUILD_OPTIONS='$(BUILD_OPTIONS)' images/build.sh $(IMAGES)
 
 test: $(VENV)/.test  ## all tests, on the CPU
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)/.test  ## the tests that need a GPU; they skip themselves where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
