@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
 from pipelines.platform import load_platform
+from pipelines.sources import notes
 
 # As KFP's own command line: KFP_ and the option's name.
 _OPTIONS = (
@@ -170,6 +172,7 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     recipe = read_recipe(arguments)
     platform = load_platform(arguments.platform)
     where = Path(arguments.platform).stem
+    sys.stdout.write(notes(recipe, platform))
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
         yield (

@@ -7,6 +7,7 @@ from flagscale.errors import UserError
 from pipelines.commands.arguments import add_platform, add_recipe, new_command, read_recipe
 from pipelines.compiling import compile_manifests, compile_recipe
 from pipelines.platform import load_platform
+from pipelines.sources import notes
 
 _EXAMPLES = """\
   python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100
@@ -51,10 +52,10 @@ def work(arguments: argparse.Namespace) -> str:
     output = arguments.output or Path("build") / name
     if arguments.format == "kubernetes":
         written = compile_manifests(recipe, platform, output, arguments.namespace)
-        return f"wrote {written}: kubectl apply -f {written}"
+        return f"{notes(recipe, platform)}wrote {written}: kubectl apply -f {written}"
     if arguments.namespace is not None:
         raise UserError(
             f"--namespace {arguments.namespace}: only --format kubernetes writes a namespace; a "
             "client or the UI chooses it when the file is uploaded"
         )
-    return f"wrote {compile_recipe(recipe, platform, output)}"
+    return f"{notes(recipe, platform)}wrote {compile_recipe(recipe, platform, output)}"
