@@ -20,8 +20,8 @@ def notes(recipe: Recipe, platform: Platform) -> str:
             continue
         place = f"the volume at {mount}" if mount else "an object store or the image"
         lines.append(
-            f"note: {field}={source} is a file or folder of this machine; a pod looks for it in its "
-            f"own files: put it on {place}\n"
+            f"note: {field}={source} is a file or folder of this machine; a pod looks for it in "
+            f"its own files: put it on {place}\n"
         )
     return "".join(lines)
 
