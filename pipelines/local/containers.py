@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
 from kfp import local
 from kfp.dsl.base_component import BaseComponent
 
@@ -246,7 +247,7 @@ def _files(recipe: Recipe) -> set[str]:
     for text in _texts(recipe.model_dump(mode="json", include=_WITH_FILES)):
         if text.startswith("~"):
             raise UserError(f"{text}: with --image give the path in full; a container has no home")
-        for place in glob.glob(text) if glob.has_magic(text) else [text]:
+        for place in _places(text):
             path = Path(os.path.abspath(place))  # not resolved: the step uses this name
             if not text or not path.exists():
                 continue
@@ -255,10 +256,20 @@ def _files(recipe: Recipe) -> set[str]:
     return found
 
 
+def _places(text: str) -> list[str]:
+    """What a recipe's text names, if it is a path; a pattern means what it means to the step."""
+    if not glob.has_magic(text) or "://" in text:
+        return [text]
+    found: list[str] = LocalFileSystem().glob(os.path.abspath(text))
+    return found
+
+
 def _check_readable(files: Iterable[str]) -> None:
     """What root can read need not be readable to the user of the steps."""
     for place in map(Path, files):
         for path in [place, *place.rglob("*")]:
+            if not path.exists():
+                continue  # a link to nothing, which the step will not find either
             facts = path.stat()
             wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
             if facts.st_uid != _NOT_ROOT[0] and facts.st_mode & wanted != wanted:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flagscale.data.sources import _list_files
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
 from pipelines.local.containers import Containers, _check_readable, _files
@@ -51,6 +52,17 @@ def test_local_files_are_mounted_by_the_recipes_own_names(
     assert found == {str(tmp_path / name) for name in names}
 
 
+def test_a_pattern_mounts_what_the_step_would_read(tmp_path: Path) -> None:
+    """A file left out would be text that the students are not trained on, and nobody told."""
+    for name in ("0.txt", "a/1.txt", "a/b/2.txt", "a/.hidden.txt", "a/b/2.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("text")
+    for pattern in ("**/*.txt", "*.txt", "a/*", "[a]/**/*.txt"):
+        source = f"{tmp_path}/{pattern}"
+        texts = {path for path in files(f"data.source='{source}'") if Path(path).is_file()}
+        assert texts == {file.path for file in _list_files(source)}, pattern
+
+
 def test_names_that_are_no_files_mount_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +80,7 @@ def test_what_the_steps_user_cannot_read_is_refused(tmp_path: Path) -> None:
     folder.mkdir(mode=0o755)
     model = folder / "model.safetensors"
     model.touch(mode=0o644)
+    (folder / "gone").symlink_to("nowhere")
     _check_readable([str(folder)])
     model.chmod(0o600)
     if model.stat().st_uid == 1000:
