@@ -4,7 +4,8 @@ The launcher renews a small file on the shared volume; each rank looks at it. Pr
 nothing in another pod, and nobody can delete a TrainJob for a launcher that was killed.
 
 The file is rewritten in place and looked at by opening it: network file systems show that at once,
-while new names in a folder may appear a minute late. Only changes count, not clocks.
+while new names in a folder may appear a minute late. Only changes count, not clocks, and only time
+in which there was an answer: a volume that stalls for minutes ends no training.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def heed(folder: Path) -> None:
 
 
 def _watch(path: Path, limit: float) -> None:
-    seen, since = "", time.monotonic()
+    seen, silent, looked = "", 0.0, time.monotonic()
     while True:
         # A file that is gone is as silent as one that stands still.
         with contextlib.suppress(OSError):
@@ -103,9 +104,12 @@ def _watch(path: Path, limit: float) -> None:
             if text == _STOP:
                 break
             if text != seen:
-                seen, since = text, time.monotonic()
-        if time.monotonic() - since > limit:
-            logger.warning("nothing heard of the launcher for %.0f seconds: stopping", limit)
+                seen, silent = text, 0.0
+        # A look that hangs, because the volume does, is one look: the launcher hangs there too.
+        now = time.monotonic()
+        silent, looked = silent + min(now - looked, 2 * _pause(limit)), now
+        if silent > limit:
+            logger.warning("nothing heard of the launcher for %.0f seconds: stopping", silent)
             break
         time.sleep(_pause(limit))
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Artifacts in an object store.
 
     URL/artifacts/student-0123456789abcdef/...    named by its manifest's digest
+    URL/artifacts/.writable                       empty: written before the work, as a trial
 
 A step writes into a folder of its own machine. After it, the files are uploaded, the manifest last:
 an artifact without one is no artifact.
@@ -29,6 +30,8 @@ from flagscale.shared.store import ObjectStore
 
 logger = logging.getLogger(__name__)
 
+_WRITABLE = ".writable"
+
 
 class Bucket(Place):
     """A folder of an object store."""
@@ -39,7 +42,11 @@ class Bucket(Place):
         self._staging: list[Path] = []
 
     def stage(self, step: str) -> Path:
-        """See `Place.stage`; the folder is on this machine."""
+        """See `Place.stage`; the folder is on this machine.
+
+        An empty file there shows, before hours of work, that this step may write.
+        """
+        self._store.write(f"{ARTIFACTS}/{_WRITABLE}", b"")
         self._staging.append(Path(tempfile.mkdtemp(prefix=f"{step}-")))
         return self._staging[-1] / "artifact"
 

@@ -89,7 +89,7 @@ class _Lease:
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 self._write()
-            except UserError as error:
+            except (UserError, OSError) as error:  # a full disk is no `UserError`
                 logger.warning("the lease could not be renewed: %s", error)
 
     def release(self) -> None:
@@ -97,7 +97,7 @@ class _Lease:
         try:
             if self._other() is None:
                 self._store.remove(self._name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             logger.warning("the lease could not be given back: %s", error)
 
     def _other(self) -> str | None:

@@ -105,6 +105,23 @@ def test_errors_of_the_store_say_where(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_a_bucket_that_cannot_be_written_is_refused_before_the_work(
+    shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAGSCALE_SHARED", "s3://no-such-bucket/distillation")
+
+    def step_of_hours() -> None:
+        with step_process("prepare-data") as step:
+            step.output(str(tmp_path / "dataset"))
+            pytest.fail("the work has begun")
+
+    with pytest.raises(SystemExit):
+        step_of_hours()
+    assert "s3://no-such-bucket/distillation/artifacts" in str(read_error(tmp_path))
+    assert "cannot be written" in str(read_error(tmp_path))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_an_upload_that_arrives_short_is_noticed(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

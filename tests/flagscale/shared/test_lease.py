@@ -86,6 +86,27 @@ def test_who_has_lost_it_stops(bucket: str) -> None:
     assert b"pod-b" in (ObjectStore(bucket).read("checkpoints.lease") or b"")
 
 
+def test_a_full_disk_does_not_end_its_renewal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room again before the lease is old, nobody else gets it."""
+    place, write = str(tmp_path / "checkpoints"), ObjectStore.write
+    full = True
+
+    def write_if_room(store: ObjectStore, name: str, content: bytes) -> None:
+        if full and (tmp_path / name).exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(store, name, content)
+
+    monkeypatch.setattr(ObjectStore, "write", write_if_room)
+    with leased(place):
+        before = (tmp_path / "checkpoints.lease").read_bytes()
+        time.sleep(1.0)  # two renewals fail
+        full = False
+        time.sleep(1.0)
+        assert (tmp_path / "checkpoints.lease").read_bytes() != before
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"holder": "x"}'])
 def test_one_that_says_nothing_is_free(bucket: str, content: bytes) -> None:
     ObjectStore(bucket).write("checkpoints.lease", content)
