@@ -16,13 +16,9 @@ from components.image import image
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from pipelines.parameters import Parameter
-from pipelines.platform import Platform, Pods
+from pipelines.platform import MLFLOW_VARIABLES, Platform, Pods
 
 KINDS = ("data", "models", "training")
-_MLFLOW_CREDENTIALS = {
-    "username": "MLFLOW_TRACKING_USERNAME",
-    "password": "MLFLOW_TRACKING_PASSWORD",
-}
 
 
 def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
@@ -57,6 +53,12 @@ def check(platform: Platform, recipe: Recipe) -> None:
     Raises:
         UserError: which of their values do not go together.
     """
+    wanted, there = recipe.resources.accelerator_count, platform.steps.training.accelerator_count
+    if wanted is not None and 0 < there < wanted:
+        raise UserError(
+            f"recipe {recipe.name} on this platform: resources.accelerator_count={wanted}, but a "
+            f"training pod has {there} here; leave it out to use all of them"
+        )
     try:
         recipe.check_accelerators(_pods(platform, recipe, "training").accelerator_count)
     except ValueError as error:
@@ -69,6 +71,12 @@ def check(platform: Platform, recipe: Recipe) -> None:
             f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but the "
             f"platform's shared={platform.shared and platform.shared.url}: set shared.claim or "
             "shared.create"
+        )
+    new = platform.shared.create if platform.shared else None
+    if recipe.resources.nodes > 1 and new is not None and "ReadWriteMany" not in new.access_modes:
+        raise UserError(
+            f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but "
+            f"shared.create.access_modes={list(new.access_modes)}: must have ReadWriteMany"
         )
 
 
@@ -196,8 +204,10 @@ class Placement:
         task.set_env_variable("FLAGSCALE_RUN_NAME", self._recipe.name)
         if platform.mlflow.secret is not None:
             secret = self._values["mlflow_secret"]
-            kubernetes.use_secret_as_env(task, secret, {"tracking-uri": "MLFLOW_TRACKING_URI"})
-            kubernetes.use_secret_as_env(task, secret, _MLFLOW_CREDENTIALS, optional=True)
+            credentials = dict(MLFLOW_VARIABLES)
+            address = {"tracking-uri": credentials.pop("tracking-uri")}
+            kubernetes.use_secret_as_env(task, secret, address)
+            kubernetes.use_secret_as_env(task, secret, credentials, optional=True)
         for secret in platform.secrets:
             kubernetes.use_secret_as_env(task, secret.name, dict(secret.env), secret.optional)
         for name, value in platform.env.items():
@@ -225,7 +235,7 @@ def _new_volume(platform: Platform) -> Any:  # noqa: ANN401 - KFP's channel
         pvc_name_suffix="-flagscale",
         access_modes=list(new.access_modes),
         size=new.size,
-        storage_class_name=new.storage_class or "",
+        storage_class_name=new.storage_class,
     )
     made.set_display_name("Create volume")
     made.set_caching_options(enable_caching=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
@@ -18,10 +18,42 @@ from flagscale.recipe.section import PositiveInt
 from flagscale.secrets import has_credentials, is_secret_name
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
+MLFLOW_VARIABLES = {
+    "tracking-uri": "MLFLOW_TRACKING_URI",
+    "username": "MLFLOW_TRACKING_USERNAME",
+    "password": "MLFLOW_TRACKING_PASSWORD",
+}  # key in the Secret: variable
+_OWN_VARIABLES = ("FLAGSCALE_SHARED", "FLAGSCALE_RUN_NAME", "FLAGSCALE_LAST_STEP", "KFP_RUN_ID")
+# Where the pipeline, and KFP's own volumes, are mounted.
+_TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev/shm", "/kfp-launcher")  # noqa: S108
+_TAKEN_PATHS += ("/gcs", "/s3", "/minio", "/.local", "/.cache", "/.config")
 
 CpuQuantity = Annotated[str, Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+([EPTGMK]i?)?$")]
+Quantity = Annotated[str, Field(pattern=r"^[1-9][0-9]*([EPTGM]i?|Ki)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+
+
+def _not_taken(claim: str) -> str:
+    if claim in ("tmp", "dshm"):
+        raise ValueError(
+            "KFP names the volume after it, and every pod has one of this name already"
+        )
+    return claim
+
+
+# KFP names the pod's volume after the claim, and volumes' names have no dots.
+ClaimName = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63),
+    AfterValidator(_not_taken),
+]
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_PREFIX = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/"
+LabelKey = Annotated[str, Field(pattern=rf"^({_PREFIX})?{_LABEL}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
+QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)]
+ResourceName = Annotated[str, Field(pattern=rf"^{_PREFIX}{_LABEL}$")]
+ImageName = Annotated[str, Field(pattern=r"^\S+$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 MountPath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
 Duration = Annotated[str, Field(pattern=r"^[0-9]+s$")]
@@ -42,6 +74,10 @@ class Toleration(Section):
             raise ValueError(f"operator=Exists takes no value, but value={self.value!r}")
         if self.operator == "Equal" and self.key is None:
             raise ValueError("operator=Equal needs a key")
+        if self.tolerationSeconds is not None and self.effect != "NoExecute":
+            raise ValueError(
+                f"tolerationSeconds={self.tolerationSeconds} is only for effect=NoExecute"
+            )
         return self
 
 
@@ -60,18 +96,18 @@ class Retries(Section):
 class Pods(Section):
     """What the pods of one kind of step get."""
 
-    accelerator_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name")
+    accelerator_type: ResourceName = Field("nvidia.com/gpu", description="Kubernetes resource name")
     accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
     cpu: CpuQuantity = Field("2", description="Kubernetes CPU quantity, requested")
     memory: Quantity = Field("8Gi", description="Kubernetes memory quantity, request and limit")
     shared_memory: Quantity | None = Field(
         None, description="Size of /dev/shm, part of `memory`; NCCL and data loaders want it"
     )
-    node_selector: dict[str, str] = Field({}, description="Labels of the nodes")
+    node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels of the nodes")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
-    labels: dict[str, str] = Field({}, description="Of the pods")
-    queue: Name | None = Field(None, description="Kueue's local queue (a label of the pods)")
-    priority: Name | None = Field(
+    labels: dict[LabelKey, LabelValue] = Field({}, description="Of the pods")
+    queue: QueueName | None = Field(None, description="Kueue's local queue (a label of the pods)")
+    priority: QueueName | None = Field(
         None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"
     )
     retries: Retries = Retries()
@@ -79,11 +115,22 @@ class Pods(Section):
         None, description="A pod that runs longer is ended, and counts as failed"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Pods:
+        for name in self._kueue_labels:
+            if name in self.labels:
+                raise ValueError(f"labels.{name}={self.labels[name]}: queue or priority gives it")
+        return self
+
+    @property
+    def _kueue_labels(self) -> dict[str, str]:
+        kueue = {"queue-name": self.queue, "priority-class": self.priority}
+        return {f"kueue.x-k8s.io/{k}": v for k, v in kueue.items() if v}
+
     @property
     def all_labels(self) -> dict[str, str]:
         """`labels`, and those by which Kueue knows queue and priority."""
-        kueue = {"queue-name": self.queue, "priority-class": self.priority}
-        return self.labels | {f"kueue.x-k8s.io/{k}": v for k, v in kueue.items() if v}
+        return self.labels | self._kueue_labels
 
 
 class Steps(Section):
@@ -110,16 +157,18 @@ class NewVolume(Section):
     """A claim made at the start of each run, and left behind with its student."""
 
     size: Quantity = Field(description="Kubernetes quantity")
-    storage_class: Name | None = Field(None, description="Default: the cluster's default class")
+    storage_class: Name = Field(description="KFP cannot ask for the cluster's default class")
     access_modes: tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...] = Field(
-        ("ReadWriteMany",), description="By how many nodes: ReadWriteMany or ReadWriteOnce"
+        ("ReadWriteMany",),
+        min_length=1,
+        description="By how many nodes: ReadWriteMany or ReadWriteOnce",
     )
 
 
 class Shared(Section):
     """Where weights, data and checkpoints lie; KFP's artifacts then are small pointers to them."""
 
-    claim: Name | None = Field(None, description="An existing PersistentVolumeClaim")
+    claim: ClaimName | None = Field(None, description="An existing PersistentVolumeClaim")
     create: NewVolume | None = Field(None, description="Or a new one for each run")
     mount_path: MountPath = Field("/mnt/flagscale", description="Where steps see the volume")
     url: str | None = Field(
@@ -134,6 +183,8 @@ class Shared(Section):
             raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
         if self.url is not None and not self.url.startswith(("s3://", "gs://", "az://")):
             raise ValueError(f"url={self.url!r} must start with s3://, gs:// or az://")
+        if self.mount_path in _TAKEN_PATHS:
+            raise ValueError(f"mount_path={self.mount_path}: every pod has something there already")
         return self
 
     @property
@@ -161,8 +212,12 @@ class Mlflow(Section):
 class Images(Section):
     """Container images; by digest (`name@sha256:...`) the cache sees when one changes."""
 
-    cpu: str | None = Field(None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's")
-    gpu: str | None = Field(None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's")
+    cpu: ImageName | None = Field(
+        None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's"
+    )
+    gpu: ImageName | None = Field(
+        None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's"
+    )
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         "IfNotPresent", description="Always, IfNotPresent or Never, as in Kubernetes"
     )
@@ -201,6 +256,21 @@ class Platform(Section):
                     "put it into a Kubernetes Secret and name that in `secrets`",
                 )
         return env
+
+    @model_validator(mode="after")
+    def _each_variable_once(self) -> Platform:
+        """A pod takes the last of two values of a variable, without a word."""
+        givers = dict.fromkeys(_OWN_VARIABLES, "the pipeline")
+        if self.mlflow.secret is not None:
+            givers |= dict.fromkeys(MLFLOW_VARIABLES.values(), "mlflow.secret")
+        given = [(v, f"secret {s.name}") for s in self.secrets for v in s.env.values()]
+        for variable, giver in [*given, *((name, "env") for name in self.env)]:
+            if variable in givers:
+                raise ValueError(
+                    f"{variable} is set by {giver} and by {givers[variable]}: leave one of them out"
+                )
+            givers[variable] = giver
+        return self
 
 
 def load_platform(name: str | Path) -> Platform:

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines.distillation import SECTIONS
-from pipelines.platform import Toleration
+from pipelines.platform import ClaimName, ImageName, LabelKey, LabelValue, Name, Toleration
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "STRING": (str, "a text"),
@@ -27,6 +28,12 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "BOOLEAN": (bool, "true or false"),
     "LIST": (list, "a list, e.g. [a, b]"),
     "STRUCT": (dict, "a mapping, e.g. {key: value}"),
+}
+_OF_PODS: dict[str, Any] = {
+    "volume_claim": ClaimName,
+    "mlflow_secret": Name,
+    "image": ImageName,
+    "node_selector": dict[LabelKey, LabelValue],
 }
 
 
@@ -187,10 +194,25 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401 - of any kind
                     f"parameter {key}: label {label} must have a text, not {wanted!r}: "
                     f"{{{label}: '{wanted}'}}"
                 )
+    if value == "" and key != "experiment":
+        raise UserError(f"parameter {key}: is empty; leave it out for the default")
+    _check_of_pods(key, value)
     # A text in the pipeline: KFP puts it into a Kubernetes quantity.
     if key.endswith("_accelerator_count") and not re.fullmatch("[0-9]+", str(value)):
         raise UserError(f"parameter {key}={value}: must be a whole number, 0 or more")
     return value
+
+
+def _check_of_pods(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
+    """What a platform file refuses, a run does too."""
+    kind = _OF_PODS.get(key) or _OF_PODS.get(key.partition("_")[2])
+    if kind is None:
+        return
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"parameter {key}: {wrong['input']!r}: {wrong['msg']}") from None
 
 
 def _unknown(key: str, text: str, definitions: Mapping[str, Mapping[str, Any]]) -> str:

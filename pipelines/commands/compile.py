@@ -1,6 +1,7 @@
 """`python -m pipelines compile`: the pipeline as a file for Kubeflow."""
 
 import argparse
+import re
 from pathlib import Path
 
 from flagscale.errors import UserError
@@ -50,12 +51,17 @@ def work(arguments: argparse.Namespace) -> str:
     platform = load_platform(arguments.platform)
     name = f"{recipe.name}-{Path(arguments.platform).stem}.yaml"
     output = arguments.output or Path("build") / name
-    if arguments.format == "kubernetes":
-        written = compile_manifests(recipe, platform, output, arguments.namespace)
-        return f"{notes(recipe, platform)}wrote {written}: kubectl apply -f {written}"
-    if arguments.namespace is not None:
+    namespace = arguments.namespace
+    if namespace is not None and not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", namespace):
         raise UserError(
-            f"--namespace {arguments.namespace}: only --format kubernetes writes a namespace; a "
+            f"--namespace {namespace}: must be up to 63 lower-case letters, digits and inner dashes"
+        )
+    if arguments.format == "kubernetes":
+        written = compile_manifests(recipe, platform, output, namespace)
+        return f"{notes(recipe, platform)}wrote {written}: kubectl apply -f {written}"
+    if namespace is not None:
+        raise UserError(
+            f"--namespace {namespace}: only --format kubernetes writes a namespace; a "
             "client or the UI chooses it when the file is uploaded"
         )
     return f"{notes(recipe, platform)}wrote {compile_recipe(recipe, platform, output)}"

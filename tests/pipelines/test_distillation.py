@@ -130,6 +130,8 @@ def test_the_command_writes_kubernetes_objects(
 def test_a_namespace_that_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", str(DEFAULT), "--namespace", "ml"]) == 2
     assert "--namespace ml: only --format kubernetes" in capsys.readouterr().err
+    assert main(["compile", str(DEFAULT), "--format", "kubernetes", "--namespace", "My_NS"]) == 2
+    assert "--namespace My_NS: must be" in capsys.readouterr().err
 
 
 def test_images_are_named_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,12 @@ def test_another_default_changes_nothing_else(tmp_path: Path) -> None:
         ("tiny", ["resources.nodes=2"], "cpu-only", "resources.nodes=2 needs a volume"),
         (
             "tiny",
+            ["resources.accelerator_count=9"],
+            "gke-h100",
+            "count=9, but a training pod has 8",
+        ),
+        (
+            "tiny",
             ["training.parallelism.processes=2"],
             "gke-h100",
             "processes=2 with accelerator_count=1",
@@ -261,6 +267,35 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ("run_as_user: 0", "run_as_user=0"),
         ("steps: {models: {tolerations: [{operator: Exists, value: x}]}}", "takes no value"),
         ("a: [", "not readable YAML"),
+        # What would be found out only by a pod that cannot start, or never.
+        ("shared: {claim: my.claim}", "shared.claim='my.claim'"),
+        ("shared: {claim: tmp}", "every pod has one of this name"),
+        ("shared: {claim: a, mount_path: /tmp}", "mount_path=/tmp"),
+        ("shared: {create: {size: 1Ti}}", "shared.create.storage_class: required"),
+        ("shared: {create: {size: 1Ti, storage_class: a, access_modes: []}}", "access_modes=[]"),
+        ("shared: {create: {size: 1K, storage_class: a}}", "shared.create.size='1K'"),
+        ("steps: {data: {memory: '0'}}", "steps.data.memory='0'"),
+        ("images: {gpu: ''}", "images.gpu=''"),
+        ("steps: {training: {accelerator_type: ''}}", "accelerator_type=''"),
+        ("steps: {data: {node_selector: {pool: a b}}}", "node_selector.pool='a b'"),
+        ("steps: {data: {labels: {a b: c}}}", "steps.data.labels.a b"),
+        (f"steps: {{data: {{queue: {'q' * 64}}}}}", "at most 63 characters"),
+        (
+            "steps: {data: {queue: a, labels: {kueue.x-k8s.io/queue-name: b}}}",
+            "queue or priority gives it",
+        ),
+        (
+            "steps: {data: {tolerations: [{key: a, tolerationSeconds: 5}]}}",
+            "only for effect=NoExecute",
+        ),
+        # Of two values of a variable a pod takes the last.
+        ("env: {FLAGSCALE_SHARED: /x}", "FLAGSCALE_SHARED is set by env and by the pipeline"),
+        ("env: {MLFLOW_TRACKING_URI: 'http://x'}", "by env and by mlflow.secret"),
+        (
+            "secrets: [{name: a, env: {k: HF_TOKEN}}, {name: b, env: {k: HF_TOKEN}}]",
+            "HF_TOKEN is set by secret b and by secret a",
+        ),
+        ("{secrets: [{name: a, env: {k: A}}], env: {A: '1'}}", "A is set by env and by secret a"),
     ],
 )
 def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
@@ -270,6 +305,25 @@ def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
         load_platform(path)
     assert message in str(error.value)
     assert "planted" not in str(error.value)
+
+
+def test_without_a_secret_for_mlflow_its_address_may_be_a_variable(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("{mlflow: {secret: null}, env: {MLFLOW_TRACKING_URI: 'http://mlflow:5000'}}")
+    assert load_platform(path).env == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+
+
+def test_several_nodes_need_a_new_volume_that_all_of_them_mount() -> None:
+    platform = load_platform("on-prem-a100")
+    assert platform.shared is not None
+    assert platform.shared.create is not None
+    alone = platform.shared.create.model_copy(update={"access_modes": ("ReadWriteOnce",)})
+    shared = platform.shared.model_copy(update={"create": alone})
+    with pytest.raises(UserError, match="must have ReadWriteMany"):
+        placement.check(
+            platform.model_copy(update={"shared": shared}),
+            load_recipe(RECIPES["qwen3-8b-to-24-layers"]),
+        )
 
 
 def test_an_unknown_platform_names_the_known() -> None:
