@@ -147,6 +147,8 @@ class StepRun:
             with environment(UPLOAD_TIMEOUT):
                 uris.append(send_model(client, self._id, Path(folder), registered_model_name))
 
+        if self._client is not None:  # it was asked for by name: wait until the server may be back
+            time.sleep(max(0.0, self._paused_until - time.monotonic()))
         self._call("the model", send)
         return uris[0] if uris else None
 
@@ -180,17 +182,23 @@ class StepRun:
 
     def _call(self, kind: str, send: Callable[[MlflowClient], object]) -> bool:
         """Talk to the server; on failure warn once a kind, then leave it alone for a while."""
-        if self._client is None or time.monotonic() < self._paused_until:
+        if self._client is None:
+            return False
+        if time.monotonic() < self._paused_until:  # figures wait, all else is lost: say so
+            self._warn(kind, "it did not answer a moment ago")
             return False
         try:
             send(self._client)
         except Exception as error:  # whatever MLflow raises: training goes on
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
-            if kind not in self._warned:
-                self._warned.add(kind)
-                logger.warning("MLflow did not take %s, going on: %s", kind, first_line(error))
+            self._warn(kind, first_line(error))
             return False
         return True
+
+    def _warn(self, kind: str, why: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("MLflow did not take %s, going on: %s", kind, why)
 
 
 @contextmanager

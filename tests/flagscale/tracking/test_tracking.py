@@ -264,11 +264,25 @@ def test_a_server_that_goes_away_does_not_stop_a_step(caplog: pytest.LogCaptureF
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == len(set(warnings)) <= 4
     assert all("going on" in warning for warning in warnings)
+    for lost in ("artifacts", "tags", "the status"):  # what is not even tried, is told as well
+        assert any(lost in warning for warning in warnings), lost
 
     with tracking.step_run("evaluate", {}) as lost:
         lost.log_metrics({"loss": 1.0})
     assert lost.run_id is None
     assert "evaluate is not tracked" in caplog.text
+
+
+def test_a_model_waits_for_a_server_that_comes_back(
+    runs: Path, client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking.run, "_PAUSE_SECONDS", 0.5)
+    (tmp_path / "config.json").write_text("{}")
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        os.environ.update(parent.environment)
+        with tracking.step_run("export-student", {}) as step:
+            step.log_artifact(tmp_path / "not-there")  # the pause begins
+            assert step.log_model(tmp_path, "waited-for") == "models:/waited-for/1"
 
 
 def test_figures_wait_for_a_server_that_comes_back(
