@@ -59,6 +59,7 @@ def run_recipe(
     from flagscale import tracking
 
     recipe = with_fingerprints(recipe)
+    runs = _plain(runs)
     runs.mkdir(parents=True, exist_ok=True)
     code = source_version()
     containers = None
@@ -90,7 +91,7 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     )
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
-    return runs.absolute() / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
+    return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
 
 
 def run_pipeline(
@@ -118,7 +119,7 @@ def run_pipeline(
     """
     from flagscale import tracking
 
-    runs = runs.absolute()
+    runs = _plain(runs)
     begin = time.monotonic()
     folder = _run_folder(runs, recipe.name)
     (folder / "recipe.yaml").write_text(tracking.recipe_yaml(recipe), encoding="utf-8")
@@ -156,6 +157,11 @@ def run_pipeline(
             if name in result.steps:  # so that runs compare without opening their children
                 run.log_metrics(read_scalars(result.steps[name].outputs.get("metrics")))
     return result
+
+
+def _plain(runs: Path) -> Path:
+    """Absolute and without `..`, as KFP, the cache's keys and the engine of containers take it."""
+    return Path(os.path.abspath(runs))
 
 
 def _run_folder(runs: Path, name: str) -> Path:

@@ -95,7 +95,9 @@ def kfp_local(
     )
     # KFP has no setting for the cache's class; the version is pinned and a test runs this.
     kfp_cache._cache_singleton = StepCache(str(cache_root), observer, reuse)
-    kfp_cache._cache_singleton_root = str(cache_root)
+    # By KFP's own spelling of the path: under another one it would use a cache of its own making,
+    # and nobody would be told of any step.
+    kfp_cache._cache_singleton_root = local.config.LocalExecutionConfig.instance.cache_root
     try:
         yield
     finally:

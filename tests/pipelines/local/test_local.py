@@ -111,6 +111,17 @@ def test_a_run_says_each_step_and_nothing_of_kfp(first: tuple[int, list[str]]) -
     assert not noise
 
 
+def test_a_run_beside_the_current_folder_is_a_run_like_any_other(toy: Toy) -> None:
+    """KFP spells `../runs` in its own way."""
+    beside = Toy(toy.runs / "folder" / ".." / "beside")
+    (toy.runs / "folder").mkdir()
+    code, lines = beside.run({"options": QUICK})
+    assert code == 0, lines
+    assert lines[0] == "[1/2] make ..."
+    assert (beside.runs / "latest" / "train-model" / "weights").exists()
+    assert len(beside.tracked()[0][1]) == 1
+
+
 def test_a_run_is_tracked_as_parent_and_children(toy: Toy, first: tuple[int, list[str]]) -> None:
     parent, children = toy.tracked()[-1]
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "toy")
