@@ -183,6 +183,10 @@ class Shared(Section):
             raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
         if self.url is not None and not self.url.startswith(("s3://", "gs://", "az://")):
             raise ValueError(f"url={self.url!r} must start with s3://, gs:// or az://")
+        if self.url is not None and "mount_path" in self.model_fields_set:
+            raise ValueError(
+                f"mount_path={self.mount_path} with url={self.url}: nothing is mounted"
+            )
         if self.mount_path in _TAKEN_PATHS:
             raise ValueError(f"mount_path={self.mount_path}: every pod has something there already")
         return self

@@ -230,6 +230,8 @@ def _patch(launcher: dict[str, Any], main: dict[str, Any], grace_seconds: int) -
 
 
 def _is_wanted(volume: dict[str, Any]) -> bool:
+    if "persistentVolumeClaim" in volume:  # KFP names it after the claim, e.g. team-scratch
+        return True
     name = volume["name"]
     own = name.startswith(_VOLUMES_OF_KFP) or name.endswith(_SCRATCH_OF_KFP)
     return not own and any(kind in volume for kind in _VOLUME_KINDS)

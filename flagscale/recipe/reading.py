@@ -85,7 +85,11 @@ def _is_float(text: str) -> bool:
 def explain(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
     """A line about one wrong field: its value, and what would be right."""
     location = [part for part in item["loc"] if isinstance(part, str | int)]
-    name = ".".join(str(part) for part in location) or "recipe"
+    name = (
+        ".".join(str(part) for part in location)
+        or kind.__name__.removesuffix("Recipe").lower()
+        or "recipe"
+    )
     if item["type"] == "extra_forbidden":
         known = _fields(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)

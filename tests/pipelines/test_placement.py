@@ -267,10 +267,12 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ("run_as_user: 0", "run_as_user=0"),
         ("steps: {models: {tolerations: [{operator: Exists, value: x}]}}", "takes no value"),
         ("a: [", "not readable YAML"),
+        ("", "platform=None: "),
         # What would be found out only by a pod that cannot start, or never.
         ("shared: {claim: my.claim}", "shared.claim='my.claim'"),
         ("shared: {claim: tmp}", "every pod has one of this name"),
         ("shared: {claim: a, mount_path: /tmp}", "mount_path=/tmp"),
+        ("shared: {url: 's3://b', mount_path: /x}", "nothing is mounted"),
         ("shared: {create: {size: 1Ti}}", "shared.create.storage_class: required"),
         ("shared: {create: {size: 1Ti, storage_class: a, access_modes: []}}", "access_modes=[]"),
         ("shared: {create: {size: 1K, storage_class: a}}", "shared.create.size='1K'"),

@@ -7,6 +7,34 @@ from flagscale.ranks.nodes import NodePods
 from flagscale.ranks.trainjob_manifest import Nodes, checked, train_job
 
 
+@pytest.mark.parametrize("claim", ["team-scratch", "kfp-shared", "argo-volume"])
+def test_nodes_mount_a_claim_whatever_its_name(tmp_path, claim):
+    # KFP names the volume after the claim; its own are told by their names.
+    launcher = launcher_pod(tmp_path)
+    (volume,) = [v for v in launcher["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    (mount,) = [
+        mount
+        for container in launcher["spec"]["containers"]
+        for mount in container.get("volumeMounts", [])
+        if mount["name"] == volume["name"] and container["name"] == "main"
+    ]
+    volume["name"] = mount["name"] = claim
+    manifest = train_job(
+        "distil-student-0",
+        "ClusterTrainingRuntime",
+        launcher,
+        Nodes(2, 1, 0, NodePods()),
+        ["python"],
+        {},
+        {},
+        grace_seconds=30,
+    )
+    patch = manifest["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+    pod = patch["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert claim in [one["name"] for one in pod["volumes"]]
+    assert mount in pod["containers"][0]["volumeMounts"]
+
+
 def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
     monkeypatch.setenv("KFP_RUN_ID", "run-1")
     pods = NodePods(cpu="192", memory="1600Gi", timeout_seconds=604800)
