@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.sweep import VARIED, Metric
+from flagscale.secrets import has_credentials, hide_in_urls
 from pipelines.distillation import SECTIONS
 from pipelines.platform import ClaimName, ImageName, LabelKey, LabelValue, Name, Toleration
 
@@ -205,6 +206,15 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401 - of any kind
 
 def _check_of_pods(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
     """What a platform file refuses, a run does too."""
+    if isinstance(value, str) and has_credentials(value):
+        raise UserError(
+            f"parameter {key}={hide_in_urls(value)}: holds credentials, and KFP stores and shows "
+            "every run's parameters; give them by a secret of the platform file"
+        )
+    if key == "checkpoints" and not (value.startswith("/") or "://" in value):
+        raise UserError(
+            f"parameter checkpoints={value}: must be a folder of the pods, from / on, or a URL"
+        )
     kind = _OF_PODS.get(key) or _OF_PODS.get(key.partition("_")[2])
     if kind is None:
         return
