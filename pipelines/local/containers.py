@@ -56,10 +56,11 @@ class Containers:
 
     Raises:
         UserError: there is no engine or no such image, it holds other code, or a file of the
-            recipe cannot be had there.
+            recipe or MLflow's cannot be had there.
     """
 
     def __init__(self, image: str, sources: str, recipe: Recipe, runs: Path) -> None:
+        _check_tracking(runs)
         self._client = _connect()
         self.image, self.identity = _find(self._client, image, sources)
         self._runs = runs.absolute()
@@ -217,6 +218,18 @@ def _connect() -> Any:  # noqa: ANN401 - docker's client
             "write into the folder of runs; name the socket of one that root runs"
         )
     return client
+
+
+def _check_tracking(runs: Path) -> None:
+    """A file that a container does not see would be another, and be gone with the container."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    for scheme in ("sqlite:///", "file://"):
+        place = Path(os.path.abspath(uri.removeprefix(scheme)))
+        if uri.startswith(scheme) and not place.is_relative_to(runs.absolute()):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI={uri}: with --image the steps see no files but those of the "
+                f"folder of runs ({runs}); unset it to track there, or name a server"
+            )
 
 
 def _find(client: Any, name: str, sources: str) -> tuple[str, str]:  # noqa: ANN401

@@ -37,6 +37,19 @@ def test_without_an_engine_it_says_so_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "latest").exists()
 
 
+@pytest.mark.parametrize("scheme", ["sqlite:///", "file://"])
+def test_a_tracking_file_that_containers_do_not_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """A step would track into its own /tmp, and everything would look well."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}{tmp_path}/mlflow.db")
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=.*the folder of runs"):
+        Containers("some:1", "sources", load_recipe(RECIPE, []), tmp_path / "runs")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
+    with pytest.raises(UserError, match="no container engine answers there"):
+        Containers("some:1", "sources", load_recipe(RECIPE, []), tmp_path)
+
+
 def test_local_files_are_mounted_by_the_recipes_own_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
