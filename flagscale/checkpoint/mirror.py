@@ -60,6 +60,7 @@ class Mirror:
         self._folder = folder
         self._download: Future[None] | None = None
         self._there: dict[str, dict[str, Any]] = {}  # name here -> its folder and files there
+        self._known: set[str] = set()  # folders there that are this writer's to delete
         self._next: _Snapshot | None = None
         self._busy = False
         self._changed = threading.Condition()
@@ -132,6 +133,7 @@ class Mirror:
             future.set_exception(error)
 
     def _download_all(self) -> None:
+        self._known.update(self._store.folders())
         content = self._store.read(_LATEST)
         if content is None:
             return
@@ -196,7 +198,11 @@ class Mirror:
                     return
 
     def _synchronise(self, snapshot: _Snapshot) -> None:
-        """Upload what is missing, then point to it, then delete the rest."""
+        """Upload what is missing, then point to it, then delete the rest.
+
+        Not what came after this writer began and is not its own: it may have been cut off for so
+        long that another has taken over, and hear of it a moment too late.
+        """
         for name in snapshot.names:
             if name not in self._there:
                 self._there[name] = self._upload_one(snapshot.folder / name)
@@ -210,14 +216,16 @@ class Mirror:
         }
         self._store.write(_LATEST, (json.dumps(latest, indent=2) + "\n").encode())
         self._there = kept
-        for folder in set(self._store.folders()) - {one["folder"] for one in kept.values()}:
+        for folder in self._known - {one["folder"] for one in kept.values()}:
             self._store.remove(folder)
+            self._known.remove(folder)
 
     def _upload_one(self, path: Path) -> dict[str, Any]:
         files = {
             file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()
         }
         folder = f"{path.name}-{uuid.uuid4().hex[:8]}"
+        self._known.add(folder)
         self._store.below(folder).put(files)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         return {"folder": folder, "files": sizes}

@@ -101,6 +101,20 @@ def test_what_was_cut_off_does_not_count_and_goes(url: str, tmp_path: Path) -> N
     assert "step-00000002-12345678" not in ObjectStore(url).folders()
 
 
+def test_one_that_comes_back_late_deletes_nothing_of_its_successor(
+    url: str, tmp_path: Path
+) -> None:
+    late = Pod(url, tmp_path / "a", keep=1)
+    late.save(1)
+    successor = Pod(url, tmp_path / "b")
+    successor.save(2)
+    late.save(3)  # before it looks at its lease again
+    successor.save(4, loss=2.0)  # two are kept, the second is the best
+    third = Pod(url, tmp_path / "c")
+    assert third.content() == successor.content()
+    assert "step-00000002/state/0.distcp" in third.content()
+
+
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     put = ObjectStore.put
 
