@@ -70,7 +70,7 @@ def check(platform: Platform, recipe: Recipe) -> None:
         raise UserError(
             f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but the "
             f"platform's shared={platform.shared and platform.shared.url}: set shared.claim or "
-            "shared.create"
+            "shared.create there, or choose another --platform"
         )
     new = platform.shared.create if platform.shared else None
     if recipe.resources.nodes > 1 and new is not None and "ReadWriteMany" not in new.access_modes:
