@@ -12,7 +12,8 @@ from pipelines.commands.arguments import new_command
 from pipelines.commands.status import headline
 
 _EXAMPLES = f"""\
-  python -m pipelines submit recipes/tiny.yaml --platform gke-h100 --host https://kfp.example.com
+  python -m pipelines submit recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100 \\
+      --host https://kfp.example.com
       upload the pipeline if it changed, start a run, print the address of its page
 
   python -m pipelines submit mine.yaml --platform my-cluster.yaml --wait \\
