@@ -24,9 +24,9 @@ RUN if ! python3 -c 'import ensurepip' 2>/dev/null; then \
     fi
 # pip stays in a place of its own, and out of the result.
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
-# As a variable the pins hold for what builds packages too.
+# As variables the pins hold for what builds packages too; newer pips (26.3) ask for the second one.
 ENV PATH=/opt/pip/bin:$PATH PIP_PYTHON=/opt/venv/bin/python PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_CONSTRAINT=/tmp/lock/constraints.txt
+    PIP_CONSTRAINT=/tmp/lock/constraints.txt PIP_BUILD_CONSTRAINT=/tmp/lock/constraints.txt
 WORKDIR /src
 COPY images/requirements.py images/build-constraints.txt images/
 COPY pyproject.toml constraints.txt teacher-requirements.txt ./

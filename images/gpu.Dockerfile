@@ -8,7 +8,7 @@ ARG EXTRAS=cluster
 ARG PIP_NO_CACHE_DIR=1
 # The base's own pins (PIP_CONSTRAINT) are of a year before the lock; ours hold, but for its torch.
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/venv/bin/python \
-    PIP_CONSTRAINT=/tmp/lock/constraints.txt
+    PIP_CONSTRAINT=/tmp/lock/constraints.txt PIP_BUILD_CONSTRAINT=/tmp/lock/constraints.txt
 RUN python3 -m venv --without-pip --system-site-packages /opt/venv
 WORKDIR /src
 COPY images/requirements.py images/build-constraints.txt images/

@@ -221,3 +221,14 @@ def test_a_base_that_does_not_serve_ends_the_build(
         assert result.stdout.strip() == ""
     else:
         assert complaint in result.stdout
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.stem)
+def test_the_pins_hold_for_what_builds_packages_too(file: Path) -> None:
+    """A newer pip takes them from another variable, and what it does not know it ignores."""
+    text = file.read_text()
+    if "--only-binary :all:" in text:
+        return  # nothing is built
+    pins = re.findall(r"PIP_CONSTRAINT=(\S+)", text)
+    assert pins
+    assert re.findall(r"PIP_BUILD_CONSTRAINT=(\S+)", text) == pins
