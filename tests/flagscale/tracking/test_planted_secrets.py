@@ -15,7 +15,7 @@ import pytest
 
 from flagscale import tracking
 
-TOY = Path(__file__).parents[2] / "pipelines" / "toy.py"
+TOY = Path(__file__).parents[2] / "pipelines" / "local" / "toy.py"
 PASSWORD = "planted:pass/word+1"
 PLANTED = {
     "HF_TOKEN": "hf_plantedtoken0001",
