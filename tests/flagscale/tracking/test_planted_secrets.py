@@ -130,7 +130,7 @@ def test_a_run_of_the_pipeline_tells_none(
 def test_a_compiled_pipeline_holds_none(tmp_path: Path) -> None:
     uri = f"http://me:{quote(PASSWORD, safe='')}@mlflow"
     environment = {**os.environ, **PLANTED, "MLFLOW_TRACKING_URI": uri}
-    recipe = TOY.parents[2] / "recipes" / "tiny.yaml"
+    recipe = Path(__file__).parents[3] / "recipes" / "tiny.yaml"
     command = [sys.executable, "-m", "pipelines", "compile", str(recipe), "--platform", "gke-h100"]
     subprocess.run([*command, "-o", str(tmp_path / "p.yaml")], env=environment, check=True)
     (file,) = assert_clean_files(tmp_path)
