@@ -66,7 +66,7 @@ def signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
-        _Stop.handling = False
+        _Stop.handling = _Stop.requested = False
         for number, handler in before.items():
             signal.signal(number, handler)
 

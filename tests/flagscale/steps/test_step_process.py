@@ -60,6 +60,7 @@ def test_a_signal_raises_at_once_or_is_left_to_the_loop(notes: Path) -> None:
         assert not stop_requested()
         signal.raise_signal(signal.SIGTERM)
         assert stop_requested()
+    assert not stop_requested()  # nobody's work is stopped by what another was asked
 
 
 def test_forked_workers_end_quietly(capfd: pytest.CaptureFixture[str]) -> None:
