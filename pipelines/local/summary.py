@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from flagscale.artifacts import write_json
@@ -131,7 +132,8 @@ def _places(result: RunResult) -> str:
             lines.append(("student", result.folder / f"{name}-model"))
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
-        text.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {result.tracking_uri}")
+        uri = quote(result.tracking_uri)
+        text.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {uri}")
     else:
         text.append(f"MLflow   {result.tracking_uri}")
     return "\n".join(text)
