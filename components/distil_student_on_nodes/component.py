@@ -43,7 +43,7 @@ def distil_student_on_nodes(
     from flagscale.steps.step_process import step_process
 
     with step_process("distil-student", experiment=experiment) as step:
-        from flagscale.ranks.nodes import NodePods
+        from flagscale.ranks.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
 
@@ -56,7 +56,7 @@ def distil_student_on_nodes(
             checkpoints=checkpoints,
             output=step.output(model.path),
             nodes=nodes,
-            accelerator_count=int(accelerator_count),
+            accelerator_count=accelerators_of(accelerator_count),
             pods=step.section(NodePods, pods),
         )
         step.report(figures, metrics)

@@ -28,6 +28,17 @@ class NodePods(Section):
     )
 
 
+def accelerators_of(text: str) -> int:
+    """A run's parameter `training_accelerator_count`, which KFP passes on as text.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    if not text.isdecimal():
+        raise UserError(f"training_accelerator_count={text!r}: must be a whole number, e.g. 8")
+    return int(text)
+
+
 def processes_per_node(parallelism: ParallelismRecipe, nodes: int, accelerator_count: int) -> int:
     """How many ranks train on each node: the recipe's number, or one an accelerator.
 

@@ -48,14 +48,15 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_platform(parser: argparse.ArgumentParser) -> None:
-    """The platform that a pipeline is made for."""
+def add_platform(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The platform that a pipeline is made for; without a default it must be named."""
+    suffix = " (default: %(default)s)" if default else ""
     parser.add_argument(
         "--platform",
-        default="cpu-only",
+        default=default,
+        required=default is None,
         metavar="NAME|FILE",
-        help="what the cluster has: a name in recipes/platforms/, or a YAML file "
-        "(default: %(default)s)",
+        help=f"what the cluster has: a name in recipes/platforms/, or a YAML file{suffix}",
     )
 
 

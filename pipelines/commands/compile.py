@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     parser = new_command(commands, "compile", "write the pipeline for Kubeflow", _EXAMPLES)
     add_recipe(parser)
-    add_platform(parser)
+    add_platform(parser, default="cpu-only")
     parser.add_argument(
         "-o", "--output", type=Path, help="file to write (default: build/RECIPE-PLATFORM.yaml)"
     )

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
-from flagscale.ranks.nodes import processes_per_node, shared_folder
+from flagscale.ranks.nodes import accelerators_of, processes_per_node, shared_folder
 from flagscale.recipe import ParallelismRecipe
 
 
@@ -30,3 +30,10 @@ def test_nodes_need_a_folder_that_all_of_them_see(tmp_path, monkeypatch):
     assert shared_folder({"checkpoints": tmp_path / "checkpoints"}) == tmp_path
     with pytest.raises(UserError, match=r"checkpoints=/tmp/flagscale must lie under"):
         shared_folder({"checkpoints": Path("/tmp/flagscale")})
+
+
+def test_a_count_that_is_none_is_refused() -> None:
+    assert accelerators_of("8") == 8
+    for text in ("four", "", "-1", "8.0"):
+        with pytest.raises(UserError, match="training_accelerator_count="):
+            accelerators_of(text)
