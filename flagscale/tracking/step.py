@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EARLIER_LOOKED_AT = 50  # runs of the same training
+_PAUSES_ON_A_CLUSTER = (5, 20)  # seconds
 
 
 class _Process:
@@ -126,19 +127,32 @@ def _start(name: str, params: Mapping[str, Any], training: str | None) -> StepRu
     uri = tracking_uri()
     if not uri:
         return StepRun(None, None)
-    try:
-        client = make_client(uri)
-        place = _place(client)
-        earlier = _earlier_runs(client, place.experiment_id, training)
-        same = next((run for run in earlier if _is_same_attempt(run, place)), None)
-        if same is not None:
-            return _reopen(client, place, same, params)
-        run_id = _make(client, place, name, params, training)
-        run = _hold(client, run_id, place)
-    except Exception as error:  # whatever MLflow raises: training goes on
-        shown = hide_in_urls(uri)
-        logger.warning("MLflow at %s: %s is not tracked: %s", shown, name, first_line(error))
-        return StepRun(None, None)
+    shown = hide_in_urls(uri)
+    # A server's pod may be starting anew: a training of days is worth the wait.
+    pauses = _PAUSES_ON_A_CLUSTER if os.environ.get(KFP_RUN_VARIABLE) else ()
+    for pause in (*pauses, None):
+        try:
+            return _track(make_client(uri), name, params, training)
+        except Exception as error:  # whatever MLflow raises: training goes on
+            if pause is None:
+                reason = first_line(error)
+                logger.warning("MLflow at %s: %s is not tracked: %s", shown, name, reason)
+                break
+            logger.info("MLflow at %s does not serve, trying again in %d s", shown, pause)
+            time.sleep(pause)
+    return StepRun(None, None)
+
+
+def _track(
+    client: MlflowClient, name: str, params: Mapping[str, Any], training: str | None
+) -> StepRun:
+    place = _place(client)
+    earlier = _earlier_runs(client, place.experiment_id, training)
+    same = next((run for run in earlier if _is_same_attempt(run, place)), None)
+    if same is not None:
+        return _reopen(client, place, same, params)
+    run_id = _make(client, place, name, params, training)
+    run = _hold(client, run_id, place)
     run.resumes = earlier[0].info.run_id if earlier else None
     run.log_params(params)
     return run

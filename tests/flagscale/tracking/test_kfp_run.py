@@ -1,5 +1,7 @@
+
 """The steps of one KFP run find one parent, which tells the truth: against a real server."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -136,18 +138,29 @@ with tracking.step_run(name, {}) as run:
 def test_steps_that_come_at_once_have_one_parent(
     pod: str, remote: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
+    for attempt in range(5):
+        os.environ["KFP_RUN_ID"] = f"{pod}-{attempt}"
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        if race(f"{pod}-{attempt}", remote, folder):
+            return
+    pytest.fail("they never came at once, which shows nothing")
+
+
+def race(pod: str, remote: mlflow.MlflowClient, folder: Path) -> bool:
+    """Whether several made a parent, of which one is left."""
     names = [f"step-{i}" for i in range(3)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER, name, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RACER, name, str(folder)], stdout=subprocess.PIPE, text=True
         )
         for name in names
     ]
     deadline = time.monotonic() + 60
-    while not all((tmp_path / name).exists() for name in names):
+    while not all((folder / name).exists() for name in names):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    (tmp_path / "go").touch()
+    (folder / "go").touch()
     children = [process.communicate(timeout=60)[0].split()[0] for process in processes]
     one = parent(remote, pod).info
     for child in children:
@@ -155,10 +168,8 @@ def test_steps_that_come_at_once_have_one_parent(
         assert found.data.tags["mlflow.parentRunId"] == one.run_id
         assert found.info.status == "FINISHED"
     assert one.status == "RUNNING"
-    deleted = remote.search_runs(
-        [one.experiment_id], f"tags.`{tracking.KFP_RUN_TAG}` = '{pod}'", run_view_type=2
-    )
-    assert deleted  # or they did not come at once, and this shows nothing
+    query = f"tags.`{tracking.KFP_RUN_TAG}` = '{pod}'"
+    return bool(remote.search_runs([one.experiment_id], query, run_view_type=2))
 
 
 def test_a_parent_that_was_seen_too_late_is_joined_at_the_end(
@@ -245,7 +256,11 @@ def away(pod: str) -> None:
     }
 
 
-def test_a_server_that_is_away_stops_nothing(away: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_is_away_stops_nothing(
+    away: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_PAUSES_ON_A_CLUSTER", (1,))
+    caplog.set_level(logging.INFO)
     begin = time.monotonic()
     with tracking.step_run("evaluate", {}, training="a") as run:
         run.log_headline({"kl": 1.0})
@@ -254,6 +269,7 @@ def test_a_server_that_is_away_stops_nothing(away: None, caplog: pytest.LogCaptu
     tracking.step_failed("evaluate", "FAILED")
     assert run.run_id is None
     assert time.monotonic() - begin < 20
+    assert "trying again in 1 s" in caplog.text
     assert "evaluate is not tracked" in caplog.text
     assert "was not told that evaluate failed" in caplog.text
 
