@@ -1,4 +1,3 @@
-
 """The steps of one KFP run find one parent, which tells the truth: against a real server."""
 
 import logging
