@@ -181,7 +181,9 @@ def test_mlflow_registers_what_transformers_loads(exported: Exported) -> None:
     difference = exported.figures["max_logit_difference"]
     assert tracked.data.metrics["max_logit_difference"] == difference
     folder = mlflow.artifacts.download_artifacts(
-        "models:/tiny-student/1", tracking_uri=exported.tracking_uri
+        "models:/tiny-student/1",
+        tracking_uri=exported.tracking_uri,
+        registry_uri=exported.tracking_uri,
     )
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
 
