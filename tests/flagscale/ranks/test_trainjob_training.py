@@ -22,8 +22,8 @@ from flagscale.shared import read_pointer
 from flagscale.steps.distil_student import distil_student
 from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
 
-# Enough steps that neither stop comes after the last one: the ranks of a launcher that is gone train
-# on for some seconds.
+# Enough steps that neither stop comes after the last one: the ranks of a launcher that is gone
+# train on for some seconds.
 TRAINING = TrainingRecipe(
     train_iters=40,
     micro_batch_size=2,
