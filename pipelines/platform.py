@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from kubernetes.utils import parse_quantity
+from pydantic import Field, field_validator, model_validator
 
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.section import PositiveInt
 from flagscale.secrets import has_credentials, is_secret_name
+from pipelines.kubernetes_values import (
+    ClaimName,
+    CpuQuantity,
+    Duration,
+    ImageName,
+    LabelKey,
+    LabelValue,
+    MountPath,
+    Name,
+    Quantity,
+    QueueName,
+    ResourceName,
+    Variable,
+)
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
 MLFLOW_VARIABLES = {
@@ -27,36 +42,6 @@ _OWN_VARIABLES = ("FLAGSCALE_SHARED", "FLAGSCALE_RUN_NAME", "FLAGSCALE_LAST_STEP
 # Where the pipeline, and KFP's own volumes, are mounted.
 _TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev/shm", "/kfp-launcher")  # noqa: S108
 _TAKEN_PATHS += ("/gcs", "/s3", "/minio", "/.local", "/.cache", "/.config")
-
-CpuQuantity = Annotated[str, Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
-Quantity = Annotated[str, Field(pattern=r"^[1-9][0-9]*([EPTGM]i?|Ki)?$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
-
-
-def _not_taken(claim: str) -> str:
-    if claim in ("tmp", "dshm"):
-        raise ValueError(
-            "KFP names the volume after it, and every pod has one of this name already"
-        )
-    return claim
-
-
-# KFP names the pod's volume after the claim, and volumes' names have no dots.
-ClaimName = Annotated[
-    str,
-    Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63),
-    AfterValidator(_not_taken),
-]
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_PREFIX = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/"
-LabelKey = Annotated[str, Field(pattern=rf"^({_PREFIX})?{_LABEL}$")]
-LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
-QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)]
-ResourceName = Annotated[str, Field(pattern=rf"^{_PREFIX}{_LABEL}$")]
-ImageName = Annotated[str, Field(pattern=r"^\S+$")]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-MountPath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
-Duration = Annotated[str, Field(pattern=r"^[0-9]+s$")]
 
 
 class Toleration(Section):
@@ -120,6 +105,11 @@ class Pods(Section):
         for name in self._kueue_labels:
             if name in self.labels:
                 raise ValueError(f"labels.{name}={self.labels[name]}: queue or priority gives it")
+        if self.shared_memory and parse_quantity(self.shared_memory) > parse_quantity(self.memory):
+            raise ValueError(
+                f"shared_memory={self.shared_memory} is part of memory={self.memory}, and must "
+                "not be larger"
+            )
         return self
 
     @property
@@ -161,7 +151,7 @@ class NewVolume(Section):
     access_modes: tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...] = Field(
         ("ReadWriteMany",),
         min_length=1,
-        description="By how many nodes: ReadWriteMany or ReadWriteOnce",
+        description="ReadWriteMany; or ReadWriteOnce, where all pods at a time run on one node",
     )
 
 

@@ -20,7 +20,8 @@ from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.sweep import VARIED, Metric
 from flagscale.secrets import has_credentials, hide_in_urls
 from pipelines.distillation import SECTIONS
-from pipelines.platform import ClaimName, ImageName, LabelKey, LabelValue, Name, Toleration
+from pipelines.kubernetes_values import ClaimName, ImageName, LabelKey, LabelValue, Name
+from pipelines.platform import Toleration
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "STRING": (str, "a text"),

@@ -3,18 +3,20 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from flagscale.errors import UserError
+from flagscale.recipe import Recipe
 from pipelines.cluster.connection import Connection
 from pipelines.cluster.package import Package, make_package
 from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
+from pipelines.distillation import SECTIONS
 from pipelines.platform import load_platform
 from pipelines.sources import notes
 
@@ -172,19 +174,25 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     recipe = read_recipe(arguments)
     platform = load_platform(arguments.platform)
     where = Path(arguments.platform).stem
-    sys.stdout.write(notes(recipe, platform))
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
+        parameters = read_parameters(arguments.parameters, package.definitions, recipe)
+        sys.stdout.write(notes(_of_this_run(recipe, parameters), platform))
         yield (
             package,
             Order(
                 name=name or f"{recipe.name} on {where}",
                 experiment=experiment_name(arguments.experiment_name, recipe),
-                parameters=read_parameters(arguments.parameters, package.definitions, recipe),
+                parameters=parameters,
                 service_account=arguments.service_account,
                 reuse=arguments.reuse,
             ),
         )
+
+
+def _of_this_run(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
+    sections = {name: value for name, value in parameters.items() if name in SECTIONS}
+    return Recipe.model_validate(recipe.model_dump(mode="json", exclude_none=True) | sections)
 
 
 def _positive(text: str) -> float:

@@ -277,6 +277,11 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ("shared: {create: {size: 1Ti, storage_class: a, access_modes: []}}", "access_modes=[]"),
         ("shared: {create: {size: 1K, storage_class: a}}", "shared.create.size='1K'"),
         ("steps: {data: {memory: '0'}}", "steps.data.memory='0'"),
+        ("steps: {data: {cpu: true}}", "steps.data.cpu=True"),
+        (
+            "steps: {models: {memory: 1Gi, shared_memory: 1025Mi}}",
+            "shared_memory=1025Mi is part of memory=1Gi",
+        ),
         ("images: {gpu: ''}", "images.gpu=''"),
         ("steps: {training: {accelerator_type: ''}}", "accelerator_type=''"),
         ("steps: {data: {node_selector: {pool: a b}}}", "node_selector.pool='a b'"),
@@ -307,6 +312,13 @@ def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
         load_platform(path)
     assert message in str(error.value)
     assert "planted" not in str(error.value)
+
+
+def test_quantities_may_be_numbers_as_in_kubernetes(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("steps: {data: {cpu: 4, memory: 8589934592}, models: {cpu: 0.5}}")
+    steps = load_platform(path).steps
+    assert (steps.data.cpu, steps.data.memory, steps.models.cpu) == ("4", "8589934592", "0.5")
 
 
 def test_without_a_secret_for_mlflow_its_address_may_be_a_variable(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_a_run_arrives_as_it_was_asked_for(
     }
 
 
+def test_files_of_this_machine_are_told_of_in_this_run_s_parameters_too(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*SUBMIT, f"-pteacher.source={tmp_path}"]) == 0
+    assert (
+        f"note: teacher.source={tmp_path} is a file or folder of this machine" in lines(capsys)[0]
+    )
+
+
 def test_an_equal_pipeline_is_uploaded_once_and_a_changed_one_again(kfp: KfpServer) -> None:
     assert main(SUBMIT) == main(SUBMIT) == 0
     assert len(kfp.versions) == 1
