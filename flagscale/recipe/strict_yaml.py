@@ -1,0 +1,35 @@
+"""YAML in which no mapping gives a key twice; PyYAML alone takes the last one without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+
+class Loader(yaml.SafeLoader):
+    """A safe loader that refuses a repeated key, as the YAML specification does."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Read a mapping; later, merge keys (`<<`) mix those of others into it."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in first:
+                line = first[key.tag, key.value]
+                problem = f"{key.value} is given twice, first in line {line}; leave one of them out"
+                raise ConstructorError(None, None, problem, key.start_mark)
+            first[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+
+def load(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+    """Read the one document of a text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a mapping gives a key twice.
+    """
+    return yaml.load(text, Loader)  # noqa: S506 - a safe loader

@@ -1,0 +1,47 @@
+"""A key given twice is refused, where it stands; anchors and merge keys go on working."""
+
+import pytest
+import yaml
+
+from flagscale.recipe import strict_yaml
+
+MERGED = """
+common: &common {cpu: 1, memory: 4Gi}
+small: {<<: *common, memory: 1Gi}
+both:
+  <<: [*common, {cpu: 2, gpu: 1}]
+  memory: 2Gi
+again: *common
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "first", "second"),
+    [
+        ("lr: 1\nseed: 2\nlr: 3\n", "lr", 1, 3),
+        ("training:\n  lr: 1\n  'lr': 3\n", "lr", 2, 3),
+        ("steps: [{cpu: 1, cpu: 2}]", "cpu", 1, 1),
+        ("1: a\n1: b\n", "1", 1, 2),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(
+    text: str, key: str, first: int, second: int
+) -> None:
+    with pytest.raises(yaml.YAMLError) as error:
+        strict_yaml.load(text)
+    assert f"{key} is given twice, first in line {first};" in str(error.value)
+    assert f"line {second}, column" in str(error.value)
+
+
+def test_merge_keys_are_not_repeated_keys() -> None:
+    assert strict_yaml.load(MERGED) == yaml.safe_load(MERGED)
+    assert strict_yaml.load(MERGED)["both"] == {"cpu": 1, "gpu": 1, "memory": "2Gi"}
+
+
+def test_one_key_in_two_mappings_is_fine() -> None:
+    assert strict_yaml.load("a: {x: 1}\nb: {x: 2}\n1: c\n'1': d\n") == {
+        "a": {"x": 1},
+        "b": {"x": 2},
+        1: "c",
+        "1": "d",
+    }
