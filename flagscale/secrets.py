@@ -1,10 +1,11 @@
 """Keeps secrets out of what is printed and stored: logs, errors, notes, MLflow, recipes.
 
 Secrets reach a process as environment variables. Known by their names (`HF_TOKEN`,
-`AWS_SECRET_ACCESS_KEY`, ...) or as the password in a URL, their values are replaced by `***`,
-plain, URL-encoded, escaped or in base64, wherever `mask` is applied: `mask_output` applies it to
-everything that Python writes to stdout and stderr. It does not see what C code or other programs
-write to the file descriptors, nor a value that is written piece by piece.
+`AWS_SECRET_ACCESS_KEY`, ... and those that `FLAGSCALE_SECRET_VARIABLES` lists, with commas) or as
+the password in a URL, their values are replaced by `***`, plain, URL-encoded, escaped or in base64,
+wherever `mask` is applied: `mask_output` applies it to everything that Python writes to stdout and
+stderr. It does not see what C code or other programs write to the file descriptors, nor a value
+that is written piece by piece.
 """
 
 from __future__ import annotations
@@ -19,15 +20,28 @@ from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote, urlsplit, urlunsplit
 
 HIDDEN = "***"
+SECRET_VARIABLES = "FLAGSCALE_SECRET_VARIABLES"  # noqa: S105 - lists names of variables
 _SHORTEST = 8  # characters: a shorter value would also hide harmless words
 _SECRET_NAME = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS?|CONNECTION_STRING|"
-    r"(SECRET|ACCESS|API|PRIVATE|ACCOUNT|STORAGE|ENCRYPTION|SIGNING|AUTH|SHARED)_?KEY(_ID)?)$",
+    r"(SECRET|ACCESS|API|PRIVATE|ACCOUNT|STORAGE|ENCRYPTION|SIGNING|AUTH|SHARED)_?KEY(_ID)?|"
+    r"(^|_)(PASS|PAT|COOKIES?)|_PWD)$",  # as whole words; `PWD` alone is a folder
     re.IGNORECASE,
 )
+# What stands before the `@` of a URL. A password may hold what ends a host (`/`, quotes, `<`, `>`),
+# as SQLAlchemy takes it; but https://host:8080/a@b has a port and a path, save where a database is.
 # A user without a password is one only of a web server: abfs://container@account is a place.
 _USER_INFO = re.compile(
-    r"(?:(?<=://)(?=[^/\s:]*:)|(?<=https://)|(?<=http://))[^/\s'\"<>]+(?=@)", re.IGNORECASE
+    r"""
+    (?P<scheme> https?:// | (?P<database> (postgres(ql)?|mysql|mariadb|mssql|oracle)(\+\w+)?:// )
+              | :// )
+    (?P<user_info>
+        [^/\s:'"<>[]*: (?(database) | (?! \d+[/'"<>] ))  [^\s@]+ (@[^\s@/'"<>]+)*
+      | (?: (?<=https://) | (?<=http://) | (?=[^/\s:]*:) )  [^/\s'"<>]+
+    )
+    (?=@)
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 _SIGNED = re.compile(
     r"(?<=[?&])((?:[\w.-]*[_-])?(?:token|signature|sig|password|secret|credential|api_?key|"
@@ -51,7 +65,7 @@ def mask(text: str) -> str:
 
 def hide_in_urls(text: str) -> str:
     """The text with `user:password@` and signed queries of URLs hidden."""
-    return _SIGNED.sub(rf"\1={HIDDEN}", _USER_INFO.sub(HIDDEN, text))
+    return _SIGNED.sub(rf"\1={HIDDEN}", _USER_INFO.sub(rf"\g<scheme>{HIDDEN}", text))
 
 
 def has_credentials(text: str) -> bool:
@@ -112,11 +126,16 @@ def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None
 
 
 def _secrets(environment: tuple[tuple[str, str], ...]) -> set[str]:
-    found = set()
+    values, found = dict(environment), set()
+    named = {name.strip() for name in values.get(SECRET_VARIABLES, "").split(",")}
+    if not values.get("MLFLOW_TRACKING_PASSWORD"):  # the user is a token then
+        named.add("MLFLOW_TRACKING_USERNAME")
     for name, value in environment:
-        if is_secret_name(name) and not os.path.exists(value):  # of a file, only its place
+        is_secret = name in named or is_secret_name(name)
+        if is_secret and not os.path.exists(value):  # of a file, only its place
             found.update([value, value.strip()])
-        for user_info in _USER_INFO.findall(value):
+        for match in _USER_INFO.finditer(value):
+            user_info = match["user_info"]
             password = user_info.partition(":")[2] or user_info
             found.update([user_info, password, unquote(password)])
     return {value for value in found if len(value) >= _SHORTEST}

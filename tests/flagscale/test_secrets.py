@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from sqlalchemy import make_url
 
 from flagscale import secrets
 from flagscale.errors import UserError
@@ -75,6 +76,7 @@ def test_each_line_of_a_key() -> None:
         *("HF_TOKEN", "aws_secret_access_key", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD"),
         *("AWS_SESSION_TOKEN", "WANDB_API_KEY", "CLIENT_SECRET", "AZURE_STORAGE_KEY"),
         *("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_KEY", "PGPASSWORD"),
+        *("KFP_COOKIES", "SESSION_COOKIE", "DB_PASS", "PASS", "MYSQL_PWD", "github_pat"),
     ],
 )
 def test_names_of_secrets(name: str) -> None:
@@ -86,10 +88,25 @@ def test_names_of_secrets(name: str) -> None:
     [
         *("PWD", "PATH", "TOKENIZERS_PARALLELISM", "MLFLOW_TRACKING_USERNAME", "HOSTNAME"),
         *("KFP_RUN_ID", "MLFLOW_RUN_ID", "SSH_AUTH_SOCK", "MAX_TOKENS"),
+        *("OLDPWD", "MASTER_PATH", "COMPASS", "MULTIPASS", "LD_LIBRARY_PATH", "PASS_COUNT"),
     ],
 )
 def test_other_names(name: str) -> None:
     assert not secrets.is_secret_name(name)
+
+
+def test_secrets_that_are_named() -> None:
+    os.environ |= {"SSO": "planted-0001", "LOGIN": "planted-0002", "PLACE": "planted-0003"}
+    os.environ[secrets.SECRET_VARIABLES] = "LOGIN, SSO,UNSET"
+    assert secrets.mask("planted-0001 planted-0002 planted-0003") == "*** *** planted-0003"
+
+
+@pytest.mark.parametrize(("password", "shown"), [(None, "***"), ("", "***"), ("p4ss", "ghp_Zx81")])
+def test_a_token_given_as_the_user(password: str | None, shown: str) -> None:
+    os.environ["MLFLOW_TRACKING_USERNAME"] = "ghp_Zx81"
+    if password is not None:
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = password
+    assert secrets.mask("no user ghp_Zx81") == f"no user {shown}"
 
 
 def test_the_place_of_a_secret_is_none() -> None:
@@ -104,6 +121,8 @@ def test_the_place_of_a_secret_is_none() -> None:
         ("postgresql://me:p%40ss@host:5432/db", "postgresql://***@host:5432/db"),
         ("s3://key:se@cret@bucket/a@b", "s3://***@bucket/a@b"),
         ("https://hf_abc@huggingface.co/x", "https://***@huggingface.co/x"),
+        ("s3://AKIA:se/cr+et@bucket/a@b", "s3://***@bucket/a@b"),
+        ("postgresql://me@team:12/ab@db/a@b", "postgresql://***@db/a@b"),
         ("https://h/f?X-Amz-Signature=ab%2Fc&part=1", "https://h/f?X-Amz-Signature=***&part=1"),
         ("https://h/f?part=1&sig=abc", "https://h/f?part=1&sig=***"),
     ],
@@ -120,10 +139,30 @@ def test_urls(text: str, shown: str) -> None:
         *("s3://bucket/x*.jsonl", "hf://datasets/a/b@main/f", "a@b.example", "python-docs"),
         *("abfs://container@account.dfs.core.windows.net/x", "https://host:8080/a@b?page=2"),
         *("http://127.0.0.1:5000", "sqlite:////a/b.db", "https://h/f?max_tokens=3"),
+        *("http://[::1]:8080/a@b", '["https://h:80","a@b"]', "https://a:80 and a@b"),
     ],
 )
 def test_harmless_places(text: str) -> None:
     assert secrets.hide_in_urls(text) == text
+
+
+_SEEN = st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="@%")
+
+
+@given(st.sampled_from(["postgresql", "mysql+pymysql", "mssql"]), st.text(_SEEN, min_size=1))
+def test_any_password_that_sqlalchemy_takes(database: str, password: str) -> None:
+    uri = f"{database}://me:{password}@db.example.com:5432/mlflow"
+    assume(make_url(uri).password == password)
+    assert secrets.hide_in_urls(f"at {uri}:") == f"at {database}://***@db.example.com:5432/mlflow:"
+
+
+@given(
+    st.sampled_from(["https://host", "http://10.0.0.1:8080", "hdfs://node:8020", "s3://bucket"]),
+    st.text('ab0@:/.,-"<>?', max_size=20),
+)
+def test_an_at_in_the_path_is_harmless(place: str, path: str) -> None:
+    assume("://" not in path)
+    assert secrets.hide_in_urls(f"{place}/{path}") == f"{place}/{path}"
 
 
 @pytest.mark.parametrize("short", [True, False])
