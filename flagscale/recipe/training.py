@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.section import Fraction, PositiveInt, Section
 
-# Fields that change no result but by rounding: a training may go on with others.
+# Fields that change no result but by rounding (see `decisive`): a training may go on with others.
 CHANGES_NO_RESULT = (
     "async_save",
     "keep_checkpoints",
@@ -22,6 +23,18 @@ CHANGES_NO_RESULT = (
     "save_interval",
     "timing_log_level",
 )
+
+
+def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a section's fields that decide on the result: what a training is known by.
+
+    Args:
+        training: all fields, as `model_dump` gives them.
+    """
+    without = set(CHANGES_NO_RESULT)
+    if training["keep_weights"] == "best":  # of what was saved
+        without.remove("save_interval")
+    return {name: value for name, value in training.items() if name not in without}
 
 
 class TrainingRecipe(Section):

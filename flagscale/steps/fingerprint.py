@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from flagscale.artifacts import Manifest, digest
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.recipe.training import CHANGES_NO_RESULT
+from flagscale.recipe.training import decisive
 
 
 def sections(
@@ -25,13 +25,13 @@ def sections(
 def fingerprint(recipe: Mapping[str, dict[str, object]], parents: Mapping[str, Manifest]) -> str:
     """Name of the checkpoints that may be resumed from: same inputs, same recipe, same result.
 
-    How often checkpoints are saved changes no result, nor does the number of processes (but for
-    rounding): a training may go on where it was on another layout.
+    How often checkpoints are saved changes no result (unless the best of them becomes it), nor does
+    the number of processes (but for rounding): a training may go on where it was on another layout.
 
     Args:
         recipe: `sections`.
         parents: manifests of `teacher`, `student` and `dataset`.
     """
-    training = {k: v for k, v in recipe["training"].items() if k not in CHANGES_NO_RESULT}
+    training = decisive(recipe["training"])
     origin = {name: manifest.digest for name, manifest in parents.items()}
     return digest([recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]

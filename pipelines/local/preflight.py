@@ -7,6 +7,7 @@ reads a resolved recipe), so that the runner does not keep torch in memory for h
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flagscale.models.shape import ModelShape
 
 _PACKAGE = "package:"
+_LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
 
 
@@ -82,7 +84,7 @@ def fingerprint(source: str) -> str | None:
         spec = importlib.util.find_spec(module)
         roots = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
     else:
-        path = Path(source).expanduser()
+        path = Path(_LOCAL.sub("", source)).expanduser()
         roots = [path] if path.exists() else sorted(_glob(path))
     if not roots:
         return None

@@ -25,7 +25,7 @@ from kfp.dsl.base_component import BaseComponent
 from flagscale.artifacts import digest
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
-from flagscale.recipe.training import CHANGES_NO_RESULT
+from flagscale.recipe.training import decisive
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.local.containers import Containers
 from pipelines.local.output import quiet_kfp
@@ -86,9 +86,8 @@ def run_recipe(
 
 def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     """Where this training keeps its checkpoints: the same for an equal training, run again."""
-    sections = recipe.model_dump(
-        mode="json", include=set(_CHECKPOINTED), exclude={"training": set(CHANGES_NO_RESULT)}
-    )
+    sections = recipe.model_dump(mode="json", include=set(_CHECKPOINTED))
+    sections["training"] = decisive(sections["training"])
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
     return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"

@@ -15,13 +15,14 @@ from flagscale.models.megatron import load_model, logits
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
 
+# Enough steps that it is stopped long before the last one.
 TRAINING = TrainingRecipe(
-    train_iters=8,
+    train_iters=40,
     micro_batch_size=2,
     global_batch_size=4,
     lr=1e-3,
     lr_warmup_iters=1,
-    eval_interval=4,
+    eval_interval=20,
     eval_iters=1,
     save_interval=2,
 )
@@ -65,11 +66,11 @@ def uninterrupted(inputs, tmp_path_factory):
 def test_student_comes_closer_to_the_teacher(uninterrupted):
     folder, figures = uninterrupted
     validation = records(folder / "distilled", "validation")
-    assert [record["step"] for record in validation] == [0, 4, 8]
+    assert [record["step"] for record in validation] == [0, 20, 40]
     losses = [record["logits distillation loss"] for record in validation]
     assert losses[2] < losses[1] < losses[0]
     assert figures["validation logits distillation loss"] == losses[2]
-    assert figures["steps"] == 8
+    assert figures["steps"] == 40
 
 
 def test_artifact_is_a_plain_trained_model(uninterrupted, student):
@@ -147,6 +148,8 @@ def test_another_recipe_does_not_resume(inputs, tmp_path):
 
     assert name() == name(save_interval=5)
     assert len({name(), name(seed=1), name(lr=0.1), name(train_iters=9)}) == 4
+    best = {"keep_weights": "best"}  # of those that were saved
+    assert name(**best) == name(**best, keep_checkpoints=9) != name(**best, save_interval=5)
 
 
 def test_baseline_trains_without_the_teacher(inputs, tmp_path):

@@ -27,6 +27,7 @@ def test_a_fingerprint_follows_local_files(tmp_path: Path) -> None:
     file = tmp_path / "sub" / "a.txt"
     file.write_text("one")
     sources = [str(tmp_path), str(file), str(tmp_path / "*" / "*.txt")]
+    sources += [f"file://{source}" for source in sources] + [f"file:{file}", f"local://{file}"]
     before = [fingerprint(source) for source in sources]
     assert None not in before
     assert before == [fingerprint(source) for source in sources]
@@ -93,6 +94,20 @@ def test_checkpoints_belong_to_a_training(tmp_path: Path) -> None:
     )
     folders = [checkpoint_folder(r, tmp_path) for r in (one, same, spread, other)]
     assert folders[0] == folders[1] == folders[2] != folders[3]
+
+
+def test_where_the_best_checkpoint_is_kept_the_save_interval_is_part_of_the_name(
+    tmp_path: Path,
+) -> None:
+    def folder(**changes: object) -> Path:
+        values = recipe("t").model_dump(mode="json")
+        values["training"] |= {"eval_interval": 5, **changes}
+        return checkpoint_folder(Recipe.model_validate(values), tmp_path)
+
+    last, best = {"keep_weights": "last"}, {"keep_weights": "best"}
+    assert folder(**last, save_interval=5) == folder(**last, save_interval=10)
+    assert folder(**best, save_interval=5) != folder(**best, save_interval=10)
+    assert folder(**best, save_interval=5) == folder(**best, save_interval=5, async_save=True)
 
 
 @pytest.mark.parametrize(
