@@ -10,16 +10,17 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.explaining import explain
 from flagscale.recipe.models import StudentRecipe
 from flagscale.recipe.section import PositiveInt, Section
-from flagscale.recipe.training import TrainingRecipe
+from flagscale.recipe.training import TrainingRecipe, decisive
 
 if TYPE_CHECKING:
     from flagscale.recipe.recipe import Recipe
@@ -95,23 +96,52 @@ def variants(recipe: Recipe) -> list[Variant]:
     """The sweep's variants, in the order of `vary`, the last field fastest; none without a sweep.
 
     Raises:
-        ValueError: a combination is no valid recipe, or is the same as another.
+        ValueError: a combination is no valid recipe, or the same training as another.
     """
     if recipe.sweep is None:
         return []
     paths = list(recipe.sweep.vary)
     base = recipe.model_dump(mode="json", exclude={"sweep"})
-    found: dict[str, Variant] = {}
-    for values in itertools.product(*recipe.sweep.vary.values()):
-        variant = _variant(recipe, base, dict(zip(paths, values, strict=True)))
-        content = json.dumps(variant.sections | {"name": ""}, sort_keys=True)
-        if content in found:
-            raise ValueError(
-                f"sweep.vary: {variant.name!r} and {found[content].name!r} are the same training; "
-                "leave one of the values out"
-            )
-        found[content] = variant
-    return list(found.values())
+    found = [
+        _variant(recipe, base, dict(zip(paths, values, strict=True)))
+        for values in itertools.product(*recipe.sweep.vary.values())
+    ]
+    check_distinct("sweep.vary", ((variant.name, variant.recipe) for variant in found))
+    return found
+
+
+def check_distinct(where: str, variants: Iterable[tuple[str, Recipe]]) -> None:
+    """Refuse two variants that are one training: they would share checkpoints, job and MLflow run.
+
+    Args:
+        where: opens the error message.
+        variants: name and recipe of each.
+
+    Raises:
+        ValueError: which two, and why.
+    """
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, recipe in variants:
+        sections = recipe.model_dump(mode="json", include={*VARIED})
+        training = sections["training"]
+        content = json.dumps({**sections, "training": decisive(training)}, sort_keys=True)
+        other, its = known.setdefault(content, (name, training))
+        if its is training:
+            continue
+        fields = " or ".join(f"training.{key}" for key in training if training[key] != its[key])
+        why = f", because no result depends on {fields}, but for rounding" if fields else ""
+        raise ValueError(
+            f"{where}: {name!r} and {other!r} are the same training{why}; leave one of them out"
+        )
+
+
+def set_in_vain(recipe: Recipe, path: str, value: Any) -> str | None:  # noqa: ANN401 - of YAML
+    """The varied field that setting `path` would set, to no effect; None if there is none."""
+    fields = _fields(path, value)
+    for varied in recipe.sweep.vary if recipe.sweep else ():
+        if any(field == varied or field.startswith(f"{varied}.") for field in fields):
+            return varied
+    return None
 
 
 def with_first_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +170,6 @@ def describe(changes: Mapping[str, Any]) -> str:
 
 
 def _variant(recipe: Recipe, base: Mapping[str, Any], changes: dict[str, Any]) -> Variant:
-    from flagscale.recipe.reading import explain
-
     values = dict(base)
     for path, value in changes.items():
         section, _, field = path.partition(".")
@@ -150,7 +178,7 @@ def _variant(recipe: Recipe, base: Mapping[str, Any], changes: dict[str, Any]) -
     try:
         whole = kind.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(explain(kind, item).strip() for item in error.errors())
+        problems = "; ".join(line.strip() for line in explain(kind, error))
         raise ValueError(f"sweep.vary: the variant {describe(changes)!r}: {problems}") from None
     dumped = whole.model_dump(mode="json")
     validated = {path: _at(dumped, path) for path in changes}
@@ -172,6 +200,12 @@ def _changed(
         inner = old if isinstance(old, Mapping) else {}
         return {**values, name: _changed(inner, rest, value, keep)}
     return {**values, name: old if keep and name in values else value}
+
+
+def _fields(path: str, value: Any) -> list[str]:  # noqa: ANN401 - any YAML value
+    """The path, and those of all fields in a section that is its value."""
+    inner = value.items() if isinstance(value, Mapping) else ()
+    return [path, *(field for name, part in inner for field in _fields(f"{path}.{name}", part))]
 
 
 def _at(values: Any, path: str) -> Any:  # noqa: ANN401 - any JSON value

@@ -202,6 +202,7 @@ def test_overrides_are_read_as_yaml(file: Path) -> None:
         ("=2", "must read section.field=value"),
         ("name.first=x", "name is a value, not a section"),
         ("training.lr=[", "is not valid YAML"),
+        ("training={train_iters: 1, lr: 1, lr: 2}", "lr is given twice, first in line 1"),
         ("training.lrr=1", "did you mean 'lr'?"),
         ("distilation.temperature=2", "did you mean 'distillation'?"),
     ],
@@ -216,6 +217,7 @@ def test_wrong_overrides_are_refused(file: Path, override: str, message: str) ->
     ("text", "message"),
     [
         ("a: [", "is not valid YAML"),
+        ("name: a\ntraining:\n  lr: 1\n  lr: 2\n", "lr is given twice, first in line 3"),
         ("- a", "must be a mapping of sections"),
         ("", "must be a mapping of sections"),
         ("name: Big Run\n", "name='Big Run'"),

@@ -52,14 +52,14 @@ def test_a_field_that_only_the_sweep_gives_needs_no_value_of_its_own() -> None:
 
 
 def test_names_of_lists_nested_fields_and_equal_last_names() -> None:
-    recipe = swept(
-        {
-            "student.keep_layers": [[0, 1], [0, 3]],
-            "training.parallelism.tensor_model_parallel_size": [1, 2],
-        }
-    )
-    assert recipe.variants[3].name == "keep_layers=0,3 tensor_model_parallel_size=2"
-    assert recipe.variants[3].recipe.training.parallelism.tensor_model_parallel_size == 2
+    recipe = swept({"student.keep_layers": [[0, 1], [0, 3]], "training.seed": [1, 2]})
+    assert recipe.variants[3].name == "keep_layers=0,3 seed=2"
+    nested = {"student.architecture.num_experts": [2, 4]}
+    recipe = swept(nested, student={"init": "scratch"}, export={"format": "megatron"})
+    assert recipe.variants[1].name == "num_experts=4"
+    architecture = recipe.variants[1].recipe.student.architecture
+    assert architecture is not None
+    assert architecture.num_experts == 4
     names = describe({"student.seed": 1, "training.seed": 2, "student.num_layers": None})
     assert names == "student.seed=1 training.seed=2 num_layers=null"
     assert len(describe({"a.b": "x" * 99})) == len("b=") + 32
@@ -89,6 +89,15 @@ def test_names_of_lists_nested_fields_and_equal_last_names() -> None:
             "'temperature=1.0' and 'temperature=1.0' are the same training",
         ),
         (
+            {"training.micro_batch_size": [1, 2], "training.global_batch_size": [2]},
+            "'micro_batch_size=2' and 'micro_batch_size=1' are the same training, because no "
+            "result depends on training.micro_batch_size, but for rounding; leave one of them out",
+        ),
+        (
+            {"training.parallelism.tensor_model_parallel_size": [1, 2]},
+            "no result depends on training.parallelism, but for rounding",
+        ),
+        (
             {"student.init": ["prune", "copy"]},
             "the variant 'init=copy': student: init=copy keeps every layer",
         ),
@@ -116,3 +125,42 @@ def test_a_sweep_from_the_command_line() -> None:
     )
     assert [variant.name for variant in recipe.variants] == ["loss=logits", "loss=none"]
     assert [v.recipe.distillation.loss for v in recipe.variants] == ["logits", "none"]
+
+
+def test_when_the_best_checkpoint_is_kept_the_save_interval_decides_on_it() -> None:
+    every = {"training.save_interval": [10, 20], "training.eval_interval": [10]}
+    recipe = swept({**every, "training.keep_weights": ["best"]})
+    assert [variant.name for variant in recipe.variants] == ["save_interval=10", "save_interval=20"]
+    with pytest.raises(UserError, match=r"no result depends on training\.save_interval"):
+        swept({**every, "training.keep_weights": ["last"]})
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("distillation.temperature=3", "distillation.temperature"),
+        ("distillation={temperature: 3, loss: logits}", "distillation.temperature"),
+        ("student.num_layers=2", "student.num_layers"),
+    ],
+)
+def test_an_override_that_the_sweep_would_replace_is_refused(override: str, field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(ROOT / "recipes" / "tiny-sweep.yaml", [override])
+    said = f"override {override!r}: the sweep varies {field}, and its values replace this one"
+    assert said in str(caught.value)
+
+
+def test_an_override_inside_of_what_the_sweep_varies_is_refused() -> None:
+    parts = "sweep.vary={student.architecture: [{num_experts: 2}, {num_experts: 4}]}"
+    scratch = ["student={init: scratch}", "export.format=megatron", parts]
+    path = ROOT / "recipes" / "tiny-sweep.yaml"
+    assert len(load_recipe(path, scratch).variants) == 2
+    with pytest.raises(UserError, match=r"the sweep varies student\.architecture,"):
+        load_recipe(path, [*scratch, "student.architecture.num_experts=8"])
+
+
+def test_other_overrides_of_a_sweeps_sections_hold() -> None:
+    given = ["distillation={loss: logits}", "training.lr=0.5", "sweep.metric=lm_loss"]
+    recipe = load_recipe(ROOT / "recipes" / "tiny-sweep.yaml", given)
+    assert {variant.recipe.training.lr for variant in recipe.variants} == {0.5}
+    assert sorted({v.recipe.distillation.temperature for v in recipe.variants}) == [1.0, 2.0]
