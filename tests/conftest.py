@@ -5,6 +5,8 @@ import inspect
 import json
 import os
 import pydoc_data.topics
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "people")
 kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0))
 
 SEQ_LENGTH = 64
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """The environment as it was: MLflow keeps its tracking server there, and so do others theirs."""
+    before = dict(os.environ)
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -94,8 +94,6 @@ def distil_student(
     """
     processes = platform.processes(training.parallelism)
     paths = _Paths(teacher, student, dataset, str(checkpoints), output)
-    if launch.is_rank():
-        return _train(distillation, training, paths)
     check_training(distillation, training, student, processes)
     name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
     # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
@@ -112,8 +110,7 @@ def _run(
     if processes == 1:
         return _train(distillation, training, paths)
     request = {
-        "distillation": distillation.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
+        **sections(distillation, training),
         **{name: str(path) for name, path in paths._asdict().items()},
     }
     figures: dict[str, float] = launch.run_on_ranks(

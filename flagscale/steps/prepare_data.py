@@ -37,7 +37,8 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         `<split>_documents`, `_tokens`, `_characters` and `_sequences` (of `seq_length`, an epoch),
         `duplicate_documents` and `tokens_per_second` (reading included); where there are
         conversations also `<split>_learnt_tokens` and `_truncated`, `conversations_left_out` (they
-        have no answer) and `conversations_control_tokens` (a message holds a special token's name).
+        have no answer) and `conversations_with_control_tokens` (a message holds a special token's
+        name).
 
     Raises:
         UserError: a corpus, the tokenizer or a split does not serve; nothing is left at `output`.

@@ -40,7 +40,8 @@ class Cluster:
     """The server and what it holds.
 
     Attributes:
-        jobs: TrainJobs by name; `deleted` holds those that went.
+        jobs: TrainJobs by name.
+        gone: those that were deleted.
         pods: other pods, e.g. a launcher's.
         secrets: name -> key -> value.
         denied: (verb, resource) that the account may not.

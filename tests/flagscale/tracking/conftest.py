@@ -17,13 +17,9 @@ _OURS = ("MLFLOW_", "KFP_", "FLAGSCALE_")
 
 
 @pytest.fixture(autouse=True)
-def no_inherited_tracking() -> Iterator[None]:
-    before = dict(os.environ)
+def no_inherited_tracking(nothing_left_behind: None) -> None:
     for name in [name for name in os.environ if name.startswith(_OURS)]:
         del os.environ[name]
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
