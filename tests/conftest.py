@@ -35,7 +35,7 @@ SEQ_LENGTH = 64
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """The environment as it was: MLflow keeps its tracking server there, and so do others theirs."""
+    """The environment as it was: MLflow keeps its tracking server there, for one."""
     before = dict(os.environ)
     yield
     if "mlflow" in sys.modules:
