@@ -3,9 +3,28 @@
 What Kubernetes would refuse only when a pod is to start is refused here.
 """
 
+import posixpath
+import re
+from pathlib import PurePosixPath
 from typing import Annotated
 
+from kubernetes.utils import parse_quantity
 from pydantic import AfterValidator, BeforeValidator, Field
+
+# Where the pipeline, and KFP's own volumes, are mounted; what an image's programs need.
+_TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev", "/kfp-launcher")  # noqa: S108
+_TAKEN_PATHS += ("/gcs", "/s3", "/minio", "/.local", "/.cache", "/.config")
+_TAKEN_PATHS += ("/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr")
+_TAKEN_PATHS += ("/proc", "/run", "/sys", "/var/run")
+_SMALLEST = "64Mi"  # of a pod's memory or a volume: less is a forgotten unit
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_DOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_DOMAIN = rf"{_DOMAIN_PART}(\.{_DOMAIN_PART})*"
+_FOLDER = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(({_DOMAIN}|\[[0-9a-f:]+\])(:[0-9]+)?/)?{_FOLDER}(/{_FOLDER})*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
 
 
 def _written(quantity: object) -> object:
@@ -14,10 +33,17 @@ def _written(quantity: object) -> object:
     return str(quantity) if is_number else quantity
 
 
-_Written = BeforeValidator(_written)
-CpuQuantity = Annotated[str, _Written, Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
-Quantity = Annotated[str, _Written, Field(pattern=r"^[1-9][0-9]*([EPTGM]i?|Ki)?$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+def _some(cpu: str) -> str:
+    if parse_quantity(cpu) == 0:
+        raise ValueError("must be more than 0")
+    return cpu
+
+
+def _enough(quantity: str) -> str:
+    size = parse_quantity(quantity)
+    if size < parse_quantity(_SMALLEST):
+        raise ValueError(f"is {size} bytes; must be {_SMALLEST} or more")
+    return quantity
 
 
 def _not_taken(claim: str) -> str:
@@ -28,19 +54,64 @@ def _not_taken(claim: str) -> str:
     return claim
 
 
+def _free(path: str) -> str:
+    if path.startswith("//") or path != posixpath.normpath(path):
+        raise ValueError("must be written without //, . and ..")
+    mount = PurePosixPath(path)
+    for taken in map(PurePosixPath, _TAKEN_PATHS):
+        if mount.is_relative_to(taken) or taken.is_relative_to(mount):
+            raise ValueError(f"every pod has something at {taken} already")
+    return path
+
+
+def check_image(name: str) -> str:
+    """The name, if it is one that a container runtime takes.
+
+    Raises:
+        ValueError: what it must be like.
+    """
+    if not _IMAGE.fullmatch(name):
+        raise ValueError(
+            "must be like registry.example.com/team/name:tag or name@sha256:(64 hexadecimal "
+            "digits), in lower case but for the tag, without https:// and blanks"
+        )
+    return name
+
+
+_Written = BeforeValidator(_written)
+CpuQuantity = Annotated[
+    str,
+    _Written,
+    Field(pattern=r"^([0-9]*\.)?[0-9]+m?$", examples=["4", "500m"]),
+    AfterValidator(_some),
+]
+Quantity = Annotated[
+    str,
+    _Written,
+    Field(pattern=r"^[1-9][0-9]*([EPTGM]i?|Ki)?$", examples=["16Gi"]),
+    AfterValidator(_enough),
+]
+Name = Annotated[str, Field(pattern=rf"^{_DOMAIN}$", max_length=253, examples=["my-name"])]
 # KFP names the pod's volume after the claim, and volumes' names have no dots.
 ClaimName = Annotated[
     str,
-    Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63),
+    Field(pattern=rf"^{_DOMAIN_PART}$", max_length=63, examples=["my-claim"]),
     AfterValidator(_not_taken),
 ]
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_PREFIX = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/"
-LabelKey = Annotated[str, Field(pattern=rf"^({_PREFIX})?{_LABEL}$")]
-LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$")]
-QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)]
-ResourceName = Annotated[str, Field(pattern=rf"^{_PREFIX}{_LABEL}$")]
-ImageName = Annotated[str, Field(pattern=r"^\S+$")]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-MountPath = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$")]
-Duration = Annotated[str, Field(pattern=r"^[0-9]+s$")]
+LabelKey = Annotated[
+    str, Field(pattern=rf"^({_DOMAIN}/)?{_LABEL}$", examples=["pool", "example.com/pool"])
+]
+LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$", examples=["h100"])]
+QueueName = Annotated[str, Field(pattern=rf"^{_DOMAIN}$", max_length=63, examples=["my-queue"])]
+ResourceName = Annotated[str, Field(pattern=rf"^{_DOMAIN}/{_LABEL}$", examples=["nvidia.com/gpu"])]
+ImageName = Annotated[str, AfterValidator(check_image)]
+SecretKey = Annotated[
+    str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, examples=["access-key"])
+]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", examples=["HF_TOKEN"])]
+MountPath = Annotated[
+    str,
+    Field(pattern=r"^/[^:]*[^:/]$", examples=["/mnt/flagscale"]),
+    AfterValidator(_free),
+]
+Duration = Annotated[str, Field(pattern=r"^[0-9]+s$", examples=["300s"])]

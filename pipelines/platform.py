@@ -6,6 +6,7 @@ gke-h100` puts both together; the same recipe runs on every platform.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.section import PositiveInt
+from flagscale.recipe.strict_yaml import load
 from flagscale.secrets import has_credentials, is_secret_name
 from pipelines.kubernetes_values import (
     ClaimName,
@@ -29,6 +31,7 @@ from pipelines.kubernetes_values import (
     Quantity,
     QueueName,
     ResourceName,
+    SecretKey,
     Variable,
 )
 
@@ -38,18 +41,21 @@ MLFLOW_VARIABLES = {
     "username": "MLFLOW_TRACKING_USERNAME",
     "password": "MLFLOW_TRACKING_PASSWORD",
 }  # key in the Secret: variable
-_OWN_VARIABLES = ("FLAGSCALE_SHARED", "FLAGSCALE_RUN_NAME", "FLAGSCALE_LAST_STEP", "KFP_RUN_ID")
-# Where the pipeline, and KFP's own volumes, are mounted.
-_TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev/shm", "/kfp-launcher")  # noqa: S108
-_TAKEN_PATHS += ("/gcs", "/s3", "/minio", "/.local", "/.cache", "/.config")
+_OWN_VARIABLES = (
+    "FLAGSCALE_SHARED",
+    "FLAGSCALE_RUN_NAME",
+    "FLAGSCALE_LAST_STEP",
+    "FLAGSCALE_SECRET_VARIABLES",
+    "KFP_RUN_ID",
+)
 
 
 class Toleration(Section):
     """A taint of nodes that the pods may run on; names are those of Kubernetes."""
 
-    key: str | None = None
+    key: LabelKey | None = None
     operator: Literal["Exists", "Equal"] = "Equal"
-    value: str | None = None
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     tolerationSeconds: int | None = None  # noqa: N815 - Kubernetes' spelling
 
@@ -76,6 +82,20 @@ class Retries(Section):
         "604800s",
         description="From the first start: no retry begins later, and one that runs ends then",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Retries:
+        if self.count and not self.seconds:
+            raise ValueError(
+                f"max_duration={self.max_duration} leaves no time for count={self.count}; count=0 "
+                "is for none"
+            )
+        return self
+
+    @property
+    def seconds(self) -> int:
+        """`max_duration` as a number."""
+        return int(self.max_duration.removesuffix("s"))
 
 
 class Pods(Section):
@@ -109,6 +129,11 @@ class Pods(Section):
             raise ValueError(
                 f"shared_memory={self.shared_memory} is part of memory={self.memory}, and must "
                 "not be larger"
+            )
+        if self.retries.count and self.retries.seconds < (self.timeout_seconds or 0):
+            raise ValueError(
+                f"retries.max_duration={self.retries.max_duration} would end a pod before its "
+                f"timeout_seconds={self.timeout_seconds}; it must not be less"
             )
         return self
 
@@ -171,14 +196,14 @@ class Shared(Section):
         given = [name for name, value in ways.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
-        if self.url is not None and not self.url.startswith(("s3://", "gs://", "az://")):
-            raise ValueError(f"url={self.url!r} must start with s3://, gs:// or az://")
+        if self.url is not None and not re.match("(s3|gs|az)://[^/]", self.url):
+            raise ValueError(
+                f"url={self.url!r} must start with s3://, gs:// or az://, and name a bucket"
+            )
         if self.url is not None and "mount_path" in self.model_fields_set:
             raise ValueError(
                 f"mount_path={self.mount_path} with url={self.url}: nothing is mounted"
             )
-        if self.mount_path in _TAKEN_PATHS:
-            raise ValueError(f"mount_path={self.mount_path}: every pod has something there already")
         return self
 
     @property
@@ -191,7 +216,7 @@ class SecretEnvironment(Section):
     """A Kubernetes Secret whose values steps see as environment variables."""
 
     name: Name = Field(description="Of the Secret, in the pipeline's namespace")
-    env: dict[str, Variable] = Field(min_length=1, description="Key in the Secret: variable")
+    env: dict[SecretKey, Variable] = Field(min_length=1, description="Key in the Secret: variable")
     optional: bool = Field(False, description="Steps start without it too")
 
 
@@ -207,10 +232,10 @@ class Images(Section):
     """Container images; by digest (`name@sha256:...`) the cache sees when one changes."""
 
     cpu: ImageName | None = Field(
-        None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's"
+        None, description="Default: FLAGSCALE_CPU_IMAGE, else the release's, in FLAGSCALE_REGISTRY"
     )
     gpu: ImageName | None = Field(
-        None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's"
+        None, description="Default: FLAGSCALE_GPU_IMAGE, else the release's, in FLAGSCALE_REGISTRY"
     )
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         "IfNotPresent", description="Always, IfNotPresent or Never, as in Kubernetes"
@@ -237,7 +262,9 @@ class Platform(Section):
     secrets: tuple[SecretEnvironment, ...] = ()
     env: dict[Variable, str] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
-    run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
+    run_as_user: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+        1000, description="User id of the steps, never root"
+    )
 
     @field_validator("env")
     @classmethod
@@ -274,16 +301,19 @@ def load_platform(name: str | Path) -> Platform:
         name: a YAML file, or the name of one in `recipes/platforms/`.
 
     Raises:
-        UserError: there is no such file, it is no YAML, or a field is unknown or wrong.
+        UserError: there is no such file, it is no YAML, a key is given twice, or a field is
+            unknown or wrong.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise UserError(f"platform {name}: no such file; known names: {known}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"platform {path} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"platform {path}: must be a mapping of sections, not {values!r}")
     return parse_section(Platform, values, where=f"platform {path}")
