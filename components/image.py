@@ -12,9 +12,16 @@ VERSION = importlib.metadata.version("flagscale-distillation")
 
 
 def image(accelerators: int = 0) -> str:
-    """Name of the image for a step that is given so many accelerators."""
-    kind = "gpu" if accelerators else "cpu"
+    """Name of the image for a step that is given so many accelerators; an empty variable is none.
+
+    It is as the variables have it: `pipelines.placement` checks it.
+    """
+    variable = "FLAGSCALE_GPU_IMAGE" if accelerators else "FLAGSCALE_CPU_IMAGE"
     registry = os.environ.get("FLAGSCALE_REGISTRY", "")
-    name = f"flagscale-distillation:{VERSION}-{kind}"
-    default = f"{registry.rstrip('/')}/{name}" if registry else name
-    return os.environ.get(f"FLAGSCALE_{kind.upper()}_IMAGE", default)
+    name = release(accelerators)
+    return os.environ.get(variable) or (f"{registry.rstrip('/')}/{name}" if registry else name)
+
+
+def release(accelerators: int = 0) -> str:
+    """Name of the release's image where it was built, and pushed to no registry yet."""
+    return f"flagscale-distillation:{VERSION}-{'gpu' if accelerators else 'cpu'}"

@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kfp import compiler
@@ -25,11 +27,13 @@ def compile_recipe(recipe: Recipe, platform: Platform, output: Path) -> Path:
         output: a `.yaml` file, replaced if there is one.
 
     Raises:
-        UserError: `output` has another suffix, or the platform cannot hold the training.
+        UserError: `output` has another suffix or cannot be written, the platform cannot hold the
+            training, or an image's name is wrong.
     """
-    _make_folder(output)
-    compiler.Compiler().compile(build_pipeline(recipe, platform), str(output))
-    _head(output, f"{recipe.name}, made by `python -m pipelines compile`: upload it in the KFP UI.")
+    pipeline = build_pipeline(recipe, platform)
+    with _writing(output):
+        compiler.Compiler().compile(pipeline, str(output))
+        _head(output, f"{_origin(recipe)}: upload it in the KFP UI.")
     return output
 
 
@@ -45,9 +49,9 @@ def compile_manifests(
         namespace: of the objects; None: whichever they are applied to.
 
     Raises:
-        UserError: `output` has another suffix, or the platform cannot hold the training.
+        UserError: `output` has another suffix or cannot be written, the platform cannot hold the
+            training, or an image's name is wrong.
     """
-    _make_folder(output)
     version = pipeline_version(compile_recipe(recipe, platform, output))
     pipeline = build_pipeline(recipe, platform)
     options = KubernetesManifestOptions(
@@ -57,13 +61,14 @@ def compile_manifests(
         namespace=namespace,
         include_pipeline_manifest=True,
     )
-    compiler.Compiler().compile(
-        pipeline,
-        str(output),
-        kubernetes_manifest_format=True,
-        kubernetes_manifest_options=options,
-    )
-    _head(output, f"{recipe.name}, made by `python -m pipelines compile`: kubectl apply -f it.")
+    with _writing(output):
+        compiler.Compiler().compile(
+            pipeline,
+            str(output),
+            kubernetes_manifest_format=True,
+            kubernetes_manifest_options=options,
+        )
+        _head(output, f"{_origin(recipe)}: kubectl apply -f it.")
     return output
 
 
@@ -81,10 +86,21 @@ def pipeline_version(compiled: Path) -> str:
     return hashlib.sha256(compiled.read_bytes()).hexdigest()[:12]
 
 
-def _make_folder(output: Path) -> None:
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Make the file's folder, and explain why the file cannot be written."""
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"output {output}: must end in .yaml")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"output {output}: cannot be written ({why})") from error
+
+
+def _origin(recipe: Recipe) -> str:
+    return f"{recipe.name}, made by `python -m pipelines compile`"
 
 
 def _head(output: Path, heading: str) -> None:

@@ -15,6 +15,8 @@ from kfp import dsl, kubernetes
 from components.image import image
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
+from flagscale.secrets import hide_in_urls
+from pipelines.kubernetes_values import check_image
 from pipelines.parameters import Parameter
 from pipelines.platform import MLFLOW_VARIABLES, Platform, Pods
 
@@ -22,7 +24,11 @@ KINDS = ("data", "models", "training")
 
 
 def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
-    """What a run may change of a platform."""
+    """What a run may change of a platform.
+
+    Raises:
+        UserError: an image's name, of the environment, is wrong.
+    """
     found = []
     for kind in KINDS:
         pods = _pods(platform, recipe, kind)
@@ -210,6 +216,10 @@ class Placement:
             kubernetes.use_secret_as_env(task, secret, credentials, optional=True)
         for secret in platform.secrets:
             kubernetes.use_secret_as_env(task, secret.name, dict(secret.env), secret.optional)
+        if platform.secrets:
+            # Their names may not look it, and logs are to hide them all (`flagscale.secrets`).
+            names = [name for secret in platform.secrets for name in secret.env.values()]
+            task.set_env_variable("FLAGSCALE_SECRET_VARIABLES", ",".join(names))
         for name, value in platform.env.items():
             task.set_env_variable(name, value)
 
@@ -224,7 +234,17 @@ def _pods(platform: Platform, recipe: Recipe, kind: str) -> Pods:
 
 def _image(platform: Platform, pods: Pods) -> str:
     given = platform.images.gpu if pods.accelerator_count else platform.images.cpu
-    return given or image(pods.accelerator_count)
+    if given is not None:
+        return given
+    name = image(pods.accelerator_count)
+    kind = "GPU" if pods.accelerator_count else "CPU"
+    try:
+        return check_image(name)
+    except ValueError as error:
+        raise UserError(
+            f"image {hide_in_urls(name)!r}, of FLAGSCALE_{kind}_IMAGE or FLAGSCALE_REGISTRY: "
+            f"{error}"
+        ) from None
 
 
 def _new_volume(platform: Platform) -> Any:  # noqa: ANN401 - KFP's channel

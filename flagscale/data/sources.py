@@ -93,7 +93,7 @@ def documents(corpus: CorpusRecipe) -> Iterator[Document]:
             field (naming those there are), or holds no text at all.
     """
     is_chat = corpus.format == "chat"
-    kind = _detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+    kind = detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
     column = (
         _Column(corpus.messages_field, "messages_field", dump_messages)
         if is_chat
@@ -129,7 +129,7 @@ def _presentable(found: Iterator[Document]) -> Iterator[Document]:
         logger.info("%d blank documents left out", blank)
 
 
-def _detect(source: str) -> str:
+def detect(source: str) -> str:
     """The format by the source's name: a source, `huggingface`, or `files` of possibly several."""
     if source == "python-docs":
         return source

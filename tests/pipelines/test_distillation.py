@@ -88,7 +88,7 @@ def test_the_command_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     output = tmp_path / "new" / "p.yaml"
     overrides = ["--set", "distillation.temperature=3"]
     assert main(["compile", str(DEFAULT), "-o", str(output), *overrides]) == 0
-    assert capsys.readouterr().out == f"wrote {output}\n"
+    assert capsys.readouterr().out.endswith(f"\nwrote {output}\n")
     spec = next(yaml.safe_load_all(output.read_text()))
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["distillation"]["defaultValue"]["temperature"] == 3
@@ -140,3 +140,17 @@ def test_images_are_named_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert image() == f"registry.example/ml/flagscale-distillation:{VERSION}-cpu"
     monkeypatch.setenv("FLAGSCALE_GPU_IMAGE", "other@sha256:1")
     assert image(8) == "other@sha256:1"
+    monkeypatch.setenv("FLAGSCALE_GPU_IMAGE", "")
+    assert image(8) == f"registry.example/ml/flagscale-distillation:{VERSION}-gpu"
+
+
+@pytest.mark.parametrize("form", ["ir", "kubernetes"])
+@pytest.mark.parametrize("output", ["/proc/p.yaml", "file.yaml/p.yaml", "folder.yaml"])
+def test_an_output_that_cannot_be_written(
+    output: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.yaml").touch()
+    (tmp_path / "folder.yaml").mkdir()
+    path = tmp_path / output
+    assert main(["compile", str(DEFAULT), "--format", form, "-o", str(path)]) == 2
+    assert f"error: output {path}: cannot be written (" in capsys.readouterr().err

@@ -9,12 +9,13 @@ from google.protobuf import json_format
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from components.image import VERSION
 from flagscale.errors import UserError
 from flagscale.ranks.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement
 from pipelines.compiling import compile_recipe
-from pipelines.platform import FOLDER, Platform, Pods, load_platform
+from pipelines.platform import FOLDER, Images, Platform, Pods, load_platform
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
@@ -101,8 +102,9 @@ def test_each_step_gets_what_the_platform_says(
         step = name.removeprefix("exec-")
         kind = KINDS.get(step.removesuffix("-on-nodes"), "models")
         pods: Pods = getattr(platform.steps, kind)
-        check_container(found, found.executors[name]["container"], step, pods, recipe)
-        check_pod(found, found.kubernetes[name], platform, pods)
+        container = found.executors[name]["container"]
+        check_container(found, container, step, pods, recipe)
+        check_pod(found, found.kubernetes[name], container, platform, pods)
 
 
 def check_container(
@@ -128,7 +130,13 @@ def check_container(
     assert ("gpu" in image) == (pods.accelerator_count > 0)
 
 
-def check_pod(found: Compiled, pod: dict[str, Any], platform: Platform, pods: Pods) -> None:
+def check_pod(
+    found: Compiled,
+    pod: dict[str, Any],
+    container: dict[str, Any],
+    platform: Platform,
+    pods: Pods,
+) -> None:
     assert found.resolve(pod["nodeSelector"]["nodeSelectorJson"]) == pods.node_selector
     (toleration,) = pod["tolerations"]
     assert found.resolve(toleration["tolerationJson"]) == [
@@ -147,11 +155,13 @@ def check_pod(found: Compiled, pod: dict[str, Any], platform: Platform, pods: Po
     assert pod["imagePullPolicy"] == platform.images.pull_policy
     pulls = [found.resolve(s["secretNameParameter"]) for s in pod.get("imagePullSecret", [])]
     assert pulls == list(platform.images.pull_secrets)
-    check_secrets(found, pod, platform)
+    check_secrets(found, pod, container, platform)
     check_volume(found, pod, platform)
 
 
-def check_secrets(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
+def check_secrets(
+    found: Compiled, pod: dict[str, Any], container: dict[str, Any], platform: Platform
+) -> None:
     asked = {
         (found.resolve(secret["secretNameParameter"]), pair["secretKey"], pair["envVar"]): secret[
             "optional"
@@ -170,6 +180,9 @@ def check_secrets(found: Compiled, pod: dict[str, Any], platform: Platform) -> N
         wanted[name, "username", "MLFLOW_TRACKING_USERNAME"] = True
         wanted[name, "password", "MLFLOW_TRACKING_PASSWORD"] = True
     assert asked == wanted
+    told = {e["name"]: e["value"] for e in container["env"]}.get("FLAGSCALE_SECRET_VARIABLES")
+    names = [name for secret in platform.secrets for name in secret.env.values()]
+    assert (told.split(",") if told else []) == names
 
 
 def check_volume(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
@@ -267,22 +280,56 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ("run_as_user: 0", "run_as_user=0"),
         ("steps: {models: {tolerations: [{operator: Exists, value: x}]}}", "takes no value"),
         ("a: [", "not readable YAML"),
-        ("", "platform=None: "),
+        ("", "must be a mapping of sections, not None"),
+        ("mlflow: {secret: a}\nmlflow: {secret: b}", "mlflow is given twice, first in line 1"),
         # What would be found out only by a pod that cannot start, or never.
         ("shared: {claim: my.claim}", "shared.claim='my.claim'"),
         ("shared: {claim: tmp}", "every pod has one of this name"),
-        ("shared: {claim: a, mount_path: /tmp}", "mount_path=/tmp"),
+        ("shared: {claim: a, mount_path: /tmp}", "shared.mount_path='/tmp'"),
+        ("shared: {claim: a, mount_path: /tmp/flagscale}", "something at /tmp already"),
+        ("shared: {claim: a, mount_path: /opt/venv}", "something at /opt already"),
+        ("shared: {claim: a, mount_path: /usr}", "something at /usr already"),
+        ("shared: {claim: a, mount_path: /var}", "something at /var/run already"),
+        ("shared: {claim: a, mount_path: /var/run/secrets}", "something at /var/run already"),
+        ("shared: {claim: a, mount_path: //tmp}", "without //, . and .."),
+        ("shared: {claim: a, mount_path: /mnt/../tmp}", "without //, . and .."),
+        ("shared: {claim: a, mount_path: /mnt/./a}", "without //, . and .."),
+        ("shared: {url: 's3://'}", "url='s3://' must start with s3://, gs:// or az://, and name"),
+        ("shared: {url: 's3:///a'}", "and name a bucket"),
         ("shared: {url: 's3://b', mount_path: /x}", "nothing is mounted"),
         ("shared: {create: {size: 1Ti}}", "shared.create.storage_class: required"),
         ("shared: {create: {size: 1Ti, storage_class: a, access_modes: []}}", "access_modes=[]"),
         ("shared: {create: {size: 1K, storage_class: a}}", "shared.create.size='1K'"),
+        ("shared: {create: {size: 1Mi, storage_class: a}}", "is 1048576 bytes; must be 64Mi"),
         ("steps: {data: {memory: '0'}}", "steps.data.memory='0'"),
+        ("steps: {data: {memory: 64}}", "is 64 bytes; must be 64Mi or more"),
+        ("steps: {data: {memory: 010}}", "is 8 bytes; must be 64Mi or more"),
+        ("steps: {data: {memory: 16M}}", "is 16000000 bytes; must be 64Mi or more"),
+        ("steps: {data: {shared_memory: 1}}", "is 1 bytes; must be 64Mi or more"),
         ("steps: {data: {cpu: true}}", "steps.data.cpu=True"),
+        ("steps: {data: {cpu: 0}}", "must be more than 0"),
+        ("steps: {data: {cpu: 0m}}", "must be more than 0"),
+        ("steps: {data: {cpu: 0.0}}", "must be more than 0"),
+        (
+            "steps: {training: {timeout_seconds: 604801}}",
+            "retries.max_duration=604800s would end a pod before its timeout_seconds=604801",
+        ),
+        ("steps: {data: {retries: {max_duration: 0s}}}", "leaves no time for count=2"),
         (
             "steps: {models: {memory: 1Gi, shared_memory: 1025Mi}}",
             "shared_memory=1025Mi is part of memory=1Gi",
         ),
         ("images: {gpu: ''}", "images.gpu=''"),
+        ("images: {gpu: https://registry/a:1}", "must be like registry.example.com/team/name:tag"),
+        ("images: {gpu: 'https://me:planted@registry/a'}", "images.gpu='https://***@registry/a'"),
+        ("images: {gpu: Registry.example.com/ML/Foo:BAR}", "in lower case but for the tag"),
+        ("images: {gpu: 'a:1:2'}", "images.gpu='a:1:2'"),
+        ("images: {gpu: 'a@sha256:abc'}", "images.gpu='a@sha256:abc'"),
+        ("mlflow: {secret: a..b}", "mlflow.secret='a..b'"),
+        ("secrets: [{name: a, env: {my token: A}}]", "secrets.0.env.my token"),
+        ("run_as_user: 2147483648", "run_as_user=2147483648"),
+        ("steps: {data: {tolerations: [{key: a b}]}}", "tolerations.0.key='a b'"),
+        ("steps: {data: {tolerations: [{key: a, value: b c}]}}", "tolerations.0.value='b c'"),
         ("steps: {training: {accelerator_type: ''}}", "accelerator_type=''"),
         ("steps: {data: {node_selector: {pool: a b}}}", "node_selector.pool='a b'"),
         ("steps: {data: {labels: {a b: c}}}", "steps.data.labels.a b"),
@@ -297,6 +344,7 @@ def test_a_platform_that_cannot_hold_it_is_refused(
         ),
         # Of two values of a variable a pod takes the last.
         ("env: {FLAGSCALE_SHARED: /x}", "FLAGSCALE_SHARED is set by env and by the pipeline"),
+        ("env: {FLAGSCALE_SECRET_VARIABLES: A}", "by env and by the pipeline"),
         ("env: {MLFLOW_TRACKING_URI: 'http://x'}", "by env and by mlflow.secret"),
         (
             "secrets: [{name: a, env: {k: HF_TOKEN}}, {name: b, env: {k: HF_TOKEN}}]",
@@ -319,6 +367,76 @@ def test_quantities_may_be_numbers_as_in_kubernetes(tmp_path: Path) -> None:
     path.write_text("steps: {data: {cpu: 4, memory: 8589934592}, models: {cpu: 0.5}}")
     steps = load_platform(path).steps
     assert (steps.data.cpu, steps.data.memory, steps.models.cpu) == ("4", "8589934592", "0.5")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shared: {claim: a, mount_path: /mnt/a.b/c}",
+        "shared: {claim: a, mount_path: /data}",
+        "shared: {claim: a, mount_path: /tmpfs}",
+        "shared: {url: 's3://b'}",
+        "steps: {data: {memory: 64Mi, shared_memory: 64Mi, cpu: 1m}}",
+        "steps: {training: {timeout_seconds: 604801, retries: {count: 0}}}",
+        "steps: {training: {retries: {count: 0, max_duration: 0s}}}",
+        "steps: {training: {timeout_seconds: 60, retries: {max_duration: 60s}}}",
+        "steps: {data: {tolerations: [{key: a.b/c, value: ''}, {operator: Exists}]}}",
+        "secrets: [{name: a.b-c, env: {_my.Key-1: A}}]",
+        "run_as_user: 2147483647",
+    ],
+)
+def test_platform_files_at_the_border_of_what_is_right(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    load_platform(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a",
+        "team/a_b__c-d.e:Tag_1.0",
+        "localhost:5000/a",
+        "[fd00::1]:5000/a",
+        "nvcr.io/nvidia/pytorch:25.12-py3",
+        f"registry.example.com/team/a:1@sha256:{'0f' * 32}",
+    ],
+)
+def test_images_that_a_container_runtime_takes(name: str) -> None:
+    assert Images(cpu=name).cpu == name
+
+
+IMAGE_VARIABLES = ("FLAGSCALE_REGISTRY", "FLAGSCALE_CPU_IMAGE", "FLAGSCALE_GPU_IMAGE")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLAGSCALE_CPU_IMAGE", "a b"),
+        ("FLAGSCALE_REGISTRY", "https://me:planted@registry.example.com"),
+        ("FLAGSCALE_REGISTRY", "Registry.example.com/ML"),
+        ("FLAGSCALE_REGISTRY", "registry.example.com/a b"),
+    ],
+)
+def test_a_wrong_image_of_the_environment_is_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in IMAGE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(
+        UserError, match=f"of FLAGSCALE_CPU_IMAGE or .*{IMAGE_VARIABLES[0]}"
+    ) as error:
+        placement.parameters(load_platform("cpu-only"), load_recipe(RECIPES["tiny"]))
+    assert "planted" not in str(error.value)
+
+
+def test_an_empty_variable_names_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in IMAGE_VARIABLES:
+        monkeypatch.setenv(name, "")
+    found = placement.parameters(load_platform("gke-h100"), load_recipe(RECIPES["tiny"]))
+    images = {p.default for p in found if p.name.endswith("_image")}
+    assert images == {f"flagscale-distillation:{VERSION}-{kind}" for kind in ("cpu", "gpu")}
 
 
 def test_without_a_secret_for_mlflow_its_address_may_be_a_variable(tmp_path: Path) -> None:
