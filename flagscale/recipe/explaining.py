@@ -18,15 +18,17 @@ def explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
     return [_line(kind, item) for item in items if not _only_counts(item, places)]
 
 
-def example(kind: Any, location: Sequence[str | int]) -> str:  # noqa: ANN401 - a type expression
-    """`, e.g. 16Gi`: right values at a place, if its type names some (`Field(examples=...)`).
+def message(kind: Any, item: Any) -> str:  # noqa: ANN401 - a type expression, ErrorDetails
+    """What is wrong with one value, with a right one if its type names some.
 
     Args:
-        kind: a section, or any type that pydantic can validate.
-        location: inside it, as in pydantic's errors.
+        kind: what was validated: a section, or any type.
+        item: one of `ValidationError.errors()`.
     """
-    texts = [str(value) for value in _examples(_type_at(kind, location))]
-    return f", e.g. {' or '.join(texts)}" if texts else ""
+    if item["type"] == "value_error":  # ours: says itself what would be right
+        return str(item["msg"]).removeprefix("Value error, ")
+    examples = " or ".join(str(value) for value in _examples(_type_at(kind, item["loc"])))
+    return f"{item['msg']}, e.g. {examples}" if examples else str(item["msg"])
 
 
 def _only_counts(item: Any, places: Sequence[tuple[int | str, ...]]) -> bool:  # noqa: ANN401
@@ -51,13 +53,9 @@ def _line(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydantic's
         return f"  {name}={item['input']!r}: unknown field; {hint}"
     if item["type"] == "missing":
         return f"  {name}: required, and not given"
-    if item["type"] == "value_error":  # ours: says itself what would be right
-        message = item["msg"].removeprefix("Value error, ")
-    else:
-        message = item["msg"] + example(kind, location)
     if isinstance(item["input"], dict):  # a cross-field check: the message names the values
-        return f"  {name}: {message}"
-    return f"  {name}={item['input']!r}: {message}"
+        return f"  {name}: {message(kind, item)}"
+    return f"  {name}={item['input']!r}: {message(kind, item)}"
 
 
 def _type_at(kind: Any, location: Sequence[str | int]) -> Any:  # noqa: ANN401 - a type expression

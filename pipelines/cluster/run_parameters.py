@@ -6,41 +6,24 @@ pipeline is uploaded and the run is being made; a wrong learning rate it never f
 
 from __future__ import annotations
 
-import copy
 import difflib
-import re
 from collections.abc import Mapping
-from typing import Any, get_args
-
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
-from flagscale.recipe.sweep import VARIED, Metric
-from flagscale.secrets import has_credentials, hide_in_urls
+from flagscale.recipe.sweep import VARIED, check_distinct, set_in_vain
+from pipelines.cluster.parameter_values import check_checkpoints, check_value, read_typed, read_yaml
 from pipelines.distillation import SECTIONS
-from pipelines.kubernetes_values import ClaimName, ImageName, LabelKey, LabelValue, Name
-from pipelines.platform import Toleration
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "STRING": (str, "a text"),
-    "NUMBER_INTEGER": (int, "a whole number"),
-    "NUMBER_DOUBLE": ((int, float), "a number"),
-    "BOOLEAN": (bool, "true or false"),
-    "LIST": (list, "a list, e.g. [a, b]"),
-    "STRUCT": (dict, "a mapping, e.g. {key: value}"),
-}
-_OF_PODS: dict[str, Any] = {
-    "volume_claim": ClaimName,
-    "mlflow_secret": Name,
-    "image": ImageName,
-    "node_selector": dict[LabelKey, LabelValue],
-}
+from pipelines.placement import KINDS
+from pipelines.platform import Platform
 
 
 def read_parameters(
-    given: list[str], definitions: Mapping[str, Mapping[str, Any]], recipe: Recipe
+    given: list[str],
+    definitions: Mapping[str, Mapping[str, Any]],
+    recipe: Recipe,
+    platform: Platform,
 ) -> dict[str, Any]:
     """The values of a run that differ from the pipeline's defaults.
 
@@ -49,13 +32,15 @@ def read_parameters(
             are read as YAML.
         definitions: the pipeline's parameters, from `inputDefinitions.parameters` of its root.
         recipe: whose sections are the defaults.
+        platform: that the pipeline was made for.
 
     Returns:
         What to send, by parameter. Sections are whole, and hold what follows from other sections'
         changes too: another teacher's tokenizer, for instance.
 
     Raises:
-        UserError: an unknown name, a value of another type, or a recipe that would be refused.
+        UserError: an unknown name, a value of another type, one that pods would fail of, or a
+            recipe that would be refused.
     """
     values: dict[str, Any] = {}
     changed = recipe.model_dump(mode="json", exclude_none=True)
@@ -67,15 +52,18 @@ def read_parameters(
             raise UserError(f"parameter {item!r}: must read name=value")
         name, dot, _ = key.partition(".")
         if dot and name in SECTIONS and name in definitions:
-            _put(changed, key, _yaml(key, text))
+            _put(changed, key, read_yaml(key, text))
             continue
         if key not in definitions:
-            raise UserError(_unknown(key, text, definitions))
-        value = _typed(key, text, definitions[key]["parameterType"])
+            raise UserError(_unknown(key, text, definitions, recipe))
+        value = read_typed(key, text, definitions[key]["parameterType"])
         if key in SECTIONS:
             changed[key] = value
         else:
-            values[key] = _checked(key, value)
+            values[key] = check_value(key, value)
+    if "checkpoints" in values:
+        check_checkpoints(values["checkpoints"], platform, recipe.resources.nodes)
+    _check_images(values, definitions)
     return values | _sections(changed, recipe, values, definitions)
 
 
@@ -124,7 +112,25 @@ def _variants(given: list[Any], base: Mapping[str, Any]) -> dict[str, Recipe]:
         found[name] = parse_section(Recipe, shared | own, where=name)
     if not found:
         raise UserError("parameter variants: is empty; give at least one variant")
+    names = (variant["name"] for variant in given)
+    try:
+        check_distinct("parameter variants", zip(names, found.values(), strict=True))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return found
+
+
+def _check_images(values: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse accelerators for pods whose image was chosen for pods without."""
+    for kind in KINDS:
+        count, image = f"{kind}_accelerator_count", f"{kind}_image"
+        wanted = int(values.get(count, 0))
+        if wanted and image not in values and not int(definitions[count]["defaultValue"]):
+            raise UserError(
+                f"parameter {count}={wanted}: these pods have none by default, and {image}="
+                f"{definitions[image]['defaultValue']} is for pods without; give -p {image}=... "
+                "too"
+            )
 
 
 def _forget_inherited(values: dict[str, Any], recipe: Recipe) -> None:
@@ -145,90 +151,18 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 
     node[last] = value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as in JSON; YAML 1.1 wants a point and a sign."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
-    list("-+.0123456789"),
-)
-
-
-def _yaml(key: str, text: str) -> Any:  # noqa: ANN401 - whatever it holds
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
-    except yaml.YAMLError:
-        raise UserError(f"parameter {key}={text}: the value is not valid YAML") from None
-
-
-def _typed(key: str, text: str, kind: str) -> Any:  # noqa: ANN401 - as `kind` says
-    value = _yaml(key, text)
-    if kind == "STRING" and not isinstance(value, dict | list):
-        quoted = text.strip()[:1] in ("'", '"')
-        return str(yaml.safe_load(text)) if quoted else text.strip()
-    kinds, right = _KINDS[kind]
-    wrong_number = isinstance(value, bool) and kind != "BOOLEAN"
-    if wrong_number or not isinstance(value, kinds):
-        raise UserError(f"parameter {key}={text}: must be {right}, not {_what(value)}")
-    return value
-
-
-def _what(value: Any) -> str:  # noqa: ANN401 - anything
-    if value is None:
-        return "nothing"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
-
-
-def _checked(key: str, value: Any) -> Any:  # noqa: ANN401 - of any kind
-    """What KFP would pass on to Kubernetes unseen, and pods would fail of."""
-    if key == "metric" and value not in get_args(Metric):
-        raise UserError(f"parameter metric={value}: must be one of {', '.join(get_args(Metric))}")
-    if key.endswith("_tolerations"):
-        for number, item in enumerate(value):
-            parse_section(Toleration, copy.copy(item), where=f"parameter {key}, item {number}")
-    if key.endswith("_node_selector"):
-        for label, wanted in value.items():
-            if not isinstance(wanted, str):
-                raise UserError(
-                    f"parameter {key}: label {label} must have a text, not {wanted!r}: "
-                    f"{{{label}: '{wanted}'}}"
-                )
-    if value == "" and key != "experiment":
-        raise UserError(f"parameter {key}: is empty; leave it out for the default")
-    _check_of_pods(key, value)
-    # A text in the pipeline: KFP puts it into a Kubernetes quantity.
-    if key.endswith("_accelerator_count") and not re.fullmatch("[0-9]+", str(value)):
-        raise UserError(f"parameter {key}={value}: must be a whole number, 0 or more")
-    return value
-
-
-def _check_of_pods(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
-    """What a platform file refuses, a run does too."""
-    if isinstance(value, str) and has_credentials(value):
-        raise UserError(
-            f"parameter {key}={hide_in_urls(value)}: holds credentials, and KFP stores and shows "
-            "every run's parameters; give them by a secret of the platform file"
-        )
-    if key == "checkpoints" and not (value.startswith("/") or "://" in value):
-        raise UserError(
-            f"parameter checkpoints={value}: must be a folder of the pods, from / on, or a URL"
-        )
-    kind = _OF_PODS.get(key) or _OF_PODS.get(key.partition("_")[2])
-    if kind is None:
-        return
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"parameter {key}: {wrong['input']!r}: {wrong['msg']}") from None
-
-
-def _unknown(key: str, text: str, definitions: Mapping[str, Mapping[str, Any]]) -> str:
+def _unknown(
+    key: str, text: str, definitions: Mapping[str, Mapping[str, Any]], recipe: Recipe
+) -> str:
     section = key.partition(".")[0]
     if section in Recipe.model_fields and section not in definitions:
+        varied = set_in_vain(recipe, key, read_yaml(key, text))
+        if varied is not None:
+            return (
+                f"parameter {key}: the sweep varies {varied}; change it with "
+                "--set 'sweep.vary={...}', or give all variants of this run with "
+                "-p 'variants=[...]'"
+            )
         return (
             f"parameter {key}: {section} is fixed when the pipeline is made; change it with "
             f"--set {key}={text}"

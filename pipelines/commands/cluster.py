@@ -176,7 +176,7 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     where = Path(arguments.platform).stem
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
-        parameters = read_parameters(arguments.parameters, package.definitions, recipe)
+        parameters = read_parameters(arguments.parameters, package.definitions, recipe, platform)
         sys.stdout.write(notes(_of_this_run(recipe, parameters), platform))
         yield (
             package,

@@ -8,10 +8,21 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
+from pipelines.cluster import run_parameters
 from pipelines.cluster.package import Package, make_package
-from pipelines.cluster.run_parameters import read_parameters
-from pipelines.platform import load_platform
+from pipelines.cluster.parameter_values import check_checkpoints
+from pipelines.platform import Platform, load_platform
 from tests.pipelines.cluster.kfp_api import check_inputs
+
+GKE = load_platform("gke-h100")
+HERE = load_platform("cpu-only")
+BUCKET = Platform.model_validate({"shared": {"url": "s3://bucket/distillation"}})
+
+
+def read_parameters(
+    given: list[str], definitions: dict[str, Any], recipe: Recipe, platform: Platform = GKE
+) -> dict[str, Any]:
+    return run_parameters.read_parameters(given, definitions, recipe, platform)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +32,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def package(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return make_package(recipe, load_platform("gke-h100"), tmp_path_factory.mktemp("package"))
+    return make_package(recipe, GKE, tmp_path_factory.mktemp("package"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,9 @@ def definitions(package: Package) -> dict[str, Any]:
         ("models_image=", "models_image: is empty"),
         ("models_image=a b", "models_image: 'a b'"),
         ("checkpoints=", "checkpoints: is empty"),
-        ("checkpoints=mine", "checkpoints=mine: must be a folder of the pods, from / on, or a URL"),
+        ("checkpoints=mine", "checkpoints=mine: must be a folder below /mnt/flagscale, or a URL"),
+        ("models_node_selector={pool: a, pool: b}", "pool is given twice"),
+        ("models_node_selector={pool: a b}", "e.g. h100$"),
         ("checkpoints=s3://key:planted@bucket", r"checkpoints=s3://\*\*\*@bucket: holds cred"),
         ("models_image=https://me:planted@registry/a", "holds credentials"),
         ("volume_claim=my.claim", "volume_claim: 'my.claim'"),
@@ -96,6 +109,74 @@ def test_values_are_those_of_the_pipelines_types(
     check_inputs(package.specification, values)  # as the backend does
 
 
+ANY_FOLDER = "must be a folder of the pods, from / on"
+ON_VOLUME = "must be a folder below /mnt/flagscale, or a URL of an object store; any other folder"
+ON_NODES = "must be a folder below /mnt/flagscale, which all 2 nodes see"
+
+
+@pytest.mark.parametrize(
+    ("platform", "nodes", "place", "said"),
+    [
+        (GKE, 1, "foo://x", "a URL must start with s3://, gs:// or az://, and name a bucket"),
+        (GKE, 1, "s3://", "a URL must start with"),
+        (GKE, 1, "/tmp/x", ON_VOLUME),
+        (GKE, 1, "/mnt/flagscale/../other", ON_VOLUME),
+        (GKE, 1, "/mnt/flagscale-2/x", ON_VOLUME),
+        (GKE, 2, "s3://b/x", ON_NODES),
+        (GKE, 2, "/tmp/x", ON_NODES),
+        (HERE, 1, "foo://x", "a URL must start with"),
+        (HERE, 1, "x", ANY_FOLDER),
+        (BUCKET, 1, "/tmp/x", "must be a URL of an object store; a folder is lost with its pod"),
+    ],
+)
+def test_checkpoints_that_pods_would_lose_or_not_find(
+    platform: Platform, nodes: int, place: str, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_checkpoints(place, platform, nodes)
+    assert str(caught.value).startswith(f"parameter checkpoints={place}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("platform", "nodes", "place"),
+    [
+        (GKE, 1, "/mnt/flagscale/mine"),
+        (GKE, 1, "gs://bucket/mine"),
+        (GKE, 2, "/mnt/flagscale/a/../b"),
+        (HERE, 1, "/tmp/x"),  # where the default lies too
+        (HERE, 1, "az://container/mine"),
+        (BUCKET, 1, "s3://other/mine"),
+    ],
+)
+def test_checkpoints_that_outlive_their_pod(platform: Platform, nodes: int, place: str) -> None:
+    check_checkpoints(place, platform, nodes)
+
+
+def test_checkpoints_of_several_nodes_are_checked_before_the_run(
+    recipe: Recipe, definitions: dict[str, Any]
+) -> None:
+    nodes = recipe.resources.model_copy(update={"nodes": 2})
+    several = recipe.model_copy(update={"resources": nodes})
+    with pytest.raises(UserError, match="which all 2 nodes see"):
+        read_parameters(["checkpoints=s3://b/x"], definitions, several)
+
+
+def test_accelerators_where_there_were_none_need_another_image(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    definitions = make_package(recipe, HERE, tmp_path).definitions
+    with pytest.raises(UserError) as caught:
+        read_parameters(["training_accelerator_count=1"], definitions, recipe, HERE)
+    image = definitions["training_image"]["defaultValue"]
+    assert "training_accelerator_count=1: these pods have none" in str(caught.value)
+    assert f"{image} is for pods without; give -p training_image=... too" in str(caught.value)
+    given = ["models_accelerator_count=1", "training_image=gpu:1"]
+    with pytest.raises(UserError, match=r"models_image=.* is for pods without"):
+        read_parameters(given, definitions, recipe, HERE)
+    given = ["training_accelerator_count=1", "training_image=gpu:1", "models_accelerator_count=0"]
+    assert read_parameters(given, definitions, recipe, HERE)["training_image"] == "gpu:1"
+
+
 def test_parts_of_a_section_add_up(recipe: Recipe, definitions: dict[str, Any]) -> None:
     given = ["training.lr=3e-4", "training.train_iters=40", "distillation.temperature=2"]
     values = read_parameters(given, definitions, recipe)
@@ -130,7 +211,7 @@ def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_pat
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, Any]]:
     recipe = load_recipe("recipes/tiny-sweep.yaml", ["resources.accelerator_count=1"])
     folder = tmp_path_factory.mktemp("sweep")
-    return recipe, make_package(recipe, load_platform("gke-h100"), folder).definitions
+    return recipe, make_package(recipe, GKE, folder).definitions
 
 
 def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]]) -> None:
@@ -143,21 +224,32 @@ def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]])
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("changes", "said"),
     [
-        ({"training": {"lr": 1}}, "'one': .*\n.*training.train_iters: required"),
-        ({"more": 1}, "item 0: must be a mapping of name, student, distillation, training"),
-        (None, "two variants have this name"),
+        ([{"training": {"lr": 1}}], "'one': .*\n.*training.train_iters: required"),
+        ([{"more": 1}], "item 0: must be a mapping of name, student, distillation, training"),
+        ([{}, {}], "two variants have this name"),
+        ([{}, {"name": "two"}], "variants: 'two' and 'one' are the same training; leave one of"),
     ],
 )
 def test_variants_are_checked_as_recipes(
-    sweep: tuple[Recipe, dict[str, Any]], change: dict[str, Any] | None, said: str
+    sweep: tuple[Recipe, dict[str, Any]], changes: list[dict[str, Any]], said: str
 ) -> None:
     recipe, definitions = sweep
     one = recipe.variants[0].sections | {"name": "one"}
-    variants = [one, one] if change is None else [one | change]
+    variants = [one | change for change in changes]
     with pytest.raises(UserError, match=said):
         read_parameters([f"variants={json.dumps(variants)}"], definitions, recipe)
+
+
+def test_variants_that_differ_in_what_changes_no_result_are_one_training(
+    sweep: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, definitions = sweep
+    one = recipe.variants[0].sections | {"name": "one"}
+    two = {**one, "name": "two", "training": {**one["training"], "async_save": True}}
+    with pytest.raises(UserError, match=r"because no result depends on training\.async_save"):
+        read_parameters([f"variants={json.dumps([one, two])}"], definitions, recipe)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +258,9 @@ def test_variants_are_checked_as_recipes(
         ("variants=[]", "is empty"),
         ("metric=loss", "must be one of kl, lm_loss"),
         ("training.lr=1", "--set training.lr=1"),
+        ("distillation.temperature=3", r"varies distillation\.temperature; .* --set 'sweep\.vary="),
+        ("student={num_layers: 2}", r"varies student\.num_layers; .* -p 'variants="),
+        ("distillation={loss: none}", "change it with --set distillation={loss: none}"),
         ("training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
     ],
 )
