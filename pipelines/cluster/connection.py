@@ -19,21 +19,26 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import kfp
 import kfp_server_api
 import urllib3
-from kfp.client import ServiceAccountTokenVolumeCredentials
 
 from flagscale.errors import UserError
+from pipelines.cluster.access import (
+    TokenFile,
+    check_cluster,
+    check_host,
+    no_server_named,
+    read_token,
+    sendable,
+)
 from pipelines.cluster.connection_errors import NotKfp, Problem, StoppedWaiting, is_transient
 
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, to answer
 _RETRIES = 4
-_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 @dataclass(frozen=True)
@@ -57,36 +62,27 @@ class Connection:
     ui_host: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_host()
+        if self.host is not None:
+            check_host(self.host)
         if self.existing_token is not None and self.token_file is not None:
             raise UserError("--existing-token and --token-file: give one of them")
         for path in (self.token_file, self.ssl_ca_cert):
             if path is not None and not path.is_file():
                 raise UserError(f"{path}: no such file")
-
-    def _check_host(self) -> None:
-        """A host with credentials, or copied from the browser, would fail in obscure ways."""
-        if self.host is None:
-            return
-        address = self.host if "://" in self.host else f"https://{self.host}"
-        parts = urlsplit(address)
-        plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-        if parts.username or parts.password:
-            raise UserError(
-                f"host {plain}: holds a user name or password, which KFP's client would ignore; "
-                "give a token in KFP_EXISTING_TOKEN"
-            )
-        if parts.query or parts.fragment or not parts.hostname:
-            raise UserError(f"host {self.host!r}: must be like https://kfp.example.com/pipeline")
-        if parts.scheme not in ("http", "https"):
-            raise UserError(f"host {self.host!r}: must start with http:// or https://")
+        for name in ("existing_token", "cookies"):
+            secret = getattr(self, name)
+            if secret is not None:
+                option = f"--{name.replace('_', '-')} or KFP_{name.upper()}"
+                object.__setattr__(self, name, sendable(secret, option))
+        if self.token_file is not None:
+            read_token(self.token_file)
 
     @property
     def secrets(self) -> list[str]:
         """What no message may hold."""
         known = [self.existing_token, self.cookies, self.other_client_secret]
         if self.token_file is not None and self.token_file.is_file():
-            known.append(self.token_file.read_text(encoding="utf-8").strip())
+            known.append(read_token(self.token_file))
         return [secret for secret in known if secret]
 
 
@@ -270,21 +266,17 @@ def place(connection: Connection) -> str:
 def _check_there_is_a_host(connection: Connection) -> None:
     if connection.host or os.environ.get("KF_PIPELINES_ENDPOINT"):
         return
-    configs = os.environ.get("KUBECONFIG", str(Path.home() / ".kube" / "config"))
-    if _SERVICE_ACCOUNT.exists() or any(map(os.path.exists, configs.split(os.pathsep))):
-        return
-    raise UserError(
-        "no server is named: give --host or KFP_ENDPOINT, e.g. https://kfp.example.com. Without an "
-        "address of its own, forward a port: kubectl port-forward --namespace kubeflow "
-        "svc/ml-pipeline-ui 8080:80, then --host http://localhost:8080"
-    )
+    if connection.existing_token or connection.client_id:
+        # With these KFP's client looks for no cluster.
+        raise no_server_named()
+    check_cluster(connection.kube_context)
 
 
 def _connected(connection: Connection) -> _Client:
     values = {f.name: getattr(connection, f.name) for f in fields(connection)}
     token_file = values.pop("token_file")
     if token_file is not None:
-        values["credentials"] = ServiceAccountTokenVolumeCredentials(str(token_file))
+        values["credentials"] = TokenFile(token_file)
     # `kubeflow` is the client's word for "none given": it finds KFP there in a cluster.
     values["namespace"] = connection.namespace or "kubeflow"
     values["ssl_ca_cert"] = connection.ssl_ca_cert and str(connection.ssl_ca_cert)

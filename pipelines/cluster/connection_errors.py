@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import kfp_server_api
 import urllib3
+from google.auth.exceptions import GoogleAuthError
 
 from flagscale.errors import UserError
 from flagscale.secrets import HIDDEN, mask
@@ -37,6 +38,7 @@ class Problem:
     EXCEPTIONS = (
         kfp_server_api.ApiException,
         urllib3.exceptions.HTTPError,
+        GoogleAuthError,
         NotKfp,
         TimeoutError,
         ConnectionError,
@@ -76,6 +78,13 @@ class Problem:
                 f"{place} answers with a web page, not as KFP's API: a login page wants a token "
                 "(KFP_EXISTING_TOKEN) or its cookie (KFP_COOKIES); on a whole Kubeflow the address "
                 "ends in /pipeline"
+            )
+        if isinstance(self.error, GoogleAuthError):
+            # The client leaves aside what `gcloud auth application-default login` made.
+            return (
+                f"Google gives no token for {place} ({_first_line(str(self.error))}); name the key "
+                "file of a service account in GOOGLE_APPLICATION_CREDENTIALS, or log in yourself "
+                "with --other-client-id and --other-client-secret"
             )
         if not isinstance(self.error, kfp_server_api.ApiException) or self.status is None:
             return self._unreachable()
@@ -143,6 +152,8 @@ def is_transient(error: Exception, has_answered: bool) -> bool:
     """Whether to ask again: a server away, or a connection lost that was there before."""
     if isinstance(error, kfp_server_api.ApiException):
         return error.status in _AWAY
+    if isinstance(error, GoogleAuthError):
+        return has_answered and error.retryable
     return has_answered and not isinstance(error, NotKfp)
 
 

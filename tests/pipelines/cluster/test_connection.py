@@ -99,3 +99,104 @@ def test_the_official_client_finds_a_server_here(kfp: KfpServer, tmp_path: Path)
     )
     (found,) = client.list_recurring_runs().recurring_runs
     assert client.delete_recurring_run(found.recurring_run_id) is not None
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_the_end_of_a_line_is_no_part_of_a_secret(kfp: KfpServer, tmp_path: Path, end: str) -> None:
+    kfp.token = SECRET
+    (tmp_path / "token").write_text(SECRET + end)
+    Server(Connection(host=kfp.url, existing_token=SECRET + end, cookies=f"session={SECRET}{end}"))
+    assert {r.headers["cookie"] for r in kfp.requests} == {f"session={SECRET}"}
+    server = Server(Connection(host=kfp.url, token_file=tmp_path / "token"))
+    (tmp_path / "token").write_text("renewed\n")
+    kfp.token = "renewed"
+    server.read("asking", server.client.get_kfp_healthz)
+
+
+@pytest.mark.parametrize("secret", [f"{SECRET}\nX-Other: 1", f"{SECRET}€", f"{SECRET}\0", "\ufeff"])
+def test_a_secret_that_no_header_holds_is_refused_and_not_told(tmp_path: Path, secret: str) -> None:
+    (tmp_path / "token").write_text(secret, encoding="utf-8")
+    for values in (
+        {"existing_token": secret},
+        {"cookies": secret},
+        {"token_file": tmp_path / "token"},
+    ):
+        with pytest.raises(UserError, match="one line of printable ASCII") as error:
+            Connection(**values)
+        assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\n", "is empty"), (b"\x1f\x8b\x08\xff", "one line of printable ASCII")]
+)
+def test_a_file_that_holds_no_token(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(UserError, match=rf"token file .*/token: .*{said}"):
+        Connection(token_file=tmp_path / "token")
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "SERVER"}}]
+users: [{name: u, user: {}}]
+contexts: [{name: lab, context: {cluster: c, user: u}}, {name: lost, context: {cluster: x}}]
+current-context: lab
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "context", "said"),
+    [
+        (KUBECONFIG, "moon", r"--kube-context moon: .*; known contexts: lab, lost$"),
+        (KUBECONFIG, "lost", r"--kube-context lost: .*name x in .*clusters list"),
+        (KUBECONFIG.replace("lab\n", "gone\n"), None, r"kubeconfig .*/kubeconfig: .*name gone in"),
+        ("{", None, r"kubeconfig .*/kubeconfig: broken: while parsing"),
+        ("hello", "lab", r"--kube-context lab: broken: "),
+        (None, "lab", "no server is named: give --host"),
+    ],
+)
+def test_a_cluster_that_kubectl_does_not_know(
+    kfp: KfpServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | None,
+    context: str | None,
+    said: str,
+) -> None:
+    monkeypatch.delenv("KFP_ENDPOINT")
+    if content is not None:
+        (tmp_path / "kubeconfig").write_text(content)
+    with pytest.raises(UserError, match=said):
+        Server(Connection(kube_context=context))
+
+
+@pytest.mark.parametrize("context", [None, "lab"])
+def test_the_cluster_that_kubectl_knows_is_asked(
+    kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: str | None
+) -> None:
+    monkeypatch.delenv("KFP_ENDPOINT")
+    (tmp_path / "kubeconfig").write_text(KUBECONFIG.replace("SERVER", kfp.url))
+    with pytest.raises(UserError, match="the cluster's service ml-pipeline answered 404"):
+        Server(Connection(kube_context=context))
+    assert "/services/ml-pipeline:http/proxy/" in kfp.requests[0].path
+
+
+def test_a_token_needs_a_host(
+    kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP's client would give it to http://localhost."""
+    monkeypatch.delenv("KFP_ENDPOINT")
+    (tmp_path / "kubeconfig").write_text(KUBECONFIG.replace("SERVER", kfp.url))
+    with pytest.raises(UserError, match="no server is named"):
+        Server(Connection(existing_token=SECRET))
+
+
+def test_google_knows_nobody_here(kfp: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    with pytest.raises(
+        UserError,
+        match=r"Google gives no token for http://.*was not found.*GOOGLE_APPLICATION_CRED",
+    ):
+        Server(Connection(host=kfp.url, client_id="of the proxy"))
+    assert kfp.requests == []
