@@ -42,7 +42,7 @@ def _some(cpu: str) -> str:
 def _enough(quantity: str) -> str:
     size = parse_quantity(quantity)
     if size < parse_quantity(_SMALLEST):
-        raise ValueError(f"is {size} bytes; must be {_SMALLEST} or more")
+        raise ValueError(f"is {size} bytes; must be {_SMALLEST} or more, e.g. 16Gi")
     return quantity
 
 

@@ -15,7 +15,7 @@ from kfp import dsl, kubernetes
 from components.image import image
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.secrets import hide_in_urls
+from flagscale.secrets import SECRET_VARIABLES, hide_in_urls
 from pipelines.kubernetes_values import check_image
 from pipelines.parameters import Parameter
 from pipelines.platform import MLFLOW_VARIABLES, Platform, Pods
@@ -219,7 +219,7 @@ class Placement:
         if platform.secrets:
             # Their names may not look it, and logs are to hide them all (`flagscale.secrets`).
             names = [name for secret in platform.secrets for name in secret.env.values()]
-            task.set_env_variable("FLAGSCALE_SECRET_VARIABLES", ",".join(names))
+            task.set_env_variable(SECRET_VARIABLES, ",".join(names))
         for name, value in platform.env.items():
             task.set_env_variable(name, value)
 

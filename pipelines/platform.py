@@ -18,7 +18,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.section import PositiveInt
 from flagscale.recipe.strict_yaml import load
-from flagscale.secrets import has_credentials, is_secret_name
+from flagscale.secrets import SECRET_VARIABLES, has_credentials, is_secret_name
 from pipelines.kubernetes_values import (
     ClaimName,
     CpuQuantity,
@@ -45,7 +45,7 @@ _OWN_VARIABLES = (
     "FLAGSCALE_SHARED",
     "FLAGSCALE_RUN_NAME",
     "FLAGSCALE_LAST_STEP",
-    "FLAGSCALE_SECRET_VARIABLES",
+    SECRET_VARIABLES,
     "KFP_RUN_ID",
 )
 
