@@ -164,12 +164,17 @@ def _version(server: Server, package: Package) -> tuple[str, str]:
     pipeline = str(made.pipeline_id)
     try:
         return pipeline, _upload(server, pipeline, package)
-    except UserError:  # an empty pipeline helps nobody
-        server.write(
-            f"deleting pipeline {package.name}",
-            lambda: server.client.delete_pipeline(pipeline),
-        )
+    except UserError:
+        _delete_empty(server, pipeline, package.name)
         raise
+
+
+def _delete_empty(server: Server, pipeline: str, name: str) -> None:
+    """Without a version it helps nobody; where it has to stay, what went wrong before counts."""
+    try:
+        server.write(f"deleting pipeline {name}", lambda: server.client.delete_pipeline(pipeline))
+    except UserError as error:
+        say(f"{error}; the empty pipeline stays")
 
 
 def _pipeline(server: Server, name: str) -> str | None:

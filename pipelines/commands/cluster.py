@@ -1,6 +1,7 @@
 """Arguments of the commands that talk to a KFP server, in the same words."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
@@ -17,8 +20,11 @@ from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
 from pipelines.distillation import SECTIONS
+from pipelines.kubernetes_values import Name
 from pipelines.platform import load_platform
 from pipelines.sources import notes
+
+POLL_SECONDS = 10.0
 
 # As KFP's own command line: KFP_ and the option's name.
 _OPTIONS = (
@@ -114,20 +120,22 @@ def add_waiting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--poll-seconds",
         type=_positive,
-        default=10.0,
         metavar="SECONDS",
-        help="between two looks while waiting (default: %(default)g)",
+        help=f"between two looks while waiting (default: {POLL_SECONDS:g})",
     )
 
 
 def check_waiting(arguments: argparse.Namespace) -> None:
-    """Refuse a limit of a wait that is not asked for.
+    """Refuse what is said of a wait that is not asked for.
 
     Raises:
-        UserError: `--timeout` without `--wait`.
+        UserError: `--timeout` or `--poll-seconds` without `--wait`.
     """
-    if arguments.timeout is not None and not arguments.wait:
-        raise UserError(f"--timeout {arguments.timeout:g}: limits only a wait; add --wait")
+    for option in ("timeout", "poll_seconds"):
+        value = getattr(arguments, option)
+        if value is not None and not arguments.wait:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} {value:g}: is only of use in a wait; add --wait")
 
 
 def add_order(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +159,7 @@ def add_order(parser: argparse.ArgumentParser) -> None:
         help="KFP's experiment, made where it is missing (default: the recipe's tracking."
         "experiment) [KF_PIPELINES_DEFAULT_EXPERIMENT_NAME]",
     )
-    parser.add_argument("--service-account", help="of the pods (default: the server's)")
+    parser.add_argument("--service-account", type=_name, help="of the pods (default: the server's)")
     parser.add_argument(
         "--no-cache",
         dest="reuse",
@@ -177,7 +185,7 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
         parameters = read_parameters(arguments.parameters, package.definitions, recipe, platform)
-        sys.stdout.write(notes(_of_this_run(recipe, parameters), platform))
+        sys.stdout.write(notes(_of_this_run(recipe, parameters), platform, parameters))
         yield (
             package,
             Order(
@@ -196,7 +204,19 @@ def _of_this_run(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds, more than 0")
     return value
+
+
+def _name(text: str) -> str:
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a name as Kubernetes takes it, like pipeline-runner"
+        ) from None

@@ -5,7 +5,13 @@ import argparse
 from pipelines.cluster.connection import Server, say
 from pipelines.cluster.following import State, check_outcome, follow, look
 from pipelines.commands.arguments import new_command
-from pipelines.commands.cluster import add_connection, add_waiting, check_waiting, connection
+from pipelines.commands.cluster import (
+    POLL_SECONDS,
+    add_connection,
+    add_waiting,
+    check_waiting,
+    connection,
+)
 from pipelines.local.steps import duration
 
 _EXAMPLES = """\
@@ -36,7 +42,9 @@ def work(arguments: argparse.Namespace) -> str:
     server = Server(connection(arguments))
     url = server.url("runs", "details", arguments.run_id)
     if arguments.wait:
-        state = follow(server, arguments.run_id, arguments.poll_seconds, arguments.timeout)
+        state = follow(
+            server, arguments.run_id, arguments.poll_seconds or POLL_SECONDS, arguments.timeout
+        )
         check_outcome(state, url)
         return f"{headline(state)}\n{url}"
     state = look(server, arguments.run_id)

@@ -55,6 +55,8 @@ def work(arguments: argparse.Namespace) -> str:
     if not arguments.wait:
         return f"run {run_id}\n{url}"
     say(f"run {run_id}\n{url}")
-    state = follow(server, run_id, arguments.poll_seconds, arguments.timeout)
+    state = follow(
+        server, run_id, arguments.poll_seconds or cluster.POLL_SECONDS, arguments.timeout
+    )
     check_outcome(state, url)
     return headline(state)

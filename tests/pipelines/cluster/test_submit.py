@@ -102,7 +102,8 @@ def test_without_cache_the_run_carries_its_pipeline(kfp: KfpServer) -> None:
         (["-pexperiment={a: 1}"], "must be a text, not a mapping"),
         (["--set", "training.lr=x"], "training.lr='x'"),
         (["--platform", "moon"], "platform moon: no such file"),
-        (["--timeout", "5"], "add --wait"),
+        (["--timeout", "5"], "--timeout 5: is only of use in a wait; add --wait"),
+        (["--poll-seconds", "5"], "--poll-seconds 5: is only of use in a wait; add --wait"),
         (["--host", "https://me:hidden@kfp.example.com"], "holds a user name or password"),
         (["--host", "https://kfp.example.com/#/runs"], "must be like https://kfp.example.com"),
         (["--host", "ftp://kfp.example.com"], "must start with http:// or https://"),
@@ -117,6 +118,23 @@ def test_mistakes_are_found_before_the_server_is_asked(
     assert said in err
     assert "hidden" not in err
     assert kfp.requests == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--timeout", "abc"], "--timeout: abc: must be a number of seconds, more than 0"),
+        (["--timeout", "-1"], "--timeout: -1: must be a number of seconds"),
+        (["--poll-seconds", "inf"], "--poll-seconds: inf: must be a number of seconds"),
+        (["--service-account", "Foo Bar"], "--service-account: 'Foo Bar': must be a name"),
+    ],
+)
+def test_values_that_no_option_takes(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*SUBMIT, *given])
+    assert said in lines(capsys)[1]
 
 
 def test_a_token_is_sent_and_a_wrong_one_explained(
@@ -221,6 +239,16 @@ def test_a_refused_upload_leaves_no_empty_pipeline(
         r"uploading version distillation-tiny-\w+: .* 400: injected 400", lines(capsys)[1]
     )
     assert (kfp.pipelines, kfp.experiments, kfp.runs) == ({}, {}, {})
+
+
+def test_an_empty_pipeline_that_has_to_stay_does_not_hide_why(
+    kfp: KfpServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.failures = [("upload_version", 400), ("DELETE /apis/v2beta1/pipelines/", 403)]
+    assert main(SUBMIT) == 2
+    out, err = lines(capsys)
+    assert re.search(r"^deleting pipeline distillation-tiny: .* 403 .*; the empty pipe", out, re.M)
+    assert re.search(r"uploading version distillation-tiny-\w+: .* 400: injected 400", err)
 
 
 def test_names_of_the_clients_environment(
