@@ -9,5 +9,9 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):  # noqa: N818 - it reports a request to stop, not a fault
-    """The step was asked to stop (Ctrl-C or SIGTERM) and has saved what it could resume from."""
+class Interrupted(BaseException):
+    """The step was asked to stop (Ctrl-C or SIGTERM) and has saved what it could resume from.
+
+    No `Exception`, as `KeyboardInterrupt` is none: it is raised once, wherever the signal finds the
+    process, and code that goes on after any failure of a library must not go on after this.
+    """

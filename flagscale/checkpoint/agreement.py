@@ -19,12 +19,14 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale.artifacts import disk_full, is_disk_full
-from flagscale.errors import UserError
+from flagscale.errors import Interrupted, UserError
 
 _NOTHING_FREE = 2**16  # bytes
+_SHARED = (UserError, Interrupted)  # what the other ranks raise as it is
 _PREFIXES = re.compile(r"^(?:[\w.]*(?:Error|Exception): |Worker failure: )+")
 
 ResultT = TypeVar("ResultT")
+_Told = tuple[str, type[BaseException] | None]  # an error's message, and which of `_SHARED` it is
 
 
 def is_first_rank() -> bool:
@@ -42,22 +44,23 @@ def same_outcome(folder: Path, doing: str) -> Iterator[None]:
 
     Raises:
         UserError: a file could not be read or written, on any rank.
+        Interrupted: a rank was asked to stop.
         RuntimeError: another error of another rank.
     """
     error: BaseException | None = None
     try:
         yield
-    except (Exception, CheckpointException) as raised:
+    except (Exception, CheckpointException, Interrupted) as raised:
         error = _explained(raised, folder, doing)
-    mine = None if error is None else (str(error), isinstance(error, UserError))
-    told: list[tuple[str, bool] | None] = [None] * torch.distributed.get_world_size()
+    mine = None if error is None else (str(error), _kind(error))
+    told: list[_Told | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, mine)
     if error is not None:
         raise error
     for other in told:
         if other is not None:
-            message, is_users = other
-            raise UserError(message) if is_users else RuntimeError(f"on another rank: {message}")
+            message, kind = other
+            raise kind(message) if kind else RuntimeError(f"on another rank: {message}")
 
 
 def on_first_rank(folder: Path, doing: str, function: Callable[[], ResultT]) -> ResultT:
@@ -89,6 +92,9 @@ def storage_error(error: BaseException | None) -> BaseException | None:
 
 def _explained(error: BaseException, folder: Path, doing: str) -> BaseException:
     """A failure of the storage as a `UserError`; anything else as it is."""
+    error = _request_to_stop(error) or error
+    if isinstance(error, Interrupted):
+        return error
     found = storage_error(error)
     if isinstance(error, UserError) or found is None:
         return error
@@ -98,6 +104,19 @@ def _explained(error: BaseException, folder: Path, doing: str) -> BaseException:
         explained = UserError(f"{folder}: the checkpoint {doing}: {last_line(found)}")
     explained.__cause__ = error
     return explained
+
+
+def _request_to_stop(error: BaseException) -> Interrupted | None:
+    """The `Interrupted` that torch took for a failure of the storage, if that is all there is."""
+    if not isinstance(error, CheckpointException):
+        return None
+    failures = [failure for failure, _ in error.failures.values()]
+    stops = [failure for failure in failures if isinstance(failure, Interrupted)]
+    return stops[0] if stops and len(stops) == len(failures) else None
+
+
+def _kind(error: BaseException) -> type[BaseException] | None:
+    return next((kind for kind in _SHARED if isinstance(error, kind)), None)
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -18,7 +18,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from flagscale.artifacts import is_disk_full
-from flagscale.errors import Interrupted, UserError
+from flagscale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class ObjectStore:
         """
         try:
             yield
-        except (UserError, Interrupted):
+        except UserError:
             raise
         except Exception as error:
             if is_disk_full(error):

@@ -228,7 +228,8 @@ def step_process(
 
 
 def _fail(name: str, message: str, is_rank: bool) -> None:
-    note_error(name, message)
-    if not is_rank:
-        logger.error("%s: %s", name, message)
-        step_failed(name, "KILLED" if message.startswith("interrupted: ") else "FAILED")
+    with deferred_stop():  # there is nothing left to stop
+        note_error(name, message)
+        if not is_rank:
+            logger.error("%s: %s", name, message)
+            step_failed(name, "KILLED" if message.startswith("interrupted: ") else "FAILED")

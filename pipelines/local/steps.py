@@ -176,7 +176,7 @@ class Steps:
             _show_variants(outputs["table"])
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
-    def failure(self) -> Exception:
+    def failure(self) -> BaseException:
         """The error to raise after KFP has said that a step failed."""
         notes, self._stopper.step_folder = self._stopper.step_folder, None
         if self._stopper.signal is not None:
