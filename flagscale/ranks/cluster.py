@@ -170,9 +170,9 @@ class Cluster:
         """
         with self._explained(f"delete TrainJob {name}"):
             try:
-                self._trainer.delete_job(name)
-            except RuntimeError as error:
-                if _status(error) != 404:
+                self._custom.delete_namespaced_custom_object(*self._trainjobs, name, **_patience())
+            except self._api_error as error:
+                if error.status != 404:
                     raise
 
     def pods(self, name: str) -> list[dict[str, Any]]:

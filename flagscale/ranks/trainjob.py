@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.artifacts import digest
-from flagscale.errors import UserError
+from flagscale.errors import Interrupted, UserError
 from flagscale.ranks import heartbeat
 from flagscale.ranks.cluster import Cluster
 from flagscale.ranks.heartbeat import Heartbeat
@@ -46,6 +46,7 @@ _API_PATIENCE_SECONDS = 300.0
 _GRACE_SECONDS = 300  # that Kubernetes gives a node to save
 _GONE_SECONDS = _GRACE_SECONDS + 60.0
 _RESULT_SECONDS = 60.0
+_LOG_SECONDS = 5.0  # for the rest of the log: the TrainJob is deleted after it
 
 
 def job_name(step: str, identity: Any) -> str:  # noqa: ANN401 - a JSON value
@@ -133,9 +134,11 @@ class _Launch:
                 log = NodeLog(self._cluster, self._name)
                 why = self._follow(heart)
             finally:
-                if log is not None:
-                    log.finish(patience_seconds=5)
-                self._delete()
+                try:
+                    if log is not None:
+                        log.finish(_LOG_SECONDS)
+                finally:
+                    self._delete()
         if why is not None:
             self._ranks.raise_error(stop_requested(), otherwise=why)
         return self._ranks.result(_RESULT_SECONDS)
@@ -211,6 +214,7 @@ def _clear(cluster: Cluster, name: str, home: Path) -> None:
 
     Raises:
         UserError: they do not go.
+        Interrupted: this process was asked to stop meanwhile.
     """
     for earlier in home.glob("*/"):
         heartbeat.ask_to_stop(earlier)
@@ -225,7 +229,7 @@ def _clear(cluster: Cluster, name: str, home: Path) -> None:
                     f"describe trainjob {name}`, and start the step again when it is gone"
                 )
             if stop_requested():
-                break
+                raise Interrupted(f"stopped while TrainJob {name} of an earlier try was deleted")
             time.sleep(1.0)
     shutil.rmtree(home, ignore_errors=True)
 

@@ -29,15 +29,21 @@ class NodeLog:
         self._thread.start()
 
     def finish(self, patience_seconds: float) -> None:
-        """Take what is left of the log, and end.
+        """Take what is left of the log, and end; nothing is read or written after it.
 
         Args:
-            patience_seconds: for a stream that is being followed to end by itself.
+            patience_seconds: a node that is lost does not answer, and the SDK waits for ever. The
+                stream that is followed has half of them to end by itself.
         """
         self._ended.set()
-        self._thread.join(patience_seconds)
+        self._thread.join(patience_seconds / 2)
         self._reader += 1
-        self._read(follow=False, reader=self._reader)
+        last = threading.Thread(target=self._read, args=(False, self._reader), daemon=True)
+        last.start()
+        last.join(patience_seconds / 2)
+        if last.is_alive():
+            logger.warning("the first node's log does not answer; its end may be missing here")
+        self._reader += 1
 
     def _run(self) -> None:
         while not self._ended.is_set():
