@@ -33,25 +33,27 @@ _READS = 3
 
 
 @contextmanager
-def leased(place: str) -> Iterator[None]:
+def leased(place: str, patience_seconds: float | None = None) -> Iterator[None]:
     """Hold the lease of a place; wait for one who is still ending, or has died.
 
     Args:
         place: URL or path; the lease lies beside it, as `<place>.lease`.
+        patience_seconds: how long to wait; None: until one who has died does not count any more.
 
     Raises:
         UserError: another process holds it and goes on renewing it.
     """
     lease = _Lease(place)
-    lease.take()
     stopped = threading.Event()
     thread = threading.Thread(target=lease.renew_until, args=(stopped,), daemon=True)
-    thread.start()
     try:
+        lease.take(patience_seconds)
+        thread.start()
         yield
     finally:
         stopped.set()
-        thread.join(timeout=_POLL_SECONDS)
+        if thread.ident is not None:
+            thread.join(timeout=_POLL_SECONDS)
         lease.release()
 
 
@@ -62,8 +64,10 @@ class _Lease:
         self._place = place
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
-    def take(self) -> None:
-        deadline = time.monotonic() + _STALE_SECONDS + _PATIENCE_SECONDS
+    def take(self, patience_seconds: float | None) -> None:
+        if patience_seconds is None:
+            patience_seconds = _STALE_SECONDS + _PATIENCE_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while True:
             other = self._other()
             if other is None:
@@ -71,7 +75,7 @@ class _Lease:
                 time.sleep(_SETTLE_SECONDS)
                 if self._other() is None:
                     return
-            elif time.monotonic() > deadline:
+            elif time.monotonic() >= deadline:
                 raise UserError(
                     f"{self._place}: {other} writes there; stop it, wait for it, or give this run "
                     "a place of its own (parameter `checkpoints`)"
@@ -93,15 +97,20 @@ class _Lease:
                 logger.warning("the lease could not be renewed: %s", error)
 
     def release(self) -> None:
-        """A failure is no harm: in two minutes anybody may take it."""
+        """If it was taken. A failure is no harm: in two minutes anybody may take it."""
         try:
-            if self._other() is None:
+            if self._current() == self._holder:
                 self._store.remove(self._name)
         except (UserError, OSError) as error:
             logger.warning("the lease could not be given back: %s", error)
 
     def _other(self) -> str | None:
         """Who else holds it, None if nobody does."""
+        holder = self._current()
+        return None if holder == self._holder else holder
+
+    def _current(self) -> str | None:
+        """Who holds it, None if nobody does."""
         for _ in range(_READS):
             content = self._store.read(self._name)
             if content is None:
@@ -113,7 +122,7 @@ class _Lease:
                 time.sleep(_SETTLE_SECONDS)
                 continue
             mine = holder == self._holder
-            return None if mine or time.time() - renewed > _STALE_SECONDS else holder
+            return holder if mine or time.time() - renewed <= _STALE_SECONDS else None
         return None
 
     def _write(self) -> None:

@@ -12,10 +12,10 @@ What a run leaves behind, in one folder (`runs/`):
 
 import logging
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from kfp.dsl.base_component import BaseComponent
 
 from flagscale.artifacts import digest
+from flagscale.errors import UserError
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
 from flagscale.recipe.training import decisive
@@ -51,8 +52,9 @@ def run_recipe(
         image: None for steps that are processes; else each runs in a container of this image.
 
     Raises:
-        UserError: the teacher, the text, the tracking server or the image does not serve, or the
-            student is deeper than the teacher: before any work.
+        UserError: the teacher, the text, the folder of runs, the tracking server or the image does
+            not serve, the student is deeper than the teacher, or another run trains what is to be
+            trained from its beginning: before any work.
         StepFailed: a step failed.
         Stopped: a signal came, and the running step has ended.
     """
@@ -60,7 +62,13 @@ def run_recipe(
 
     recipe = with_fingerprints(recipe)
     runs = _plain(runs)
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=runs).close()
+    except OSError as error:
+        raise UserError(
+            f"--runs {runs}: {error.strerror}; name a folder that can be written, or a new one"
+        ) from error
     code = source_version()
     containers = None
     if image is not None:
@@ -74,13 +82,14 @@ def run_recipe(
         sources.cancel()
         raise
     checkpoints = checkpoint_folder(recipe, runs)
-    if not reuse:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    if not reuse and (held := _forget(checkpoints)):
+        raise UserError(f"--no-cache: {held[0]}: another run trains there; stop it, or wait for it")
     pipeline = build_pipeline(recipe, code_version=code)
     # The runner names the experiment; as an argument it would be part of every cache key.
     arguments = {"checkpoints": str(checkpoints), "experiment": ""}
     result = run_pipeline(pipeline, arguments, recipe, runs, reuse, containers)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # they serve trainings that have not ended
+    for folder in _forget(checkpoints):  # they serve trainings that have not ended
+        logger.warning("%s: another run trains there, and goes on", folder)
     return result
 
 
@@ -91,6 +100,17 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
     return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
+
+
+def _forget(checkpoints: Path) -> list[Path]:
+    """Delete a recipe's checkpoints; gives those of trainings that another run is at."""
+    from flagscale.steps.exclusive import delete_unless_held
+
+    names = sorted({path.name.partition(".")[0] for path in checkpoints.glob("*")})
+    held = [checkpoints / name for name in names if not delete_unless_held(checkpoints / name)]
+    with suppress(OSError):  # it is not empty, or not there
+        checkpoints.rmdir()
+    return held
 
 
 def run_pipeline(
