@@ -19,8 +19,9 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,9 +253,17 @@ def place(checkpoints: str, name: str) -> tuple[Path, Mirror | None]:
 def forget(checkpoints: str, name: str) -> None:
     """Delete one training's checkpoints: its result is in place. A failure is only told."""
     folder, remote = place(checkpoints, name)
-    try:
-        shutil.rmtree(folder)
-        if remote is not None:
+    if folder.exists():
+        with _only_told():
+            shutil.rmtree(folder)
+    if remote is not None:
+        with _only_told():
             remote.remove()
+
+
+@contextmanager
+def _only_told() -> Iterator[None]:
+    try:
+        yield
     except (OSError, UserError) as error:
         logger.warning("checkpoints that nobody needs any more were left: %s", error)
