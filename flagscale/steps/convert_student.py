@@ -59,7 +59,7 @@ def convert_student(
     seq_length = parents["dataset"].facts["seq_length"]
     recipe = {"student": student.model_dump(mode="json")}
     with (
-        tracking.step_run("convert-student", recipe) as run,
+        tracking.step_run("convert-student", recipe, parents=parents) as run,
         platform.runtime(student.seed),
         use_args(model_arguments(shape, seq_length)),
         new_artifact(output, "student", recipe, parents, run.log_artifact) as staging,

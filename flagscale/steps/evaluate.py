@@ -72,7 +72,7 @@ def evaluate(
     documents = _documents(dataset, evaluation)
     recipe = {"evaluation": evaluation.model_dump(mode="json")}
     with (
-        tracking.step_run("evaluate", recipe) as run,
+        tracking.step_run("evaluate", recipe, parents=manifests) as run,
         new_artifact(output, "evaluation", recipe, manifests, run.log_artifact) as staging,
     ):
         stop_ids = {int(manifests["dataset"].facts["eod_id"]), tokenizer.eos_token_id}

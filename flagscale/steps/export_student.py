@@ -73,7 +73,7 @@ def export_student(
     recipe = {"export": export.model_dump(mode="json")}
     if export.format == "huggingface":
         ModelShape.load(distilled).check_fits_hugging_face()
-    with tracking.step_run("export-student", recipe) as run:
+    with tracking.step_run("export-student", recipe, parents=parents) as run:
         with new_artifact(output, "export", recipe, parents, run.log_artifact) as staging:
             write = _copy_megatron if export.format == "megatron" else _export
             figures, facts = write(export, distilled, staging.path)

@@ -56,7 +56,7 @@ def leaderboard(
     recipe = {"sweep": {"metric": metric, "variants": [wanted[name] for name in wanted]}}
     parents = {name: manifest for name, (_, manifest) in evaluations.items()}
     with (
-        tracking.step_run("leaderboard", {"sweep": {"metric": metric}}) as run,
+        tracking.step_run("leaderboard", {"sweep": {"metric": metric}}, parents=parents) as run,
         new_artifact(output, "leaderboard", recipe, parents, run.log_artifact) as staging,
     ):
         changes = _changes(wanted)

@@ -64,7 +64,7 @@ def prepare_teacher(teacher: TeacherRecipe, dataset: Path, output: Path) -> dict
     """
     parents = {"dataset": open_artifact(dataset, "dataset")}
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    with tracking.step_run("prepare-teacher", recipe) as run:
+    with tracking.step_run("prepare-teacher", recipe, parents=parents) as run:
         tokenizer = _load_tokenizer(teacher, dataset)
         if not is_gguf(teacher.source):  # before the weights, which may be long in coming
             _check_fits(from_hf_config(load_hf_config(teacher.source, teacher.revision)), parents)

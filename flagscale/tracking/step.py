@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flagscale.artifacts import digest
+from flagscale.artifacts import Manifest, digest
 from flagscale.secrets import hide_in_urls
 from flagscale.tracking.kfp_run import (
     KFP_RUN_VARIABLE,
@@ -62,9 +62,27 @@ class _Place(NamedTuple):
     kfp_run: KfpRun | None  # the parent, if the steps look after it themselves
 
 
+class _Work(NamedTuple):
+    """What a step's run is about."""
+
+    name: str
+    params: Mapping[str, Any]
+    training: str | None
+    parents: Mapping[str, Manifest]
+
+    @property
+    def tag(self) -> str:
+        """Equal for attempts at the same work: variants of a sweep differ in one of these."""
+        inputs = {name: manifest.digest for name, manifest in self.parents.items()}
+        return _short_digest([flatten(self.params), self.training, inputs])
+
+
 @contextmanager
 def step_run(
-    name: str, params: Mapping[str, Any], training: str | None = None
+    name: str,
+    params: Mapping[str, Any],
+    training: str | None = None,
+    parents: Mapping[str, Manifest] | None = None,
 ) -> Iterator[StepRun]:
     """Track a step: a child of the run in `MLFLOW_RUN_ID`, else of the KFP run's, else on its own.
 
@@ -78,8 +96,10 @@ def step_run(
         training: names work that goes on where it was interrupted. Another attempt at it for the
             same parent, or in the same KFP run, goes on in the same run, whose curves it only
             completes; a run of another pipeline run becomes `StepRun.resumes`.
+        parents: manifests of the inputs, by name. In a KFP run a later run of the same step,
+            params, training and inputs is another attempt, and makes a failed one good.
     """
-    run = _start(name, params, training)
+    run = _start(_Work(name, params, training, parents or {}))
     _Process.run = _Process.run or run
     with truthful_status(run):
         yield run
@@ -123,7 +143,7 @@ def _note_failure(client: MlflowClient, parent: KfpRun, name: str, status: str) 
     parent.show_children()
 
 
-def _start(name: str, params: Mapping[str, Any], training: str | None) -> StepRun:
+def _start(work: _Work) -> StepRun:
     uri = tracking_uri()
     if not uri:
         return StepRun(None, None)
@@ -132,29 +152,27 @@ def _start(name: str, params: Mapping[str, Any], training: str | None) -> StepRu
     pauses = _PAUSES_ON_A_CLUSTER if os.environ.get(KFP_RUN_VARIABLE) else ()
     for pause in (*pauses, None):
         try:
-            return _track(make_client(uri), name, params, training)
+            return _track(make_client(uri), work)
         except Exception as error:  # whatever MLflow raises: training goes on
             if pause is None:
                 reason = first_line(error)
-                logger.warning("MLflow at %s: %s is not tracked: %s", shown, name, reason)
+                logger.warning("MLflow at %s: %s is not tracked: %s", shown, work.name, reason)
                 break
             logger.info("MLflow at %s does not serve, trying again in %d s", shown, pause)
             time.sleep(pause)
     return StepRun(None, None)
 
 
-def _track(
-    client: MlflowClient, name: str, params: Mapping[str, Any], training: str | None
-) -> StepRun:
+def _track(client: MlflowClient, work: _Work) -> StepRun:
     place = _place(client)
-    earlier = _earlier_runs(client, place.experiment_id, training)
+    earlier = _earlier_runs(client, place.experiment_id, work.training)
     same = next((run for run in earlier if _is_same_attempt(run, place)), None)
     if same is not None:
-        return _reopen(client, place, same, params)
-    run_id = _make(client, place, name, params, training)
+        return _reopen(client, place, same, work.params)
+    run_id = _make(client, place, work)
     run = _hold(client, run_id, place)
     run.resumes = earlier[0].info.run_id if earlier else None
-    run.log_params(params)
+    run.log_params(work.params)
     return run
 
 
@@ -183,22 +201,16 @@ def _hold(
     return StepRun(client, run_id, known)
 
 
-def _make(
-    client: MlflowClient,
-    place: _Place,
-    name: str,
-    params: Mapping[str, Any],
-    training: str | None,
-) -> str:
+def _make(client: MlflowClient, place: _Place, work: _Work) -> str:
     tags = {PROCESS_TAG: here()}
     if place.parent is not None:
         tags[PARENT_TAG] = place.parent
-    if training is not None:
-        tags[TRAINING_TAG] = _training_tag(training)
+    if work.training is not None:
+        tags[TRAINING_TAG] = _short_digest(work.training)
     if os.environ.get(KFP_RUN_VARIABLE):
         tags[OF_KFP_RUN_TAG] = os.environ[KFP_RUN_VARIABLE]
-        tags[WORK_TAG] = digest(flatten(params)).removeprefix("sha256:")[:16]
-    made = client.create_run(place.experiment_id, run_name=name, tags=tags)
+        tags[WORK_TAG] = work.tag
+    made = client.create_run(place.experiment_id, run_name=work.name, tags=tags)
     return str(made.info.run_id)
 
 
@@ -206,7 +218,7 @@ def _earlier_runs(client: MlflowClient, experiment_id: str, training: str | None
     """The runs of the same training, the newest first."""
     if training is None:
         return []
-    query = f"tags.`{TRAINING_TAG}` = '{_training_tag(training)}'"
+    query = f"tags.`{TRAINING_TAG}` = '{_short_digest(training)}'"
     newest_first = ["attributes.start_time DESC"]
     return list(
         client.search_runs(
@@ -215,8 +227,8 @@ def _earlier_runs(client: MlflowClient, experiment_id: str, training: str | None
     )
 
 
-def _training_tag(training: str) -> str:
-    return digest(training).removeprefix("sha256:")[:16]
+def _short_digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    return digest(value).removeprefix("sha256:")[:16]
 
 
 def _is_same_attempt(run: Any, place: _Place) -> bool:  # noqa: ANN401 - mlflow's Run

@@ -13,6 +13,7 @@ import pytest
 from mlflow.entities import Run
 
 from flagscale import tracking
+from flagscale.artifacts import Manifest
 from flagscale.errors import Interrupted
 from flagscale.tracking import kfp_run, step
 
@@ -100,6 +101,25 @@ def test_the_parent_is_named_and_follows_its_steps(pod: str, remote: mlflow.Mlfl
     do("export-student")
     assert status() == "FINISHED"
     assert remote.get_run(lost).info.status == "KILLED"
+
+
+def test_a_variant_makes_no_other_variants_failure_good(
+    pod: str, remote: mlflow.MlflowClient
+) -> None:
+    def end(name: str, variant: int, error: bool) -> str:
+        made = Manifest("student", {"lr": variant}, {}, {}, {}, None, {})
+        training = f"checkpoints/{variant}" if name == "distil-student" else None
+        with suppress(ValueError), tracking.step_run(name, {"same": 1}, training, {"a": made}):
+            if error:
+                raise ValueError
+        return parent(remote, pod).info.status
+
+    for name in ("distil-student", "evaluate"):
+        assert end(name, 1, error=True) == "FAILED"
+        assert end(name, 2, error=False) == "FAILED"
+        assert end(name, 1, error=False) == "RUNNING"  # it was tried again
+        assert end(name, 2, error=True) == "FAILED"
+        assert end(name, 2, error=False) == "RUNNING"
 
 
 def test_headline_figures_are_the_parents_too(pod: str, remote: mlflow.MlflowClient) -> None:
