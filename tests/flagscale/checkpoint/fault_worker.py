@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from flagscale import platform
 from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights, save_weights
+from flagscale.checkpoint.agreement import same_outcome
+from flagscale.errors import Interrupted
 from flagscale.models.megatron import build_model
 from flagscale.models.shape import ModelShape
 from flagscale.recipe import TrainingRecipe
+from flagscale.steps.signals import signals_raise
 from flagscale.train.arguments import training_arguments
 from flagscale.train.global_vars import use_args
 from flagscale.train.setup import build_model_chunks, setup_training
@@ -60,7 +63,7 @@ class Attempts:
         try:
             action()
             self.ended[name] = "ok"
-        except Exception as error:
+        except (Exception, Interrupted) as error:
             self.ended[name] = f"{type(error).__name__}: {error}"
         torch.distributed.barrier()
 
@@ -73,6 +76,30 @@ class Attempts:
         if self.rank == 0:
             action()
         torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def stopped_while_reading():
+    """SIGTERM comes while torch, which takes whatever is raised for a failure, reads tensors."""
+    read = FileSystemReader.read_data
+
+    def stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return read(*args)
+
+    FileSystemReader.read_data = stop
+    try:
+        with signals_raise():
+            yield
+    finally:
+        FileSystemReader.read_data = read
+
+
+def stop_one(rank, folder):
+    """SIGTERM to one rank, in what all have to agree on."""
+    with signals_raise(), same_outcome(folder, "cannot be read"):
+        if torch.distributed.get_rank() == rank:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def damage(folder, pattern, keep=100):
@@ -91,6 +118,10 @@ def weights(attempt: Attempts, shape: ModelShape, folder: Path) -> None:
     attempt("unended is refused", lambda: load_weights(model, folder / "unended"))
     attempt("saved", lambda: save_weights(model, folder / "good"))
     attempt("loaded", lambda: load_weights(model, folder / "good"))
+    with stopped_while_reading():
+        attempt("both are stopped", lambda: load_weights(model, folder / "good"))
+    for rank in (0, 1):
+        attempt(f"rank {rank} is stopped", lambda r=rank: stop_one(r, folder))
     deeper = build_model(replace(shape, num_layers=3), 16)
     attempt("of other layers", lambda: load_weights(deeper, folder / "good"))
     wider = build_model(replace(shape, ffn_hidden_size=96), 16)

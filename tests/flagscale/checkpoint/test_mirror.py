@@ -1,5 +1,6 @@
 """Checkpoints in an object store: the folder's content there and back, faults, kills."""
 
+import errno
 import json
 import os
 import time
@@ -193,6 +194,23 @@ def test_place_and_forget(bucket: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert not folder.exists()
     assert list(ObjectStore(bucket).sizes()) == ["checkpoints/other/latest.json"]
     mirror.forget(f"{bucket}/checkpoints", "name")  # nothing there: told, not raised
+
+
+@pytest.mark.parametrize("here", ["gone", "stuck"])
+def test_what_is_forgotten_leaves_the_store_whatever_is_here(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str
+) -> None:
+    def stuck(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ObjectStore(bucket).write("checkpoints/name/latest.json", b"{}")
+    folder, _ = mirror.place(f"{bucket}/checkpoints", "name")
+    if here == "stuck":
+        folder.mkdir()
+        monkeypatch.setattr(mirror.shutil, "rmtree", stuck)
+    mirror.forget(f"{bucket}/checkpoints", "name")
+    assert ObjectStore(bucket).sizes() == {}
 
 
 @pytest.mark.parametrize("seed", range(3))

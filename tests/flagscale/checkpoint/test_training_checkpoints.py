@@ -220,6 +220,11 @@ def test_fault_of_one_rank_is_the_same_error_on_both(faults, attempt, message):
     assert message in faults["weights"][attempt]
 
 
+@pytest.mark.parametrize("who", ["rank 0 is", "rank 1 is", "both are"])
+def test_a_stop_of_one_rank_stops_both(faults, who):
+    assert faults["weights"][f"{who} stopped"] == "Interrupted: stopped by a signal"
+
+
 def test_without_a_fault_there_is_no_error(faults):
     assert faults["weights"]["saved"] == faults["weights"]["loaded"] == "ok"
 

@@ -127,6 +127,32 @@ def test_a_file_system_without_locks_gets_a_lease(
     assert list(tmp_path.glob("*.lease")) == []
 
 
+def test_stopped_right_after_it_was_written_it_is_given_back(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 60.0)
+    write = ObjectStore.write
+
+    def write_and_stop(store: ObjectStore, name: str, content: bytes) -> None:
+        write(store, name, content)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    monkeypatch.setattr(ObjectStore, "write", write_and_stop)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end, step_process("x", exclusive=f"{bucket}/checkpoints"):
+        pytest.fail("not reached")
+    assert end.value.code == 143
+    assert ObjectStore(bucket).read("checkpoints.lease") is None
+
+
+def test_one_that_was_not_taken_is_not_given_back(bucket: str) -> None:
+    """Though it is old: another may be taking it."""
+    content = json.dumps({"holder": "pod-a:1:x", "renewed": time.time() - 60}).encode()
+    ObjectStore(bucket).write("checkpoints.lease", content)
+    lease._Lease(f"{bucket}/checkpoints").release()
+    assert ObjectStore(bucket).read("checkpoints.lease") == content
+
+
 def test_signals_while_waiting_end_it(bucket: str) -> None:
     place = f"{bucket}/checkpoints"
     values = {"holder": "pod-a:1:x", "renewed": time.time() + 60}

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import multiprocessing
 import signal
@@ -5,19 +6,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from kfp import dsl
 
+from flagscale.data.sources import documents
 from flagscale.errors import UserError
 from flagscale.processes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import StudentRecipe, TrainingRecipe
+from flagscale.recipe.data import CorpusRecipe
+from flagscale.steps.exclusive import delete_unless_held, exclusively
 from flagscale.steps.step_process import (
     deferred_stop,
     keep_exclusive,
     step_process,
     stop_requested,
 )
+from flagscale.tracking.run import StepRun, truthful_status
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +71,53 @@ def test_a_signal_raises_at_once_or_is_left_to_the_loop(notes: Path) -> None:
     assert not stop_requested()  # nobody's work is stopped by what another was asked
 
 
+def test_what_goes_on_after_any_failure_does_not_go_on_after_a_signal(
+    notes: Path, tmp_path: Path
+) -> None:
+    """MLflow's uploads, a listing of sources, an object store: each catches whatever comes."""
+
+    class Client:
+        def log_artifact(self, *_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        def set_terminated(self, _run: str, status: str) -> None:
+            told.append(status)
+
+    class Stopped(MemoryFileSystem):
+        protocol = "stopped"
+
+        def exists(self, *_: object, **__: object) -> bool:
+            signal.raise_signal(signal.SIGTERM)
+            return True
+
+    told: list[str] = []
+    fsspec.register_implementation("stopped", Stopped, clobber=True)
+    corpus = CorpusRecipe(name="c", source="stopped://bucket/a.jsonl")
+    run = StepRun(cast(Any, Client()), "run")
+    for work in (
+        lambda: run.log_artifact(tmp_path / "report.html"),
+        lambda: next(documents(corpus)),
+    ):
+        with pytest.raises(SystemExit) as end, step_process("evaluate"), truthful_status(run):
+            work()
+        assert end.value.code == 143
+        assert read_error(notes) == "interrupted: stopped by a signal"
+    assert told == ["KILLED", "KILLED"]
+
+
+def test_a_signal_while_the_end_is_told_changes_nothing(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "flagscale.steps.step_process.step_failed",
+        lambda *_: signal.raise_signal(signal.SIGTERM),
+    )
+    with pytest.raises(SystemExit) as end, step_process("evaluate"):
+        raise UserError("no such text")
+    assert end.value.code == 1
+    assert read_error(notes) == "no such text"
+
+
 def test_forked_workers_end_quietly(capfd: pytest.CaptureFixture[str]) -> None:
     """However early the signal comes: pools are closed while their workers are still starting."""
     with step_process("prepare-data"):
@@ -102,6 +157,26 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     with step_process("distil-student", exclusive=str(folder)):
         assert time.monotonic() - begin > 1
     assert other.wait() == 0
+
+
+def test_a_lock_that_was_deleted_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has opened it, and would get it now, takes the one that others find."""
+    folder, flock, opened = tmp_path / "checkpoints", fcntl.flock, []
+
+    def after_its_holder_has_deleted_it(descriptor: int, operation: int) -> None:
+        if not opened:
+            (tmp_path / "checkpoints.lock").unlink()
+        opened.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_holder_has_deleted_it)
+    with exclusively(str(folder)):
+        assert len(opened) == 2
+        assert not delete_unless_held(folder)
+    assert delete_unless_held(folder)
+    assert not (tmp_path / "checkpoints.lock").exists()
 
 
 def test_a_held_folder_is_given_up_on_with_an_error(

@@ -1,13 +1,16 @@
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.steps.exclusive import exclusively
 from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
-from pipelines.local.runner import checkpoint_folder, run_recipe
+from pipelines.local.runner import _forget, checkpoint_folder, run_recipe
 
 
 def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:
@@ -184,6 +187,66 @@ def test_missing_text(tiny_teacher: Path, tmp_path: Path) -> None:
     empty.write_text(" \n")
     with pytest.raises(UserError, match="empty"):
         check_sources(recipe(tiny_teacher, empty))
+
+
+@pytest.mark.parametrize("name", ["/proc/x", "/proc", "file", "file/x"])
+def test_a_place_that_is_no_folder_for_runs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    runs = tmp_path / name
+    with pytest.raises(UserError, match=rf"^--runs {runs}: .*; name a folder"):
+        run_recipe(recipe("t"), runs)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flagscale.steps.exclusive import exclusively
+with exclusively(sys.argv[1]):
+    Path(sys.argv[1]).mkdir()
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is at the training `held`."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "trainings" / "held")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_checkpoints_of_another_runs_training_stay(
+    tmp_path: Path, other_run: subprocess.Popen[str]
+) -> None:
+    checkpoints = tmp_path / "trainings"
+    (checkpoints / "interrupted").mkdir()
+    (checkpoints / "ended.lock").touch()
+    assert _forget(checkpoints) == [checkpoints / "held"]
+    assert {path.name for path in checkpoints.iterdir()} == {"held", "held.lock"}
+    with pytest.raises(UserError), exclusively(str(checkpoints / "held"), patience_seconds=0.0):
+        pytest.fail("the lock keeps nobody out any more")
+    other_run.kill()
+    other_run.wait()
+    assert _forget(checkpoints) == []
+    assert not checkpoints.exists()
+
+
+def test_a_training_is_not_begun_anew_under_another_run(
+    tiny_teacher: Path, tmp_path: Path, other_run: subprocess.Popen[str]
+) -> None:
+    """Nor are its checkpoints taken for one's own, after the other has been stopped."""
+    one = with_fingerprints(recipe(tiny_teacher, init="scratch", num_layers=2))
+    checkpoints = checkpoint_folder(one, tmp_path / "runs")
+    checkpoints.parent.mkdir(parents=True)
+    checkpoints.symlink_to(tmp_path / "trainings")
+    with pytest.raises(UserError, match=r"^--no-cache: .*/held: another run trains there"):
+        run_recipe(one, tmp_path / "runs", reuse=False)
+    assert (checkpoints / "held").exists()
 
 
 def test_a_missing_teacher_ends_the_run_before_any_work(tmp_path: Path) -> None:
