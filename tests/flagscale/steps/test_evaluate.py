@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from flagscale.recipe import DataRecipe, EvaluationRecipe, StudentRecipe, Teache
 from flagscale.steps.evaluate import evaluate
 from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
+from flagscale.tracking.names import WORK_TAG
 
 SEQ_LENGTH = 32
 RECIPE = EvaluationRecipe(
@@ -188,6 +190,31 @@ def test_refuses_artifacts_of_different_runs(artifacts: Path, tmp_path: Path) ->
             tmp_path / "evaluation",
         )
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_another_students_evaluation_is_other_work(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the recipe's section is the same in all variants of a sweep."""
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
+    injected = client.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    monkeypatch.setenv("MLFLOW_RUN_ID", injected)
+    monkeypatch.setenv("KFP_RUN_ID", "a")
+    for name in ("dataset", "teacher", "student"):
+        (tmp_path / name).symlink_to(artifacts / name)
+    shutil.copytree(artifacts / "distilled", tmp_path / "distilled")
+    manifest = json.loads((tmp_path / "distilled/manifest.json").read_text())
+    manifest["recipe"] = {"training": {"lr": 2.0}}
+    (tmp_path / "distilled/manifest.json").write_text(json.dumps(manifest))
+    for folder in (artifacts, tmp_path, artifacts):
+        run(folder, tmp_path / "evaluation")
+    query = f"tags.`mlflow.parentRunId` = '{injected}'"
+    runs = client.search_runs([experiment], query, order_by=["attributes.start_time ASC"])
+    first, other, again = (run.data.tags[WORK_TAG] for run in runs)
+    assert first == again != other
 
 
 def test_refuses_a_prompt_without_tokens(artifacts: Path, tmp_path: Path) -> None:
