@@ -18,7 +18,8 @@ from flagscale.recipe import Recipe
 from flagscale.secrets import SECRET_VARIABLES, hide_in_urls
 from pipelines.kubernetes_values import check_image
 from pipelines.parameters import Parameter
-from pipelines.platform import MLFLOW_VARIABLES, Platform, Pods
+from pipelines.platform import MLFLOW_VARIABLES, Platform
+from pipelines.pods import Pods
 
 KINDS = ("data", "models", "training")
 

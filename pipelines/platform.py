@@ -11,29 +11,22 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from kubernetes.utils import parse_quantity
 from pydantic import Field, field_validator, model_validator
 
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
-from flagscale.recipe.section import PositiveInt
 from flagscale.recipe.strict_yaml import load
 from flagscale.secrets import SECRET_VARIABLES, has_credentials, is_secret_name
 from pipelines.kubernetes_values import (
     ClaimName,
-    CpuQuantity,
-    Duration,
     ImageName,
-    LabelKey,
-    LabelValue,
     MountPath,
     Name,
     Quantity,
-    QueueName,
-    ResourceName,
     SecretKey,
     Variable,
 )
+from pipelines.pods import Pods
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
 MLFLOW_VARIABLES = {
@@ -48,104 +41,6 @@ _OWN_VARIABLES = (
     SECRET_VARIABLES,
     "KFP_RUN_ID",
 )
-
-
-class Toleration(Section):
-    """A taint of nodes that the pods may run on; names are those of Kubernetes."""
-
-    key: LabelKey | None = None
-    operator: Literal["Exists", "Equal"] = "Equal"
-    value: LabelValue | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    tolerationSeconds: int | None = None  # noqa: N815 - Kubernetes' spelling
-
-    @model_validator(mode="after")
-    def _check(self) -> Toleration:
-        if self.operator == "Exists" and self.value is not None:
-            raise ValueError(f"operator=Exists takes no value, but value={self.value!r}")
-        if self.operator == "Equal" and self.key is None:
-            raise ValueError("operator=Equal needs a key")
-        if self.tolerationSeconds is not None and self.effect != "NoExecute":
-            raise ValueError(
-                f"tolerationSeconds={self.tolerationSeconds} is only for effect=NoExecute"
-            )
-        return self
-
-
-class Retries(Section):
-    """How often a failed pod is started again; a training goes on from its last checkpoint."""
-
-    count: Annotated[int, Field(ge=0)] = Field(2, description="Times")
-    backoff: Duration = Field("30s", description="Pause before the first")
-    factor: PositiveInt = Field(2, description="Each pause is so much longer than the last")
-    max_duration: Duration = Field(
-        "604800s",
-        description="From the first start: no retry begins later, and one that runs ends then",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Retries:
-        if self.count and not self.seconds:
-            raise ValueError(
-                f"max_duration={self.max_duration} leaves no time for count={self.count}; count=0 "
-                "is for none"
-            )
-        return self
-
-    @property
-    def seconds(self) -> int:
-        """`max_duration` as a number."""
-        return int(self.max_duration.removesuffix("s"))
-
-
-class Pods(Section):
-    """What the pods of one kind of step get."""
-
-    accelerator_type: ResourceName = Field("nvidia.com/gpu", description="Kubernetes resource name")
-    accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
-    cpu: CpuQuantity = Field("2", description="Kubernetes CPU quantity, requested")
-    memory: Quantity = Field("8Gi", description="Kubernetes memory quantity, request and limit")
-    shared_memory: Quantity | None = Field(
-        None, description="Size of /dev/shm, part of `memory`; NCCL and data loaders want it"
-    )
-    node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels of the nodes")
-    tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
-    labels: dict[LabelKey, LabelValue] = Field({}, description="Of the pods")
-    queue: QueueName | None = Field(None, description="Kueue's local queue (a label of the pods)")
-    priority: QueueName | None = Field(
-        None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"
-    )
-    retries: Retries = Retries()
-    timeout_seconds: PositiveInt | None = Field(
-        None, description="A pod that runs longer is ended, and counts as failed"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Pods:
-        for name in self._kueue_labels:
-            if name in self.labels:
-                raise ValueError(f"labels.{name}={self.labels[name]}: queue or priority gives it")
-        if self.shared_memory and parse_quantity(self.shared_memory) > parse_quantity(self.memory):
-            raise ValueError(
-                f"shared_memory={self.shared_memory} is part of memory={self.memory}, and must "
-                "not be larger"
-            )
-        if self.retries.count and self.retries.seconds < (self.timeout_seconds or 0):
-            raise ValueError(
-                f"retries.max_duration={self.retries.max_duration} would end a pod before its "
-                f"timeout_seconds={self.timeout_seconds}; it must not be less"
-            )
-        return self
-
-    @property
-    def _kueue_labels(self) -> dict[str, str]:
-        kueue = {"queue-name": self.queue, "priority-class": self.priority}
-        return {f"kueue.x-k8s.io/{k}": v for k, v in kueue.items() if v}
-
-    @property
-    def all_labels(self) -> dict[str, str]:
-        """`labels`, and those by which Kueue knows queue and priority."""
-        return self.labels | self._kueue_labels
 
 
 class Steps(Section):

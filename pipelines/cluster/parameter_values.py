@@ -17,7 +17,8 @@ from flagscale.recipe.explaining import message
 from flagscale.recipe.sweep import Metric
 from flagscale.secrets import has_credentials, hide_in_urls
 from pipelines.kubernetes_values import ClaimName, ImageName, LabelKey, LabelValue, Name
-from pipelines.platform import Platform, Toleration
+from pipelines.platform import Platform
+from pipelines.pods import Toleration
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "STRING": (str, "a text"),

@@ -15,7 +15,8 @@ from flagscale.ranks.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement
 from pipelines.compiling import compile_recipe
-from pipelines.platform import FOLDER, Images, Platform, Pods, load_platform
+from pipelines.platform import FOLDER, Images, Platform, load_platform
+from pipelines.pods import Pods
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
