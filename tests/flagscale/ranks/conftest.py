@@ -6,7 +6,9 @@ from trainjob_nodes import SECRET, launcher_pod
 
 RANKS = """
 import logging, os, signal, sys, time
+from pathlib import Path
 from flagscale.errors import UserError
+from flagscale.steps.step_process import deferred_stop
 
 def run(what):
     rank = os.environ["RANK"]
@@ -21,7 +23,11 @@ def run(what):
         raise UserError("the second node says what is wrong")
     if what == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
-    time.sleep(60)
+    if what == "save":
+        with deferred_stop():  # takes long to save
+            Path(os.environ["FLAGSCALE_SHARED"], f"{rank}-works").touch()
+            time.sleep(600)
+    time.sleep(600)
 """
 
 

@@ -50,6 +50,7 @@ class Cluster:
         backoff_limit: how often Kubernetes starts failed pods anew.
         refusals: how many of the next requests for a TrainJob are answered with 503.
         break_log_after: lines after which a followed log breaks off, once.
+        log_hangs: whether a log is never answered, as that of a pod whose node is lost.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,6 +66,7 @@ class Cluster:
         self.backoff_limit = 2
         self.refusals = 0
         self.break_log_after: int | None = None
+        self.log_hangs = False
         self.runtimes = {"torch-distributed": RUNTIME}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
@@ -287,6 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise ApiError(403, f'{resource} is forbidden: cannot {verb} resource "{resource}"')
 
     def _log(self, pod: str, query: dict[str, str]) -> None:
+        while self.cluster.log_hangs and self.cluster.open:
+            time.sleep(0.1)
         node = self.cluster.node(pod)
         follow = query.get("follow") == "true"
         self.send_response(200)

@@ -1,6 +1,8 @@
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from flagscale.ranks.rank_folder import RankFolder
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
 
+PATIENCE = 300  # seconds: far more than is needed, on a machine with much else to do
 RANKS = """
 import os, time
 from flagscale.errors import UserError
@@ -27,7 +30,7 @@ def run(what):
     if what == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
     print("working", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 PARENT = """
@@ -55,7 +58,7 @@ def test_any_ranks_error_becomes_the_steps(ranks):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"^the second rank says what is wrong$"):
         ranks("error")
-    assert time.monotonic() - start < 40  # the other rank is not waited for
+    assert time.monotonic() - start < PATIENCE  # the other rank, which works on, is not waited for
 
 
 def test_killed_rank_is_an_error(ranks):
@@ -70,13 +73,17 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ranks_end_with_the_step(ranks, tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-c", PARENT])
-    while not (torchrun := children(process.pid)) or len(found := children(torchrun[0])) < 2:
-        time.sleep(0.05)
-    time.sleep(6)  # they listen now
+    process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for _ in range(2):
+        while process.stdout.readline() != "working\n":  # the parent tells what it starts, too
+            assert process.poll() is None
+    (torchrun,) = children(process.pid)
+    found = children(torchrun)
+    assert len(found) == 2
     process.send_signal(number)
-    assert process.wait(timeout=30) == (143 if number == signal.SIGTERM else -9)
-    deadline = time.monotonic() + 30
+    assert process.wait(timeout=PATIENCE) == (143 if number == signal.SIGTERM else -9)
+    deadline = time.monotonic() + PATIENCE
     while any(os.path.exists(f"/proc/{rank}") for rank in found):
         assert time.monotonic() < deadline, "a rank lives on"
         time.sleep(0.2)
@@ -93,27 +100,31 @@ def test_a_drained_nodes_ranks_have_as_long_as_it_gives_them(ranks, tmp_path, mo
     assert torchrun.stdout
     assert torchrun.stdout.readline() == b"working\n"
     torchrun.terminate()
-    assert torchrun.wait(timeout=30) == 1
+    assert torchrun.wait(timeout=PATIENCE) == 1
     assert list(folder.exits().values()) == [143]
 
 
 def test_a_node_that_waits_for_others_ends_at_once(monkeypatch):
-    for name, value in {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(f"PET_{name}", str(value))
-    torchrun = subprocess.Popen(launch.rank_command("ranks", "ranks:run", 1))
-    time.sleep(6)
-    assert torchrun.poll() is None
-    torchrun.terminate()
-    assert torchrun.wait(timeout=5) == 143
+    with socket.create_server(("127.0.0.1", 0)) as master:  # which never answers
+        port = master.getsockname()[1]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in {"NNODES": 2, "NODE_RANK": 1, **where}.items():
+            monkeypatch.setenv(f"PET_{name}", str(value))
+        torchrun = subprocess.Popen(launch.rank_command("ranks", "ranks:run", 1))
+        master.settimeout(PATIENCE)
+        with master.accept()[0]:
+            assert torchrun.poll() is None
+            torchrun.terminate()
+            assert torchrun.wait(timeout=30) == 143  # torchrun itself would wait for 60 and more
 
 
 TRAINING = TrainingRecipe(
-    train_iters=8,
+    train_iters=40,  # so many that no machine has done them before it is stopped after the second
     micro_batch_size=2,
     global_batch_size=4,
     lr=1e-3,
     adam_eps=1e-5,
-    eval_interval=4,
+    eval_interval=20,
     eval_iters=1,
     save_interval=2,
 )
@@ -190,12 +201,12 @@ def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp
     ],
 )
 def test_what_no_rank_could_train_is_refused_before_one_starts(
-    teacher, student, dataset, tmp_path, parallelism, message
+    teacher, student, dataset, tmp_path, parallelism, message, caplog
 ):
     training = TRAINING.model_copy(update={"parallelism": ParallelismRecipe(**parallelism)})
-    start = time.monotonic()
+    caplog.set_level(logging.INFO)
     with pytest.raises(UserError, match=message):
         distil_student(
             DistillationRecipe(), training, teacher, student, dataset, tmp_path, tmp_path / "out"
         )
-    assert time.monotonic() - start < 3  # torchrun alone takes longer
+    assert "starting" not in caplog.text

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from kubeflow_trainer_api import models
 
 NAMESPACE = "team"
@@ -112,10 +113,13 @@ class Node:
             return
         try:
             if number == signal.SIGKILL:
+                if self.process.poll() is None:
+                    for rank in psutil.Process(self.process.pid).children(recursive=True):
+                        rank.kill()  # each is a process group of its own
                 os.killpg(self.process.pid, number)
             else:
                 self.process.send_signal(number)
-        except ProcessLookupError:
+        except (ProcessLookupError, psutil.NoSuchProcess):
             pass
 
 
