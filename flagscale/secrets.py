@@ -36,7 +36,7 @@ _USER_INFO = re.compile(
     (?P<scheme> https?:// | (?P<database> (postgres(ql)?|mysql|mariadb|mssql|oracle)(\+\w+)?:// )
               | :// )
     (?P<user_info>
-        [^/\s:'"<>[]*: (?(database) | (?! \d+[/'"<>] ))  [^\s@]+ (@[^\s@/'"<>]+)*
+        [^/\s:'"<>[]*: (?(database) | (?! \d+[/'"<>] ))  ((?!://)[^\s@])+ (@[^\s@/'"<>]+)*
       | (?: (?<=https://) | (?<=http://) | (?=[^/\s:]*:) )  [^/\s'"<>]+
     )
     (?=@)
