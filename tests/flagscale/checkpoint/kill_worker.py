@@ -68,7 +68,7 @@ def save_for_ever(shape: ModelShape, folder: Path, told: Path, *, async_save: bo
                 stream.write(f"{state.step}\n")
 
 
-def left_behind(group: int, seconds: float = 5.0) -> int:
+def left_behind(group: int, seconds: float = 60.0) -> int:
     """Processes of the group that are alive after some time."""
     deadline = time.monotonic() + seconds
     while True:
@@ -100,11 +100,11 @@ def killed_while_writing(shape: ModelShape, folder: Path) -> dict:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        slow_disk(60)
+        slow_disk(600)
         with trainer_of(shape) as trainer:
             TrainingCheckpoints(folder, async_save=True).save(TrainingState(1), trainer)
             (folder / "begun").touch()
-            time.sleep(60)
+            time.sleep(600)
     while not (folder / "begun").exists():
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -116,27 +117,24 @@ def test_one_that_comes_back_late_deletes_nothing_of_its_successor(
     assert "step-00000002/state/0.distcp" in third.content()
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    put = ObjectStore.put
-
-    def slowly(self: ObjectStore, files: dict[str, Path]) -> None:
-        time.sleep(seconds)
-        put(self, files)
-
-    monkeypatch.setattr(ObjectStore, "put", slowly)
-
-
 def test_training_does_not_wait_and_the_newest_counts(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Folders are deleted here long before they could be uploaded."""
+    put, trained, in_time = ObjectStore.put, threading.Event(), []
+
+    def slowly(self: ObjectStore, files: dict[str, Path]) -> None:
+        in_time.append(trained.wait(60))
+        put(self, files)
+
+    monkeypatch.setattr(ObjectStore, "put", slowly)
     pod = Pod(url, tmp_path / "a", keep=1)
-    slow(monkeypatch, 0.5)
-    begin = time.monotonic()
     for step in range(1, 21):
         pod.save(step, 1 / step, wait=False)
-    assert time.monotonic() - begin < 4  # uploads one after the other: 10 and more
+    trained.set()
     pod.wait()
+    assert all(in_time), "training waited for an upload"
+    assert len(in_time) < 5, "each was uploaded"
     found = Pod(url, tmp_path / "b")
     assert found.content() == pod.content()
     assert len(found.content()) == 3

@@ -163,7 +163,7 @@ def start(folder, *command):
 
 def end(process):
     try:
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         process.kill()
         process.wait()

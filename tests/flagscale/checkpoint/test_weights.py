@@ -91,7 +91,7 @@ def test_full_disk_is_one_clear_error(tmp_path):
     (tmp_path / "script.py").write_text(ON_A_FULL_DISK)
     command = [sys.executable, "-W", "ignore", tmp_path / "script.py", tmp_path, disk]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert f"ERROR: no space left on the disk of {disk}" in output

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 LIMIT = 1.0
+PATIENCE = 300  # seconds: far more than is needed, on a machine with much else to do
 RANK = """
 import sys, time
 from pathlib import Path
 from flagscale.ranks.heartbeat import heed
 heed(Path(sys.argv[1]))
 print("listens", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -32,7 +33,7 @@ def rank(folder: Path) -> subprocess.Popen[str]:
 def test_a_silent_launcher_ends_the_ranks(tmp_path: Path) -> None:
     (tmp_path / "heartbeat").write_text("1")
     begin = time.monotonic()
-    assert rank(tmp_path).wait(timeout=30) == -signal.SIGTERM
+    assert rank(tmp_path).wait(timeout=PATIENCE) == -signal.SIGTERM
     assert time.monotonic() - begin > LIMIT
 
 
@@ -46,4 +47,4 @@ def test_a_volume_that_stalls_ends_no_training(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=2 * LIMIT)
     pipe.write_text("stop")
-    assert process.wait(timeout=30) == -signal.SIGTERM
+    assert process.wait(timeout=PATIENCE) == -signal.SIGTERM

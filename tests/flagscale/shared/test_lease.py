@@ -55,9 +55,9 @@ def test_one_of_a_killed_process_is_taken_when_it_is_old(bucket: str) -> None:
     other = holder(place, 60.0)
     other.kill()
     other.wait()
-    begin = time.monotonic()
+    left = json.loads(ObjectStore(bucket).read("checkpoints.lease") or b"")
     with leased(place):
-        assert 0.5 < time.monotonic() - begin < 10
+        assert time.time() - left["renewed"] > lease._STALE_SECONDS
 
 
 def test_one_that_is_not_given_up_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_who_has_lost_it_stops(bucket: str) -> None:
         with step_process("distil-student", exclusive=place):
             values = {"holder": "pod-b:1:x", "renewed": time.time()}
             ObjectStore(bucket).write("checkpoints.lease", json.dumps(values).encode())
-            time.sleep(10)
+            time.sleep(60)
 
     with pytest.raises(SystemExit) as end:
         step_that_is_robbed()
@@ -102,9 +102,10 @@ def test_a_full_disk_does_not_end_its_renewal(
     with leased(place):
         before = (tmp_path / "checkpoints.lease").read_bytes()
         time.sleep(1.0)  # two renewals fail
-        full = False
-        time.sleep(1.0)
-        assert (tmp_path / "checkpoints.lease").read_bytes() != before
+        full, deadline = False, time.monotonic() + 60
+        while (tmp_path / "checkpoints.lease").read_bytes() in (before, b""):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"holder": "x"}'])
