@@ -160,6 +160,10 @@ class StepRun:
             self._flusher.join(timeout=60)
         self._paused_until = 0.0
         self._flush()
+        if self._buffer:  # the last chance: a moment's trouble costs no figures
+            time.sleep(_FLUSH_SECONDS)
+            self._paused_until = 0.0
+            self._flush()
         self._call("the status", lambda client: client.set_terminated(self._id, status))
 
     @property
@@ -206,10 +210,10 @@ def truthful_status(run: StepRun) -> Iterator[None]:
     """Finish the run with what became of the body."""
     try:
         yield
+        run.finish("FINISHED")
     except (Interrupted, KeyboardInterrupt):
         run.finish("KILLED")
         raise
     except BaseException:
         run.finish("FAILED")
         raise
-    run.finish("FINISHED")

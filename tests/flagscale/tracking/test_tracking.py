@@ -254,7 +254,7 @@ def test_a_server_that_goes_away_does_not_stop_a_step(caplog: pytest.LogCaptureF
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient("http://127.0.0.1:9")
     run = tracking.StepRun(client, "0" * 32)
     for i in range(3):
         run.log_metrics({"loss": 1.0}, step=i)
@@ -299,10 +299,32 @@ def test_figures_wait_for_a_server_that_comes_back(
 
         monkeypatch.setattr(run._client, "log_batch", unsteady)
         run.log_metrics({"loss": 1.0}, step=1)
-        time.sleep(1.5)
+        deadline = time.monotonic() + 60
+        while fail and time.monotonic() < deadline:
+            time.sleep(0.02)
         run.log_metrics({"loss": 2.0}, step=2)
     history = client.get_metric_history(str(run.run_id), "loss")
     assert [m.value for m in history] == [1.0, 2.0]
+
+
+def test_trouble_at_the_end_costs_no_figures(
+    runs: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking.pipeline_run(RECIPE, runs) as run:
+        monkeypatch.setattr(run, "_flush_often", lambda: None)
+        sent, fail = run._client.log_batch, [True]
+
+        def unsteady(*args: object, **options: object) -> None:
+            if fail:
+                fail.clear()
+                raise MlflowException("busy")
+            sent(*args, **options)
+
+        monkeypatch.setattr(run._client, "log_batch", unsteady)
+        run.log_metrics({"loss": 1.0}, step=1)
+    assert not fail
+    (point,) = client.get_metric_history(str(run.run_id), "loss")
+    assert point.value == 1.0
 
 
 def test_flatten() -> None:

@@ -57,7 +57,7 @@ def test_waiting_ends_with_every_last_state(kfp: KfpServer, outcome: str, code: 
 def test_waiting_has_an_end(kfp: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     kfp.frames = [tasks(prepare_data="RUNNING")] * 1000
     # Looks further apart than the time to wait: it looks at the start and at the end.
-    assert main([*WAIT[:-1], "100", "--timeout", "0.3"]) == 2
+    assert main([*WAIT[:-1], "100", "--timeout", "3"]) == 2
     assert kfp.looks == {kfp.run.run_id: 2}
     err = capsys.readouterr().err
     assert "the run is RUNNING still; the run goes on" in err
