@@ -9,8 +9,8 @@ from flagscale.errors import UserError
 from flagscale.secrets import mask_output
 from pipelines.cluster.connection_errors import StoppedWaiting
 from pipelines.commands import compare, compile, run, schedule, status, submit
-from pipelines.local.steps import StepFailed
 from pipelines.local.stopping import Stopped
+from pipelines.outcome import StepFailed
 
 _COMMANDS = (run, compile, submit, schedule, status, compare)
 _EXAMPLES = """examples:

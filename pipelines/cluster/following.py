@@ -16,7 +16,7 @@ from typing import Any
 from flagscale.errors import UserError
 from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
 from pipelines.cluster.connection_errors import Problem, StoppedWaiting, is_transient
-from pipelines.local.steps import StepFailed, duration
+from pipelines.outcome import StepFailed, duration
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 _LONGEST_PAUSE_SECONDS = 60.0

@@ -53,7 +53,12 @@ _OPTIONS = (
         "of the same app",
     ),
     (("--ssl-ca-cert",), "ssl_ca_cert", "KFP_SSL_CA_CERT", "certificates to trust, a PEM file"),
-    (("--kube-context",), "kube_context", "KFP_KUBE_CONTEXT", "of kubectl, without --host"),
+    (
+        ("--kube-context",),
+        "kube_context",
+        "KFP_KUBE_CONTEXT",
+        "of kubectl, without --host; where a token says who asks (GKE, EKS), forward a port",
+    ),
     (("--ui-host",), "ui_host", "KF_PIPELINES_UI_ENDPOINT", "for links, where not the host"),
 )
 

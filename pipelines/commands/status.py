@@ -12,7 +12,7 @@ from pipelines.commands.cluster import (
     check_waiting,
     connection,
 )
-from pipelines.local.steps import duration
+from pipelines.outcome import duration
 
 _EXAMPLES = """\
   python -m pipelines status 1f0c... --host https://kfp.example.com

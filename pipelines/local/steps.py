@@ -17,14 +17,11 @@ from kfp.dsl.base_component import BaseComponent
 from flagscale.artifacts import write_json
 from flagscale.processes import FOLDER_VARIABLE, read_error
 from pipelines.local.stopping import Stopped, Stopper
+from pipelines.outcome import StepFailed, duration
 
 logger = logging.getLogger(__name__)
 
 _NOTE = "step.json"  # beside a step's outputs: who made them, for runs that reuse them
-
-
-class StepFailed(Exception):  # noqa: N818 - it reports what happened to a step
-    """A step ended with an error; the message is the step's own, after its name."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +205,6 @@ class Steps:
 
     def _position(self) -> str:
         return f"[{len(self._result.steps) + 1}/{self._plan.total}]"
-
-
-def duration(seconds: float) -> str:
-    """`12 s` or `3 min 20 s`."""
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
 
 
 def _show_variants(table: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from flagscale.artifacts import write_json
 from flagscale.evaluation import LEADERBOARD, METRICS
-from pipelines.local.steps import RunResult, duration
+from pipelines.local.steps import RunResult
+from pipelines.outcome import duration
 
 _MODELS = {"teacher": "teacher", "student": "student before", "distilled": "student after"}
 _FIGURES = {  # name in metrics.json -> heading, decimals

@@ -3,8 +3,9 @@ import json
 from pathlib import Path
 
 from pipelines.local.output import StepOutput
-from pipelines.local.steps import RunResult, StepResult, duration
+from pipelines.local.steps import RunResult, StepResult
 from pipelines.local.summary import summary
+from pipelines.outcome import duration
 
 
 def interval(value: float, half: float) -> dict[str, float]:

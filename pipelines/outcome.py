@@ -1,0 +1,11 @@
+"""What became of a run's steps, here or on a cluster, in the same words."""
+
+
+class StepFailed(Exception):  # noqa: N818 - it reports what happened to a step
+    """A step ended with an error; the message is the step's own, after its name."""
+
+
+def duration(seconds: float) -> str:
+    """`12 s` or `3 min 20 s`."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
