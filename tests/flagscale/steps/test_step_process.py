@@ -104,6 +104,21 @@ def test_what_goes_on_after_any_failure_does_not_go_on_after_a_signal(
     assert told == ["KILLED", "KILLED"]
 
 
+def test_a_signal_while_a_run_is_finished_is_seen_in_its_status() -> None:
+    class Client:
+        def set_terminated(self, _run: str, status: str) -> None:
+            if status == "FINISHED":
+                signal.raise_signal(signal.SIGTERM)
+            told.append(status)
+
+    told: list[str] = []
+    run = StepRun(cast(Any, Client()), "run")
+    with pytest.raises(SystemExit) as end, step_process("evaluate"), truthful_status(run):
+        pass
+    assert end.value.code == 143
+    assert told == ["KILLED"]
+
+
 def test_a_signal_while_the_end_is_told_changes_nothing(
     notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
