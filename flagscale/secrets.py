@@ -19,8 +19,9 @@ from functools import lru_cache
 from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote, urlsplit, urlunsplit
 
+from flagscale import variables
+
 HIDDEN = "***"
-SECRET_VARIABLES = "FLAGSCALE_SECRET_VARIABLES"  # noqa: S105 - lists names of variables
 _SHORTEST = 8  # characters: a shorter value would also hide harmless words
 _SECRET_NAME = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS?|CONNECTION_STRING|"
@@ -127,7 +128,7 @@ def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None
 
 def _secrets(environment: tuple[tuple[str, str], ...]) -> set[str]:
     values, found = dict(environment), set()
-    named = {name.strip() for name in values.get(SECRET_VARIABLES, "").split(",")}
+    named = {name.strip() for name in values.get(variables.SECRETS, "").split(",")}
     if not values.get("MLFLOW_TRACKING_PASSWORD"):  # the user is a token then
         named.add("MLFLOW_TRACKING_USERNAME")
     for name, value in environment:

@@ -13,9 +13,10 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from components.image import image
+from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.secrets import SECRET_VARIABLES, hide_in_urls
+from flagscale.secrets import hide_in_urls
 from pipelines.kubernetes_values import check_image
 from pipelines.parameters import Parameter
 from pipelines.platform import MLFLOW_VARIABLES, Platform
@@ -158,7 +159,7 @@ class Placement:
             backoff_max_duration=pods.retries.max_duration,
         )
         if last:
-            task.set_env_variable("FLAGSCALE_LAST_STEP", "1")
+            task.set_env_variable(variables.LAST_STEP, "1")
         if pods.timeout_seconds is not None:
             kubernetes.set_timeout(task, pods.timeout_seconds)
         return task
@@ -192,7 +193,7 @@ class Placement:
                 size_limit=pods.shared_memory,
             )
         if platform.shared is not None:
-            task.set_env_variable("FLAGSCALE_SHARED", platform.shared.location)
+            task.set_env_variable(variables.SHARED, platform.shared.location)
             if self._claim is not None:
                 kubernetes.mount_pvc(task, self._claim, platform.shared.mount_path)
 
@@ -207,8 +208,10 @@ class Placement:
         if platform.images.pull_secrets:
             kubernetes.set_image_pull_secrets(task, list(platform.images.pull_secrets))
         # Steps of one run find one another in MLflow by it.
-        kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-        task.set_env_variable("FLAGSCALE_RUN_NAME", self._recipe.name)
+        kubernetes.use_field_path_as_env(
+            task, variables.KFP_RUN, "metadata.labels['pipeline/runid']"
+        )
+        task.set_env_variable(variables.RUN_NAME, self._recipe.name)
         if platform.mlflow.secret is not None:
             secret = self._values["mlflow_secret"]
             credentials = dict(MLFLOW_VARIABLES)
@@ -220,7 +223,7 @@ class Placement:
         if platform.secrets:
             # Their names may not look it, and logs are to hide them all (`flagscale.secrets`).
             names = [name for secret in platform.secrets for name in secret.env.values()]
-            task.set_env_variable(SECRET_VARIABLES, ",".join(names))
+            task.set_env_variable(variables.SECRETS, ",".join(names))
         for name, value in platform.env.items():
             task.set_env_variable(name, value)
 

@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.strict_yaml import load
-from flagscale.secrets import SECRET_VARIABLES, has_credentials, is_secret_name
+from flagscale.secrets import has_credentials, is_secret_name
 from pipelines.kubernetes_values import (
     ClaimName,
     ImageName,
@@ -34,13 +35,6 @@ MLFLOW_VARIABLES = {
     "username": "MLFLOW_TRACKING_USERNAME",
     "password": "MLFLOW_TRACKING_PASSWORD",
 }  # key in the Secret: variable
-_OWN_VARIABLES = (
-    "FLAGSCALE_SHARED",
-    "FLAGSCALE_RUN_NAME",
-    "FLAGSCALE_LAST_STEP",
-    SECRET_VARIABLES,
-    "KFP_RUN_ID",
-)
 
 
 class Steps(Section):
@@ -176,7 +170,7 @@ class Platform(Section):
     @model_validator(mode="after")
     def _each_variable_once(self) -> Platform:
         """A pod takes the last of two values of a variable, without a word."""
-        givers = dict.fromkeys(_OWN_VARIABLES, "the pipeline")
+        givers = dict.fromkeys(variables.ALL, "the pipeline")
         if self.mlflow.secret is not None:
             givers |= dict.fromkeys(MLFLOW_VARIABLES.values(), "mlflow.secret")
         given = [(v, f"secret {s.name}") for s in self.secrets for v in s.env.values()]

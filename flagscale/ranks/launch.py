@@ -40,11 +40,6 @@ REQUEST_VARIABLE = "FLAGSCALE_REQUEST"
 _POLL_SECONDS = 0.2
 
 
-def is_rank() -> bool:
-    """Whether this process is one of several that torchrun, or a cluster's launcher, started."""
-    return "WORLD_SIZE" in os.environ
-
-
 def is_first_rank() -> bool:
     """Whether this process speaks for all: it alone writes small files, logs and tracks."""
     return int(os.environ.get("RANK", "0")) == 0

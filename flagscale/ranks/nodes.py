@@ -9,11 +9,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Section
 from flagscale.recipe.section import PositiveInt
-
-SHARED_VARIABLE = "FLAGSCALE_SHARED"
 
 
 class NodePods(Section):
@@ -74,16 +73,16 @@ def shared_folder(paths: Mapping[str, str | Path]) -> Path:
     Raises:
         UserError: there is none, or it does not hold one of `paths`.
     """
-    place = os.environ.get(SHARED_VARIABLE, "")
+    place = os.environ.get(variables.SHARED, "")
     if not place or "://" in place:
         raise UserError(
-            f"{SHARED_VARIABLE}={place or '(unset)'}: several nodes need a folder that all of them "
-            "see; give the platform file a volume (`shared.claim` or `shared.create`, "
+            f"{variables.SHARED}={place or '(unset)'}: several nodes need a folder that all of "
+            "them see; give the platform file a volume (`shared.claim` or `shared.create`, "
             "ReadWriteMany), or train on one node (resources.nodes=1)"
         )
     shared = Path(place)
     if not os.access(shared, os.W_OK):
-        raise UserError(f"{SHARED_VARIABLE}={place}: no such folder, or it is not writable")
+        raise UserError(f"{variables.SHARED}={place}: no such folder, or it is not writable")
     for field, path in paths.items():
         if not Path(path).resolve().is_relative_to(shared.resolve()):
             raise UserError(f"{field}={path} must lie under {place}, which all nodes see")

@@ -23,6 +23,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from flagscale import variables
 from flagscale.artifacts import digest
 from flagscale.errors import Interrupted, UserError
 from flagscale.ranks import heartbeat
@@ -56,7 +57,7 @@ def job_name(step: str, identity: Any) -> str:  # noqa: ANN401 - a JSON value
         step: its name.
         identity: of what is to be done; the same in every try, in no other task.
     """
-    run = os.environ.get("KFP_RUN_ID", "")
+    run = os.environ.get(variables.KFP_RUN, "")
     return f"{step}-{digest([run, identity]).removeprefix('sha256:')[:12]}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flagscale import variables
 from flagscale.shared.bucket import Bucket
 from flagscale.shared.place import Place
 from flagscale.shared.pointer import Pointer, read_pointer, write_pointer
@@ -18,8 +19,6 @@ from flagscale.shared.volume import Volume
 
 __all__ = ["Place", "Pointer", "damage", "fetch", "read_pointer", "shared_place", "write_pointer"]
 
-VARIABLE = "FLAGSCALE_SHARED"
-
 
 def shared_place() -> Place | None:
     """The place that `FLAGSCALE_SHARED` names; None where there is none.
@@ -27,7 +26,7 @@ def shared_place() -> Place | None:
     Raises:
         UserError: there is no such folder.
     """
-    location = os.environ.get(VARIABLE, "")
+    location = os.environ.get(variables.SHARED, "")
     if not location:
         return None
     return Bucket(location) if is_url(location) else Volume(Path(location))

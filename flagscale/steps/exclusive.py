@@ -22,20 +22,17 @@ _LOCK_SECONDS = 120.0
 
 
 @contextmanager
-def exclusively(place: str | None, patience_seconds: float | None = None) -> Iterator[None]:
+def exclusively(place: str, patience_seconds: float | None = None) -> Iterator[None]:
     """Keep other processes out of a folder, after waiting for one that is still ending.
 
     Args:
         place: a folder, which is locked; where the file system has no locks, and for a URL, a lease
-            is taken. None: nothing to keep anybody out of.
+            is taken.
         patience_seconds: how long to wait; None: as long as one that is ending may take.
 
     Raises:
         UserError: another process stays there.
     """
-    if place is None:
-        yield
-        return
     if is_url(place):
         with leased(place, patience_seconds):
             yield

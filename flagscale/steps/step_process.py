@@ -167,8 +167,8 @@ def when_published(do: Callable[[], object]) -> None:
 def keep_exclusive(place: str) -> None:
     """Keep other processes out of a place until the running step's outputs are published.
 
-    Unlike `step_process(exclusive=...)` the place need not be known before the step's inputs are.
-    Outside a step process nobody is kept out.
+    An earlier process that is still ending is waited for. Outside a step process nobody is kept
+    out.
 
     Args:
         place: a folder or a URL, e.g. of one training's checkpoints.
@@ -181,9 +181,7 @@ def keep_exclusive(place: str) -> None:
 
 
 @contextmanager
-def step_process(
-    name: str, experiment: str = "", exclusive: str | None = None, is_rank: bool = False
-) -> Iterator[Step]:
+def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
     Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
@@ -192,8 +190,6 @@ def step_process(
     Args:
         name: of the step.
         experiment: MLflow's, where the environment does not name one.
-        exclusive: a folder that only one process at a time may write, e.g. of checkpoints; an
-            earlier process that is still ending is waited for.
         is_rank: another process started this one, and will tell its error.
 
     Raises:
@@ -206,15 +202,14 @@ def step_process(
         try:
             note_process()
             end_with_runner()
-            with exclusively(exclusive):
-                step = Step(name)
-                _running.append(step)
-                try:
-                    yield step
-                    step.publish()
-                finally:
-                    _running.remove(step)
-                    step.close()
+            step = Step(name)
+            _running.append(step)
+            try:
+                yield step
+                step.publish()
+            finally:
+                _running.remove(step)
+                step.close()
         except (Interrupted, KeyboardInterrupt) as error:
             _fail(name, "interrupted: " + (str(error) or "stopped by a signal"), is_rank)
             sys.exit(EXIT_INTERRUPTED)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flagscale import variables
 from flagscale.tracking.names import (
     KFP_RUN_TAG,
     PARENT_TAG,
@@ -30,9 +31,6 @@ from flagscale.tracking.server import children_of, find_run
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-KFP_RUN_VARIABLE = "KFP_RUN_ID"
-LAST_STEP_VARIABLE = "FLAGSCALE_LAST_STEP"  # set on the step that all others come before
-NAME_VARIABLE = "FLAGSCALE_RUN_NAME"  # what the parent is called; default: the KFP run's id
 
 _SETTLE_SECONDS = 1.0  # longer than a request: who comes at the same time is seen after it
 
@@ -64,7 +62,7 @@ class KfpRun:
         found = cls.find(client, experiment_id)
         if found is not None:
             return found
-        name = tag(os.environ.get(NAME_VARIABLE) or _kfp_run_id())
+        name = tag(os.environ.get(variables.RUN_NAME) or _kfp_run_id())
         tags = {KFP_RUN_TAG: _kfp_run_id()}
         own = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         time.sleep(_SETTLE_SECONDS)
@@ -111,7 +109,7 @@ class KfpRun:
             if find_run(self.client, self.run_id).info.lifecycle_stage == "active":
                 self.client.delete_run(self.run_id)
             self.run_id = oldest.run_id
-        if os.environ.get(LAST_STEP_VARIABLE) == "1" and status == "FINISHED":
+        if os.environ.get(variables.LAST_STEP) == "1" and status == "FINISHED":
             for run in self.children():
                 # Killed with -9 before it was tried again, unless it is this process's own.
                 if run.info.status == "RUNNING" and run.data.tags.get(PROCESS_TAG) != here():
@@ -153,7 +151,7 @@ class KfpStep(StepRun):
 
 def in_kfp_without_plugin() -> bool:
     """Whether the steps have to find their parent themselves."""
-    return bool(os.environ.get(KFP_RUN_VARIABLE)) and not os.environ.get("MLFLOW_RUN_ID")
+    return bool(os.environ.get(variables.KFP_RUN)) and not os.environ.get("MLFLOW_RUN_ID")
 
 
 def overall_status(children: Sequence[Any]) -> str:
@@ -179,4 +177,4 @@ def _started(run: Any) -> int:  # noqa: ANN401 - mlflow's Run
 
 
 def _kfp_run_id() -> str:
-    return re.sub(r"[^\w.-]", "", os.environ[KFP_RUN_VARIABLE])
+    return re.sub(r"[^\w.-]", "", os.environ[variables.KFP_RUN])

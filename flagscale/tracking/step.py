@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flagscale import variables
 from flagscale.artifacts import Manifest, digest
 from flagscale.secrets import hide_in_urls
 from flagscale.tracking.kfp_run import (
-    KFP_RUN_VARIABLE,
     KfpRun,
     KfpStep,
     in_kfp_without_plugin,
@@ -149,7 +149,7 @@ def _start(work: _Work) -> StepRun:
         return StepRun(None, None)
     shown = hide_in_urls(uri)
     # A server's pod may be starting anew: a training of days is worth the wait.
-    pauses = _PAUSES_ON_A_CLUSTER if os.environ.get(KFP_RUN_VARIABLE) else ()
+    pauses = _PAUSES_ON_A_CLUSTER if os.environ.get(variables.KFP_RUN) else ()
     for pause in (*pauses, None):
         try:
             return _track(make_client(uri), work)
@@ -207,8 +207,8 @@ def _make(client: MlflowClient, place: _Place, work: _Work) -> str:
         tags[PARENT_TAG] = place.parent
     if work.training is not None:
         tags[TRAINING_TAG] = _short_digest(work.training)
-    if os.environ.get(KFP_RUN_VARIABLE):
-        tags[OF_KFP_RUN_TAG] = os.environ[KFP_RUN_VARIABLE]
+    if os.environ.get(variables.KFP_RUN):
+        tags[OF_KFP_RUN_TAG] = os.environ[variables.KFP_RUN]
         tags[WORK_TAG] = work.tag
     made = client.create_run(place.experiment_id, run_name=work.name, tags=tags)
     return str(made.info.run_id)
@@ -234,7 +234,7 @@ def _short_digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
 def _is_same_attempt(run: Any, place: _Place) -> bool:  # noqa: ANN401 - mlflow's Run
     tags = run.data.tags
     same_parent = place.parent is not None and tags.get(PARENT_TAG) == place.parent
-    kfp_run = os.environ.get(KFP_RUN_VARIABLE)
+    kfp_run = os.environ.get(variables.KFP_RUN)
     return same_parent or bool(kfp_run and tags.get(OF_KFP_RUN_TAG) == kfp_run)
 
 

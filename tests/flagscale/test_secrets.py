@@ -98,7 +98,7 @@ def test_other_names(name: str) -> None:
 
 def test_secrets_that_are_named() -> None:
     os.environ |= {"SSO": "planted-0001", "LOGIN": "planted-0002", "PLACE": "planted-0003"}
-    os.environ[secrets.SECRET_VARIABLES] = "LOGIN, SSO,UNSET"
+    os.environ["FLAGSCALE_SECRET_VARIABLES"] = "LOGIN, SSO,UNSET"
     assert secrets.mask("planted-0001 planted-0002 planted-0003") == "*** *** planted-0003"
 
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from flagscale.shared import lease
 from flagscale.shared.lease import leased
 from flagscale.shared.store import ObjectStore
 from flagscale.steps.exclusive import exclusively
-from flagscale.steps.step_process import step_process
+from flagscale.steps.step_process import keep_exclusive, step_process
 
 HOLD = """
 import sys, time
@@ -32,6 +34,24 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_STALE_SECONDS", 2.5)
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(lease, "_POLL_SECONDS", 0.1)
+
+
+def stop_soon() -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def code_of_a_step_on(place: str, meanwhile: Callable[[], object] = lambda: None) -> object:
+    """Exit code of a step that gets no further than to the place."""
+
+    def step() -> None:
+        with step_process("distil-student"):
+            meanwhile()
+            keep_exclusive(place)
+            pytest.fail("not reached")
+
+    with pytest.raises(SystemExit) as end:
+        step()
+    return end.value.code
 
 
 def holder(place: str, seconds: float) -> subprocess.Popen[str]:
@@ -74,7 +94,8 @@ def test_who_has_lost_it_stops(bucket: str) -> None:
     place = f"{bucket}/checkpoints"
 
     def step_that_is_robbed() -> None:
-        with step_process("distil-student", exclusive=place):
+        with step_process("distil-student"):
+            keep_exclusive(place)
             values = {"holder": "pod-b:1:x", "renewed": time.time()}
             ObjectStore(bucket).write("checkpoints.lease", json.dumps(values).encode())
             time.sleep(60)
@@ -136,13 +157,10 @@ def test_stopped_right_after_it_was_written_it_is_given_back(
 
     def write_and_stop(store: ObjectStore, name: str, content: bytes) -> None:
         write(store, name, content)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        stop_soon()
 
     monkeypatch.setattr(ObjectStore, "write", write_and_stop)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit) as end, step_process("x", exclusive=f"{bucket}/checkpoints"):
-        pytest.fail("not reached")
-    assert end.value.code == 143
+    assert code_of_a_step_on(f"{bucket}/checkpoints") == 143
     assert ObjectStore(bucket).read("checkpoints.lease") is None
 
 
@@ -158,8 +176,4 @@ def test_signals_while_waiting_end_it(bucket: str) -> None:
     place = f"{bucket}/checkpoints"
     values = {"holder": "pod-a:1:x", "renewed": time.time() + 60}
     ObjectStore(bucket).write("checkpoints.lease", json.dumps(values).encode())
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit) as end, step_process("distil-student", exclusive=place):
-        pytest.fail("not reached")
-    assert end.value.code == 143
+    assert code_of_a_step_on(place, meanwhile=stop_soon) == 143

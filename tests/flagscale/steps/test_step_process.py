@@ -159,8 +159,9 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     hold = (
         "import sys, time\n"
-        "from flagscale.steps.step_process import step_process\n"
-        f"with step_process('distil-student', exclusive={str(folder)!r}):\n"
+        "from flagscale.steps.step_process import keep_exclusive, step_process\n"
+        "with step_process('distil-student'):\n"
+        f"    keep_exclusive({str(folder)!r})\n"
         "    print('held', flush=True)\n"
         "    time.sleep(1.5)\n"
         f"    open({str(tmp_path / 'left')!r}, 'w').close()\n"
@@ -168,7 +169,8 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert other.stdout
     assert other.stdout.readline() == "held\n"
-    with step_process("distil-student", exclusive=str(folder)):
+    with step_process("distil-student"):
+        keep_exclusive(str(folder))
         assert (tmp_path / "left").exists()
     assert other.wait() == 0
 
@@ -198,12 +200,14 @@ def test_a_held_folder_is_given_up_on_with_an_error(
 ) -> None:
     monkeypatch.setattr("flagscale.steps.exclusive._LOCK_SECONDS", -1.0)
     folder = str(tmp_path / "checkpoints")
-    with (
-        step_process("distil-student", exclusive=folder),
-        pytest.raises(SystemExit),
-        step_process("distil-student", exclusive=folder),
-    ):
-        pytest.fail("not reached")
+
+    def hold() -> None:
+        with step_process("distil-student"):
+            keep_exclusive(folder)
+            hold()
+
+    with pytest.raises(SystemExit):
+        hold()
     assert "another process writes there" in str(read_error(tmp_path))
 
 

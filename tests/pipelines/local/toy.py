@@ -43,9 +43,10 @@ def train(
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    from flagscale.steps.step_process import step_process
+    from flagscale.steps.step_process import keep_exclusive, step_process
 
-    with step_process("train", exclusive=checkpoints) as step:
+    with step_process("train") as step:
+        keep_exclusive(checkpoints)
         import logging
         import time
         from pathlib import Path
