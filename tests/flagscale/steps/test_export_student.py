@@ -173,20 +173,16 @@ def test_model_card(run: Run, exported: Exported) -> None:
     assert "| `distillation.temperature` | 1.0 |" in text
 
 
-def test_mlflow_registers_what_transformers_loads(
-    exported: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_registers_what_transformers_loads(exported: Exported) -> None:
     client = mlflow.MlflowClient(tracking_uri=exported.tracking_uri)
     version = client.get_model_version("tiny-student", "1")
     tracked = client.get_run(version.run_id)
     assert tracked.info.status == "FINISHED"
     difference = exported.figures["max_logit_difference"]
     assert tracked.data.metrics["max_logit_difference"] == difference
-    # It looks a model up in the process' registry, whatever `registry_uri` it is given.
-    monkeypatch.setenv("MLFLOW_REGISTRY_URI", exported.tracking_uri)
-    folder = mlflow.artifacts.download_artifacts(
-        "models:/tiny-student/1", tracking_uri=exported.tracking_uri
-    )
+    # A model is looked up in the process' own registry, whatever `registry_uri` is given.
+    mlflow.set_tracking_uri(exported.tracking_uri)
+    folder = mlflow.artifacts.download_artifacts("models:/tiny-student/1")
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
 
 
