@@ -121,7 +121,7 @@ def server(
 
     for _ in range(2):  # the bucket is there when the pod starts again
         command = [*first["command"], *first["args"]]
-        subprocess.run(command, env=variables(first), cwd=folder, check=True, timeout=60)
+        subprocess.run(command, env=variables(first), cwd=folder, check=True, timeout=300)
 
     port = _free_port()
     changes = {
@@ -152,7 +152,7 @@ def _probe(container: Manifest) -> str:
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    for _ in range(300):
+    for _ in range(1500):
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             assert answer.status == 200

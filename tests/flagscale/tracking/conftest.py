@@ -49,7 +49,7 @@ def server(server_folder: Path) -> Iterator[str]:
     quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, env=quick, stdout=null, stderr=null)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(f"{uri}/health", timeout=1).close()
@@ -60,4 +60,4 @@ def server(server_folder: Path) -> Iterator[str]:
             time.sleep(0.2)
     yield uri
     process.terminate()
-    process.wait(timeout=20)
+    process.wait(timeout=120)

@@ -89,7 +89,7 @@ def test_a_step_tells_none(with_credentials: str, server_folder: Path, tmp_path:
     }
     output = tmp_path / "output"
     ended = subprocess.run(
-        [sys.executable, "-c", STEP, str(output)], env=environment, capture_output=True, timeout=100
+        [sys.executable, "-c", STEP, str(output)], env=environment, capture_output=True, timeout=300
     )
     text = (ended.stdout + ended.stderr).decode()
     assert ended.returncode == 1
@@ -117,7 +117,7 @@ def test_a_run_of_the_pipeline_tells_none(
             [sys.executable, str(TOY), str(tmp_path), json.dumps(arguments)],
             env=environment,
             capture_output=True,
-            timeout=100,
+            timeout=300,
         )
         texts.append((ended.stdout + ended.stderr).decode())
         assert_clean(texts[-1], "the log")

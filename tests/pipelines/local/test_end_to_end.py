@@ -104,7 +104,7 @@ def killed(commands: Commands, first: Finished) -> str:
     assert step
     for victim in (process.pid, int(step.split(":")[0])):
         psutil.Process(victim).send_signal(signal.SIGKILL)
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=300)[0]
 
 
 @pytest.fixture(scope="module")

@@ -49,12 +49,12 @@ class Toy:
         return self.end(self.start(arguments, **environment))
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-        out, _ = process.communicate(timeout=100)
+        out, _ = process.communicate(timeout=300)
         return process.returncode, out.splitlines()
 
     def wait_for_step(self, process: subprocess.Popen[str], checkpoint: int) -> psutil.Process:
         """The training step's process, once it has saved so many steps."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while self.step() < checkpoint:
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
@@ -220,7 +220,7 @@ def test_kill_9_of_the_step_then_of_the_runner(fresh: Toy) -> None:
     step = fresh.wait_for_step(process, fresh.step() + 2)
     process.kill()
     process.wait()
-    step.wait(timeout=20)  # it saw that its runner is gone
+    step.wait(timeout=120)  # it saw that its runner is gone
     assert fresh.tracked()[0][0].info.status == "RUNNING"
 
     done = fresh.step()
@@ -236,5 +236,5 @@ def test_an_unreachable_server_stops_the_run_before_work(tmp_path: Path) -> None
     code, lines = Toy(tmp_path).run({"options": QUICK}, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert code == 2
     assert lines[-1].startswith("error: MLFLOW_TRACKING_URI=http://127.0.0.1:9: no usable tracking")
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 60
     assert not list(tmp_path.glob("artifacts/*"))
