@@ -50,10 +50,8 @@ def _files(recipe: Recipe, platform: Platform) -> Iterator[str]:
 def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "teacher.source", recipe.teacher.source
     for corpus in recipe.data.corpora:
-        yield (
-            "data.source" if recipe.data.blend is None else f"data.blend.{corpus.name}",
-            (corpus.source),
-        )
+        field = "data.source" if recipe.data.blend is None else f"data.blend.{corpus.name}"
+        yield field, corpus.source
 
 
 def _is_path(source: str) -> bool:

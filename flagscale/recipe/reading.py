@@ -81,14 +81,4 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, Any]:
         node[last] = strict_yaml.load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
-    if isinstance(node[last], str) and _is_float(node[last]):
-        node[last] = float(node[last])  # YAML 1.1 reads 3e-4 as text
     return key.strip(), node[last]
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,7 +1,8 @@
-"""YAML in which no mapping gives a key twice; PyYAML alone takes the last one without a word."""
+"""YAML as people mean it, where PyYAML is silent: a key given twice is an error, 3e-4 a number."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -24,6 +25,14 @@ class Loader(yaml.SafeLoader):
                 raise ConstructorError(None, None, problem, key.start_mark)
             first[key.tag, key.value] = key.start_mark.line + 1
         return node
+
+
+# As in JSON; YAML 1.1 wants a point and a sign, and takes it for a text without.
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def load(text: str) -> Any:  # noqa: ANN401 - whatever it holds

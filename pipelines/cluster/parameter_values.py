@@ -36,17 +36,6 @@ _OF_PODS: dict[str, Any] = {
 }
 
 
-class _Loader(strict_yaml.Loader):
-    """YAML in which 3e-4 is a number, as in JSON; YAML 1.1 wants a point and a sign."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
-    list("-+.0123456789"),
-)
-
-
 def read_yaml(key: str, text: str) -> Any:  # noqa: ANN401 - whatever it holds
     """A value as YAML.
 
@@ -54,7 +43,7 @@ def read_yaml(key: str, text: str) -> Any:  # noqa: ANN401 - whatever it holds
         UserError: it is none, or a mapping in it gives a key twice.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+        return strict_yaml.load(text)
     except yaml.YAMLError as error:
         raise UserError(f"parameter {key}={text}: the value is not valid YAML: {error}") from None
 

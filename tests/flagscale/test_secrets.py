@@ -5,7 +5,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from urllib.parse import quote, quote_plus
 
@@ -148,10 +147,9 @@ def test_harmless_places(text: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://", "://a:b", '"mysql://host:3306/db",', "http://a:b/c"])
-def test_a_long_text_takes_no_long_time(url: str) -> None:
-    start = time.process_time()
+@pytest.mark.timeout(60)  # of a time that grows with the square it would be minutes
+def test_a_long_text_ends(url: str) -> None:
     assert secrets.hide_in_urls(url * 20_000) == url * 20_000
-    assert time.process_time() - start < 2
 
 
 _SEEN = st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="@%")

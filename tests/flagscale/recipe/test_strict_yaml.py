@@ -45,3 +45,11 @@ def test_one_key_in_two_mappings_is_fine() -> None:
         1: "c",
         "1": "d",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("-1E5", -1e5), ("1.e+2", 100.0), ("12e4f7", "12e4f7"), ("'1e5'", "1e5")],
+)
+def test_exponents_are_numbers_as_in_json(text: str, value: object) -> None:
+    assert strict_yaml.load(text) == value
