@@ -97,9 +97,12 @@ def run_parameters(recipe: Recipe, platform: Platform | None, code_version: str)
 
 def _wire(values: Mapping[str, Any], placed: Placement) -> None:
     dataset, teacher = prepare(values, placed)
-    distilled, results = teach(values, placed, dataset, teacher)
+    distilled, evaluation = teach(values, placed, dataset, teacher)
     exported = export_student(
-        export=values["export"], distilled=distilled, evaluation=results, **always(values)
+        export_recipe=values["export"],
+        distilled_student=distilled,
+        evaluation=evaluation,
+        **always(values),
     )
     placed.place(exported, "models", "Export student", last=True)
 
@@ -111,11 +114,11 @@ def always(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     """The steps that all students of a teacher share: channels of the dataset and the teacher."""
-    text = prepare_data(data=values["data"], **always(values))
+    text = prepare_data(data_recipe=values["data"], **always(values))
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
 
-    source = prepare_teacher(teacher=values["teacher"], dataset=dataset, **always(values))
-    return dataset, placed.place(source, "models", "Prepare teacher").outputs["model"]
+    source = prepare_teacher(teacher_recipe=values["teacher"], dataset=dataset, **always(values))
+    return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
 def teach(
@@ -126,30 +129,31 @@ def teach(
 ) -> tuple[Any, Any]:
     """The steps of one student: channels of the distilled student and its evaluation."""
     conversion = convert_student(
-        student=values["student"], teacher=teacher, dataset=dataset, **always(values)
+        student_recipe=values["student"], teacher=teacher, dataset=dataset, **always(values)
     )
-    student = placed.place(conversion, "models", "Convert student").outputs["model"]
+    student = placed.place(conversion, "models", "Convert student").outputs["student"]
 
     distilled = _train(values, placed, teacher=teacher, student=student, dataset=dataset)
 
     measured = evaluate(
-        evaluation=values["evaluation"],
+        evaluation_recipe=values["evaluation"],
         teacher=teacher,
         student=student,
-        distilled=distilled,
+        distilled_student=distilled,
         dataset=dataset,
         **always(values),
     )
-    return distilled, placed.place(measured, "models", "Evaluate").outputs["results"]
+    return distilled, placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
 
 def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any) -> Any:  # noqa: ANN401 - KFP's channels
     """The training, in its pod or in those that its pod starts: a channel of its student."""
-    given = {name: values[name] for name in ("distillation", "training", "checkpoints")}
+    given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
+    given["checkpoints"] = values["checkpoints"]
     given |= models_and_data | always(values)
     if placed.nodes == 1:
         trained = distil_student(**given)
-        return placed.place(trained, "training", "Distil student").outputs["model"]
+        return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
     started = distil_student_on_nodes(
         nodes=placed.nodes,
         accelerator_count=values["training_accelerator_count"],
@@ -158,7 +162,7 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     )
     title = f"Distil student on {placed.nodes} nodes"
     placed.place(started, "training", title, accelerators=False)
-    return started.outputs["model"]
+    return started.outputs["distilled_student"]
 
 
 def source_version() -> str:

@@ -89,21 +89,21 @@ def _wire(values: Mapping[str, Any], placed: Placement, parallelism: int) -> Non
     dataset, teacher = prepare(values, placed)
     with dsl.ParallelFor(values["variants"], name="variants", parallelism=parallelism) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
-        distilled, results = teach({**values, **own}, placed, dataset, teacher)
+        distilled, evaluation = teach({**values, **own}, placed, dataset, teacher)
 
     ranked = leaderboard(
         variants=values["variants"],
         metric=values["metric"],
-        results=dsl.Collected(results),
+        evaluations=dsl.Collected(evaluation),
         **always(values),
     )
-    table = placed.place(ranked, "data", "Leaderboard").outputs["table"]
+    table = placed.place(ranked, "data", "Leaderboard").outputs["leaderboard"]
 
     exported = export_winner(
-        export=values["export"],
-        models=dsl.Collected(distilled),
-        results=dsl.Collected(results),
-        table=table,
+        export_recipe=values["export"],
+        distilled_students=dsl.Collected(distilled),
+        evaluations=dsl.Collected(evaluation),
+        leaderboard=table,
         **always(values),
     )
     placed.place(exported, "models", "Export winner", last=True)

@@ -168,9 +168,9 @@ class Steps:
         note = _read_note(outputs)
         made = f", made {note['finished']}" if note else ""
         logger.info("%s %s reused from cache%s", self._position(), self._title(name), made)
-        self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs.get("metrics")))
+        self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs))
         if name == "leaderboard":
-            _show_variants(outputs["table"])
+            _show_variants(outputs["leaderboard"])
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
     def failure(self) -> BaseException:
@@ -201,7 +201,8 @@ class Steps:
         self._ended[name] += 1
         self._result.steps[key] = StepResult(seconds, reused, outputs, variant)
         for output, path in outputs.items():
-            (self._result.folder / f"{key}-{output}").symlink_to(path)
+            # `distilled_student-2` is of a sweep's second variant.
+            (self._result.folder / f"{output}{key.removeprefix(name)}").symlink_to(path)
 
     def _position(self) -> str:
         return f"[{len(self._result.steps) + 1}/{self._plan.total}]"
@@ -223,9 +224,10 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
     return {}
 
 
-def read_scalars(metrics: Path | None) -> dict[str, float]:
-    """The figures in a step's `metrics` output."""
-    if metrics is None or not metrics.is_file():
-        return {}
-    values = json.loads(metrics.read_text(encoding="utf-8"))
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:
+    """The figures in a step's output of metrics, whose name ends so."""
+    found = {}
+    for output, path in outputs.items():
+        if output.endswith("_metrics") and path.is_file():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}

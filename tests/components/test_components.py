@@ -55,8 +55,11 @@ def test_the_body_is_imports_one_call_and_outputs(folder: Path, component: BaseC
     assert isinstance(block, ast.With)
     work = [node for node in block.body if not isinstance(node, ast.ImportFrom)]
     assert len(work) <= 4
+    of_the_step = f"flagscale.steps.{folder.name}"
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    (work_of_it,) = (i.names[0].name for i in imports if i.module == of_the_step)
     calls = [node for node in ast.walk(block) if isinstance(node, ast.Call)]
-    step = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == folder.name]
+    step = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == work_of_it]
     assert len(step) == 1
     assert len(function.args.args) <= 13
 

@@ -115,7 +115,7 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
     assert loop["iteratorPolicy"] == {"parallelismLimit": 2}
     assert set(body_of(spec)["dag"]["tasks"]) == {"convert-student", "distil-student", "evaluate"}
     for name in ("leaderboard", "export-winner"):
-        results = tasks[name]["inputs"]["artifacts"]["results"]["taskOutputArtifact"]
+        results = tasks[name]["inputs"]["artifacts"]["evaluations"]["taskOutputArtifact"]
         assert results["producerTask"] == "for-loop-1"
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     variants = inputs["variants"]["defaultValue"]

@@ -61,11 +61,11 @@ def test_steps_of_a_loop_say_whose_they_are(runs: Path) -> None:
     facts = json.loads((runs / "latest" / "summary.json").read_text())["steps"]
     assert list(facts) == ["make", "train-1", "train-2", "choose"]
     assert facts["train-2"]["variant"] == "two"
-    for link in ("train-1-model", "train-2-model"):
+    for link in ("model-1", "model-2"):
         assert (runs / "latest" / link / "weights").exists()
     outputs = {step["outputs"].get("model") for step in facts.values()}
     assert len(outputs) == 3  # two folders, and None
-    metrics = json.loads(Path(facts["choose"]["outputs"]["metrics"]).read_text())
+    metrics = json.loads(Path(facts["choose"]["outputs"]["choice_metrics"]).read_text())
     assert metrics == {"models": 2.0}
     assert any(line.split() == ["train-2", *line.split()[1:3], "two"] for line in lines)
 

@@ -35,7 +35,7 @@ class Swept:
 
     def board(self) -> dict[str, Any]:
         board: dict[str, Any] = json.loads(
-            (self.folder / "leaderboard-table" / "leaderboard.json").read_text()
+            (self.folder / "leaderboard" / "leaderboard.json").read_text()
         )
         return board
 
@@ -79,8 +79,8 @@ def test_each_step_says_its_variant_and_the_end_ranks_them(first: Swept) -> None
         f"[6/10] convert-student ({NAMES[1]}) reused from cache",  # the same student
         f"[8/10] evaluate ({NAMES[1]}) done in",
         "[10/10] export-winner done in",
-        "leaderboard-table/report.html",
-        "export-winner-model",
+        "leaderboard/report.html",
+        "exported_student",
     ):
         assert line in first.output
     tail = first.output[first.output.index("Held-out test split") :]
@@ -106,7 +106,7 @@ def test_the_leaderboard_has_the_evaluations_figures(first: Swept) -> None:
 
 def test_the_winner_is_exported(first: Swept) -> None:
     winner = first.board()["rows"][0]
-    export = open_artifact((first.folder / "export-winner-model").resolve(), "export")
+    export = open_artifact((first.folder / "exported_student").resolve(), "export")
     assert export.parents == winner["digests"]
 
 
