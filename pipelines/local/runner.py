@@ -86,7 +86,7 @@ def run_recipe(
         raise UserError(f"--no-cache: {held[0]}: another run trains there; stop it, or wait for it")
     pipeline = build_pipeline(recipe, code_version=code)
     # The runner names the experiment; as an argument it would be part of every cache key.
-    arguments = {"checkpoints": str(checkpoints), "experiment": ""}
+    arguments = {"training_checkpoints": str(checkpoints), "tracking_experiment": ""}
     result = run_pipeline(pipeline, arguments, recipe, runs, reuse, containers)
     for folder in _forget(checkpoints):  # they serve trainings that have not ended
         logger.warning("%s: another run trains there, and goes on", folder)

@@ -69,7 +69,7 @@ class Plan:
         """Read it from the pipeline.
 
         Args:
-            pipeline: its loops, if any, go over a parameter of the pipeline.
+            pipeline: its loops, if any, go over a parameter of the pipeline, checked or not.
             arguments: it will be run with these.
         """
         self.total = 0
@@ -80,8 +80,13 @@ class Plan:
             if not body:
                 self.total += 1
                 continue
-            parameter = task.parameter_iterator.items.input_parameter
-            parameter = parameter.removeprefix("pipelinechannel--")
+            # Of the pipeline, or as a step gives it, under the same name, after a check.
+            items = task.parameter_iterator.items.input_parameter
+            source = task.inputs.parameters[items]
+            parameter = (
+                source.component_input_parameter
+                or source.task_output_parameter.output_parameter_key
+            )
             variants = _names(arguments.get(parameter, _default(pipeline, parameter)))
             self.total += len(body) * len(variants)
             self._variants |= dict.fromkeys(body, variants)
@@ -168,7 +173,8 @@ class Steps:
         note = _read_note(outputs)
         made = f", made {note['finished']}" if note else ""
         logger.info("%s %s reused from cache%s", self._position(), self._title(name), made)
-        self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs))
+        if outputs:  # a step without any, like a check, is not tracked
+            self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs))
         if name == "leaderboard":
             _show_variants(outputs["leaderboard"])
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
