@@ -152,7 +152,7 @@ class Steps:
         self._current, self._begin = self._title(name), time.monotonic()
         self._stopper.step_folder = notes
 
-    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
+    def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
         """Note beside the outputs who made them."""
         self._stopper.step_folder = None
         seconds = time.monotonic() - self._begin

@@ -118,8 +118,8 @@ def baseline(commands: Commands, first: Finished) -> Finished:
 
 
 def test_the_summary_says_where_everything_is(commands: Commands, first: Finished) -> None:
-    for number, name in enumerate(STEPS, start=1):
-        assert f"[{number}/6] {name} done in" in first.output
+    for number, name in enumerate(("check-recipe", *STEPS), start=1):
+        assert f"[{number}/7] {name} done in" in first.output
     tail = first.output[first.output.index("Held-out test split") :]
     for word in ("report.html", "exported_student", "mlflow ui --backend-store-uri"):
         assert word in tail

@@ -75,10 +75,10 @@ def first(runs: Path, tiny_teacher: Path) -> Swept:
 
 def test_each_step_says_its_variant_and_the_end_ranks_them(first: Swept) -> None:
     for line in (
-        f"[4/10] distil-student ({NAMES[0]}) done in",
-        f"[6/10] convert-student ({NAMES[1]}) reused from cache",  # the same student
-        f"[8/10] evaluate ({NAMES[1]}) done in",
-        "[10/10] export-winner done in",
+        f"[5/11] distil-student ({NAMES[0]}) done in",
+        f"[7/11] convert-student ({NAMES[1]}) reused from cache",  # the same student
+        f"[9/11] evaluate ({NAMES[1]}) done in",
+        "[11/11] export-winner done in",
         "leaderboard/report.html",
         "exported_student",
     ):
@@ -94,7 +94,7 @@ def test_the_leaderboard_has_the_evaluations_figures(first: Swept) -> None:
     assert values == sorted(values)
     assert {row["name"] for row in board["rows"]} == set(NAMES)
     for row in board["rows"]:
-        results = first.folder / f"evaluate-{row['number']}-results"
+        results = first.folder / f"evaluation-{row['number']}"
         metrics = json.loads((results / "metrics.json").read_text())
         assert row["parameters"] == metrics["parameters"]["distilled"]
         for figure, interval in metrics["models"]["distilled"].items():
