@@ -43,7 +43,7 @@ def check_recipe(
     where_training_tolerations: list = [],
     where_volume_claim: str = "",
     where_mlflow_secret: str = "",
-) -> NamedTuple(  # type: ignore[valid-type] - KFP takes a step's outputs from it
+) -> NamedTuple(  # type: ignore[valid-type]
     "Checked",
     [
         ("data", dict),

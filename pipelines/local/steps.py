@@ -232,7 +232,7 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
 
 def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:
     """The figures in a step's output of metrics, whose name ends so."""
-    found = {}
+    found: dict[str, Any] = {}
     for output, path in outputs.items():
         if output.endswith("_metrics") and path.is_file():
             found |= json.loads(path.read_text(encoding="utf-8"))
