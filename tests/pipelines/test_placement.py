@@ -159,7 +159,9 @@ def check_pod(
     pulls = [found.resolve(s["secretNameParameter"]) for s in pod.get("imagePullSecret", [])]
     assert pulls == list(platform.images.pull_secrets)
     check_secrets(found, pod, container, platform)
-    if container is not found.executors["exec-check-recipe"]["container"]:
+    if container is found.executors["exec-check-recipe"]["container"]:
+        assert "pvcMount" not in pod  # its own may not be there yet
+    else:
         check_volume(found, pod, platform)
 
 
@@ -191,6 +193,8 @@ def check_secrets(
 
 def check_volume(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
     mounts = pod.get("pvcMount", [])
+    new = found.spec["root"]["dag"]["tasks"].get("createpvc")
+    assert new is None or new["dependentTasks"] == ["check-recipe"]  # a mistake leaves no volume
     if platform.shared is None or platform.shared.url:
         assert mounts == []
         return
