@@ -72,6 +72,7 @@ def read_parameters(
             raise UserError(_unknown(key, text, definitions, recipe))
     _refuse_twice(values, parts)
     checked = check_run(form.made(recipe, platform, list(definitions)), values)
+    _refuse_replaced(checked, parts)
     sent = {name: value for name, value in values.items() if value != defaults[name]}
     return RunParameters(sent, checked)
 
@@ -86,6 +87,16 @@ def _refuse_twice(values: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
                     f"parameter {field.name}={values[field.name]}: {part}={parts[part]} is given "
                     "as well; leave one of them out"
                 )
+
+
+def _refuse_replaced(checked: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer that reads like the default, in whose place another teacher's is taken."""
+    tokenizer = parts.get("data.tokenizer")
+    if tokenizer is not None and checked["data"].get("tokenizer") != tokenizer:
+        raise UserError(
+            f"parameter data.tokenizer={tokenizer}: is the default, which follows the teacher to "
+            f"{checked['data'].get('tokenizer')}; --set data.tokenizer={tokenizer} keeps it"
+        )
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - of YAML

@@ -175,6 +175,16 @@ def test_another_teacher_brings_its_tokenizer(recipe: Recipe, definitions: dict[
     assert sorted(read_parameters(["teacher.source=org/other"], definitions, own)) == ["teacher"]
 
 
+def test_a_tokenizer_that_would_be_replaced_is_refused(
+    recipe: Recipe, definitions: dict[str, Any]
+) -> None:
+    """The pipeline's first step could not tell it from the default."""
+    own = f"data.tokenizer={recipe.teacher.source}"
+    with pytest.raises(UserError, match=r"follows the teacher to org/other; --set data\.tokenizer"):
+        read_parameters(["teacher.source=org/other", own], definitions, recipe)
+    assert read_parameters([own], definitions, recipe) == {}
+
+
 def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_path: Path) -> None:
     import yaml
 

@@ -11,6 +11,8 @@ import pytest
 from kfp.dsl.base_component import BaseComponent
 from toy import toy, toy_sweep
 
+from flagscale.recipe import load_recipe
+from pipelines.distillation import build_pipeline
 from pipelines.local.steps import Plan
 
 TOY = Path(__file__).with_name("toy.py")
@@ -115,3 +117,14 @@ def test_the_plan_counts_loops(
     if arguments:
         turns = [plan.turn("train", before) for before in range(3)]
         assert turns == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
+
+
+def test_the_plan_counts_a_loop_over_what_a_step_has_checked() -> None:
+    recipe = load_recipe("recipes/tiny-sweep.yaml")
+    plan = Plan(build_pipeline(recipe), {})
+    names = [variant.name for variant in recipe.variants]
+    assert plan.total == 5 + 3 * len(names)
+    assert [plan.turn("evaluate", n) for n in (0, 1)] == [
+        ("evaluate-1", names[0]),
+        ("evaluate-2", names[1]),
+    ]
