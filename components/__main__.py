@@ -35,11 +35,12 @@ def readme(component: BaseComponent) -> str:
     spec = component.pipeline_spec.components[f"comp-{component.name}"]
     inputs, outputs = spec.input_definitions, spec.output_definitions
     texts = _descriptions(component)
-    parameters = [
-        (n, _KINDS.get(_type_name(p), "text"), texts[n]) for n, p in inputs.parameters.items()
-    ]
+    parameters = [(n, _kind(p), texts[n]) for n, p in inputs.parameters.items()]
     artifacts = [(n, _title(a), texts[n]) for n, a in inputs.artifacts.items()]
-    written = [(n, _title(a), texts[n]) for n, a in outputs.artifacts.items()]
+    written = [
+        *((n, _title(a), texts[n]) for n, a in outputs.artifacts.items()),
+        *((n, _kind(p), "as checked") for n, p in outputs.parameters.items()),
+    ]
     step = component.name.replace("-", "_")
     return "\n\n".join(
         [
@@ -57,6 +58,10 @@ def _descriptions(component: BaseComponent) -> dict[str, str]:
     """What the docstring says of each argument; KFP itself keeps only that of the inputs."""
     documented = docstring_parser.parse(component.python_func.__doc__ or "")
     return {param.arg_name: param.description or "" for param in documented.params}
+
+
+def _kind(parameter: object) -> str:
+    return _KINDS.get(_type_name(parameter), "text")
 
 
 def _type_name(parameter: object) -> str:

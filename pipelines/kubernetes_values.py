@@ -1,15 +1,16 @@
-"""Kubernetes' names and quantities: of a platform file, and of a run's parameters.
+"""Kubernetes' quantities, and what else only a platform file says of pods.
 
 What Kubernetes would refuse only when a pod is to start is refused here.
 """
 
 import posixpath
-import re
 from pathlib import PurePosixPath
 from typing import Annotated
 
 from kubernetes.utils import parse_quantity
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from flagscale.run_values.kubernetes_names import DOMAIN, LABEL
 
 # Where the pipeline, and KFP's own volumes, are mounted; what an image's programs need.
 _TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev", "/kfp-launcher")  # noqa: S108
@@ -17,14 +18,6 @@ _TAKEN_PATHS += ("/gcs", "/s3", "/minio", "/.local", "/.cache", "/.config")
 _TAKEN_PATHS += ("/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr")
 _TAKEN_PATHS += ("/proc", "/run", "/sys", "/var/run")
 _SMALLEST = "64Mi"  # of a pod's memory or a volume: less is a forgotten unit
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_DOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-_DOMAIN = rf"{_DOMAIN_PART}(\.{_DOMAIN_PART})*"
-_FOLDER = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-_IMAGE = re.compile(
-    rf"(({_DOMAIN}|\[[0-9a-f:]+\])(:[0-9]+)?/)?{_FOLDER}(/{_FOLDER})*"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
 
 
 def _written(quantity: object) -> object:
@@ -46,14 +39,6 @@ def _enough(quantity: str) -> str:
     return quantity
 
 
-def _not_taken(claim: str) -> str:
-    if claim in ("tmp", "dshm"):
-        raise ValueError(
-            "KFP names the volume after it, and every pod has one of this name already"
-        )
-    return claim
-
-
 def _free(path: str) -> str:
     if path.startswith("//") or path != posixpath.normpath(path):
         raise ValueError("must be written without //, . and ..")
@@ -62,20 +47,6 @@ def _free(path: str) -> str:
         if mount.is_relative_to(taken) or taken.is_relative_to(mount):
             raise ValueError(f"every pod has something at {taken} already")
     return path
-
-
-def check_image(name: str) -> str:
-    """The name, if it is one that a container runtime takes.
-
-    Raises:
-        ValueError: what it must be like.
-    """
-    if not _IMAGE.fullmatch(name):
-        raise ValueError(
-            "must be like registry.example.com/team/name:tag or name@sha256:(64 hexadecimal "
-            "digits), in lower case but for the tag, without https:// and blanks"
-        )
-    return name
 
 
 _Written = BeforeValidator(_written)
@@ -91,20 +62,8 @@ Quantity = Annotated[
     Field(pattern=r"^[1-9][0-9]*([EPTGM]i?|Ki)?$", examples=["16Gi"]),
     AfterValidator(_enough),
 ]
-Name = Annotated[str, Field(pattern=rf"^{_DOMAIN}$", max_length=253, examples=["my-name"])]
-# KFP names the pod's volume after the claim, and volumes' names have no dots.
-ClaimName = Annotated[
-    str,
-    Field(pattern=rf"^{_DOMAIN_PART}$", max_length=63, examples=["my-claim"]),
-    AfterValidator(_not_taken),
-]
-LabelKey = Annotated[
-    str, Field(pattern=rf"^({_DOMAIN}/)?{_LABEL}$", examples=["pool", "example.com/pool"])
-]
-LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL})?$", examples=["h100"])]
-QueueName = Annotated[str, Field(pattern=rf"^{_DOMAIN}$", max_length=63, examples=["my-queue"])]
-ResourceName = Annotated[str, Field(pattern=rf"^{_DOMAIN}/{_LABEL}$", examples=["nvidia.com/gpu"])]
-ImageName = Annotated[str, AfterValidator(check_image)]
+QueueName = Annotated[str, Field(pattern=rf"^{DOMAIN}$", max_length=63, examples=["my-queue"])]
+ResourceName = Annotated[str, Field(pattern=rf"^{DOMAIN}/{LABEL}$", examples=["nvidia.com/gpu"])]
 SecretKey = Annotated[
     str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, examples=["access-key"])
 ]

@@ -23,11 +23,13 @@ class Parameter:
         name: as in the KFP UI.
         default: text, mapping or list.
         description: one line.
+        choices: texts, of which the form lets one be chosen; none where there are many.
     """
 
     name: str
     default: str | dict[str, Any] | list[Any]
     description: str
+    choices: tuple[str, ...] = ()
 
 
 def make_pipeline(
@@ -65,4 +67,9 @@ def make_pipeline(
     pipeline.__doc__ = "\n".join([description, "", "Args:", *lines, ""])
     pipeline.__name__ = name.replace("-", "_")
     decorate = dsl.pipeline(name=name, display_name=display_name, description=description)
-    return decorate(pipeline)
+    made = decorate(pipeline)
+    inputs = made.pipeline_spec.root.input_definitions.parameters
+    for parameter in parameters:  # KFP's format knows them, its SDK does not yet
+        for choice in parameter.choices:
+            inputs[parameter.name].literals.add(string_value=choice)
+    return made

@@ -16,10 +16,10 @@ from components.image import image
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
+from flagscale.run_values.kubernetes_names import check_image
 from flagscale.secrets import hide_in_urls
-from pipelines.kubernetes_values import check_image
 from pipelines.parameters import Parameter
-from pipelines.platform import MLFLOW_VARIABLES, Platform
+from pipelines.platform import MLFLOW_VARIABLES, Platform, Shared
 from pipelines.pods import Pods
 
 KINDS = ("data", "models", "training")
@@ -35,23 +35,23 @@ def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
     for kind in KINDS:
         pods = _pods(platform, recipe, kind)
         steps = type(platform.steps).model_fields[kind].description
-        found.append(Parameter(f"{kind}_image", _image(platform, pods), f"image of {steps}"))
+        found.append(Parameter(f"where_{kind}_image", _image(platform, pods), f"image of {steps}"))
         if kind != "data":
             # As text: KFP's driver takes an integer for nothing, and the pod gets no accelerators.
             count = str(pods.accelerator_count)
             text = f"{pods.accelerator_type} a pod of {steps}"
-            found.append(Parameter(f"{kind}_accelerator_count", count, text))
+            found.append(Parameter(f"where_{kind}_accelerator_count", count, text))
         text = 'labels of the nodes, e.g. {"pool": "h100"}, of ' + str(steps)
-        found.append(Parameter(f"{kind}_node_selector", dict(pods.node_selector), text))
+        found.append(Parameter(f"where_{kind}_node_selector", dict(pods.node_selector), text))
         tolerations = [t.model_dump(exclude_none=True) for t in pods.tolerations]
         text = f"taints, as in Kubernetes, of {steps}"
-        found.append(Parameter(f"{kind}_tolerations", tolerations, text))
+        found.append(Parameter(f"where_{kind}_tolerations", tolerations, text))
     if platform.shared is not None and platform.shared.claim is not None:
         text = f"PersistentVolumeClaim mounted at {platform.shared.mount_path}"
-        found.append(Parameter("volume_claim", platform.shared.claim, text))
+        found.append(Parameter("where_volume_claim", platform.shared.claim, text))
     if platform.mlflow.secret is not None:
         text = "Secret with keys tracking-uri and, if the server asks, username and password"
-        found.append(Parameter("mlflow_secret", platform.mlflow.secret, text))
+        found.append(Parameter("where_mlflow_secret", platform.mlflow.secret, text))
     return found
 
 
@@ -108,9 +108,7 @@ class Placement:
         self._platform = platform
         self._recipe = recipe
         self._values = values
-        self._claim: Any = values.get("volume_claim")
-        if platform and platform.shared and platform.shared.create:
-            self._claim = _new_volume(platform)
+        self._claim: Any = values.get("where_volume_claim")
 
     @property
     def nodes(self) -> int:
@@ -126,12 +124,22 @@ class Placement:
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
         return {**told, "runtime": self._platform.trainer.runtime}
 
+    def create_volume(self, after: dsl.PipelineTask) -> None:
+        """Make the run's own volume, where the platform says so, for the tasks placed from here on.
+
+        Args:
+            after: the task without which there is to be none.
+        """
+        if self._platform and self._platform.shared and self._platform.shared.create:
+            self._claim = _new_volume(self._platform, after)
+
     def place(
         self,
         task: dsl.PipelineTask,
         kind: str,
         title: str,
         accelerators: bool = True,
+        storage: bool = True,
         last: bool = False,
     ) -> dsl.PipelineTask:
         """Give a task what its kind gets.
@@ -141,6 +149,7 @@ class Placement:
             kind: `data`, `models` or `training`.
             title: what the UI shows.
             accelerators: False for a task that works through others, e.g. a launcher.
+            storage: False for a task that needs nothing of what steps share.
             last: whether the run is done with it, and MLflow's parent run too.
         """
         task.set_display_name(title)
@@ -150,7 +159,9 @@ class Placement:
         pods = _pods(platform, self._recipe, kind)
         self._resources(task, kind, pods, accelerators)
         self._nodes(task, kind, pods)
-        self._storage(task, platform, pods)
+        self._scratch(task, pods)
+        if storage and platform.shared is not None:
+            self._share(task, platform.shared)
         self._surroundings(task, platform)
         task.set_retry(
             pods.retries.count,
@@ -165,24 +176,24 @@ class Placement:
         return task
 
     def _resources(self, task: dsl.PipelineTask, kind: str, pods: Pods, accelerators: bool) -> None:
-        task.set_container_image(self._values[f"{kind}_image"])
+        task.set_container_image(self._values[f"where_{kind}_image"])
         task.set_cpu_request(pods.cpu if accelerators else "1")
         memory = pods.memory if accelerators else "4Gi"
         task.set_memory_request(memory).set_memory_limit(memory)
         if accelerators and kind != "data":
             task.set_accelerator_type(pods.accelerator_type)
-            count = self._values[f"{kind}_accelerator_count"]
+            count = self._values[f"where_{kind}_accelerator_count"]
             task.set_accelerator_limit(count)
             # KFP forgets to pass it into a loop, whose tasks would look for it there in vain.
             task.register_pipeline_channels([count])
 
     def _nodes(self, task: dsl.PipelineTask, kind: str, pods: Pods) -> None:
-        kubernetes.add_node_selector_json(task, self._values[f"{kind}_node_selector"])
-        kubernetes.add_toleration_json(task, self._values[f"{kind}_tolerations"])
+        kubernetes.add_node_selector_json(task, self._values[f"where_{kind}_node_selector"])
+        kubernetes.add_toleration_json(task, self._values[f"where_{kind}_tolerations"])
         for key, value in pods.all_labels.items():
             kubernetes.add_pod_label(task, key, value)
 
-    def _storage(self, task: dsl.PipelineTask, platform: Platform, pods: Pods) -> None:
+    def _scratch(self, task: dsl.PipelineTask, pods: Pods) -> None:
         kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root may be read-only
         if pods.shared_memory is not None:
             kubernetes.empty_dir_mount(
@@ -192,10 +203,11 @@ class Placement:
                 medium="Memory",
                 size_limit=pods.shared_memory,
             )
-        if platform.shared is not None:
-            task.set_env_variable(variables.SHARED, platform.shared.location)
-            if self._claim is not None:
-                kubernetes.mount_pvc(task, self._claim, platform.shared.mount_path)
+
+    def _share(self, task: dsl.PipelineTask, shared: Shared) -> None:
+        task.set_env_variable(variables.SHARED, shared.location)
+        if self._claim is not None:
+            kubernetes.mount_pvc(task, self._claim, shared.mount_path)
 
     def _surroundings(self, task: dsl.PipelineTask, platform: Platform) -> None:
         kubernetes.set_security_context(
@@ -213,7 +225,7 @@ class Placement:
         )
         task.set_env_variable(variables.RUN_NAME, self._recipe.name)
         if platform.mlflow.secret is not None:
-            secret = self._values["mlflow_secret"]
+            secret = self._values["where_mlflow_secret"]
             credentials = dict(MLFLOW_VARIABLES)
             address = {"tracking-uri": credentials.pop("tracking-uri")}
             kubernetes.use_secret_as_env(task, secret, address)
@@ -251,7 +263,7 @@ def _image(platform: Platform, pods: Pods) -> str:
         ) from None
 
 
-def _new_volume(platform: Platform) -> Any:  # noqa: ANN401 - KFP's channel
+def _new_volume(platform: Platform, after: dsl.PipelineTask) -> Any:  # noqa: ANN401 - KFP's channel
     assert platform.shared is not None
     assert platform.shared.create is not None
     new = platform.shared.create
@@ -262,5 +274,6 @@ def _new_volume(platform: Platform) -> Any:  # noqa: ANN401 - KFP's channel
         storage_class_name=new.storage_class,
     )
     made.set_display_name("Create volume")
+    made.after(after)
     made.set_caching_options(enable_caching=False)
     return made.outputs["name"]

@@ -17,16 +17,9 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.strict_yaml import load
+from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name
 from flagscale.secrets import has_credentials, is_secret_name
-from pipelines.kubernetes_values import (
-    ClaimName,
-    ImageName,
-    MountPath,
-    Name,
-    Quantity,
-    SecretKey,
-    Variable,
-)
+from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, Variable
 from pipelines.pods import Pods
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"

@@ -1,21 +1,23 @@
 """The sweep: one teacher and one dataset, many students, a leaderboard, the best one exported.
 
+    check-recipe
     prepare-data, prepare-teacher
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
     leaderboard, export-winner
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
-recipe like any other. The variants are a parameter of the pipeline: a list of mappings of `name`,
-`student`, `distillation` and `training`, which a run in the KFP UI may change. Variants whose
-student is the same share its conversion through the cache.
+recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
+`name`, `student`, `distillation` and `training`, which a run in the KFP UI may change. The loop is
+over those that the check gives. Variants whose student is the same share its conversion through the
+cache.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
@@ -24,21 +26,18 @@ from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.recipe.sweep import VARIED
-from pipelines import placement
-from pipelines.distillation import RELEASE, always, prepare, run_parameters, sections, teach
+from flagscale.recipe.sweep import VARIED, Metric
+from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
+from pipelines.wiring import always, check, prepare, teach
 
-SECTIONS = ("data", "teacher", "evaluation", "export")
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 _MOST_CHARACTERS = 100_000  # Linux takes 128 KiB an argument, in which the artifacts stand as well
 
 
-def build_sweep(
-    recipe: Recipe, platform: Platform | None = None, code_version: str = RELEASE
-) -> BaseComponent:
+def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) -> BaseComponent:
     """The sweep's pipeline, with the recipe's variants as a default; see `build_pipeline`.
 
     Args:
@@ -56,10 +55,6 @@ def build_sweep(
         for variant in recipe.variants:
             placement.check(platform, variant.recipe)
     parallelism = sweep.parallelism if platform else _AT_A_TIME_HERE
-
-    def wire(values: Mapping[str, Any]) -> None:
-        _wire(values, Placement(platform, recipe, values), parallelism)
-
     variants = [variant.sections for variant in recipe.variants]
     size = len(json.dumps(variants))
     if size > _MOST_CHARACTERS:
@@ -67,43 +62,60 @@ def build_sweep(
             f"sweep.vary: {len(variants)} variants take {size:,} characters, but a pod can be "
             f"given {_MOST_CHARACTERS:,}; vary fewer values, or make several sweeps"
         )
+    parameters = form.parameters(
+        recipe,
+        platform,
+        code_version,
+        more=[
+            Parameter(
+                "sweep_variants",
+                variants,
+                f"each a name and the sections {', '.join(VARIED)} of a recipe",
+            ),
+            Parameter(
+                "sweep_metric",
+                sweep.metric,
+                "figure of the evaluation that decides",
+                get_args(Metric),
+            ),
+        ],
+    )
+    made = form.made(recipe, platform, [parameter.name for parameter in parameters])
+
+    def wire(values: Mapping[str, Any]) -> None:
+        placed = Placement(platform, recipe, values)
+        _wire(check(values, placed, made), placed, parallelism)
+
     return make_pipeline(
         name="distillation-sweep",
         display_name=f"Sweep: {recipe.name}",
         description="Distils a teacher into several students and ranks them.",
-        parameters=[
-            Parameter(
-                "variants",
-                variants,
-                f"each a name and the sections {', '.join(VARIED)} of a recipe",
-            ),
-            Parameter("metric", sweep.metric, "figure of the evaluation that decides"),
-            *sections(recipe, SECTIONS),
-            *run_parameters(recipe, platform, code_version),
-        ],
+        parameters=parameters,
         wire=wire,
     )
 
 
 def _wire(values: Mapping[str, Any], placed: Placement, parallelism: int) -> None:
     dataset, teacher = prepare(values, placed)
-    with dsl.ParallelFor(values["variants"], name="variants", parallelism=parallelism) as variant:
+    with dsl.ParallelFor(
+        values["sweep_variants"], name="variants", parallelism=parallelism
+    ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
-        distilled, results = teach({**values, **own}, placed, dataset, teacher)
+        distilled, evaluation = teach({**values, **own}, placed, dataset, teacher)
 
     ranked = leaderboard(
-        variants=values["variants"],
-        metric=values["metric"],
-        results=dsl.Collected(results),
+        variants=values["sweep_variants"],
+        metric=values["sweep_metric"],
+        evaluations=dsl.Collected(evaluation),
         **always(values),
     )
-    table = placed.place(ranked, "data", "Leaderboard").outputs["table"]
+    table = placed.place(ranked, "data", "Leaderboard").outputs["leaderboard"]
 
     exported = export_winner(
-        export=values["export"],
-        models=dsl.Collected(distilled),
-        results=dsl.Collected(results),
-        table=table,
+        export_recipe=values["export"],
+        distilled_students=dsl.Collected(distilled),
+        evaluations=dsl.Collected(evaluation),
+        leaderboard=table,
         **always(values),
     )
     placed.place(exported, "models", "Export winner", last=True)

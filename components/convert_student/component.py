@@ -7,24 +7,24 @@ from components.image import image
 
 @dsl.component(base_image=image(), install_kfp_package=False)
 def convert_student(
-    student: dict,
+    student_recipe: dict,
     code_version: str,
     experiment: str,
     teacher: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
-    model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    student: dsl.Output[dsl.Model],
+    student_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Make the student from the teacher and prove that it can be distilled.
 
     Args:
-        student: the recipe's section `student`.
+        student_recipe: the recipe's section `student`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
         dataset: from prepare-data: text for the proofs.
-        model: the student before training, as a Megatron-Core distributed checkpoint.
-        metrics: figures of the proofs, parameters of the student.
+        student: the student before training, as a Megatron-Core distributed checkpoint.
+        student_metrics: figures of the proofs, parameters of the student.
     """
     from flagscale.steps.step_process import step_process
 
@@ -32,7 +32,7 @@ def convert_student(
         from flagscale.recipe import StudentRecipe
         from flagscale.steps.convert_student import convert_student
 
-        section = step.section(StudentRecipe, student)
-        inputs = (step.input(teacher.path), step.input(dataset.path))
-        figures = convert_student(section, *inputs, step.output(model.path))
-        step.report(figures, metrics)
+        section = step.section(StudentRecipe, student_recipe)
+        inputs = (step.input("teacher", teacher), step.input("dataset", dataset))
+        figures = convert_student(section, *inputs, step.output(student.path))
+        step.report(figures, student_metrics)

@@ -7,8 +7,8 @@ from components.image import image
 
 @dsl.component(base_image=image(), install_kfp_package=False)
 def distil_student_on_nodes(
-    distillation: dict,
-    training: dict,
+    distillation_recipe: dict,
+    training_recipe: dict,
     checkpoints: str,
     code_version: str,
     experiment: str,
@@ -18,14 +18,14 @@ def distil_student_on_nodes(
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
-    model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    distilled_student: dsl.Output[dsl.Model],
+    training_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Train the student as distil-student does, on several nodes: starts a TrainJob and follows it.
 
     Args:
-        distillation: the recipe's section `distillation`.
-        training: the recipe's section `training`.
+        distillation_recipe: the recipe's section `distillation`.
+        training_recipe: the recipe's section `training`.
         checkpoints: folder of training checkpoints on the volume; the same one resumes a stopped
             run.
         code_version: changes when the code does; KFP's cache sees only parameters.
@@ -37,8 +37,8 @@ def distil_student_on_nodes(
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
-        model: the student after training, with its loss curves.
-        metrics: last losses, speed.
+        distilled_student: the student after training, with its loss curves.
+        training_metrics: last losses, speed.
     """
     from flagscale.steps.step_process import step_process
 
@@ -48,15 +48,15 @@ def distil_student_on_nodes(
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
 
         figures = distil_student_on_nodes(
-            step.section(DistillationRecipe, distillation),
-            step.section(TrainingRecipe, training),
-            teacher=step.input(teacher.path),
-            student=step.input(student.path),
-            dataset=step.input(dataset.path),
+            step.section(DistillationRecipe, distillation_recipe),
+            step.section(TrainingRecipe, training_recipe),
+            teacher=step.input("teacher", teacher),
+            student=step.input("student", student),
+            dataset=step.input("dataset", dataset),
             checkpoints=checkpoints,
-            output=step.output(model.path),
+            output=step.output(distilled_student.path),
             nodes=nodes,
             accelerator_count=accelerators_of(accelerator_count),
             pods=step.section(NodePods, pods),
         )
-        step.report(figures, metrics)
+        step.report(figures, training_metrics)

@@ -7,30 +7,30 @@ from components.image import image
 
 @dsl.component(base_image=image(), install_kfp_package=False)
 def evaluate(
-    evaluation: dict,
+    evaluation_recipe: dict,
     code_version: str,
     experiment: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
-    distilled: dsl.Input[dsl.Model],
+    distilled_student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
-    results: dsl.Output[dsl.Artifact],
+    evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    evaluation_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Compare teacher, student before and student after training on the held-out test split.
 
     Args:
-        evaluation: the recipe's section `evaluation`.
+        evaluation_recipe: the recipe's section `evaluation`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
         student: from convert-student: before training.
-        distilled: from distil-student: after training.
+        distilled_student: from distil-student: after training.
         dataset: from prepare-data.
-        results: every figure with its confidence interval, per document too, and the report.
+        evaluation: every figure with its confidence interval, per document too, and the report.
         report: tables, curves and continuations in one page that needs no network.
-        metrics: the headline figures.
+        evaluation_metrics: the headline figures.
     """
     from flagscale.steps.step_process import step_process
 
@@ -41,12 +41,12 @@ def evaluate(
         from flagscale.steps.evaluate import evaluate
 
         figures = evaluate(
-            step.section(EvaluationRecipe, evaluation),
-            teacher=step.input(teacher.path),
-            student=step.input(student.path),
-            distilled=step.input(distilled.path),
-            dataset=step.input(dataset.path),
-            output=Path(results.path),
+            step.section(EvaluationRecipe, evaluation_recipe),
+            teacher=step.input("teacher", teacher),
+            student=step.input("student", student),
+            distilled=step.input("distilled_student", distilled_student),
+            dataset=step.input("dataset", dataset),
+            output=Path(evaluation.path),
         )
-        step.copy(Path(results.path) / "report.html", report.path)
-        step.report(figures, metrics)
+        step.copy(Path(evaluation.path) / "report.html", report.path)
+        step.report(figures, evaluation_metrics)

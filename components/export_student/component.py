@@ -7,24 +7,24 @@ from components.image import image
 
 @dsl.component(base_image=image(), install_kfp_package=False)
 def export_student(
-    export: dict,
+    export_recipe: dict,
     code_version: str,
     experiment: str,
-    distilled: dsl.Input[dsl.Model],
+    distilled_student: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
-    model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    exported_student: dsl.Output[dsl.Model],
+    export_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Write the trained student as a Hugging Face folder, prove it, register it in MLflow.
 
     Args:
-        export: the recipe's section `export`.
+        export_recipe: the recipe's section `export`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
-        distilled: from distil-student.
+        distilled_student: from distil-student.
         evaluation: from evaluate: the figures of the model card.
-        model: config, safetensors, tokenizer and model card.
-        metrics: largest logit difference after the round trip.
+        exported_student: config, safetensors, tokenizer and model card.
+        export_metrics: largest logit difference after the round trip.
     """
     from flagscale.steps.step_process import step_process
 
@@ -32,6 +32,10 @@ def export_student(
         from flagscale.recipe import ExportRecipe
         from flagscale.steps.export_student import export_student
 
-        section = step.section(ExportRecipe, export)
-        inputs = (step.input(distilled.path), step.input(evaluation.path))
-        step.report(export_student(section, *inputs, step.output(model.path)), metrics)
+        section = step.section(ExportRecipe, export_recipe)
+        inputs = (
+            step.input("distilled_student", distilled_student),
+            step.input("evaluation", evaluation),
+        )
+        figures = export_student(section, *inputs, step.output(exported_student.path))
+        step.report(figures, export_metrics)

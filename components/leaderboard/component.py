@@ -11,10 +11,10 @@ def leaderboard(
     metric: str,
     code_version: str,
     experiment: str,
-    results: dsl.Input[list[dsl.Artifact]],
-    table: dsl.Output[dsl.Artifact],
-    report: dsl.Output[dsl.HTML],
-    metrics: dsl.Output[dsl.Metrics],
+    evaluations: dsl.Input[list[dsl.Artifact]],
+    leaderboard: dsl.Output[dsl.Artifact],
+    leaderboard_report: dsl.Output[dsl.HTML],
+    leaderboard_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Rank the variants of a sweep, and show them in MLflow as children of the sweep's run.
 
@@ -23,20 +23,20 @@ def leaderboard(
         metric: figure that decides: kl, lm_loss, top1_agreement or accuracy.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
-        results: from evaluate, of each variant, in any order.
-        table: every figure with its interval and its difference to the best, as JSON and CSV, and
-            the report.
-        report: the table and a chart in one page that needs no network.
-        metrics: the winner's headline figures.
+        evaluations: from evaluate, of each variant, in any order.
+        leaderboard: every figure with its interval and its difference to the best, as JSON and
+            CSV, and the report.
+        leaderboard_report: the table and a chart in one page that needs no network.
+        leaderboard_metrics: the winner's headline figures.
     """
     from flagscale.steps.step_process import step_process
 
     with step_process("leaderboard", experiment=experiment) as step:
         from pathlib import Path
 
-        from flagscale.steps.leaderboard import leaderboard
+        from flagscale.steps.leaderboard import rank_variants
 
-        found = [step.input(result.path) for result in results]
-        figures = leaderboard(variants, metric, found, Path(table.path))
-        step.copy(Path(table.path) / "report.html", report.path)
-        step.report(figures, metrics)
+        found = [step.input("evaluations", one) for one in evaluations]
+        figures = rank_variants(variants, metric, found, Path(leaderboard.path))
+        step.copy(Path(leaderboard.path) / "report.html", leaderboard_report.path)
+        step.report(figures, leaderboard_metrics)

@@ -7,20 +7,20 @@ from components.image import image
 
 @dsl.component(base_image=image(), install_kfp_package=False)
 def prepare_data(
-    data: dict,
+    data_recipe: dict,
     code_version: str,
     experiment: str,
     dataset: dsl.Output[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
+    dataset_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Turn documents into token datasets, split by the documents' hashes.
 
     Args:
-        data: the recipe's section `data`.
+        data_recipe: the recipe's section `data`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         dataset: train, validation and test tokens, and the tokenizer.
-        metrics: counts of documents, tokens and characters.
+        dataset_metrics: counts of documents, tokens and characters.
     """
     from flagscale.steps.step_process import step_process
 
@@ -28,5 +28,5 @@ def prepare_data(
         from flagscale.recipe import DataRecipe
         from flagscale.steps.prepare_data import prepare_data
 
-        figures = prepare_data(step.section(DataRecipe, data), step.output(dataset.path))
-        step.report(figures, metrics)
+        figures = prepare_data(step.section(DataRecipe, data_recipe), step.output(dataset.path))
+        step.report(figures, dataset_metrics)

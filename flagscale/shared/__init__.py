@@ -12,12 +12,21 @@ from pathlib import Path
 
 from flagscale import variables
 from flagscale.shared.bucket import Bucket
-from flagscale.shared.place import Place
+from flagscale.shared.place import ANEW, Place
 from flagscale.shared.pointer import Pointer, read_pointer, write_pointer
 from flagscale.shared.store import is_url
 from flagscale.shared.volume import Volume
 
-__all__ = ["Place", "Pointer", "damage", "fetch", "read_pointer", "shared_place", "write_pointer"]
+__all__ = [
+    "ANEW",
+    "Place",
+    "Pointer",
+    "damage",
+    "fetch",
+    "read_pointer",
+    "shared_place",
+    "write_pointer",
+]
 
 
 def shared_place() -> Place | None:

@@ -11,6 +11,11 @@ from flagscale.errors import UserError
 from flagscale.shared.pointer import Pointer
 
 ARTIFACTS = "artifacts"  # the folder of them
+# KFP takes the oldest entry that fits, so what a run without cache makes is never found again.
+ANEW = (
+    "KFP's cache still names it, and goes on doing so after a run without cache; a run with "
+    "another where_code_version makes everything anew"
+)
 
 
 class Place(ABC):
@@ -88,13 +93,10 @@ def check_digest(folder: Path, pointer: Pointer) -> None:
     if found != pointer.digest:
         raise UserError(
             f"{pointer.location}: is not the {pointer.kind} that was written there: its digest is "
-            f"{found}, the pointer says {pointer.digest}; make it anew, without the cache"
+            f"{found}, the pointer says {pointer.digest}; {ANEW}"
         )
 
 
 def missing(pointer: Pointer, hint: str) -> UserError:
     """The error for a pointer to nothing."""
-    return UserError(
-        f"{pointer.location}: no {pointer.kind} here, though a pointer says so: {hint}, or, if it "
-        "was deleted, make it anew: switch the cache off for this run"
-    )
+    return UserError(f"nothing is left at {pointer.location}: {hint}; or it was deleted: {ANEW}")

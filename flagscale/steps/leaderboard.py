@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _SPEED = "median tokens per second"
 
 
-def leaderboard(
+def rank_variants(
     variants: Sequence[Mapping[str, Any]],
     metric: str,
     results: Sequence[Path],

@@ -29,7 +29,7 @@ from flagscale.artifacts import write_json
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import note_error, note_process
 from flagscale.recipe import SectionT, parse_section
-from flagscale.shared import Place, fetch, read_pointer, shared_place, write_pointer
+from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
 from flagscale.steps.exclusive import exclusively
 from flagscale.steps.logs import configure_logging
 from flagscale.steps.signals import deferred_stop, end_with_runner, signals_raise, stop_requested
@@ -50,6 +50,13 @@ class Metrics(Protocol):
     metadata: dict[str, Any]
 
 
+class Input(Protocol):
+    """What KFP's input artifacts offer."""
+
+    path: str
+    uri: str
+
+
 class Step:
     """The running step."""
 
@@ -68,17 +75,29 @@ class Step:
         """
         return parse_section(kind, values, where=self.name)
 
-    def input(self, path: str) -> Path:
+    def input(self, name: str, artifact: Input) -> Path:
         """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
 
+        KFP's launcher says nothing where it found nothing to download.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
         Raises:
-            UserError: it is not there, or is not what was pointed to.
+            UserError: nothing is there, or something else than what was pointed to.
         """
-        pointer = read_pointer(Path(path))
-        if pointer is None:
-            return Path(path)
-        folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
-        return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
+        path = Path(artifact.path)
+        if not path.is_dir() or not any(path.iterdir()):
+            raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
+        try:
+            pointer = read_pointer(path)
+            if pointer is None:
+                return path
+            folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
+            return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
+        except UserError as error:
+            raise UserError(f"input {name}: {error}") from error
 
     def output(self, path: str) -> Path:
         """The folder to write an output artifact to.

@@ -14,13 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
+from flagscale.run_values.kubernetes_names import Name
 from pipelines.cluster.connection import Connection
 from pipelines.cluster.package import Package, make_package
 from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
-from pipelines.distillation import SECTIONS
-from pipelines.kubernetes_values import Name
 from pipelines.platform import load_platform
 from pipelines.sources import notes
 
@@ -190,22 +189,23 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
         parameters = read_parameters(arguments.parameters, package.definitions, recipe, platform)
-        sys.stdout.write(notes(_of_this_run(recipe, parameters), platform, parameters))
+        this_run = _of_this_run(recipe, parameters.checked)
+        sys.stdout.write(notes(this_run, platform, parameters.sent))
         yield (
             package,
             Order(
                 name=name or f"{recipe.name} on {where}",
                 experiment=experiment_name(arguments.experiment_name, recipe),
-                parameters=parameters,
+                parameters=parameters.sent,
                 service_account=arguments.service_account,
                 reuse=arguments.reuse,
             ),
         )
 
 
-def _of_this_run(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
-    sections = {name: value for name, value in parameters.items() if name in SECTIONS}
-    return Recipe.model_validate(recipe.model_dump(mode="json", exclude_none=True) | sections)
+def _of_this_run(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
+    own = {n: type(getattr(recipe, n)).model_validate(sections[n]) for n in ("teacher", "data")}
+    return recipe.model_copy(update=own)
 
 
 def _positive(text: str) -> float:

@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=1,
         metavar="N",
         help="so many of its runs at a time, 1 to 10; they share the folder of checkpoints unless "
-        "-p checkpoints names another (default: %(default)s)",
+        "-p training_checkpoints names another (default: %(default)s)",
     )
     parser.add_argument(
         "--no-catchup", action="store_true", help="do not make up for runs that were missed"

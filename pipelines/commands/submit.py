@@ -17,7 +17,7 @@ _EXAMPLES = f"""\
       upload the pipeline if it changed, start a run, print the address of its page
 
   python -m pipelines submit mine.yaml --platform my-cluster.yaml --wait \\
-      -p distillation.temperature=2 -p training_node_selector='{{pool: h100}}'
+      -p distillation_temperature=2 -p where_training_node_selector='{{pool: h100}}'
       this run alone with another temperature and other nodes; follow it to its end
 
   python -m pipelines submit mine.yaml --platform gke-h100 --set training.train_iters=5000

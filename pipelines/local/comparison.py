@@ -42,7 +42,7 @@ def _newest(recipe: Recipe, runs: Path, baseline: bool) -> Path:
             continue
         if (values["distillation"]["loss"] == "none") == baseline:
             steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]
-            return Path(steps["evaluate"]["outputs"]["results"])
+            return Path(steps["evaluate"]["outputs"]["evaluation"])
     loss = "none" if baseline else "logits"
     raise UserError(
         f"{runs}: no finished run of {recipe.name} with distillation.loss={loss}; make one with: "

@@ -194,9 +194,9 @@ class _Observing:
         self._containers.check()
         self._steps.reused(name, outputs)
 
-    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
-        if self._containers.note_end(name, outputs):
-            self._steps.finished(name, outputs)
+    def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
+        if gave_values or self._containers.note_end(name, outputs):
+            self._steps.finished(name, outputs, gave_values)
 
 
 def _connect() -> Any:  # noqa: ANN401 - docker's client

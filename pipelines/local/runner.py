@@ -3,7 +3,7 @@
 What a run leaves behind, in one folder (`runs/`):
 
     latest -> <time>-<recipe>/   this run: recipe.yaml, run.log, summary.json, and a link to each
-                                 step's outputs (`evaluate-report`, `export-student-model`, ...)
+                                 of what the steps wrote (`report`, `exported_student`, ...)
     artifacts/                   what the steps wrote; runs share what the cache reuses
     cache/                       which inputs gave which outputs
     checkpoints/                 of trainings that have not ended
@@ -86,7 +86,7 @@ def run_recipe(
         raise UserError(f"--no-cache: {held[0]}: another run trains there; stop it, or wait for it")
     pipeline = build_pipeline(recipe, code_version=code)
     # The runner names the experiment; as an argument it would be part of every cache key.
-    arguments = {"checkpoints": str(checkpoints), "experiment": ""}
+    arguments = {"training_checkpoints": str(checkpoints), "tracking_experiment": ""}
     result = run_pipeline(pipeline, arguments, recipe, runs, reuse, containers)
     for folder in _forget(checkpoints):  # they serve trainings that have not ended
         logger.warning("%s: another run trains there, and goes on", folder)
@@ -174,7 +174,7 @@ def run_pipeline(
         run.log_metrics({f"seconds/{name}": step.seconds for name, step in result.steps.items()})
         for name in ("evaluate", "leaderboard"):
             if name in result.steps:  # so that runs compare without opening their children
-                run.log_metrics(read_scalars(result.steps[name].outputs.get("metrics")))
+                run.log_metrics(read_scalars(result.steps[name].outputs))
     return result
 
 

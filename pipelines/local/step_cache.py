@@ -31,8 +31,11 @@ class Observer(Protocol):
     def reused(self, name: str, outputs: Mapping[str, Path]) -> None:
         """The step's earlier outputs serve again."""
 
-    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
-        """The step has ended well; `outputs` are its artifacts' paths."""
+    def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
+        """The step has ended well; `outputs` are its artifacts' paths.
+
+        `gave_values`: there are other outputs too, which one that died unseen has not.
+        """
 
 
 class StepCache(kfp_cache.LocalCache):
@@ -73,7 +76,8 @@ class StepCache(kfp_cache.LocalCache):
         """Keep the outputs of a step that ended well; one without any may have died unseen."""
         if outputs:
             super().put(key, outputs)
-        self._observer.finished(self._names[key], _paths(outputs))
+        paths = _paths(outputs)
+        self._observer.finished(self._names[key], paths, len(outputs) > len(paths))
 
 
 @contextmanager

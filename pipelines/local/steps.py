@@ -69,7 +69,7 @@ class Plan:
         """Read it from the pipeline.
 
         Args:
-            pipeline: its loops, if any, go over a parameter of the pipeline.
+            pipeline: its loops, if any, go over a parameter of the pipeline, checked or not.
             arguments: it will be run with these.
         """
         self.total = 0
@@ -80,8 +80,13 @@ class Plan:
             if not body:
                 self.total += 1
                 continue
-            parameter = task.parameter_iterator.items.input_parameter
-            parameter = parameter.removeprefix("pipelinechannel--")
+            # Of the pipeline, or as a step gives it, under the same name, after a check.
+            items = task.parameter_iterator.items.input_parameter
+            source = task.inputs.parameters[items]
+            parameter = (
+                source.component_input_parameter
+                or source.task_output_parameter.output_parameter_key
+            )
             variants = _names(arguments.get(parameter, _default(pipeline, parameter)))
             self.total += len(body) * len(variants)
             self._variants |= dict.fromkeys(body, variants)
@@ -147,7 +152,7 @@ class Steps:
         self._current, self._begin = self._title(name), time.monotonic()
         self._stopper.step_folder = notes
 
-    def finished(self, name: str, outputs: Mapping[str, Path]) -> None:
+    def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
         """Note beside the outputs who made them."""
         self._stopper.step_folder = None
         seconds = time.monotonic() - self._begin
@@ -168,9 +173,10 @@ class Steps:
         note = _read_note(outputs)
         made = f", made {note['finished']}" if note else ""
         logger.info("%s %s reused from cache%s", self._position(), self._title(name), made)
-        self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs.get("metrics")))
+        if outputs:  # a step without any, like a check, is not tracked
+            self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs))
         if name == "leaderboard":
-            _show_variants(outputs["table"])
+            _show_variants(outputs["leaderboard"])
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
     def failure(self) -> BaseException:
@@ -201,7 +207,8 @@ class Steps:
         self._ended[name] += 1
         self._result.steps[key] = StepResult(seconds, reused, outputs, variant)
         for output, path in outputs.items():
-            (self._result.folder / f"{key}-{output}").symlink_to(path)
+            # `distilled_student-2` is of a sweep's second variant.
+            (self._result.folder / f"{output}{key.removeprefix(name)}").symlink_to(path)
 
     def _position(self) -> str:
         return f"[{len(self._result.steps) + 1}/{self._plan.total}]"
@@ -223,9 +230,10 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
     return {}
 
 
-def read_scalars(metrics: Path | None) -> dict[str, float]:
-    """The figures in a step's `metrics` output."""
-    if metrics is None or not metrics.is_file():
-        return {}
-    values = json.loads(metrics.read_text(encoding="utf-8"))
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:
+    """The figures in a step's output of metrics, whose name ends so."""
+    found: dict[str, Any] = {}
+    for output, path in outputs.items():
+        if output.endswith("_metrics") and path.is_file():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}

@@ -24,8 +24,8 @@ _LONG = 1e5
 
 def summary(result: RunResult) -> str:
     """The text that ends a run; the same facts are in its `summary.json`."""
-    metrics = _read(result, "evaluate", "results", METRICS)
-    board = _read(result, "leaderboard", "table", LEADERBOARD)
+    metrics = _read(result, "evaluate", "evaluation", METRICS)
+    board = _read(result, "leaderboard", "leaderboard", LEADERBOARD)
     facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
     write_json(result.folder / "summary.json", facts)
     parts = [_times(result), _places(result)]
@@ -125,12 +125,12 @@ def _times(result: RunResult) -> str:
 def _places(result: RunResult) -> str:
     lines = [("run", result.folder)]
     if "evaluate" in result.steps:
-        lines.append(("report", result.folder / "evaluate-results" / "report.html"))
+        lines.append(("report", result.folder / "evaluation" / "report.html"))
     if "leaderboard" in result.steps:
-        lines.append(("report", result.folder / "leaderboard-table" / "report.html"))
+        lines.append(("report", result.folder / "leaderboard" / "report.html"))
     for name in ("export-student", "export-winner"):
         if name in result.steps:
-            lines.append(("student", result.folder / f"{name}-model"))
+            lines.append(("student", result.folder / "exported_student"))
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
         uri = quote(result.tracking_uri)

@@ -24,12 +24,12 @@ STEPS = (
     "export-student",
 )
 ARTIFACTS = (
-    "prepare-data-dataset",
-    "prepare-teacher-model",
-    "convert-student-model",
-    "distil-student-model",
-    "evaluate-results",
-    "export-student-model",
+    "dataset",
+    "teacher",
+    "student",
+    "distilled_student",
+    "evaluation",
+    "exported_student",
 )
 # Two runs of the same code differ in these, in containers or not: speeds, and the random name
 # that torch gives each save. The digests of parents follow from them.
@@ -67,10 +67,10 @@ def test_artifacts_equal_those_of_processes(
 def test_losses_and_measurements_equal_those_of_processes(
     contained: Containers, reference: Runs
 ) -> None:
-    ours, theirs = (runs.output("distil-student-model") for runs in (contained, reference))
+    ours, theirs = (runs.output("distilled_student") for runs in (contained, reference))
     assert len(training_log(ours)) == 200
     assert training_log(ours) == training_log(theirs)
-    ours, theirs = (runs.output("evaluate-results") for runs in (contained, reference))
+    ours, theirs = (runs.output("evaluation") for runs in (contained, reference))
     assert (ours / "metrics.json").read_bytes() == (theirs / "metrics.json").read_bytes()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flagscale.run_values.toleration import Toleration
 from pipelines.platform import Platform
-from pipelines.pods import Toleration
 
 HEAD = ("| field | default | what it is |", "|---|---|---|")
 

@@ -9,10 +9,11 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from components.image import VERSION, image
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
+from flagscale.run_values import SECTIONS
 from pipelines import golden
 from pipelines.__main__ import main
 from pipelines.compiling import compile_recipe
-from pipelines.distillation import SECTIONS, build_pipeline, source_version
+from pipelines.distillation import build_pipeline, source_version
 from pipelines.platform import Platform, load_platform
 
 ROOT = Path(__file__).parents[2]
@@ -51,27 +52,42 @@ def test_the_recipes_values_are_the_defaults(recipe: Recipe, tmp_path: Path) -> 
         assert inputs[section]["defaultValue"] == whole[section]
         kind = type(getattr(recipe, section))
         assert kind.model_validate(inputs[section]["defaultValue"]) == getattr(recipe, section)
-    assert inputs["code_version"]["defaultValue"] == "flagscale-distillation 0.1.0"
+    assert inputs["where_code_version"]["defaultValue"] == "flagscale-distillation 0.1.0"
 
 
 def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) -> None:
-    tasks = compiled(recipe, tmp_path)["root"]["dag"]["tasks"]
+    spec = compiled(recipe, tmp_path)
+    tasks = spec["root"]["dag"]["tasks"]
     sections = {
-        name: set(task["inputs"]["parameters"]) & set(SECTIONS) for name, task in tasks.items()
+        name: {key for key in task["inputs"]["parameters"] if key.endswith("_recipe")}
+        for name, task in tasks.items()
     }
     assert sections == {
-        "prepare-data": {"data"},
-        "prepare-teacher": {"teacher"},
-        "convert-student": {"student"},
-        "distil-student": {"distillation", "training"},
-        "evaluate": {"evaluation"},
-        "export-student": {"export"},
+        "check-recipe": set(),
+        "prepare-data": {"data_recipe"},
+        "prepare-teacher": {"teacher_recipe"},
+        "convert-student": {"student_recipe"},
+        "distil-student": {"distillation_recipe", "training_recipe"},
+        "evaluate": {"evaluation_recipe"},
+        "export-student": {"export_recipe"},
     }
     depends = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
-    assert depends["prepare-data"] == set()
-    assert depends["distil-student"] == {"prepare-data", "prepare-teacher", "convert-student"}
-    assert depends["export-student"] == {"distil-student", "evaluate"}
-    assert all("code_version" in task["inputs"]["parameters"] for task in tasks.values())
+    assert depends.pop("check-recipe") == set()
+    assert all("check-recipe" in before for before in depends.values())
+    assert depends["prepare-data"] == {"check-recipe"}
+    before_training = {"check-recipe", "prepare-data", "prepare-teacher", "convert-student"}
+    assert depends["distil-student"] == before_training
+    assert depends["export-student"] == {"check-recipe", "distil-student", "evaluate"}
+    for name in depends:
+        given = tasks[name]["inputs"]["parameters"]
+        assert given["code_version"] == {"componentInputParameter": "where_code_version"}
+        for section in sections[name]:
+            key = section.removesuffix("_recipe")
+            output = {"outputParameterKey": key, "producerTask": "check-recipe"}
+            assert given[section] == {"taskOutputParameter": output}
+    # A change of whatever it is given makes the check anew; the others' keys hold what comes of it.
+    checked = set(tasks["check-recipe"]["inputs"]["parameters"])
+    assert checked > set(spec["root"]["inputDefinitions"]["parameters"])
     assert tasks["distil-student"]["taskInfo"]["name"] == "Distil student"
 
 
@@ -81,7 +97,7 @@ def test_local_runs_see_the_code_and_compiled_ones_the_release(recipe: Recipe) -
     inputs = build_pipeline(
         recipe, code_version="x"
     ).pipeline_spec.root.input_definitions.parameters
-    assert inputs["code_version"].default_value.string_value == "x"
+    assert inputs["where_code_version"].default_value.string_value == "x"
 
 
 def test_the_command_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ def test_images_that_nobody_pushed_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     (alone,) = notes(recipe(), load_platform("cpu-only")).splitlines()
     assert CPU in alone
     # Whoever names an image knows where it is.
-    (left,) = notes(recipe(), platform, ("data_image",)).splitlines()
+    (left,) = notes(recipe(), platform, ("where_data_image",)).splitlines()
     assert GPU in left
     named = platform.model_copy(update={"images": Images(cpu=CPU)})
     assert notes(recipe(), named).splitlines() == [second]
@@ -125,7 +125,10 @@ def test_a_run_with_images_of_its_own_is_told_of_none(
 ) -> None:
     monkeypatch.delenv("FLAGSCALE_REGISTRY")
     command = ["submit", str(TINY), "--platform", "cpu-only", "--set", "teacher.source=org/model"]
-    images = [f"-p{kind}_image=registry.example.com/mine" for kind in ("data", "models")]
-    for given, told in ((images, 1), ([*images, "-ptraining_image=registry.example.com/a"], 0)):
+    images = [f"-pwhere_{kind}_image=registry.example.com/mine" for kind in ("data", "models")]
+    for given, told in (
+        (images, 1),
+        ([*images, "-pwhere_training_image=registry.example.com/a"], 0),
+    ):
         with cluster.order(_parser().parse_args([*command, *given]), None):
             assert capsys.readouterr().out.count("note: ") == told

@@ -21,7 +21,9 @@ from pipelines.pods import Pods
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-KINDS = {"prepare-data": "data", "leaderboard": "data"} | {"distil-student": "training"}
+KINDS = {"check-recipe": "data", "prepare-data": "data", "leaderboard": "data"} | {
+    "distil-student": "training"
+}
 
 
 class Compiled:
@@ -117,7 +119,7 @@ def check_container(
         assert resources["resourceCpuRequest"] == pods.cpu
         assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"] == pods.memory
     image = found.resolve(container["image"])
-    if step in ("prepare-data", "leaderboard") or launcher:
+    if step in ("check-recipe", "prepare-data", "leaderboard") or launcher:
         assert "accelerator" not in resources
     else:
         asked = resources["accelerator"]
@@ -157,7 +159,10 @@ def check_pod(
     pulls = [found.resolve(s["secretNameParameter"]) for s in pod.get("imagePullSecret", [])]
     assert pulls == list(platform.images.pull_secrets)
     check_secrets(found, pod, container, platform)
-    check_volume(found, pod, platform)
+    if container is found.executors["exec-check-recipe"]["container"]:
+        assert "pvcMount" not in pod  # its own may not be there yet
+    else:
+        check_volume(found, pod, platform)
 
 
 def check_secrets(
@@ -188,6 +193,8 @@ def check_secrets(
 
 def check_volume(found: Compiled, pod: dict[str, Any], platform: Platform) -> None:
     mounts = pod.get("pvcMount", [])
+    new = found.spec["root"]["dag"]["tasks"].get("createpvc")
+    assert new is None or new["dependentTasks"] == ["check-recipe"]  # a mistake leaves no volume
     if platform.shared is None or platform.shared.url:
         assert mounts == []
         return
@@ -235,7 +242,8 @@ def test_another_default_changes_nothing_else(tmp_path: Path) -> None:
     warmer = load_recipe(RECIPES["tiny"], ["distillation.temperature=3"])
     after = compile_recipe(warmer, platform, tmp_path / "c.yaml").read_text().splitlines()
     changed = [(a.strip(), b.strip()) for a, b in zip(before, after, strict=True) if a != b]
-    assert changed == [("temperature: 1.0", "temperature: 3.0")]
+    # As the section's default, and as what the check knows it by.
+    assert changed == [("temperature: 1.0", "temperature: 3.0")] * 2
 
 
 @pytest.mark.parametrize(
@@ -330,5 +338,5 @@ def test_several_nodes_are_started_by_a_small_pod_that_knows_theirs(tmp_path: Pa
     assert found.resolve(inputs["accelerator_count"]) == "8"
     own = found.executors["exec-distil-student-on-nodes"]["container"]["resources"]
     assert own["resourceCpuRequest"] == "1"
-    evaluated = tasks["evaluate"]["inputs"]["artifacts"]["distilled"]["taskOutputArtifact"]
+    evaluated = tasks["evaluate"]["inputs"]["artifacts"]["distilled_student"]["taskOutputArtifact"]
     assert evaluated["producerTask"] == "distil-student-on-nodes"

@@ -77,25 +77,32 @@ def test_a_reference_that_leads_nowhere_is_found(compiled: dict[str, Compiled]) 
         del body_of(spec)["inputDefinitions"]["parameters"][f"pipelinechannel--{forget}"]
         return unresolved(spec, platform)
 
-    count, selector = broken("training_accelerator_count"), broken("models_node_selector")
+    count, selector = (
+        broken("where_training_accelerator_count"),
+        broken("where_models_node_selector"),
+    )
     assert any("distil-student: the DAG has no parameter" in problem for problem in count)
     assert len(selector) == 2  # convert-student and evaluate
     spec = copy.deepcopy(good)
     del spec["root"]["dag"]["tasks"]["for-loop-1"]["inputs"]["parameters"][
-        "pipelinechannel--experiment"
+        "pipelinechannel--tracking_experiment"
     ]
     assert unresolved(spec, platform) == [
-        "root/for-loop-1: is not given its input pipelinechannel--experiment"
+        "root/for-loop-1: is not given its input pipelinechannel--tracking_experiment"
     ]
     spec = copy.deepcopy(good)
     del spec["root"]["dag"]["tasks"]["leaderboard"]["inputs"]["parameters"][
-        "pipelinechannel--data_image"
+        "pipelinechannel--where_data_image"
     ]
-    assert any("asks for pipelinechannel--data_image" in x for x in unresolved(spec, platform))
+    assert any(
+        "asks for pipelinechannel--where_data_image" in x for x in unresolved(spec, platform)
+    )
     settings = copy.deepcopy(platform)
     executors = settings["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     selector = executors["exec-evaluate"]["nodeSelector"]["nodeSelectorJson"]
-    selector["componentInputParameter"] = "models_node_selector"  # the root's name, in the loop
+    selector["componentInputParameter"] = (
+        "where_models_node_selector"  # the root's name, in the loop
+    )
     assert len(unresolved(good, settings)) == 1
 
 
@@ -105,6 +112,7 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
     spec = compiled["gke-h100"][0]
     tasks = spec["root"]["dag"]["tasks"]
     assert set(tasks) == {
+        "check-recipe",
         "prepare-data",
         "prepare-teacher",
         "for-loop-1",
@@ -115,17 +123,35 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
     assert loop["iteratorPolicy"] == {"parallelismLimit": 2}
     assert set(body_of(spec)["dag"]["tasks"]) == {"convert-student", "distil-student", "evaluate"}
     for name in ("leaderboard", "export-winner"):
-        results = tasks[name]["inputs"]["artifacts"]["results"]["taskOutputArtifact"]
+        results = tasks[name]["inputs"]["artifacts"]["evaluations"]["taskOutputArtifact"]
         assert results["producerTask"] == "for-loop-1"
     inputs = spec["root"]["inputDefinitions"]["parameters"]
-    variants = inputs["variants"]["defaultValue"]
+    variants = inputs["sweep_variants"]["defaultValue"]
     assert [variant["name"] for variant in variants] == [v.name for v in recipe.variants]
     for values, variant in zip(variants, recipe.variants, strict=True):
         for section in ("student", "distillation", "training"):
             whole = getattr(variant.recipe, section)
             assert type(whole).model_validate(values[section]) == whole
-    assert inputs["metric"]["defaultValue"] == "kl"
-    assert not {"student", "distillation", "training"} & set(inputs)
+    assert inputs["sweep_metric"]["defaultValue"] == "kl"
+    assert inputs["sweep_metric"]["literals"] == ["kl", "lm_loss", "top1_agreement", "accuracy"]
+    fixed = ("student", "distillation", "training")
+    single = {name for name in inputs if name.startswith(fixed)} - {"training_checkpoints"}
+    assert single == set()  # neither sections nor their single fields
+
+
+def test_the_loop_is_over_the_checked_variants(compiled: dict[str, Compiled]) -> None:
+    """So no student begins before the check, and each has the sections that it gives."""
+    spec = compiled["gke-h100"][0]
+    tasks = spec["root"]["dag"]["tasks"]
+    checked = {"producerTask": "check-recipe", "outputParameterKey": "sweep_variants"}
+    loop = tasks["for-loop-1"]
+    items = loop["parameterIterator"]["items"]["inputParameter"]
+    assert loop["inputs"]["parameters"][items] == {"taskOutputParameter": checked}
+    ranked = tasks["leaderboard"]["inputs"]["parameters"]
+    assert ranked["variants"] == {"taskOutputParameter": checked}
+    assert all(
+        "check-recipe" in t["dependentTasks"] for n, t in tasks.items() if n != "check-recipe"
+    )
 
 
 def test_a_platform_that_cannot_hold_one_variant_is_refused(recipe: Recipe) -> None:
@@ -133,7 +159,7 @@ def test_a_platform_that_cannot_hold_one_variant_is_refused(recipe: Recipe) -> N
     values["resources"] = {}  # all accelerators of a node
     values["sweep"]["vary"] = {"training.global_batch_size": [8, 9]}
     with pytest.raises(UserError, match="global_batch_size=9 is not a multiple"):
-        build_sweep(Recipe.model_validate(values), load_platform("gke-h100"))
+        build_sweep(Recipe.model_validate(values), load_platform("gke-h100"), "")
 
 
 def test_variants_that_no_pod_could_be_given_are_refused(recipe: Recipe) -> None:
@@ -143,7 +169,7 @@ def test_variants_that_no_pod_could_be_given_are_refused(recipe: Recipe) -> None
     values["distillation"]["intermediate_layer_pairs"] = pairs
     values["sweep"]["vary"] = {"training.seed": list(range(64))}
     with pytest.raises(UserError, match=r"64 variants take 3\d\d,\d+ characters"):
-        build_sweep(Recipe.model_validate(values))
+        build_sweep(Recipe.model_validate(values), None, "")
 
 
 @pytest.mark.parametrize("name", ["gke-h100", "on-prem-a100"])

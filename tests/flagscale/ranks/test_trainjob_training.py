@@ -46,12 +46,12 @@ def artifact(kind, name):
 if __name__ == "__main__":
     metrics = artifact(dsl.Metrics, "metrics")
     distil_student_on_nodes.python_func(
-        distillation={}, training=json.loads(sys.argv[2]),
+        distillation_recipe={}, training_recipe=json.loads(sys.argv[2]),
         checkpoints=os.environ["FLAGSCALE_SHARED"] + "/checkpoints", code_version="1",
         experiment="distillation", nodes=2, accelerator_count="0", pods={"cpu": "1"},
         teacher=artifact(dsl.Model, "teacher"), student=artifact(dsl.Model, "student"),
-        dataset=artifact(dsl.Dataset, "dataset"), model=artifact(dsl.Model, "model"),
-        metrics=metrics,
+        dataset=artifact(dsl.Dataset, "dataset"),
+        distilled_student=artifact(dsl.Model, "model"), training_metrics=metrics,
     )
     assert "torch" not in sys.modules
 """

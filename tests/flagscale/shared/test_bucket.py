@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kfp import dsl
 
 from flagscale.artifacts import MANIFEST, Manifest, new_artifact, open_artifact
 from flagscale.errors import UserError
@@ -49,7 +50,7 @@ def test_an_artifact_goes_to_the_bucket_and_comes_back(shared: str, tmp_path: Pa
     assert store.url.startswith(f"{shared}/artifacts/student-")
     assert set(store.sizes()) == {*FILES, MANIFEST}
     with step_process("distil-student") as step:
-        folder = step.input(str(tmp_path / "model"))
+        folder = step.input("student", dsl.Model(uri=str(tmp_path / "model")))
         open_artifact(folder, "student")
         assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert list((tmp_path / "tmp").iterdir()) == []  # nothing of either step is left
@@ -65,7 +66,7 @@ def test_what_changed_in_the_bucket_is_refused(shared: str, tmp_path: Path) -> N
 
     def refused() -> str:
         with pytest.raises(SystemExit), step_process("distil-student") as step:
-            open_artifact(step.input(str(tmp_path / "model")), "student")
+            open_artifact(step.input("student", dsl.Model(uri=str(tmp_path / "model"))), "student")
         return str(read_error(tmp_path))
 
     store.write("weights/0", b"v" * 3_000_000)  # the size is the same

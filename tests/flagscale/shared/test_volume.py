@@ -51,7 +51,7 @@ def test_an_artifact_goes_to_the_volume_and_a_pointer_to_kfp(shared: Path, tmp_p
     assert folder.parent == shared / "artifacts"
     assert [path.name for path in (tmp_path / "pod-a" / "model").iterdir()] == ["pointer.json"]
     with step_process("distil-student") as step:
-        found = step.input(str(tmp_path / "pod-a" / "model"))
+        found = step.input("student", dsl.Model(uri=str(tmp_path / "pod-a" / "model")))
         manifest = open_artifact(found, "student")
     assert found == folder
     pointer = json.loads((tmp_path / "pod-a" / "model" / "pointer.json").read_text())
@@ -65,7 +65,9 @@ def test_without_a_shared_place_paths_stay_what_they_are(tmp_path: Path) -> None
     assert shared_place() is None
     with step_process("convert-student") as step:
         assert step.output(str(tmp_path / "out")) == tmp_path / "out"
-        assert step.input(str(tmp_path / "in")) == tmp_path / "in"
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "weights").touch()
+        assert step.input("student", dsl.Model(uri=str(tmp_path / "in"))) == tmp_path / "in"
 
 
 def test_equal_content_is_kept_once_and_a_damaged_one_does_not_count(
@@ -114,13 +116,16 @@ def test_what_changed_on_the_volume_is_refused(shared: Path, tmp_path: Path, wha
         expected = "is not the student that was written there"
     elif what == "nothing":
         shutil.rmtree(shared / "artifacts")
-        expected = "mount the volume"
+        expected = f"nothing is left at {folder}: mount the volume"
     else:
         (folder / MANIFEST).unlink()
         expected = "manifest.json is missing"
     with pytest.raises(SystemExit), step_process("distil-student") as step:
-        open_artifact(step.input(str(tmp_path / "model")), "student")
-    assert expected in str(read_error(tmp_path))
+        open_artifact(step.input("student", dsl.Model(uri=str(tmp_path / "model"))), "student")
+    message = str(read_error(tmp_path))
+    assert expected in message
+    assert message.startswith("input student: ") == (what != "files")
+    assert ("another where_code_version" in message) == (what in ("manifest", "nothing"))
     pointer = read_pointer(tmp_path / "model")
     assert pointer
     assert expected in str(damage(pointer))

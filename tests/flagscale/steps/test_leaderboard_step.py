@@ -19,7 +19,7 @@ from flagscale.evaluation.figures import summarise
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import Metric
 from flagscale.steps.export_winner import export_winner
-from flagscale.steps.leaderboard import leaderboard
+from flagscale.steps.leaderboard import rank_variants
 
 SWEEP = Recipe.model_validate(
     {
@@ -90,7 +90,7 @@ def test_every_order_of_the_results_gives_the_same_artifact(
     found = set()
     for number, order in enumerate(itertools.permutations(results)):
         output = tmp_path / f"leaderboard {number}"
-        leaderboard(VARIANTS, "kl", order, output)
+        rank_variants(VARIANTS, "kl", order, output)
         found.add(open_artifact(output, "leaderboard").digest)
     assert len(found) == 1
 
@@ -98,7 +98,7 @@ def test_every_order_of_the_results_gives_the_same_artifact(
 def test_numbers_and_names_are_those_of_the_evaluations(
     results: list[Path], tmp_path: Path
 ) -> None:
-    figures = leaderboard(VARIANTS, "kl", results, tmp_path / "board")
+    figures = rank_variants(VARIANTS, "kl", results, tmp_path / "board")
     board = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
     names = ["temperature=2.0", "temperature=1.0", "temperature=4.0"]
     assert [row["name"] for row in board["rows"]] == names
@@ -117,7 +117,7 @@ def test_numbers_and_names_are_those_of_the_evaluations(
 def test_what_does_not_fit_together_is_refused(results: list[Path], tmp_path: Path) -> None:
     def refused(message: str, *arguments: Any) -> None:
         with pytest.raises(UserError, match=message):
-            leaderboard(*arguments, tmp_path / "board")  # type: ignore[call-arg]
+            rank_variants(*arguments, tmp_path / "board")  # type: ignore[call-arg]
         assert not (tmp_path / "board").exists()
 
     refused("no evaluation of variant 'temperature=4.0'", VARIANTS, "kl", results[:2])
@@ -141,8 +141,8 @@ def test_mlflow_has_a_child_for_each_variant(
     parent = client.create_run(experiment, run_name="r").info.run_id
     for name, value in (("TRACKING_URI", uri), ("EXPERIMENT_ID", experiment), ("RUN_ID", parent)):
         monkeypatch.setenv(f"MLFLOW_{name}", value)
-    leaderboard(VARIANTS, "kl", results, tmp_path / "board")
-    leaderboard(VARIANTS, "kl", results, tmp_path / "again")  # a retry: no second set
+    rank_variants(VARIANTS, "kl", results, tmp_path / "board")
+    rank_variants(VARIANTS, "kl", results, tmp_path / "again")  # a retry: no second set
     runs = client.search_runs([experiment], 'tags."flagscale.variant" != ""')
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {parent}
     assert {run.info.run_name: run.data.params for run in runs} == {
@@ -160,7 +160,7 @@ def test_mlflow_has_a_child_for_each_variant(
 
 
 def test_a_winner_that_was_not_given_is_missed(results: list[Path], tmp_path: Path) -> None:
-    leaderboard(VARIANTS, "kl", results, tmp_path / "board")
+    rank_variants(VARIANTS, "kl", results, tmp_path / "board")
     others = [tmp_path / "student temperature=1.0", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
         export_winner(SWEEP.export, others, results, tmp_path / "board", tmp_path / "out")

@@ -41,12 +41,13 @@ def start(component: str, arguments: dict, disk: Path) -> subprocess.Popen[str]:
     )
 
 
-def common(folder: Path) -> dict:
+def common(folder: Path, model: str, metrics: str) -> dict:
+    """What steps have in common; their outputs have the names that the component gives them."""
     return {
         "code_version": "",
         "experiment": "",
-        "model": {"artifact": str(folder / "model")},
-        "metrics": {"artifact": str(folder / "metrics")},
+        model: {"artifact": str(folder / "model")},
+        metrics: {"artifact": str(folder / "metrics")},
     }
 
 
@@ -78,8 +79,10 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     (tmp_path / "volume").mkdir()
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "volume"))
     inputs = share({"teacher": teacher, "dataset": dataset}, tmp_path)
-    arguments = {"student": {"init": "prune", "num_layers": 2.0}, **inputs}
-    pod = start("convert_student", {**arguments, **common(tmp_path / "a")}, tmp_path / "disk-a")
+    arguments = {"student_recipe": {"init": "prune", "num_layers": 2.0}, **inputs}
+    outputs = ("student", "student_metrics")
+    own = common(tmp_path / "a", *outputs)
+    pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
     output = pod.communicate(timeout=PATIENCE)[0]
     assert pod.returncode == 0, output
     pointer = read_pointer(tmp_path / "a" / "model")
@@ -95,7 +98,8 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     with weights.open("r+b") as stream:
         stream.seek(1000)
         stream.write(b"\xff")
-    pod = start("convert_student", {**arguments, **common(tmp_path / "b")}, tmp_path / "disk-b")
+    own = common(tmp_path / "b", *outputs)
+    pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-b")
     output = pod.communicate(timeout=PATIENCE)[0]
     assert pod.returncode == 1
     assert f"{weights.name} is missing or changed" in output
@@ -116,12 +120,14 @@ def test_a_preempted_training_goes_on_in_another_pod(
     monkeypatch.setenv("FLAGSCALE_SHARED", bucket)
     inputs = {"teacher": teacher, "student": student, "dataset": dataset}
     arguments = {
-        "distillation": DistillationRecipe().model_dump(mode="json"),
-        "training": TRAINING.model_dump(mode="json"),
+        "distillation_recipe": DistillationRecipe().model_dump(mode="json"),
+        "training_recipe": TRAINING.model_dump(mode="json"),
         "checkpoints": f"{bucket}/checkpoints",
         **share(inputs, tmp_path),
     }
-    pod = start("distil_student", {**arguments, **common(tmp_path / "a")}, tmp_path / "disk-a")
+    outputs = ("distilled_student", "training_metrics")
+    own = common(tmp_path / "a", *outputs)
+    pod = start("distil_student", {**arguments, **own}, tmp_path / "disk-a")
     store = ObjectStore(f"{bucket}/checkpoints")
     deadline = time.monotonic() + PATIENCE
     while not any(name.endswith("/latest.json") for name in store.sizes()):
@@ -133,7 +139,8 @@ def test_a_preempted_training_goes_on_in_another_pod(
     assert pod.returncode == -9, output
     shutil.rmtree(tmp_path / "disk-a")
 
-    pod = start("distil_student", {**arguments, **common(tmp_path / "b")}, tmp_path / "disk-b")
+    own = common(tmp_path / "b", *outputs)
+    pod = start("distil_student", {**arguments, **own}, tmp_path / "disk-b")
     distil_student(
         DistillationRecipe(), TRAINING, **inputs, checkpoints=tmp_path, output=tmp_path / "whole"
     )

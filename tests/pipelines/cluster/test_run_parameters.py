@@ -10,19 +10,17 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster import run_parameters
 from pipelines.cluster.package import Package, make_package
-from pipelines.cluster.parameter_values import check_checkpoints
 from pipelines.platform import Platform, load_platform
 from tests.pipelines.cluster.kfp_api import check_inputs
 
 GKE = load_platform("gke-h100")
 HERE = load_platform("cpu-only")
-BUCKET = Platform.model_validate({"shared": {"url": "s3://bucket/distillation"}})
 
 
 def read_parameters(
     given: list[str], definitions: dict[str, Any], recipe: Recipe, platform: Platform = GKE
 ) -> dict[str, Any]:
-    return run_parameters.read_parameters(given, definitions, recipe, platform)
+    return run_parameters.read_parameters(given, definitions, recipe, platform).sent
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +42,36 @@ def definitions(package: Package) -> dict[str, Any]:
     ("given", "said"),
     [
         ("resources.nodes=2", "--set resources.nodes=2"),
-        ("nothing_like_it=2", "known: .*volume_claim"),
-        ("training_accelerator_count=many", "must be a whole number, 0 or more"),
-        ("training_accelerator_count=-1", "must be a whole number, 0 or more"),
-        ("training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
-        ("training_accelerator_count=[1]", "must be a text, not a list"),
-        ("models_node_selector=[a]", "must be a mapping, e.g. {key: value}, not a list"),
-        ("models_node_selector={pool: 1}", "label pool must have a text, not 1"),
-        ("models_tolerations={key: a}", "must be a list, e.g. .*, not a mapping"),
-        ("models_tolerations=[{kye: a}]", "item 0: .*\n.*did you mean 'key'?"),
-        ("models_node_selector={pool: a b}", "models_node_selector: 'a b': String should match"),
-        ("models_tolerations=[{key: a, tolerationSeconds: 5}]", "only for effect=NoExecute"),
-        ("models_image=", "models_image: is empty"),
-        ("models_image=a b", "models_image: 'a b'"),
-        ("checkpoints=", "checkpoints: is empty"),
-        ("checkpoints=mine", "checkpoints=mine: must be a folder below /mnt/flagscale, or a URL"),
-        ("models_node_selector={pool: a, pool: b}", "pool is given twice"),
-        ("models_node_selector={pool: a b}", "e.g. h100$"),
-        ("checkpoints=s3://key:planted@bucket", r"checkpoints=s3://\*\*\*@bucket: holds cred"),
-        ("models_image=https://me:planted@registry/a", "holds credentials"),
-        ("volume_claim=my.claim", "volume_claim: 'my.claim'"),
-        ("mlflow_secret=My_Secret", "mlflow_secret: 'My_Secret'"),
+        ("xyzzy=2", "known: .*where_volume_claim"),
+        ("where_training_accelerator_count=many", "must be a whole number, 0 or more"),
+        ("where_training_accelerator_count=-1", "must be a whole number, 0 or more"),
+        ("where_training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
+        ("where_training_accelerator_count=[1]", "must be a text, not a list"),
+        ("where_models_node_selector=[a]", "must be a mapping, e.g. {key: value}, not a list"),
+        ("where_models_node_selector={pool: 1}", "label pool must have a text, not 1"),
+        ("where_models_tolerations={key: a}", "must be a list, e.g. .*, not a mapping"),
+        ("where_models_tolerations=[{kye: a}]", "item 0: .*\n.*did you mean 'key'?"),
+        (
+            "where_models_node_selector={pool: a b}",
+            "_selector: 'a b': String should match",
+        ),
+        ("where_models_tolerations=[{key: a, tolerationSeconds: 5}]", "only for effect=NoExecute"),
+        ("where_models_image=", "where_models_image: is empty"),
+        ("where_models_image=a b", "where_models_image: 'a b'"),
+        ("training_checkpoints=", "training_checkpoints: is empty"),
+        (
+            "training_checkpoints=mine",
+            "=mine: must be a folder below /mnt/flagscale, or a URL",
+        ),
+        ("where_models_node_selector={pool: a, pool: b}", "pool is given twice"),
+        ("where_models_node_selector={pool: a b}", "e.g. h100$"),
+        (
+            "training_checkpoints=s3://key:planted@bucket",
+            r"=s3://\*\*\*@bucket: holds cred",
+        ),
+        ("where_models_image=https://me:planted@registry/a", "holds credentials"),
+        ("where_volume_claim=my.claim", "where_volume_claim: 'my.claim'"),
+        ("where_mlflow_secret=My_Secret", "where_mlflow_secret: 'My_Secret'"),
         ("training=", "must be a mapping, .*, not nothing"),
         ("training=5", "must be a mapping, .*, not a number"),
         ("distillation.temprature=2", "did you mean 'temperature'?"),
@@ -72,6 +79,13 @@ def definitions(package: Package) -> dict[str, Any]:
         ("training={lr: 1e-3}", "training.train_iters: required"),
         ("training.parallelism.tensor_model_parallel_size=3", "recipe with this run's"),
         ("training.lr.deep=3", "lr is a value, not a section"),
+        ("distillation_temperature=-1", r"distillation\.temperature=-1"),
+        ("distillation_loss=kl", r"distillation\.loss='kl': Input should be 'logits' or 'none'"),
+        ("training_lr=[1]", "training_lr=.*: must be a text, not a list"),
+        ("training_train_iters=many", r"training\.train_iters='many': Input should be a valid int"),
+        ("training_global_batch_size=9", "global_batch_size=9 is not a multiple"),
+        ("student_num_layers=0", r"student\.num_layers=0"),
+        ("data_max_documents=1.5", r"data\.max_documents=1\.5"),
         ("lr", "must read name=value"),
         ("training.lr=[1", "not valid YAML"),
     ],
@@ -89,15 +103,19 @@ def test_mistakes_are_explained(
     [
         ([], {}),
         (["training.lr=0.001"], {}),  # the default
-        (["experiment=123"], {"experiment": "123"}),
-        (["experiment='a: b'"], {"experiment": "a: b"}),
-        (["experiment="], {"experiment": ""}),
-        (["checkpoints=s3://bucket/a=b"], {"checkpoints": "s3://bucket/a=b"}),
-        (["training_accelerator_count=2"], {"training_accelerator_count": "2"}),
-        (["models_tolerations=[]"], {"models_tolerations": []}),
+        (["tracking_experiment=123"], {"tracking_experiment": "123"}),
+        (["tracking_experiment='a: b'"], {"tracking_experiment": "a: b"}),
+        (["tracking_experiment="], {"tracking_experiment": ""}),
+        (["training_checkpoints=s3://bucket/a=b"], {"training_checkpoints": "s3://bucket/a=b"}),
+        (["where_training_accelerator_count=2"], {"where_training_accelerator_count": "2"}),
+        (["where_models_tolerations=[]"], {"where_models_tolerations": []}),
         (
-            ["training_node_selector={a.b/c: d}", "experiment=x", "experiment=y"],
-            {"training_node_selector": {"a.b/c": "d"}, "experiment": "y"},
+            [
+                "where_training_node_selector={a.b/c: d}",
+                "tracking_experiment=x",
+                "tracking_experiment=y",
+            ],
+            {"where_training_node_selector": {"a.b/c": "d"}, "tracking_experiment": "y"},
         ),
     ],
 )
@@ -109,56 +127,13 @@ def test_values_are_those_of_the_pipelines_types(
     check_inputs(package.specification, values)  # as the backend does
 
 
-ANY_FOLDER = "must be a folder of the pods, from / on"
-ON_VOLUME = "must be a folder below /mnt/flagscale, or a URL of an object store; any other folder"
-ON_NODES = "must be a folder below /mnt/flagscale, which all 2 nodes see"
-
-
-@pytest.mark.parametrize(
-    ("platform", "nodes", "place", "said"),
-    [
-        (GKE, 1, "foo://x", "a URL must start with s3://, gs:// or az://, and name a bucket"),
-        (GKE, 1, "s3://", "a URL must start with"),
-        (GKE, 1, "/tmp/x", ON_VOLUME),
-        (GKE, 1, "/mnt/flagscale/../other", ON_VOLUME),
-        (GKE, 1, "/mnt/flagscale-2/x", ON_VOLUME),
-        (GKE, 2, "s3://b/x", ON_NODES),
-        (GKE, 2, "/tmp/x", ON_NODES),
-        (HERE, 1, "foo://x", "a URL must start with"),
-        (HERE, 1, "x", ANY_FOLDER),
-        (BUCKET, 1, "/tmp/x", "must be a URL of an object store; a folder is lost with its pod"),
-    ],
-)
-def test_checkpoints_that_pods_would_lose_or_not_find(
-    platform: Platform, nodes: int, place: str, said: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        check_checkpoints(place, platform, nodes)
-    assert str(caught.value).startswith(f"parameter checkpoints={place}: {said}")
-
-
-@pytest.mark.parametrize(
-    ("platform", "nodes", "place"),
-    [
-        (GKE, 1, "/mnt/flagscale/mine"),
-        (GKE, 1, "gs://bucket/mine"),
-        (GKE, 2, "/mnt/flagscale/a/../b"),
-        (HERE, 1, "/tmp/x"),  # where the default lies too
-        (HERE, 1, "az://container/mine"),
-        (BUCKET, 1, "s3://other/mine"),
-    ],
-)
-def test_checkpoints_that_outlive_their_pod(platform: Platform, nodes: int, place: str) -> None:
-    check_checkpoints(place, platform, nodes)
-
-
 def test_checkpoints_of_several_nodes_are_checked_before_the_run(
     recipe: Recipe, definitions: dict[str, Any]
 ) -> None:
     nodes = recipe.resources.model_copy(update={"nodes": 2})
     several = recipe.model_copy(update={"resources": nodes})
     with pytest.raises(UserError, match="which all 2 nodes see"):
-        read_parameters(["checkpoints=s3://b/x"], definitions, several)
+        read_parameters(["training_checkpoints=s3://b/x"], definitions, several)
 
 
 def test_accelerators_where_there_were_none_need_another_image(
@@ -166,15 +141,21 @@ def test_accelerators_where_there_were_none_need_another_image(
 ) -> None:
     definitions = make_package(recipe, HERE, tmp_path).definitions
     with pytest.raises(UserError) as caught:
-        read_parameters(["training_accelerator_count=1"], definitions, recipe, HERE)
-    image = definitions["training_image"]["defaultValue"]
-    assert "training_accelerator_count=1: these pods have none" in str(caught.value)
-    assert f"{image} is for pods without; give -p training_image=... too" in str(caught.value)
-    given = ["models_accelerator_count=1", "training_image=gpu:1"]
-    with pytest.raises(UserError, match=r"models_image=.* is for pods without"):
+        read_parameters(["where_training_accelerator_count=1"], definitions, recipe, HERE)
+    image = definitions["where_training_image"]["defaultValue"]
+    assert "where_training_accelerator_count=1: these pods have none" in str(caught.value)
+    assert f"{image} is for pods without; give another where_training_image too" in str(
+        caught.value
+    )
+    given = ["where_models_accelerator_count=1", "where_training_image=gpu:1"]
+    with pytest.raises(UserError, match=r"where_models_image=.* is for pods without"):
         read_parameters(given, definitions, recipe, HERE)
-    given = ["training_accelerator_count=1", "training_image=gpu:1", "models_accelerator_count=0"]
-    assert read_parameters(given, definitions, recipe, HERE)["training_image"] == "gpu:1"
+    given = [
+        "where_training_accelerator_count=1",
+        "where_training_image=gpu:1",
+        "where_models_accelerator_count=0",
+    ]
+    assert read_parameters(given, definitions, recipe, HERE)["where_training_image"] == "gpu:1"
 
 
 def test_parts_of_a_section_add_up(recipe: Recipe, definitions: dict[str, Any]) -> None:
@@ -187,11 +168,21 @@ def test_parts_of_a_section_add_up(recipe: Recipe, definitions: dict[str, Any]) 
 
 
 def test_another_teacher_brings_its_tokenizer(recipe: Recipe, definitions: dict[str, Any]) -> None:
-    values = read_parameters(["teacher.source=org/other"], definitions, recipe)
-    assert sorted(values) == ["data", "teacher"]
-    assert (values["teacher"]["source"], values["data"]["tokenizer"]) == ("org/other", "org/other")
+    found = run_parameters.read_parameters(["teacher.source=org/other"], definitions, recipe, GKE)
+    assert sorted(found.sent) == ["teacher"]
+    assert found.checked["teacher"]["source"] == found.checked["data"]["tokenizer"] == "org/other"
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": "own"})})
     assert sorted(read_parameters(["teacher.source=org/other"], definitions, own)) == ["teacher"]
+
+
+def test_a_tokenizer_that_would_be_replaced_is_refused(
+    recipe: Recipe, definitions: dict[str, Any]
+) -> None:
+    """The pipeline's first step could not tell it from the default."""
+    own = f"data.tokenizer={recipe.teacher.source}"
+    with pytest.raises(UserError, match=r"follows the teacher to org/other; --set data\.tokenizer"):
+        read_parameters(["teacher.source=org/other", own], definitions, recipe)
+    assert read_parameters([own], definitions, recipe) == {}
 
 
 def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_path: Path) -> None:
@@ -218,9 +209,9 @@ def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]])
     recipe, definitions = sweep
     one = recipe.variants[0].sections
     values = read_parameters(
-        [f"variants=[{json.dumps(one)}]", "metric=lm_loss"], definitions, recipe
+        [f"sweep_variants=[{json.dumps(one)}]", "sweep_metric=lm_loss"], definitions, recipe
     )
-    assert values == {"variants": [one], "metric": "lm_loss"}
+    assert values == {"sweep_variants": [one], "sweep_metric": "lm_loss"}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +220,10 @@ def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]])
         ([{"training": {"lr": 1}}], "'one': .*\n.*training.train_iters: required"),
         ([{"more": 1}], "item 0: must be a mapping of name, student, distillation, training"),
         ([{}, {}], "two variants have this name"),
-        ([{}, {"name": "two"}], "variants: 'two' and 'one' are the same training; leave one of"),
+        (
+            [{}, {"name": "two"}],
+            "variants: 'two' and 'one' are the same training; leave one of",
+        ),
     ],
 )
 def test_variants_are_checked_as_recipes(
@@ -239,7 +233,7 @@ def test_variants_are_checked_as_recipes(
     one = recipe.variants[0].sections | {"name": "one"}
     variants = [one | change for change in changes]
     with pytest.raises(UserError, match=said):
-        read_parameters([f"variants={json.dumps(variants)}"], definitions, recipe)
+        read_parameters([f"sweep_variants={json.dumps(variants)}"], definitions, recipe)
 
 
 def test_variants_that_differ_in_what_changes_no_result_are_one_training(
@@ -249,19 +243,19 @@ def test_variants_that_differ_in_what_changes_no_result_are_one_training(
     one = recipe.variants[0].sections | {"name": "one"}
     two = {**one, "name": "two", "training": {**one["training"], "async_save": True}}
     with pytest.raises(UserError, match=r"because no result depends on training\.async_save"):
-        read_parameters([f"variants={json.dumps([one, two])}"], definitions, recipe)
+        read_parameters([f"sweep_variants={json.dumps([one, two])}"], definitions, recipe)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("variants=[]", "is empty"),
-        ("metric=loss", "must be one of kl, lm_loss"),
+        ("sweep_variants=[]", "is empty"),
+        ("sweep_metric=loss", "must be one of kl, lm_loss"),
         ("training.lr=1", "--set training.lr=1"),
         ("distillation.temperature=3", r"varies distillation\.temperature; .* --set 'sweep\.vary="),
-        ("student={num_layers: 2}", r"varies student\.num_layers; .* -p 'variants="),
+        ("student={num_layers: 2}", r"varies student\.num_layers; .* -p 'sweep_variants="),
         ("distillation={loss: none}", "change it with --set distillation={loss: none}"),
-        ("training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
+        ("where_training_accelerator_count=8", "global_batch_size=8 is not a multiple"),
     ],
 )
 def test_other_mistakes_in_a_sweep(
@@ -269,3 +263,38 @@ def test_other_mistakes_in_a_sweep(
 ) -> None:
     with pytest.raises(UserError, match=said):
         read_parameters([given], sweep[1], sweep[0])
+
+
+def test_a_single_field_is_sent_alone_and_takes_effect(
+    recipe: Recipe, definitions: dict[str, Any]
+) -> None:
+    given = ["distillation_temperature=2", "student_num_layers=1", "training_lr=3e-4"]
+    found = run_parameters.read_parameters(given, definitions, recipe, GKE)
+    assert found.sent == {
+        "distillation_temperature": "2",
+        "student_num_layers": "1",
+        "training_lr": "3e-4",
+    }
+    assert found.checked["distillation"]["temperature"] == 2.0
+    assert found.checked["student"]["num_layers"] == 1
+    assert found.checked["training"]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["distillation_temperature=2", "distillation.temperature=3"],
+        ["distillation_temperature=2", "distillation.temperature=1"],  # the default, but given
+        ["distillation_temperature=2", "distillation={temperature: 3}"],
+        ["student_num_layers=1", "student.keep_layers=[0]"],
+    ],
+)
+def test_what_is_given_twice_is_refused(
+    recipe: Recipe, definitions: dict[str, Any], given: list[str]
+) -> None:
+    alone, part = (item.partition("=")[0] for item in given)
+    section = part.partition(".")[0]
+    said = rf"parameter {alone}=.: {section}\.\w+=.* is given as well"
+    for order in (given, given[::-1]):
+        with pytest.raises(UserError, match=said):
+            read_parameters(order, definitions, recipe)

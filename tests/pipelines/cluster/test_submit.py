@@ -30,8 +30,8 @@ def test_a_run_arrives_as_it_was_asked_for(
 ) -> None:
     given = [
         "--parameter=distillation.temperature=2",
-        "-pvolume_claim=123",
-        "--parameter=training_node_selector={pool: h100}",
+        "-pwhere_volume_claim=123",
+        "--parameter=where_training_node_selector={pool: h100}",
         "--run-name=first",
         "--experiment-name=tries",
         "--service-account=runner",
@@ -50,8 +50,8 @@ def test_a_run_arrives_as_it_was_asked_for(
     defaults = definitions["distillation"]["defaultValue"]
     assert run.runtime_config.parameters == {
         "distillation": defaults | {"temperature": 2.0},
-        "volume_claim": "123",
-        "training_node_selector": {"pool": "h100"},
+        "where_volume_claim": "123",
+        "where_training_node_selector": {"pool": "h100"},
     }
 
 
@@ -98,8 +98,8 @@ def test_without_cache_the_run_carries_its_pipeline(kfp: KfpServer) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["-ptrainin.lr=1"], "did you mean training?"),
-        (["-pexperiment={a: 1}"], "must be a text, not a mapping"),
+        (["-ptrainin.lr=1"], "did you mean training_lr?"),
+        (["-ptracking_experiment={a: 1}"], "must be a text, not a mapping"),
         (["--set", "training.lr=x"], "training.lr='x'"),
         (["--platform", "moon"], "platform moon: no such file"),
         (["--timeout", "5"], "--timeout 5: is only of use in a wait; add --wait"),

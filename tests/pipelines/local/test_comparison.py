@@ -28,7 +28,7 @@ def finished(runs: Path, stamp: str, recipe: Recipe) -> Path:
     teacher = recipe.teacher.model_copy(update={"fingerprint": stamp})
     text = tracking.recipe_yaml(recipe.model_copy(update={"teacher": teacher}))
     (folder / "recipe.yaml").write_text(text)
-    steps = {"evaluate": {"outputs": {"results": str(folder / "results")}}}
+    steps = {"evaluate": {"outputs": {"evaluation": str(folder / "results")}}}
     (folder / "summary.json").write_text(json.dumps({"steps": steps}))
     return folder
 

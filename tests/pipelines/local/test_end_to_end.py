@@ -81,7 +81,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Co
 
 def finish(commands: Commands, *overrides: str) -> Finished:
     text = commands("run", *overrides)
-    names = ("export-student-model", "distil-student-model", "evaluate-results")
+    names = ("exported_student", "distilled_student", "evaluation")
     return Finished(text, *(commands.output(name) for name in names))
 
 
@@ -118,10 +118,10 @@ def baseline(commands: Commands, first: Finished) -> Finished:
 
 
 def test_the_summary_says_where_everything_is(commands: Commands, first: Finished) -> None:
-    for number, name in enumerate(STEPS, start=1):
-        assert f"[{number}/6] {name} done in" in first.output
+    for number, name in enumerate(("check-recipe", *STEPS), start=1):
+        assert f"[{number}/7] {name} done in" in first.output
     tail = first.output[first.output.index("Held-out test split") :]
-    for word in ("report.html", "export-student-model", "mlflow ui --backend-store-uri"):
+    for word in ("report.html", "exported_student", "mlflow ui --backend-store-uri"):
         assert word in tail
     assert (commands.runs / "latest").is_dir()
 
@@ -181,9 +181,9 @@ def test_killed_in_training_it_goes_on_with_the_same_losses(
     distil_student(
         DistillationRecipe(temperature=2.0),
         recipe.training,
-        teacher=commands.output("prepare-teacher-model"),
-        student=commands.output("convert-student-model"),
-        dataset=commands.output("prepare-data-dataset"),
+        teacher=commands.output("teacher"),
+        student=commands.output("student"),
+        dataset=commands.output("dataset"),
         checkpoints=tmp_path / "checkpoints",
         output=tmp_path / "distilled",
     )

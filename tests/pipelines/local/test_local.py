@@ -118,7 +118,7 @@ def test_a_run_beside_the_current_folder_is_a_run_like_any_other(toy: Toy) -> No
     code, lines = beside.run({"options": QUICK})
     assert code == 0, lines
     assert lines[0] == "[1/2] make ..."
-    assert (beside.runs / "latest" / "train-model" / "weights").exists()
+    assert (beside.runs / "latest" / "model" / "weights").exists()
     assert len(beside.tracked()[0][1]) == 1
 
 
@@ -135,7 +135,7 @@ def test_a_run_is_tracked_as_parent_and_children(toy: Toy, first: tuple[int, lis
 
 def test_a_run_leaves_a_folder_with_links(toy: Toy, first: tuple[int, list[str]]) -> None:
     latest = toy.runs / "latest"
-    assert (latest / "train-model" / "weights").read_text() == "1 2 3"
+    assert (latest / "model" / "weights").read_text() == "1 2 3"
     assert "from step 0" in (latest / "run.log").read_text()
     facts = json.loads((latest / "summary.json").read_text())
     assert list(facts["steps"]) == ["make", "train"]

@@ -11,6 +11,8 @@ import pytest
 from kfp.dsl.base_component import BaseComponent
 from toy import toy, toy_sweep
 
+from flagscale.recipe import load_recipe
+from pipelines.distillation import build_pipeline
 from pipelines.local.steps import Plan
 
 TOY = Path(__file__).with_name("toy.py")
@@ -61,11 +63,11 @@ def test_steps_of_a_loop_say_whose_they_are(runs: Path) -> None:
     facts = json.loads((runs / "latest" / "summary.json").read_text())["steps"]
     assert list(facts) == ["make", "train-1", "train-2", "choose"]
     assert facts["train-2"]["variant"] == "two"
-    for link in ("train-1-model", "train-2-model"):
+    for link in ("model-1", "model-2"):
         assert (runs / "latest" / link / "weights").exists()
     outputs = {step["outputs"].get("model") for step in facts.values()}
     assert len(outputs) == 3  # two folders, and None
-    metrics = json.loads(Path(facts["choose"]["outputs"]["metrics"]).read_text())
+    metrics = json.loads(Path(facts["choose"]["outputs"]["choice_metrics"]).read_text())
     assert metrics == {"models": 2.0}
     assert any(line.split() == ["train-2", *line.split()[1:3], "two"] for line in lines)
 
@@ -115,3 +117,14 @@ def test_the_plan_counts_loops(
     if arguments:
         turns = [plan.turn("train", before) for before in range(3)]
         assert turns == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
+
+
+def test_the_plan_counts_a_loop_over_what_a_step_has_checked() -> None:
+    recipe = load_recipe("recipes/tiny-sweep.yaml")
+    plan = Plan(build_pipeline(recipe), {})
+    names = [variant.name for variant in recipe.variants]
+    assert plan.total == 5 + 3 * len(names)
+    assert [plan.turn("evaluate", n) for n in (0, 1)] == [
+        ("evaluate-1", names[0]),
+        ("evaluate-2", names[1]),
+    ]

@@ -27,7 +27,7 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     result.steps["prepare-data"] = StepResult(3.0, reused=True, outputs={})
     report = tmp_path / "report"
     result.steps["evaluate"] = StepResult(
-        61.0, reused=False, outputs={"results": results, "report": report}
+        61.0, reused=False, outputs={"evaluation": results, "report": report}
     )
     text = summary(result)
     assert "12 documents, 3,456 tokens; 95% intervals" in text
@@ -38,7 +38,7 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     assert "Wall time 3 min 20 s" in text
     assert "prepare-data     reused from cache" in text
     assert "evaluate         1 min 01 s" in text
-    assert f"report   {tmp_path}/evaluate-results/report.html" in text
+    assert f"report   {tmp_path}/evaluation/report.html" in text
     assert "mlflow ui --backend-store-uri sqlite:////x/mlflow.db" in text
     facts = json.loads((tmp_path / "summary.json").read_text())
     assert facts["steps"]["prepare-data"]["reused"] is True
@@ -86,7 +86,7 @@ def test_the_summary_of_a_sweep_ends_with_its_leaderboard(tmp_path: Path) -> Non
     result = RunResult(tmp_path, "http://mlflow", seconds=1.0)
     for number, variant in enumerate(("temperature=1.0", "temperature=2.0"), start=1):
         result.steps[f"evaluate-{number}"] = StepResult(61.0, False, {}, variant)
-    result.steps["leaderboard"] = StepResult(2.0, reused=False, outputs={"table": table})
+    result.steps["leaderboard"] = StepResult(2.0, reused=False, outputs={"leaderboard": table})
     result.steps["export-winner"] = StepResult(2.0, reused=False, outputs={})
     text = summary(result)
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -98,8 +98,8 @@ def test_the_summary_of_a_sweep_ends_with_its_leaderboard(tmp_path: Path) -> Non
     assert lines[first + 4] == "The best by token accuracy is exported: temperature=2.0."
     assert "90% intervals" in text
     assert "evaluate-2 1 min 01 s temperature=2.0" in lines
-    assert f"report {tmp_path}/leaderboard-table/report.html" in lines
-    assert f"student {tmp_path}/export-winner-model" in lines
+    assert f"report {tmp_path}/leaderboard/report.html" in lines
+    assert f"student {tmp_path}/exported_student" in lines
     facts = json.loads((tmp_path / "summary.json").read_text())
     assert facts["leaderboard"] == board
     assert facts["steps"]["evaluate-2"]["variant"] == "temperature=2.0"

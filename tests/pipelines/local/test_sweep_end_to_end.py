@@ -35,7 +35,7 @@ class Swept:
 
     def board(self) -> dict[str, Any]:
         board: dict[str, Any] = json.loads(
-            (self.folder / "leaderboard-table" / "leaderboard.json").read_text()
+            (self.folder / "leaderboard" / "leaderboard.json").read_text()
         )
         return board
 
@@ -75,12 +75,12 @@ def first(runs: Path, tiny_teacher: Path) -> Swept:
 
 def test_each_step_says_its_variant_and_the_end_ranks_them(first: Swept) -> None:
     for line in (
-        f"[4/10] distil-student ({NAMES[0]}) done in",
-        f"[6/10] convert-student ({NAMES[1]}) reused from cache",  # the same student
-        f"[8/10] evaluate ({NAMES[1]}) done in",
-        "[10/10] export-winner done in",
-        "leaderboard-table/report.html",
-        "export-winner-model",
+        f"[5/11] distil-student ({NAMES[0]}) done in",
+        f"[7/11] convert-student ({NAMES[1]}) reused from cache",  # the same student
+        f"[9/11] evaluate ({NAMES[1]}) done in",
+        "[11/11] export-winner done in",
+        "leaderboard/report.html",
+        "exported_student",
     ):
         assert line in first.output
     tail = first.output[first.output.index("Held-out test split") :]
@@ -94,7 +94,7 @@ def test_the_leaderboard_has_the_evaluations_figures(first: Swept) -> None:
     assert values == sorted(values)
     assert {row["name"] for row in board["rows"]} == set(NAMES)
     for row in board["rows"]:
-        results = first.folder / f"evaluate-{row['number']}-results"
+        results = first.folder / f"evaluation-{row['number']}"
         metrics = json.loads((results / "metrics.json").read_text())
         assert row["parameters"] == metrics["parameters"]["distilled"]
         for figure, interval in metrics["models"]["distilled"].items():
@@ -106,7 +106,7 @@ def test_the_leaderboard_has_the_evaluations_figures(first: Swept) -> None:
 
 def test_the_winner_is_exported(first: Swept) -> None:
     winner = first.board()["rows"][0]
-    export = open_artifact((first.folder / "export-winner-model").resolve(), "export")
+    export = open_artifact((first.folder / "exported_student").resolve(), "export")
     assert export.parents == winner["digests"]
 
 

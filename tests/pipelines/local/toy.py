@@ -13,7 +13,7 @@ from pipelines.local.summary import summary
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
-def make(fail: str, text: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]) -> None:
+def make(fail: str, text: dsl.Output[dsl.Dataset], text_metrics: dsl.Output[dsl.Metrics]) -> None:
     from flagscale.steps.step_process import step_process
 
     with step_process("make") as step:
@@ -32,7 +32,7 @@ def make(fail: str, text: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metri
             raise ValueError(f"no login with {os.environ['HF_TOKEN']}")
         with new_artifact(Path(text.path), "dataset", {}) as staging:
             (staging.path / "words").write_text("one two three")
-        step.report({"words": 3}, metrics)
+        step.report({"words": 3}, text_metrics)
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
@@ -41,7 +41,7 @@ def train(
     checkpoints: str,
     text: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    model_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     from flagscale.steps.step_process import keep_exclusive, step_process
 
@@ -71,7 +71,7 @@ def train(
                     raise Interrupted(f"after step {i}")
         with new_artifact(Path(model.path), "student", {}) as staging:
             (staging.path / "weights").write_text("1 2 3")
-        step.report({"loss": 0.5}, metrics)
+        step.report({"loss": 0.5}, model_metrics)
 
 
 @dsl.pipeline(name="toy")
@@ -81,11 +81,11 @@ def toy(options: dict, checkpoints: str, fail: str = "") -> None:
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
-def choose(models: dsl.Input[list[dsl.Model]], metrics: dsl.Output[dsl.Metrics]) -> None:
+def choose(models: dsl.Input[list[dsl.Model]], choice_metrics: dsl.Output[dsl.Metrics]) -> None:
     from flagscale.steps.step_process import step_process
 
     with step_process("choose") as step:
-        step.report({"models": len(models)}, metrics)
+        step.report({"models": len(models)}, choice_metrics)
 
 
 @dsl.pipeline(name="toy-sweep")

@@ -1,0 +1,1 @@
+"""A run's values, checked before anything else."""

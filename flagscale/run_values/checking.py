@@ -1,0 +1,122 @@
+"""All values of a run together: read, checked, and the sections that come of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale.errors import UserError
+from flagscale.recipe import (
+    DataRecipe,
+    EvaluationRecipe,
+    ExportRecipe,
+    Recipe,
+    Section,
+    TeacherRecipe,
+    parse_section,
+)
+from flagscale.recipe.sweep import VARIED, check_distinct
+from flagscale.run_values.fields import set_fields
+from flagscale.run_values.made import Made
+from flagscale.run_values.values import check_checkpoints, check_images, check_value
+
+SECTIONS = ("data", "teacher", "student", "distillation", "training", "evaluation", "export")
+_WHOLE = "the recipe with this run's parameters"
+
+
+class _Shared(Section):
+    """The sections that all variants of a sweep have in common."""
+
+    data: DataRecipe
+    teacher: TeacherRecipe
+    evaluation: EvaluationRecipe
+    export: ExportRecipe
+
+
+def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check all values of a run, those that are the pipeline's defaults too.
+
+    Args:
+        made: the pipeline.
+        values: by the names of `made.parameters`, all of them.
+
+    Returns:
+        The sections among them as they are to be used: whole, with single fields set, and with
+        what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`.
+
+    Raises:
+        UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
+    """
+    rest = {k: v for k, v in values.items() if k not in SECTIONS and k != "sweep_variants"}
+    for key, value in rest.items():
+        check_value(key, value)
+    if made.platform is not None:
+        check_checkpoints(values["training_checkpoints"], made.platform, made.nodes)
+        check_images(rest, made.platform)
+    whole = _changed(made, values)
+    if "sweep_variants" in values:
+        parse_section(_Shared, {name: whole[name] for name in _Shared.model_fields}, where=_WHOLE)
+        recipes = _variants(values["sweep_variants"], whole)
+    else:
+        recipes = {_WHOLE: parse_section(Recipe, whole, where=_WHOLE)}
+    _check_accelerators(recipes, int(values.get("where_training_accelerator_count", 0)))
+    return _resolved(values, list(recipes.values()))
+
+
+def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole recipe as raw values: the pipeline's, with the run's sections and fields."""
+    own = {name: values[name] for name in SECTIONS if name in values}
+    whole = copy.deepcopy({**made.recipe, **own})
+    set_fields(whole, made.recipe, values)
+    data, teacher = made.recipe["data"], made.recipe["teacher"]
+    pair = ("tokenizer", "tokenizer_revision")
+    is_teachers = [data.get(k) for k in pair] == [teacher.get(k) for k in ("source", "revision")]
+    if is_teachers and all(whole["data"].get(key) == data.get(key) for key in pair):
+        for key in pair:  # so that it is taken from whichever teacher there is now
+            whole["data"].pop(key, None)
+    return whole
+
+
+def _variants(given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
+    """A sweep's variants as whole recipes, by what errors call them."""
+    keys = ["name", *VARIED]
+    found: dict[str, Recipe] = {}
+    for number, variant in enumerate(given):
+        if not isinstance(variant, dict) or sorted(variant) != sorted(keys):
+            raise UserError(
+                f"parameter sweep_variants, item {number}: must be a mapping of {', '.join(keys)}, "
+                f"not {sorted(variant) if isinstance(variant, dict) else repr(variant)}"
+            )
+        name = f"parameter sweep_variants, {variant['name']!r}"
+        if name in found:
+            raise UserError(f"{name}: two variants have this name; each needs its own")
+        own = {section: variant[section] for section in VARIED}
+        found[name] = parse_section(Recipe, {**shared, **own}, where=name)
+    if not found:
+        raise UserError("parameter sweep_variants: is empty; give at least one variant")
+    names = (variant["name"] for variant in given)
+    try:
+        check_distinct("parameter sweep_variants", zip(names, found.values(), strict=True))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return found
+
+
+def _check_accelerators(recipes: Mapping[str, Recipe], count: int) -> None:
+    for name, recipe in recipes.items():
+        try:
+            recipe.check_accelerators(count)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+
+
+def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any]:
+    whole = [recipe.model_dump(mode="json", exclude_none=True) for recipe in recipes]
+    resolved = {name: whole[0][name] for name in SECTIONS if name in values}
+    if "sweep_variants" in values:
+        resolved["sweep_variants"] = [
+            {"name": variant["name"], **{section: one[section] for section in VARIED}}
+            for variant, one in zip(values["sweep_variants"], whole, strict=True)
+        ]
+    return resolved

@@ -1,0 +1,54 @@
+"""Kubernetes' names and labels: of a platform file, and of a run's parameters.
+
+What Kubernetes would refuse only when a pod is to start is refused here.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_DOMAIN_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+DOMAIN = rf"{_DOMAIN_PART}(\.{_DOMAIN_PART})*"
+_FOLDER = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(({DOMAIN}|\[[0-9a-f:]+\])(:[0-9]+)?/)?{_FOLDER}(/{_FOLDER})*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+
+
+def check_image(name: str) -> str:
+    """The name, if it is one that a container runtime takes.
+
+    Raises:
+        ValueError: what it must be like.
+    """
+    if not _IMAGE.fullmatch(name):
+        raise ValueError(
+            "must be like registry.example.com/team/name:tag or name@sha256:(64 hexadecimal "
+            "digits), in lower case but for the tag, without https:// and blanks"
+        )
+    return name
+
+
+def _not_taken(claim: str) -> str:
+    if claim in ("tmp", "dshm"):
+        raise ValueError(
+            "KFP names the volume after it, and every pod has one of this name already"
+        )
+    return claim
+
+
+Name = Annotated[str, Field(pattern=rf"^{DOMAIN}$", max_length=253, examples=["my-name"])]
+# KFP names the pod's volume after the claim, and volumes' names have no dots.
+ClaimName = Annotated[
+    str,
+    Field(pattern=rf"^{_DOMAIN_PART}$", max_length=63, examples=["my-claim"]),
+    AfterValidator(_not_taken),
+]
+LabelKey = Annotated[
+    str, Field(pattern=rf"^({DOMAIN}/)?{LABEL}$", examples=["pool", "example.com/pool"])
+]
+LabelValue = Annotated[str, Field(pattern=rf"^({LABEL})?$", examples=["h100"])]
+ImageName = Annotated[str, AfterValidator(check_image)]

@@ -1,0 +1,34 @@
+"""The first step of every pipeline: a mistake in a run's values ends it before a GPU is asked for.
+
+It needs seconds and neither torch nor transformers. Its outputs are the sections that all other
+steps work by, so that none of them begins before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale.run_values import SECTIONS, Made, check_run
+
+logger = logging.getLogger(__name__)
+
+
+def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Check a run as `python -m pipelines submit` does, with the same words.
+
+    Args:
+        made: the pipeline.
+        arguments: the component's, by name: the pipeline's parameters are among them.
+
+    Returns:
+        The recipe's sections, then a sweep's variants; empty for what is no parameter of this
+        pipeline.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    checked = check_run(made, {name: arguments[name] for name in made.parameters})
+    logger.info("recipe %s: %d parameters are right", made.recipe["name"], len(made.parameters))
+    return (*(checked.get(name, {}) for name in SECTIONS), checked.get("sweep_variants", []))

@@ -1,0 +1,84 @@
+"""What a run may change: KFP's form "Start a run", in which parameters stand sorted by name.
+
+A section's single fields come right after it, and all of the platform's (`where_...`) last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flagscale.recipe import Recipe
+from flagscale.recipe.sweep import VARIED
+from flagscale.run_values import FIELDS, SECTIONS, Field, Made, PlatformFacts
+from pipelines import placement
+from pipelines.parameters import Parameter
+from pipelines.platform import Platform
+
+_IN_THE_POD = "/tmp/flagscale"  # noqa: S108
+
+
+def parameters(
+    recipe: Recipe, platform: Platform | None, code_version: str, more: Sequence[Parameter] = ()
+) -> list[Parameter]:
+    """All of a pipeline's parameters, as the form shows them.
+
+    Args:
+        recipe: its sections are defaults; those that a sweep varies are none of them.
+        platform: None for this machine.
+        code_version: see `pipelines.distillation.build_pipeline`.
+        more: of this kind of pipeline.
+    """
+    sections = [name for name in SECTIONS if recipe.sweep is None or name not in VARIED]
+    folder = f"{placement.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
+    found = [
+        *(_section(recipe, name) for name in sections),
+        *(_field(field) for field in FIELDS if field.section in sections),
+        Parameter("training_checkpoints", folder, "of trainings; an interrupted run goes on there"),
+        Parameter("tracking_experiment", recipe.tracking.experiment, "MLflow's experiment"),
+        Parameter("where_code_version", code_version, "changes when the code does"),
+        *(placement.parameters(platform, recipe) if platform else []),
+        *more,
+    ]
+    return sorted(found, key=lambda parameter: parameter.name)
+
+
+def _section(recipe: Recipe, name: str) -> Parameter:
+    default = getattr(recipe, name).model_dump(mode="json", exclude_none=True)
+    return Parameter(name, default, f"section `{name}` of the recipe")
+
+
+def _field(field: Field) -> Parameter:
+    text = f"sets {field.section}.{field.field}; empty: as the section has it"
+    choices = ("", *field.choices) if field.choices else ()
+    return Parameter(field.name, "", text, choices)
+
+
+def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Made:
+    """What of the pipeline its runs' values are checked against.
+
+    Args:
+        recipe: resolved.
+        platform: None for this machine.
+        names: of the pipeline's parameters.
+    """
+    left_out = {"sweep", *(VARIED if recipe.sweep is not None else ())}
+    facts = recipe.model_dump(mode="json", exclude_none=True, exclude=left_out)
+    return Made(
+        parameters=tuple(names),
+        recipe=facts,
+        platform=_facts(platform, recipe) if platform else None,
+    )
+
+
+def _facts(platform: Platform, recipe: Recipe) -> PlatformFacts:
+    values = {p.name: p.default for p in placement.parameters(platform, recipe)}
+    kinds = [k for k in placement.KINDS if f"where_{k}_accelerator_count" in values]
+    shared = platform.shared
+    return PlatformFacts(
+        mount_path=shared.mount_path if shared and shared.url is None else None,
+        url=shared.url if shared else None,
+        images={kind: str(values[f"where_{kind}_image"]) for kind in kinds},
+        accelerator_counts={
+            kind: int(str(values[f"where_{kind}_accelerator_count"])) for kind in kinds
+        },
+    )

@@ -1,0 +1,98 @@
+"""The steps' wiring, which a single run and a sweep have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from components.check_recipe.component import check_recipe
+from components.convert_student.component import convert_student
+from components.distil_student.component import distil_student
+from components.distil_student_on_nodes.component import distil_student_on_nodes
+from components.evaluate.component import evaluate
+from components.prepare_data.component import prepare_data
+from components.prepare_teacher.component import prepare_teacher
+from flagscale.run_values import SECTIONS, Made
+from pipelines.placement import Placement
+
+
+def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str, Any]:
+    """The first step, a check of all parameters.
+
+    Every other step takes a section from it, so that none begins before.
+
+    Args:
+        values: the pipeline's parameters by name.
+        placed: where tasks go.
+        made: the pipeline.
+
+    Returns:
+        The values for the other steps: sections and variants as the check gives them.
+    """
+    given = {name: values[name] for name in made.parameters}
+    checked = check_recipe(made=made.model_dump(mode="json", exclude_none=True), **given)
+    placed.place(checked, "data", "Check recipe", storage=False)
+    placed.create_volume(after=checked)
+    outputs = [name for name in (*SECTIONS, "sweep_variants") if name in values]
+    return {**values, **{name: checked.outputs[name] for name in outputs}}
+
+
+def always(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What every step is given."""
+    return {
+        "code_version": values["where_code_version"],
+        "experiment": values["tracking_experiment"],
+    }
+
+
+def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
+    """The steps that all students of a teacher share: channels of the dataset and the teacher."""
+    text = prepare_data(data_recipe=values["data"], **always(values))
+    dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
+
+    source = prepare_teacher(teacher_recipe=values["teacher"], dataset=dataset, **always(values))
+    return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
+
+
+def teach(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Any,  # noqa: ANN401 - KFP's channel
+    teacher: Any,  # noqa: ANN401 - KFP's channel
+) -> tuple[Any, Any]:
+    """The steps of one student: channels of the distilled student and its evaluation."""
+    conversion = convert_student(
+        student_recipe=values["student"], teacher=teacher, dataset=dataset, **always(values)
+    )
+    student = placed.place(conversion, "models", "Convert student").outputs["student"]
+
+    distilled = _train(values, placed, teacher=teacher, student=student, dataset=dataset)
+
+    measured = evaluate(
+        evaluation_recipe=values["evaluation"],
+        teacher=teacher,
+        student=student,
+        distilled_student=distilled,
+        dataset=dataset,
+        **always(values),
+    )
+    return distilled, placed.place(measured, "models", "Evaluate").outputs["evaluation"]
+
+
+def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any) -> Any:  # noqa: ANN401 - KFP's channels
+    """The training, in its pod or in those that its pod starts: a channel of its student."""
+    given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
+    given["checkpoints"] = values["training_checkpoints"]
+    given |= models_and_data | always(values)
+    if placed.nodes == 1:
+        trained = distil_student(**given)
+        return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
+    started = distil_student_on_nodes(
+        nodes=placed.nodes,
+        accelerator_count=values["where_training_accelerator_count"],
+        pods=placed.node_pods,
+        **given,
+    )
+    title = f"Distil student on {placed.nodes} nodes"
+    placed.place(started, "training", title, accelerators=False)
+    return started.outputs["distilled_student"]
