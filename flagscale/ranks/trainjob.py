@@ -102,6 +102,7 @@ def run_on_nodes(
             name,
             kind,
             launcher,
+            shared,
             nodes,
             rank_command(step, function, nodes.processes),
             _environment(ranks.path),

@@ -4,6 +4,7 @@ Checked, field by field, against Trainer's own models and by the rules of its we
 a process group of this machine.
 """
 
+import json
 import os
 import re
 import signal
@@ -16,7 +17,8 @@ from typing import Any
 import psutil
 from kubeflow_trainer_api import models
 
-NAMESPACE = "team"
+NAMESPACE = "kubeflow"
+POD_OF_STEP = Path(__file__).with_name("pod-of-step.json")  # KFP 2.17, Argo 4.0.8; texts cut
 SECRET = "planted-5f1c"
 RUNTIME = {
     "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -206,82 +208,41 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launcher_pod(shared: Path) -> dict:
-    """As Argo makes it for a step of KFP: the step's container beside their own."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": "distillation-x-launcher",
-            "namespace": NAMESPACE,
-            "uid": "7f5d0000-0000-4000-8000-000000000001",
-            "labels": {
-                "team": "llm",
-                "kueue.x-k8s.io/queue-name": "distillation",
-                "kueue.x-k8s.io/priority-class": "training",
-                "kueue.x-k8s.io/managed": "true",
-                "pipeline/runid": "run-1",
-                "pipelines.kubeflow.org/v2_component": "true",
-                "workflows.argoproj.io/workflow": "distillation-x",
-            },
-        },
-        "spec": {
-            "nodeSelector": {"pool": "h100"},
-            "tolerations": [
-                {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-                {"key": "node.kubernetes.io/not-ready", "operator": "Exists"},
-            ],
-            "imagePullSecrets": [{"name": "registry"}],
-            "securityContext": {"fsGroup": 1000},
-            "volumes": [
-                {"name": "flagscale-shared", "persistentVolumeClaim": {"claimName": "shared"}},
-                {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
-                {"name": "tmp", "emptyDir": {}},
-                {"name": "kfp-launcher", "emptyDir": {}},
-                {"name": "dot-cache-scratch", "emptyDir": {}},
-                {"name": "var-run-argo", "emptyDir": {}},
-                {"name": "kube-api-access-x", "projected": {"sources": []}},
-            ],
-            "containers": [
-                {"name": "wait", "image": "argoexec", "env": [{"name": "ARGO_X", "value": "1"}]},
-                {
-                    "name": "main",
-                    "image": "registry.example/flagscale@sha256:0",
-                    "securityContext": {"runAsUser": 1000, "runAsNonRoot": True},
-                    "env": [
-                        {"name": "FLAGSCALE_SHARED", "value": str(shared)},
-                        {"name": "NCCL_DEBUG", "value": "WARN"},
-                        {
-                            "name": "KFP_RUN_ID",
-                            "valueFrom": {
-                                "fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}
-                            },
-                        },
-                        {
-                            "name": "KFP_POD_NAME",
-                            "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}},
-                        },
-                        {
-                            "name": "MLFLOW_TRACKING_PASSWORD",
-                            "valueFrom": {
-                                "secretKeyRef": {
-                                    "name": "mlflow",
-                                    "key": "password",
-                                    "optional": True,
-                                }
-                            },
-                        },
-                        {"name": "ARGO_CONTAINER_NAME", "value": "main"},
-                    ],
-                    "volumeMounts": [
-                        {"name": "flagscale-shared", "mountPath": "/mnt/flagscale"},
-                        {"name": "dshm", "mountPath": "/dev/shm"},
-                        {"name": "tmp", "mountPath": "/tmp"},
-                        {"name": "kfp-launcher", "mountPath": "/kfp-launcher"},
-                        {"name": "dot-cache-scratch", "mountPath": "/.cache"},
-                        {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/x"},
-                    ],
-                },
-            ],
-        },
+def launcher_pod(shared: Path) -> dict[str, Any]:
+    """A step's pod as it stood in a real cluster, with what a platform file may give it more."""
+    pod: dict[str, Any] = json.loads(POD_OF_STEP.read_text())
+    pod["metadata"]["labels"] |= {
+        "team": "llm",
+        "kueue.x-k8s.io/queue-name": "distillation",
+        "kueue.x-k8s.io/priority-class": "training",
+        "kueue.x-k8s.io/managed": "true",
     }
+    spec = pod["spec"]
+    spec["nodeSelector"] = {"pool": "h100"}
+    spec["tolerations"].append(
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    )
+    spec["imagePullSecrets"] = [{"name": "registry"}]
+    spec["volumes"] += [
+        {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
+        {"name": "kube-api-access-x", "projected": {"sources": []}},
+    ]
+    token = {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io"}
+    for container in [*spec["initContainers"], *spec["containers"]]:
+        container["volumeMounts"].append(token)
+    main = main_of(pod)
+    main["env"].append({"name": "NCCL_DEBUG", "value": "WARN"})
+    for variable in main["env"]:
+        if variable["name"] == "FLAGSCALE_SHARED":
+            variable["value"] = str(shared)
+    for mount in main["volumeMounts"]:
+        if mount["name"] == "flagscale-shared":
+            mount["mountPath"] = str(shared)
+    main["volumeMounts"].append({"name": "dshm", "mountPath": "/dev/shm"})
+    return pod
+
+
+def main_of(pod: dict[str, Any]) -> dict[str, Any]:
+    """The step's container, which is not the first one."""
+    (main,) = [one for one in pod["spec"]["containers"] if one["name"] == "main"]
+    return main
