@@ -147,7 +147,7 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     """The training, in its pod or in those that its pod starts: a channel of its student."""
     given = {name: values[name] for name in ("distillation", "training", "checkpoints")}
     given |= models_and_data | always(values)
-    if placed.nodes == 1:
+    if not placed.uses_trainjob:
         trained = distil_student(**given)
         return placed.place(trained, "training", "Distil student").outputs["model"]
     started = distil_student_on_nodes(
@@ -156,7 +156,7 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
         pods=placed.node_pods,
         **given,
     )
-    title = f"Distil student on {placed.nodes} nodes"
+    title = f"Distil student on {placed.nodes} node{'s' * (placed.nodes > 1)}"
     placed.place(started, "training", title, accelerators=False)
     return started.outputs["model"]
 

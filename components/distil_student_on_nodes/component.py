@@ -1,4 +1,4 @@
-"""The step that trains the student on several nodes."""
+"""The step that trains the student in pods of its own."""
 
 from kfp import dsl
 
@@ -21,7 +21,7 @@ def distil_student_on_nodes(
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Train the student as distil-student does, on several nodes: starts a TrainJob and follows it.
+    """Train the student as distil-student does, as a TrainJob: starts it and follows it.
 
     Args:
         distillation: the recipe's section `distillation`.

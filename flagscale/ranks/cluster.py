@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flagscale.errors import UserError
+from flagscale.ranks.nodes import IN_ONE_POD
 
 if TYPE_CHECKING:
     from kubeflow.trainer import TrainerClient
@@ -66,7 +67,7 @@ class Cluster:
             from kubernetes.config import ConfigException
         except ImportError as error:
             raise UserError(
-                f"resources.nodes above 1 needs a package that is not installed here: {error}; "
+                f"a TrainJob needs a package that is not installed here: {error}; "
                 "use the release's image, or `pip install 'flagscale-distillation[cluster]'`"
             ) from error
         kubeconfig = os.environ.get("KUBECONFIG")
@@ -78,8 +79,8 @@ class Cluster:
             self._trainer: TrainerClient = TrainerClient(configuration)
         except (ConfigException, OSError) as error:
             raise UserError(
-                f"no cluster: {error}; a training on several nodes is started by a pod of the "
-                "pipeline. On this machine, train on one (resources.nodes=1)"
+                f"no cluster: {error}; a TrainJob is started by a pod of the pipeline. "
+                "`python -m pipelines run` trains on this machine"
             ) from error
         backend: Any = self._trainer.backend
         self._core, self._custom = backend.core_api, backend.custom_api
@@ -105,7 +106,7 @@ class Cluster:
                     raise UserError(
                         "Kubeflow Trainer is not installed in this cluster: it knows no "
                         f"{GROUP}/{VERSION} TrainJob. Install Trainer 2.3 or later "
-                        "(docs/cluster.md), or train on one node (resources.nodes=1)"
+                        f"(docs/cluster.md), or train {IN_ONE_POD}"
                     ) from error
                 raise
         with self._explained(f"read TrainingRuntime {runtime}"):

@@ -1,4 +1,4 @@
-"""What the launcher of a training on several nodes is told of them."""
+"""What the launcher of a TrainJob is told of its nodes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Section
 from flagscale.recipe.section import PositiveInt
+
+IN_ONE_POD = "in the step's own pod (resources.nodes=1, trainer.min_nodes=2)"
 
 
 class NodePods(Section):
@@ -65,7 +67,7 @@ def processes_per_node(parallelism: ParallelismRecipe, nodes: int, accelerator_c
 
 
 def shared_folder(paths: Mapping[str, str | Path]) -> Path:
-    """The volume that all nodes see.
+    """The volume that the launcher and all nodes see.
 
     Args:
         paths: field -> what the ranks read or write; must be on it.
@@ -76,9 +78,9 @@ def shared_folder(paths: Mapping[str, str | Path]) -> Path:
     place = os.environ.get(variables.SHARED, "")
     if not place or "://" in place:
         raise UserError(
-            f"{variables.SHARED}={place or '(unset)'}: several nodes need a folder that all of "
-            "them see; give the platform file a volume (`shared.claim` or `shared.create`, "
-            "ReadWriteMany), or train on one node (resources.nodes=1)"
+            f"{variables.SHARED}={place or '(unset)'}: a TrainJob needs a folder that all "
+            "pods see; give the platform file a volume (`shared.claim` or `shared.create`, "
+            f"ReadWriteMany), or train {IN_ONE_POD}"
         )
     shared = Path(place)
     if not os.access(shared, os.W_OK):

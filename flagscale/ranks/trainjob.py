@@ -1,4 +1,4 @@
-"""Runs a step's function on several nodes, as a TrainJob of Kubeflow Trainer.
+"""Runs a step's function on nodes of their own, as a TrainJob of Kubeflow Trainer.
 
 The step's process is the launcher: it creates the TrainJob, follows it, and deletes it whatever
 happens. Its ranks are those of `flagscale.ranks.launch`, torchrun's on each node; Trainer tells
@@ -87,8 +87,8 @@ def run_on_nodes(
     pod_name = os.environ.get("KFP_POD_NAME")
     if not pod_name:
         raise UserError(
-            "KFP_POD_NAME is not set: a training on several nodes is started from a pod of "
-            "Kubeflow Pipelines. On this machine, train on one (resources.nodes=1)"
+            "KFP_POD_NAME is not set: a TrainJob is started by a pod of Kubeflow Pipelines. "
+            "`python -m pipelines run` trains on this machine"
         )
     kind = cluster.check(nodes.pods.runtime)
     launcher = cluster.pod(pod_name)

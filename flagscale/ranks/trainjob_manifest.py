@@ -1,4 +1,4 @@
-"""The TrainJob of a training on several nodes, made of the launcher's own pod.
+"""The TrainJob of a training, made of the launcher's own pod.
 
 KFP has put the launcher's pod where the platform file and the run's parameters say: image, node
 selector, tolerations, volumes, secrets. The nodes get the same, so that each of them holds for

@@ -128,7 +128,7 @@ def check_checkpoints(place: str, platform: Platform, nodes: int) -> None:
         UserError: what it must be.
     """
     shared = platform.shared
-    if "://" in place and nodes == 1:
+    if "://" in place and not platform.uses_trainjob(nodes):
         if re.match("(s3|gs|az)://[^/]", place):
             return
         right = "a URL must start with s3://, gs:// or az://, and name a bucket"
@@ -140,8 +140,8 @@ def check_checkpoints(place: str, platform: Platform, nodes: int) -> None:
         right = "must be a URL of an object store; a folder is lost with its pod"
     elif PurePosixPath(posixpath.normpath(place)).is_relative_to(shared.mount_path):
         return
-    elif nodes > 1:
-        right = f"must be a folder below {shared.mount_path}, which all {nodes} nodes see"
+    elif platform.uses_trainjob(nodes):
+        right = f"must be a folder below {shared.mount_path}, which all nodes of a TrainJob see"
     else:
         right = (
             f"must be a folder below {shared.mount_path}, or a URL of an object store; any other "

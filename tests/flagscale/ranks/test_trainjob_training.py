@@ -168,7 +168,7 @@ def test_what_no_rank_could_train_is_refused_before_a_cluster_is_asked(
     monkeypatch.delenv("FLAGSCALE_SHARED", raising=False)
     with pytest.raises(UserError, match="not a multiple of micro_batch_size=2 x 3 data-parallel"):
         start(nodes=3)
-    with pytest.raises(UserError, match=r"FLAGSCALE_SHARED=\(unset\): several nodes need a folder"):
+    with pytest.raises(UserError, match=r"FLAGSCALE_SHARED=\(unset\): a TrainJob needs a folder"):
         start(nodes=2)
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path))
     with pytest.raises(UserError, match=rf"teacher={teacher} must lie under {tmp_path}"):

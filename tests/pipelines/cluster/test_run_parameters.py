@@ -11,10 +11,11 @@ from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster import run_parameters
 from pipelines.cluster.package import Package, make_package
 from pipelines.cluster.parameter_values import check_checkpoints
-from pipelines.platform import Platform, load_platform
+from pipelines.platform import Platform, Trainer, load_platform
 from tests.pipelines.cluster.kfp_api import check_inputs
 
 GKE = load_platform("gke-h100")
+ONE = GKE.model_copy(update={"trainer": Trainer(min_nodes=1)})
 HERE = load_platform("cpu-only")
 BUCKET = Platform.model_validate({"shared": {"url": "s3://bucket/distillation"}})
 
@@ -111,7 +112,7 @@ def test_values_are_those_of_the_pipelines_types(
 
 ANY_FOLDER = "must be a folder of the pods, from / on"
 ON_VOLUME = "must be a folder below /mnt/flagscale, or a URL of an object store; any other folder"
-ON_NODES = "must be a folder below /mnt/flagscale, which all 2 nodes see"
+ON_NODES = "must be a folder below /mnt/flagscale, which all nodes of a TrainJob see"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,8 @@ ON_NODES = "must be a folder below /mnt/flagscale, which all 2 nodes see"
         (GKE, 1, "/mnt/flagscale-2/x", ON_VOLUME),
         (GKE, 2, "s3://b/x", ON_NODES),
         (GKE, 2, "/tmp/x", ON_NODES),
+        (ONE, 1, "s3://b/x", ON_NODES),
+        (ONE, 1, "/tmp/x", ON_NODES),
         (HERE, 1, "foo://x", "a URL must start with"),
         (HERE, 1, "x", ANY_FOLDER),
         (BUCKET, 1, "/tmp/x", "must be a URL of an object store; a folder is lost with its pod"),
@@ -143,6 +146,7 @@ def test_checkpoints_that_pods_would_lose_or_not_find(
         (GKE, 1, "/mnt/flagscale/mine"),
         (GKE, 1, "gs://bucket/mine"),
         (GKE, 2, "/mnt/flagscale/a/../b"),
+        (ONE, 1, "/mnt/flagscale/mine"),
         (HERE, 1, "/tmp/x"),  # where the default lies too
         (HERE, 1, "az://container/mine"),
         (BUCKET, 1, "s3://other/mine"),
@@ -157,7 +161,7 @@ def test_checkpoints_of_several_nodes_are_checked_before_the_run(
 ) -> None:
     nodes = recipe.resources.model_copy(update={"nodes": 2})
     several = recipe.model_copy(update={"resources": nodes})
-    with pytest.raises(UserError, match="which all 2 nodes see"):
+    with pytest.raises(UserError, match="which all nodes of a TrainJob see"):
         read_parameters(["checkpoints=s3://b/x"], definitions, several)
 
 
