@@ -142,7 +142,8 @@ class Placement:
         pods = _pods(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
-        return {**told, "runtime": self._platform.trainer.runtime}
+        runtime, restarts = self._platform.trainer.runtime, pods.retries.count
+        return {**told, "runtime": runtime, "restarts": restarts}
 
     def place(
         self,

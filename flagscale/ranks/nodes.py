@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -26,6 +27,9 @@ class NodePods(Section):
     runtime: str = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
     timeout_seconds: PositiveInt | None = Field(
         None, description="A training that runs longer is ended, and counts as failed"
+    )
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        2, description="Times that all are started anew when one was stopped, killed or lost"
     )
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from flagscale import variables
 from flagscale.errors import UserError
-from flagscale.ranks.cluster import GROUP, VERSION
 from flagscale.ranks.nodes import NodePods
+from flagscale.ranks.rights import GROUP, VERSION
 
 _CONTAINER = "main"  # the step's, in a pod of Argo
 _NODE = "node"  # Trainer's name for the training's container

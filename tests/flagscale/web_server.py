@@ -21,7 +21,8 @@ class WebServer:
 
     Attributes:
         folder: what it serves; `/OWNER/NAME/resolve/REVISION/FILE` is FILE in it.
-        troubles: of the next requests, one each: a status, `HANGS_UP` or `HALF`; 200 is none.
+        troubles: of the next requests for files, one each: a status, `HANGS_UP` or `HALF`; 200 is
+            none.
         requests: what was asked for.
     """
 
@@ -58,13 +59,14 @@ class _Handler(SimpleHTTPRequestHandler):
     def _answer(self) -> None:
         self.web.requests.append(f"{self.command} {self.path}")
         self._half = False
+        if self.path.startswith("/api/"):
+            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": []})
+            return
         trouble = self.web.troubles.pop(0) if self.web.troubles else None
         if trouble == HANGS_UP:
             self.close_connection = True
         elif isinstance(trouble, int) and trouble != 200:
             self.send_error(trouble)
-        elif self.path.startswith("/api/"):
-            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": []})
         else:
             self._half = trouble == HALF
             self._is_hub = "/resolve/" in self.path

@@ -349,6 +349,7 @@ def test_a_trainjob_is_started_by_a_small_pod_that_knows_its_nodes(
         accelerator_type=pods.accelerator_type,
         runtime=platform.trainer.runtime,
         timeout_seconds=pods.timeout_seconds,
+        restarts=pods.retries.count,
     )
     assert found.resolve(inputs["nodes"]) == nodes
     assert found.resolve(inputs["accelerator_count"]) == "8"

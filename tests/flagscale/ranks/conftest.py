@@ -1,8 +1,9 @@
 """A cluster of one machine, and this process as a launcher's pod in it."""
 
-import kubernetes_server
 import pytest
-from trainjob_nodes import SECRET, launcher_pod
+import trainer
+from launcher_pods import launcher_pod
+from trainjob_nodes import SECRET
 
 RANKS = """
 import logging, os, signal, sys, time
@@ -37,16 +38,19 @@ def cluster(tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     shared.mkdir()
     (tmp_path / "ranks.py").write_text(RANKS)
-    found = kubernetes_server.Cluster(tmp_path)
+    found = trainer.Cluster(tmp_path)
     pod = launcher_pod(shared)
     found.pods[pod["metadata"]["name"]] = pod
-    found.secrets["mlflow"] = {"password": SECRET}
+    runs = f"sqlite:///{tmp_path}/mlflow.db"
+    found.secrets["mlflow"] = {"tracking-uri": runs, "password": SECRET}
     for name, value in {
         "KUBECONFIG": str(found.kubeconfig),
         "KFP_POD_NAME": pod["metadata"]["name"],
         "KFP_RUN_ID": "run-1",
+        "FLAGSCALE_PATIENCE_SECONDS": "5",
         "FLAGSCALE_SHARED": str(shared),
         "MLFLOW_EXPERIMENT_NAME": "distillation",
+        "MLFLOW_TRACKING_URI": runs,
         "MLFLOW_TRACKING_PASSWORD": SECRET,
         "PYTHONPATH": str(tmp_path),
     }.items():

@@ -11,13 +11,13 @@ import kubernetes_server
 import pytest
 import trainjob_nodes
 import yaml
-from kubernetes_server import Cluster
+from trainer import Cluster
 from trainjob_nodes import SECRET
 
 from flagscale.errors import UserError
-from flagscale.ranks import cluster as cluster_module
 from flagscale.ranks import trainjob
 from flagscale.ranks.nodes import NodePods
+from flagscale.ranks.rights import RULES
 from flagscale.ranks.trainjob_manifest import Nodes
 
 PATIENCE = 300  # seconds: far more than is needed, on a machine with much else to do
@@ -217,7 +217,7 @@ def test_the_rights_that_are_checked_are_the_ones_that_deploy_grants():
                 for resource in rule["resources"]
                 for verb in rule["verbs"]
             }
-    wanted = {(rule.group, rule.resource, v) for rule in cluster_module.RULES for v in rule.verbs}
+    wanted = {(rule.group, rule.resource, v) for rule in RULES for v in rule.verbs}
     assert wanted <= granted
 
 

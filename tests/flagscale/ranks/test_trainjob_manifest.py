@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import trainjob_nodes
-from trainjob_nodes import launcher_pod, main_of
+from launcher_pods import POD_OF_STEP, launcher_pod, main_of
 
 from flagscale.errors import UserError
 from flagscale.ranks.nodes import NodePods
@@ -37,7 +37,7 @@ def test_the_steps_own_volumes_are_declared_whatever_their_names(tmp_path, name)
 
 def test_what_argo_and_kfp_mount_stays_behind(tmp_path):
     """A real pod as it was: ten volumes of theirs, a secret for the logs among them."""
-    launcher = json.loads(trainjob_nodes.POD_OF_STEP.read_text())
+    launcher = json.loads(POD_OF_STEP.read_text())
     pod = pod_of(plain(launcher, Path("/mnt/flagscale/runs")))["spec"]
     assert [volume["name"] for volume in launcher["spec"]["volumes"]] == [
         "flagscale-shared",
