@@ -14,6 +14,7 @@ from trainjob_nodes import NAMESPACE, ApiError
 if TYPE_CHECKING:
     from trainer import Cluster
 
+LOST = "lost"
 TRAINER = "/apis/trainer.kubeflow.org/v1alpha1"
 JOBS = f"{TRAINER}/namespaces/{NAMESPACE}/trainjobs"
 VERSION = "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public"
@@ -48,7 +49,14 @@ class Handler(BaseHTTPRequestHandler):
             if url.path.endswith("/log"):
                 self._log(url.path.split("/")[-2], query)
                 return
-            self._send(200, self._route(verb, url.path, query, body))
+            trouble = self.cluster.troubles.pop(0) if self.cluster.troubles else None
+            if isinstance(trouble, int) and trouble != 200:
+                raise ApiError(trouble, "the API server is being upgraded")
+            answer = self._route(verb, url.path, query, body)
+            if trouble == LOST:
+                self.close_connection = True
+            else:
+                self._send(200, answer)
         except ApiError as error:
             if error.message:
                 status = {"kind": "Status", "code": error.code, "message": error.message}
@@ -77,9 +85,6 @@ class Handler(BaseHTTPRequestHandler):
             if verb == "delete":
                 cluster.delete(name)
                 return {"kind": "Status", "status": "Success"}
-            if cluster.refusals:
-                cluster.refusals -= 1
-                raise ApiError(503, "the API server is being upgraded")
             return cluster.find(name).object()
         if path.startswith(f"{TRAINER}/clustertrainingruntimes/"):
             if name not in cluster.runtimes:

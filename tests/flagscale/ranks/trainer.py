@@ -31,7 +31,8 @@ class Cluster:
         has_trainer: whether Trainer is installed.
         schedulable: whether nodes are found for pods.
         backoff_limit: how often Kubernetes starts failed containers anew.
-        refusals: how many of the next requests for a TrainJob are answered with 503.
+        troubles: of the next requests, one each: a status, or LOST, which does as asked and breaks
+            the connection.
         break_log_after: lines after which a followed log breaks off, once.
         log_hangs: whether a log is never answered, as that of a pod whose node is lost.
     """
@@ -47,7 +48,7 @@ class Cluster:
         self.reviews = True
         self.schedulable = True
         self.backoff_limit = 6
-        self.refusals = 0
+        self.troubles: list[int | str] = []
         self.break_log_after: int | None = None
         self.log_hangs = False
         self.runtimes = {"torch-distributed": RUNTIME}
@@ -95,8 +96,9 @@ class Cluster:
     def delete(self, name: str) -> None:
         with self.lock:
             job = self.find(name)
-            job.deleted = True
-        threading.Thread(target=self._end, args=(job,), daemon=True).start()
+            is_first, job.deleted = not job.deleted, True
+        if is_first:
+            threading.Thread(target=self._end, args=(job,), daemon=True).start()
 
     def find(self, name: str) -> Job:
         if name not in self.jobs:
