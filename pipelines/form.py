@@ -77,6 +77,7 @@ def _facts(platform: Platform, recipe: Recipe) -> PlatformFacts:
     return PlatformFacts(
         mount_path=shared.mount_path if shared and shared.url is None else None,
         url=shared.url if shared else None,
+        uses_trainjob=platform.uses_trainjob(recipe.resources.nodes),
         images={kind: str(values[f"where_{kind}_image"]) for kind in kinds},
         accelerator_counts={
             kind: int(str(values[f"where_{kind}_accelerator_count"])) for kind in kinds

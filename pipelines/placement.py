@@ -74,17 +74,30 @@ def check(platform: Platform, recipe: Recipe) -> None:
             f"recipe {recipe.name} on this platform: {error}; resources.accelerator_count makes "
             "a pod use fewer"
         ) from error
-    if recipe.resources.nodes > 1 and (platform.shared is None or platform.shared.url):
+    if platform.uses_trainjob(recipe.resources.nodes):
+        _check_volume(platform, recipe.resources.nodes)
+
+
+def _check_volume(platform: Platform, nodes: int) -> None:
+    """Refuse a TrainJob whose nodes would not see what its launcher's pod sees.
+
+    Raises:
+        UserError: what the platform must have.
+    """
+    shared, why = platform.shared, f"resources.nodes={nodes}"
+    if nodes == 1:
+        why += f" with trainer.min_nodes={platform.trainer.min_nodes}"
+    if shared is None or shared.url:
         raise UserError(
-            f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but the "
-            f"platform's shared={platform.shared and platform.shared.url}: set shared.claim or "
-            "shared.create there, or choose another --platform"
+            f"{why} needs a volume that all nodes see, but the platform's "
+            f"shared={shared and shared.url}: set shared.claim or shared.create there, or choose "
+            "another --platform"
         )
-    new = platform.shared.create if platform.shared else None
-    if recipe.resources.nodes > 1 and new is not None and "ReadWriteMany" not in new.access_modes:
+    if shared.create is not None and "ReadWriteMany" not in shared.create.access_modes:
         raise UserError(
-            f"resources.nodes={recipe.resources.nodes} needs a volume that all nodes see, but "
-            f"shared.create.access_modes={list(new.access_modes)}: must have ReadWriteMany"
+            f"{why} needs a volume that all nodes see, but "
+            f"shared.create.access_modes={list(shared.create.access_modes)}: must have "
+            "ReadWriteMany"
         )
 
 
@@ -116,13 +129,19 @@ class Placement:
         return self._recipe.resources.nodes if self._platform else 1
 
     @property
+    def uses_trainjob(self) -> bool:
+        """Whether the training's task starts other pods; on this machine never."""
+        return self._platform is not None and self._platform.uses_trainjob(self.nodes)
+
+    @property
     def node_pods(self) -> dict[str, Any]:
-        """What a launcher of several is told of them (`flagscale.ranks.nodes.NodePods`)."""
+        """What a TrainJob's launcher is told of its pods (`flagscale.ranks.nodes.NodePods`)."""
         assert self._platform is not None
         pods = _pods(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
-        return {**told, "runtime": self._platform.trainer.runtime}
+        runtime, restarts = self._platform.trainer.runtime, pods.retries.count
+        return {**told, "runtime": runtime, "restarts": restarts}
 
     def create_volume(self, after: dsl.PipelineTask) -> None:
         """Make the run's own volume, where the platform says so, for the tasks placed from here on.

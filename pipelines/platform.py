@@ -126,9 +126,14 @@ class Images(Section):
 
 
 class Trainer(Section):
-    """Kubeflow Trainer, for `resources.nodes` above 1."""
+    """Kubeflow Trainer, whose TrainJobs train on several nodes, or on one that hears signals."""
 
     runtime: Name = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
+    min_nodes: Literal[1, 2] = Field(
+        2,
+        description="`resources.nodes` from which on a training is a TrainJob; 1: always, so that "
+        "one that is asked to stop saves at once",
+    )
 
 
 class Platform(Section):
@@ -147,6 +152,10 @@ class Platform(Section):
     run_as_user: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
         1000, description="User id of the steps, never root"
     )
+
+    def uses_trainjob(self, nodes: int) -> bool:
+        """Whether a training on so many nodes is a TrainJob, or the work of its step's own pod."""
+        return nodes >= self.trainer.min_nodes
 
     @field_validator("env")
     @classmethod

@@ -17,7 +17,9 @@ from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueNa
 class Retries(Section):
     """How often a failed pod is started again; a training goes on from its last checkpoint."""
 
-    count: Annotated[int, Field(ge=0)] = Field(2, description="Times")
+    count: Annotated[int, Field(ge=0)] = Field(
+        2, description="Times; also those that a TrainJob's nodes are started anew"
+    )
     backoff: Duration = Field("30s", description="Pause before the first")
     factor: PositiveInt = Field(2, description="Each pause is so much longer than the last")
     max_duration: Duration = Field(

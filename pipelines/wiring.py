@@ -84,7 +84,7 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
     given |= models_and_data | always(values)
-    if placed.nodes == 1:
+    if not placed.uses_trainjob:
         trained = distil_student(**given)
         return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
     started = distil_student_on_nodes(
@@ -93,6 +93,6 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
         pods=placed.node_pods,
         **given,
     )
-    title = f"Distil student on {placed.nodes} nodes"
+    title = f"Distil student on {placed.nodes} node{'s' * (placed.nodes > 1)}"
     placed.place(started, "training", title, accelerators=False)
     return started.outputs["distilled_student"]

@@ -1,4 +1,4 @@
-"""The step that trains the student on several nodes."""
+"""The step that trains the student in pods of its own."""
 
 from kfp import dsl
 
@@ -21,7 +21,7 @@ def distil_student_on_nodes(
     distilled_student: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Train the student as distil-student does, on several nodes: starts a TrainJob and follows it.
+    """Train the student as distil-student does, as a TrainJob: starts it and follows it.
 
     Args:
         distillation_recipe: the recipe's section `distillation`.
@@ -33,7 +33,8 @@ def distil_student_on_nodes(
         nodes: pods that train together.
         accelerator_count: of each of them, a number as text: KFP gives pods no other.
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
-            runtime, timeout_seconds; image, volumes, node selector and secrets are the launcher's.
+            runtime, timeout_seconds, restarts; image, volumes, node selector and secrets are the
+            launcher's.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.

@@ -16,16 +16,19 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flagscale.data.files import File, first_line, is_glob, is_storage_away, list_files
 from flagscale.data.messages import dump_messages
 from flagscale.data.python_docs import python_documents
 from flagscale.errors import UserError
+from flagscale.hub import is_hub_away
+from flagscale.patience import resumed
 from flagscale.recipe.data import CorpusRecipe
 
 logger = logging.getLogger(__name__)
@@ -58,14 +61,6 @@ class Document(NamedTuple):
 
     text: str
     origin: str
-
-
-class _File(NamedTuple):
-    filesystem: Any  # fsspec.AbstractFileSystem, which has no type information
-    path: str
-
-    def open(self, compression: str | None = "infer") -> IO[bytes]:
-        return self.filesystem.open(self.path, "rb", compression=compression)
 
 
 class _Column(NamedTuple):
@@ -138,18 +133,13 @@ def detect(source: str) -> str:
     path = Path(source).expanduser()
     looks_like_files = (
         "://" in source
-        or _is_glob(source)
+        or is_glob(source)
         or source.startswith(("/", ".", "~"))
         or source.count("/") > 1
         or _format_of(source) is not None
         or path.exists()
     )
     return "files" if looks_like_files or not _HUB_ID.fullmatch(source) else "huggingface"
-
-
-def _is_glob(source: str) -> bool:
-    signs = "*[" if source.startswith(("http:", "https:")) else "*?["
-    return any(sign in source for sign in signs)
 
 
 def _format_of(path: str) -> str | None:
@@ -161,7 +151,7 @@ def _format_of(path: str) -> str | None:
 
 
 def _files(corpus: CorpusRecipe, kind: str, column: _Column) -> Iterator[Document]:
-    files = _list_files(corpus.source)
+    files = list_files(corpus.source, is_folder=_format_of(corpus.source) is None)
     if kind == "files":
         known = [e for e in _SUFFIXES if corpus.format != "chat" or _SUFFIXES[e] in _STRUCTURED]
         kinds = {_SUFFIXES[ending] for ending in known}
@@ -178,30 +168,11 @@ def _files(corpus: CorpusRecipe, kind: str, column: _Column) -> Iterator[Documen
         chosen = [(file, kind) for file in files]
     longest = _PASSAGE if len(chosen) == 1 else _LONGEST
     for file, name in chosen:
+        read = partial(_text, file, longest)
+        if name != "text":
+            read = partial(_STRUCTURED[name or ""], file, column)
         with _explained(file.path):
-            if name == "text":
-                yield from _text(file, longest)
-            else:
-                yield from _STRUCTURED[name or ""](file, column)
-
-
-def _list_files(source: str) -> list[_File]:
-    """Files of a path, folder, glob or URL, sorted by path; hidden ones in folders left out."""
-    local = str(Path(source).expanduser()) if source.startswith("~") else source
-    try:
-        filesystem, path = fsspec.url_to_fs(local)
-        if _is_glob(local):
-            paths = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
-        elif _format_of(path) is None and filesystem.isdir(path):
-            inside = ((p, p.removeprefix(path)) for p in filesystem.find(path))
-            paths = [p for p, relative in inside if "/." not in f"/{relative}"]
-        else:
-            paths = [path] if filesystem.exists(path) else []
-    except Exception as error:  # each kind of storage raises its own
-        raise UserError(f"data.source={source!r} cannot be opened: {_first_line(error)}") from error
-    if not paths:
-        raise UserError(f"data.source={source!r}: no such file, or no files there")
-    return [_File(filesystem, p) for p in sorted(paths)]
+            yield from resumed(read, f"read {file.path}", is_storage_away)
 
 
 @contextmanager
@@ -214,12 +185,12 @@ def _explained(where: str) -> Iterator[None]:
             "convert it, or set data.format"
         ) from error
     except _UNREADABLE as error:
-        raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
     except (ImportError, ValueError) as error:  # unknown or uninstalled compression
-        raise UserError(f"{where}: cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"{where}: cannot be opened: {first_line(error)}") from error
 
 
-def _text(file: _File, longest: int) -> Iterator[Document]:
+def _text(file: File, longest: int) -> Iterator[Document]:
     """A file as one document, or, if longer than `longest` characters, as several.
 
     It is cut at the first blank line after `longest` characters, at the first line end after twice
@@ -239,7 +210,7 @@ def _text(file: _File, longest: int) -> Iterator[Document]:
             yield Document("".join(parts), f"{file.path}#{number + 1}" if number else file.path)
 
 
-def _jsonl(file: _File, column: _Column) -> Iterator[Document]:
+def _jsonl(file: File, column: _Column) -> Iterator[Document]:
     with file.open() as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -257,7 +228,7 @@ def _jsonl(file: _File, column: _Column) -> Iterator[Document]:
             yield column.document(row, where)
 
 
-def _parquet(file: _File, column: _Column) -> Iterator[Document]:
+def _parquet(file: File, column: _Column) -> Iterator[Document]:
     with file.open(compression=None) as stream:
         table = pq.ParquetFile(stream)
         names = table.schema_arrow.names
@@ -270,7 +241,7 @@ def _parquet(file: _File, column: _Column) -> Iterator[Document]:
                 yield column.document({column.field: value}, f"{file.path}: row {row}")
 
 
-_STRUCTURED: dict[str, Callable[[_File, _Column], Iterator[Document]]] = {
+_STRUCTURED: dict[str, Callable[[File, _Column], Iterator[Document]]] = {
     "jsonl": _jsonl,
     "parquet": _parquet,
 }
@@ -280,11 +251,14 @@ def _huggingface(corpus: CorpusRecipe, column: _Column) -> Iterator[Document]:
     import datasets  # takes a second, and no other source needs it
 
     subset, split, revision = corpus.subset, corpus.split, corpus.revision
-    try:
-        rows = datasets.load_dataset(
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from datasets.load_dataset(
             corpus.source, subset, split=split, revision=revision, streaming=True
         )
-        for number, row in enumerate(rows):
+
+    try:
+        for number, row in enumerate(resumed(rows, f"read {corpus.source}", is_hub_away)):
             yield column.document(row, f"{corpus.source}: row {number}")
     except UserError:
         raise
@@ -293,7 +267,7 @@ def _huggingface(corpus: CorpusRecipe, column: _Column) -> Iterator[Document]:
         also = "no such file, and " if corpus.format in ("auto", "chat") else ""
         raise UserError(
             f"data.source={corpus.source!r}: {also}as a Hugging Face dataset ({asked}) it cannot "
-            f"be read: {_first_line(error)}. Check these fields, the network and HF_TOKEN, or name "
+            f"be read: {first_line(error)}. Check these fields, the network and HF_TOKEN, or name "
             "a local file or folder"
         ) from error
 
@@ -307,8 +281,3 @@ def _text_of(value: object, where: str) -> str:
 
 def _kind(value: object) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -12,6 +12,8 @@ from yaml import YAMLError
 
 from flagscale.artifacts import write_json
 from flagscale.errors import UserError
+from flagscale.hub import is_hub_away
+from flagscale.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -82,4 +84,7 @@ def find_origin(source: str, revision: str | None = None) -> Origin:
 
 
 def _download_card(source: str, revision: str | None) -> Path:
-    return Path(hf_hub_download(source, "README.md", revision=revision))
+    def download() -> str:
+        return hf_hub_download(source, "README.md", revision=revision)
+
+    return Path(patiently(download, f"fetch the model card of {source}", is_hub_away))

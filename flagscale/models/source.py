@@ -10,8 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from transformers import (
 
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
+from flagscale.hub import is_hub_away
+from flagscale.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
         UserError: there is none, it cannot be read, or it is not a fast tokenizer.
     """
     place = _locate(source, revision)
-    with _explained(source, "tokenizer", place):
-        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.options)
+    tokenizer = _load(AutoTokenizer, source, "tokenizer", place)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"tokenizer of {source}: {type(tokenizer).__name__} is not supported; "
@@ -80,8 +79,8 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
         UserError: there is none, or it cannot be read.
     """
     place = _locate(source, revision)
-    with _explained(source, "configuration", place):
-        return AutoConfig.from_pretrained(place.name, **place.options)
+    config: PreTrainedConfig = _load(AutoConfig, source, "configuration", place)
+    return config
 
 
 def load_hf_model(
@@ -93,11 +92,9 @@ def load_hf_model(
         UserError: it is missing, corrupt, or lacks weights that its configuration asks for.
     """
     place = _locate(source, revision)
-    with _explained(source, "model", place):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place.name, dtype=dtype, output_loading_info=True, **place.options
-        )
-    model, report = loaded
+    model, report = _load(
+        AutoModelForCausalLM, source, "model", place, dtype=dtype, output_loading_info=True
+    )
     lacking = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if lacking:
         # transformers would only warn, and go on with random weights
@@ -168,11 +165,14 @@ def _packaged(name: str) -> Path:
     return path
 
 
-@contextmanager
-def _explained(source: str | Path, what: str, place: _Location) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one clear error."""
+def _load(kind: Any, source: str | Path, what: str, place: _Location, **options: Any) -> Any:  # noqa: ANN401
+    """What transformers makes of it; its many ways to fail become one clear error."""
     try:
-        yield
+        return patiently(
+            lambda: kind.from_pretrained(place.name, **options, **place.options),
+            f"fetch {what} of {source}",
+            lambda error: not place.is_local and is_hub_away(error),
+        )
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         if place.is_local:

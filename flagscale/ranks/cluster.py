@@ -1,61 +1,46 @@
 """The cluster, as the launcher of a TrainJob needs it: Kubernetes' API and Kubeflow Trainer's.
 
-The launcher runs in a pod of the pipeline, as the pipeline's service account, whose rights are
-`RULES` (`deploy/` grants them). What is missing is told by name before anything starts. On a
-machine outside a cluster, `KUBECONFIG` says which one is meant.
+The launcher runs in a pod of the pipeline, as the pipeline's service account (`rights`). On a
+machine outside a cluster, `KUBECONFIG` says which one is meant. What is asked once, at the start,
+outlasts an API server that is away (`flagscale.patience`); what is asked again and again does not
+need to.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flagscale.errors import UserError
+from flagscale.patience import patiently
+from flagscale.ranks import rights
+from flagscale.ranks.api_errors import is_api_away, status_of, told
+from flagscale.ranks.nodes import IN_ONE_POD
+from flagscale.ranks.rights import GROUP, PLURAL, VERSION
 
 if TYPE_CHECKING:
     from kubeflow.trainer import TrainerClient
 
 logger = logging.getLogger(__name__)
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+T = TypeVar("T")
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TIMEOUT_SECONDS = 30
 _PODS_OF = "jobset.sigs.k8s.io/jobset-name={name}"
 
 
-class Rule(NamedTuple):
-    """A rule of RBAC.
-
-    Attributes:
-        group: API group, "" for Kubernetes' own.
-        resource: plural, with `/` before a subresource.
-        verbs: what may be done with it.
-    """
-
-    group: str
-    resource: str
-    verbs: tuple[str, ...]
-
-
-RULES = (
-    Rule("", "pods", ("get", "list")),
-    Rule("", "pods/log", ("get",)),
-    Rule(GROUP, PLURAL, ("create", "delete", "get", "list")),
-    Rule(GROUP, "trainingruntimes", ("get",)),
-    Rule(GROUP, "clustertrainingruntimes", ("get",)),
-)
-
-
 class Cluster:
     """One namespace of a cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, pauses: Sequence[float] | None = None) -> None:
         """Connect with the pod's service account, or with `KUBECONFIG`.
+
+        Args:
+            pauses: see `flagscale.patience.patiently`.
 
         Raises:
             UserError: the libraries are not installed, or there is no cluster here.
@@ -66,7 +51,7 @@ class Cluster:
             from kubernetes.config import ConfigException
         except ImportError as error:
             raise UserError(
-                f"resources.nodes above 1 needs a package that is not installed here: {error}; "
+                f"a TrainJob needs a package that is not installed here: {error}; "
                 "use the release's image, or `pip install 'flagscale-distillation[cluster]'`"
             ) from error
         kubeconfig = os.environ.get("KUBECONFIG")
@@ -75,14 +60,16 @@ class Cluster:
             configuration = KubernetesBackendConfig(
                 namespace=self.namespace, config_file=kubeconfig
             )
-            self._trainer: TrainerClient = TrainerClient(configuration)
+            with _version_unread():
+                self._trainer: TrainerClient = TrainerClient(configuration)
         except (ConfigException, OSError) as error:
             raise UserError(
-                f"no cluster: {error}; a training on several nodes is started by a pod of the "
-                "pipeline. On this machine, train on one (resources.nodes=1)"
+                f"no cluster: {error}; a TrainJob is started by a pod of the pipeline. "
+                "`python -m pipelines run` trains on this machine"
             ) from error
         backend: Any = self._trainer.backend
         self._core, self._custom = backend.core_api, backend.custom_api
+        self._pauses = pauses
 
     def check(self, runtime: str) -> str:
         """Make sure that a TrainJob can be made, followed and deleted.
@@ -97,28 +84,8 @@ class Cluster:
             UserError: a right, Kubeflow Trainer or the runtime is missing.
         """
         self._check_rights()
-        with self._explained("list TrainJobs"):
-            try:
-                self._custom.list_namespaced_custom_object(*self._trainjobs, limit=1, **_patience())
-            except self._api_error as error:
-                if error.status == 404:
-                    raise UserError(
-                        "Kubeflow Trainer is not installed in this cluster: it knows no "
-                        f"{GROUP}/{VERSION} TrainJob. Install Trainer 2.3 or later "
-                        "(docs/cluster.md), or train on one node (resources.nodes=1)"
-                    ) from error
-                raise
-        with self._explained(f"read TrainingRuntime {runtime}"):
-            try:
-                found = self._trainer.get_runtime(runtime)
-            except RuntimeError as error:
-                if _status(error) == 404:
-                    raise UserError(
-                        f"there is no TrainingRuntime or ClusterTrainingRuntime named {runtime!r} "
-                        "(`trainer.runtime` of the platform file); `kubectl get "
-                        "clustertrainingruntimes,trainingruntimes` shows what there is"
-                    ) from error
-                raise
+        self._ask("list TrainJobs", self._list_one)
+        found = self._ask(f"read TrainingRuntime {runtime}", lambda: self._runtime(runtime))
         if found.trainer.framework != "torch":
             raise UserError(
                 f"TrainingRuntime {runtime!r} (`trainer.runtime` of the platform file) is for "
@@ -132,18 +99,31 @@ class Cluster:
         Raises:
             UserError: it cannot be read.
         """
-        with self._explained(f"read pod {name}"):
-            found = self._core.read_namespaced_pod(name, self.namespace, **_patience())
-        return self._plain(found)
+        return self._plain(
+            self._ask(
+                f"read pod {name}",
+                lambda: self._core.read_namespaced_pod(name, self.namespace, **_timeout()),
+            )
+        )
 
     def create(self, manifest: dict[str, Any]) -> None:
-        """Create a TrainJob.
+        """Create a TrainJob, once: also where the answer to the first request was lost.
 
         Raises:
-            UserError: Trainer does not take it, or one of this name exists.
+            UserError: Trainer does not take it, or another one of this name exists.
         """
-        with self._explained(f"create TrainJob {manifest['metadata']['name']}"):
-            self._custom.create_namespaced_custom_object(*self._trainjobs, manifest, **_patience())
+        name = manifest["metadata"]["name"]
+
+        def create() -> None:
+            try:
+                self._custom.create_namespaced_custom_object(
+                    *self._trainjobs, manifest, **_timeout()
+                )
+            except self._api_error as error:
+                if error.status != 409 or not _is_same(self.find(name), manifest):
+                    raise
+
+        self._ask(f"create TrainJob {name}", create)
 
     def find(self, name: str) -> dict[str, Any] | None:
         """A TrainJob, None if there is none.
@@ -154,7 +134,7 @@ class Cluster:
         with self._explained(f"read TrainJob {name}"):
             try:
                 found: dict[str, Any] = self._custom.get_namespaced_custom_object(
-                    *self._trainjobs, name, **_patience()
+                    *self._trainjobs, name, **_timeout()
                 )
             except self._api_error as error:
                 if error.status == 404:
@@ -170,7 +150,7 @@ class Cluster:
         """
         with self._explained(f"delete TrainJob {name}"):
             try:
-                self._custom.delete_namespaced_custom_object(*self._trainjobs, name, **_patience())
+                self._custom.delete_namespaced_custom_object(*self._trainjobs, name, **_timeout())
             except self._api_error as error:
                 if error.status != 404:
                     raise
@@ -184,7 +164,7 @@ class Cluster:
         selector = _PODS_OF.format(name=name)
         with self._explained(f"list the pods of TrainJob {name}"):
             found = self._core.list_namespaced_pod(
-                self.namespace, label_selector=selector, **_patience()
+                self.namespace, label_selector=selector, **_timeout()
             )
         return [self._plain(pod) for pod in found.items]
 
@@ -199,22 +179,45 @@ class Cluster:
 
     def _check_rights(self) -> None:
         """Ask Kubernetes for each right; where it does not answer, the calls themselves will."""
-        from kubernetes import client
+        from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        api = client.AuthorizationV1Api(self._core.api_client)
-        missing = []
         try:
-            for rule in RULES:
-                for verb in rule.verbs:
-                    review = _review(client, rule, verb, self.namespace)
-                    status = api.create_self_subject_access_review(review, **_patience()).status
-                    if not status.allowed:
-                        missing.append(f"{verb} {rule.resource} ({rule.group or 'core'})")
-        except (client.ApiException, HTTPError) as error:
+            missing = rights.missing(self._core.api_client, self.namespace, **_timeout())
+        except (ApiException, HTTPError) as error:
             logger.debug("rights not known beforehand: %s", error)
+            return
         if missing:
             raise UserError(self._no_right(", ".join(missing)))
+
+    def _list_one(self) -> None:
+        try:
+            self._custom.list_namespaced_custom_object(*self._trainjobs, limit=1, **_timeout())
+        except self._api_error as error:
+            if error.status == 404:
+                raise UserError(
+                    "Kubeflow Trainer is not installed in this cluster: it knows no "
+                    f"{GROUP}/{VERSION} TrainJob. Install Trainer 2.3 or later "
+                    f"(docs/cluster.md), or train {IN_ONE_POD}"
+                ) from error
+            raise
+
+    def _runtime(self, name: str) -> Any:  # noqa: ANN401 - the SDK's
+        try:
+            return self._trainer.get_runtime(name)
+        except RuntimeError as error:
+            if status_of(error) == 404:
+                raise UserError(
+                    f"there is no TrainingRuntime or ClusterTrainingRuntime named {name!r} "
+                    "(`trainer.runtime` of the platform file); `kubectl get "
+                    "clustertrainingruntimes,trainingruntimes` shows what there is"
+                ) from error
+            raise
+
+    def _ask(self, doing: str, call: Callable[[], T]) -> T:
+        """Ask the API, patiently."""
+        with self._explained(doing):
+            return patiently(call, doing, is_api_away, self._pauses)
 
     def _no_right(self, what: str) -> str:
         return (
@@ -244,10 +247,37 @@ class Cluster:
         try:
             yield
         except (self._api_error, HTTPError, RuntimeError, TimeoutError, OSError) as error:
-            status = _status(error)
+            status = status_of(error)
             if status == 403:
                 raise UserError(self._no_right(doing)) from error
-            raise UserError(f"cannot {doing}: {_told(error)}") from error
+            raise UserError(f"cannot {doing}: {told(error)}") from error
+
+
+@contextmanager
+def _version_unread() -> Iterator[None]:
+    """Without the page that the SDK prints where it may not read which Trainer there is.
+
+    `Cluster.check` finds out what is missing, by what is needed.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "control-plane version info is not available" not in record.getMessage()
+
+    sdk = logging.getLogger("kubeflow.trainer.backends.kubernetes.backend")
+    sdk.addFilter(is_other)
+    try:
+        yield
+    finally:
+        sdk.removeFilter(is_other)
+
+
+def _is_same(found: dict[str, Any] | None, manifest: dict[str, Any]) -> bool:
+    """Whether a TrainJob is this very one: its ranks' folder is nobody else's."""
+    return (
+        found is not None
+        and found["metadata"].get("ownerReferences") == manifest["metadata"]["ownerReferences"]
+        and found["spec"]["trainer"].get("env") == manifest["spec"]["trainer"]["env"]
+    )
 
 
 def _namespace(kubeconfig: str | None) -> str:
@@ -259,47 +289,5 @@ def _namespace(kubeconfig: str | None) -> str:
     return str(context["context"].get("namespace", "default"))
 
 
-def _review(client: Any, rule: Rule, verb: str, namespace: str) -> Any:  # noqa: ANN401
-    resource, _, subresource = rule.resource.partition("/")
-    attributes = client.V1ResourceAttributes(
-        group=rule.group,
-        resource=resource,
-        subresource=subresource or None,
-        verb=verb,
-        # A ClusterTrainingRuntime has no namespace: the right must hold everywhere.
-        namespace=None if resource.startswith("cluster") else namespace,
-    )
-    spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
-    return client.V1SelfSubjectAccessReview(spec=spec)
-
-
-def _patience() -> dict[str, int]:
+def _timeout() -> dict[str, int]:
     return {"_request_timeout": _TIMEOUT_SECONDS}
-
-
-def _status(error: BaseException | None) -> int | None:
-    """HTTP status of what the API answered; the SDK hides it behind errors of its own."""
-    while error is not None:
-        status = getattr(error, "status", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__
-    return None
-
-
-def _told(error: BaseException) -> str:
-    """What the API's server said, or the last cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    body = getattr(error, "body", None)
-    if body:
-        return f"{getattr(error, 'status', '')} {_message(body)}"
-    return f"{type(error).__name__}: {error}"
-
-
-def _message(body: Any) -> str:  # noqa: ANN401 - text or bytes
-    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
-    try:
-        return str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        return text.strip()

@@ -5,7 +5,7 @@ MODULE:FUNCTION` and calls the function. What goes there and comes back are JSON
 (`flagscale.ranks.rank_folder`). A signal to the step is passed on to every rank, which saves and
 ends; a rank's error becomes the step's.
 
-`flagscale.ranks.trainjob` starts the same ranks on several nodes.
+`flagscale.ranks.trainjob` starts the same ranks in pods of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the launcher of a training on several nodes is told of them."""
+"""What the launcher of a TrainJob is told of its nodes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -13,6 +14,8 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Section
 from flagscale.recipe.section import PositiveInt
+
+IN_ONE_POD = "in the step's own pod (resources.nodes=1, trainer.min_nodes=2)"
 
 
 class NodePods(Section):
@@ -24,6 +27,9 @@ class NodePods(Section):
     runtime: str = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
     timeout_seconds: PositiveInt | None = Field(
         None, description="A training that runs longer is ended, and counts as failed"
+    )
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        2, description="Times that all are started anew when one was stopped, killed or lost"
     )
 
 
@@ -65,7 +71,7 @@ def processes_per_node(parallelism: ParallelismRecipe, nodes: int, accelerator_c
 
 
 def shared_folder(paths: Mapping[str, str | Path]) -> Path:
-    """The volume that all nodes see.
+    """The volume that the launcher and all nodes see.
 
     Args:
         paths: field -> what the ranks read or write; must be on it.
@@ -76,9 +82,9 @@ def shared_folder(paths: Mapping[str, str | Path]) -> Path:
     place = os.environ.get(variables.SHARED, "")
     if not place or "://" in place:
         raise UserError(
-            f"{variables.SHARED}={place or '(unset)'}: several nodes need a folder that all of "
-            "them see; give the platform file a volume (`shared.claim` or `shared.create`, "
-            "ReadWriteMany), or train on one node (resources.nodes=1)"
+            f"{variables.SHARED}={place or '(unset)'}: a TrainJob needs a folder that all "
+            "pods see; give the platform file a volume (`shared.claim` or `shared.create`, "
+            f"ReadWriteMany), or train {IN_ONE_POD}"
         )
     shared = Path(place)
     if not os.access(shared, os.W_OK):

@@ -21,8 +21,16 @@ from flagscale.errors import Interrupted, UserError
 from flagscale.processes import FOLDER_VARIABLE, note_error, read_error
 from flagscale.steps.step_process import EXIT_ERROR, EXIT_INTERRUPTED
 
+EXIT_KILLED = 137  # of a rank that could not say how it ended
 _EXIT_CODE = "exit-code"
 _POLL_SECONDS = 0.5
+
+
+class LostError(UserError):
+    """Ranks ended that had done nothing wrong: their node was drained or lost, or they were killed.
+
+    Started anew, they go on from the last checkpoint.
+    """
 
 
 class RankFolder:
@@ -66,8 +74,8 @@ class RankFolder:
             if (mine / _EXIT_CODE).exists():
                 raise SystemExit(_read_code(mine)) from None
             note_error("launch", f"rank {rank} was killed, and started anew")
-            self.note_exit(mine, EXIT_ERROR)
-            raise SystemExit(EXIT_ERROR) from None
+            self.note_exit(mine, EXIT_KILLED)
+            raise SystemExit(EXIT_KILLED) from None
         return mine
 
     def note_exit(self, rank: Path, code: Any) -> None:  # noqa: ANN401 - SystemExit's
@@ -101,15 +109,17 @@ class RankFolder:
             time.sleep(_POLL_SECONDS)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def raise_error(self, stopped: bool, otherwise: str) -> None:
+    def raise_error(self, stopped: bool, otherwise: str, lost: bool = False) -> None:
         """Raise why the ranks failed.
 
         Args:
             stopped: whether they were asked to stop.
-            otherwise: the message if no rank has said why.
+            otherwise: the message if no rank has said why, or if they were lost.
+            lost: whether one is known to be lost, whatever the others say because of that.
 
         Raises:
             Interrupted: they were asked to stop, and have.
+            LostError: a rank was stopped from outside, killed or lost.
             UserError: the message of the first rank to fail, or `otherwise`.
         """
         exits = self.exits()
@@ -117,14 +127,18 @@ class RankFolder:
         if stopped and len(interrupted) == len(exits):
             message = read_error(interrupted[0]) if interrupted else None
             raise Interrupted((message or "stopped by a signal").removeprefix("interrupted: "))
+        if interrupted and len(interrupted) == len(self.ranks()):
+            told = (read_error(interrupted[0]) or "").removeprefix("interrupted: ")
+            raise LostError(
+                f"stopped from outside, e.g. because a node is drained: {told}; start it again"
+            )
+        if lost:
+            raise LostError(otherwise)
         # A rank that is stopped because of another's error is not the one to ask.
         failed = [rank for rank in exits if rank not in interrupted]
         message = read_error(failed[0]) if failed else None
-        if interrupted and len(interrupted) == len(self.ranks()):
-            told = (read_error(interrupted[0]) or "").removeprefix("interrupted: ")
-            message = (
-                f"stopped from outside, e.g. because a node is drained: {told}; start it again"
-            )
+        if failed and exits[failed[0]] == EXIT_KILLED:
+            raise LostError(message or otherwise)
         raise UserError(message or otherwise)
 
 

@@ -1,4 +1,4 @@
-"""Runs a step's function on several nodes, as a TrainJob of Kubeflow Trainer.
+"""Runs a step's function on nodes of their own, as a TrainJob of Kubeflow Trainer.
 
 The step's process is the launcher: it creates the TrainJob, follows it, and deletes it whatever
 happens. Its ranks are those of `flagscale.ranks.launch`, torchrun's on each node; Trainer tells
@@ -10,7 +10,9 @@ How it ends:
 * The launcher is killed: the heartbeat stands still, and the ranks save and end by themselves. A
   retry of the step deletes what is left of the TrainJob, which it knows by name, and goes on from
   the checkpoint. Where there is none, Kubernetes deletes it with the launcher's pod, its owner.
-* A rank fails, or a node is lost: the step fails with the first rank's error, and may be retried.
+* A node is drained or lost, or a rank killed: a new TrainJob goes on from the last checkpoint, a
+  few times (`NodePods.restarts`).
+* A rank fails: the step fails with the first rank's error.
 """
 
 from __future__ import annotations
@@ -20,34 +22,28 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flagscale import variables
 from flagscale.artifacts import digest
 from flagscale.errors import Interrupted, UserError
+from flagscale.patience import patiently
 from flagscale.ranks import heartbeat
+from flagscale.ranks.api_errors import is_api_away
 from flagscale.ranks.cluster import Cluster
-from flagscale.ranks.heartbeat import Heartbeat
 from flagscale.ranks.launch import REQUEST_VARIABLE, rank_command, rank_environment
-from flagscale.ranks.rank_folder import RankFolder
-from flagscale.ranks.trainjob_log import NodeLog
+from flagscale.ranks.rank_folder import LostError, RankFolder
+from flagscale.ranks.trainjob_launch import Launch
 from flagscale.ranks.trainjob_manifest import Nodes, train_job
-from flagscale.ranks.trainjob_state import all_ended, dead_pod, failure, is_complete, waiting
 from flagscale.steps.signals import deferred_stop, stop_requested
 
 logger = logging.getLogger(__name__)
 
-STOP_VARIABLE = "FLAGSCALE_STOP_SECONDS"
-_POLL_SECONDS = 0.2
-_LOOK_SECONDS = 2.0  # between two looks at the TrainJob
-_SETTLE_SECONDS = 10.0  # for the other ranks to say how they end, once one has failed
-_REMIND_SECONDS = 60.0
-_API_PATIENCE_SECONDS = 300.0
+T = TypeVar("T")
 _GRACE_SECONDS = 300  # that Kubernetes gives a node to save
 _GONE_SECONDS = _GRACE_SECONDS + 60.0
-_RESULT_SECONDS = 60.0
-_LOG_SECONDS = 5.0  # for the rest of the log: the TrainJob is deleted after it
 
 
 def job_name(step: str, identity: Any) -> str:  # noqa: ANN401 - a JSON value
@@ -87,127 +83,62 @@ def run_on_nodes(
     pod_name = os.environ.get("KFP_POD_NAME")
     if not pod_name:
         raise UserError(
-            "KFP_POD_NAME is not set: a training on several nodes is started from a pod of "
-            "Kubeflow Pipelines. On this machine, train on one (resources.nodes=1)"
+            "KFP_POD_NAME is not set: a TrainJob is started by a pod of Kubeflow Pipelines. "
+            "`python -m pipelines run` trains on this machine"
         )
     kind = cluster.check(nodes.pods.runtime)
     launcher = cluster.pod(pod_name)
-    home = shared / "launches" / name
     from kubernetes.utils.quantity import parse_quantity
 
-    with deferred_stop():
-        _clear(cluster, name, home)
-        ranks = RankFolder.create(home / uuid.uuid4().hex[:8], request)
-        manifest = train_job(
+    def manifest(folder: Path) -> dict[str, Any]:
+        return train_job(
             name,
             kind,
             launcher,
+            shared,
             nodes,
             rank_command(step, function, nodes.processes),
-            _environment(ranks.path),
+            _environment(folder),
             rank_environment(float(parse_quantity(nodes.pods.cpu)), nodes.processes),
             _GRACE_SECONDS,
         )
-        result = _Launch(cluster, name, ranks, nodes).run(manifest)
-    shutil.rmtree(home, ignore_errors=True)
-    return result
+
+    with deferred_stop():
+        return _until_done(cluster, name, nodes, shared / "launches" / name, request, manifest)
 
 
-class _Launch:
-    """One TrainJob, from its creation to its deletion."""
+def _until_done(
+    cluster: Cluster,
+    name: str,
+    nodes: Nodes,
+    home: Path,
+    request: dict[str, Any],
+    manifest: Callable[[Path], dict[str, Any]],
+) -> Any:  # noqa: ANN401 - any JSON value
+    """One TrainJob after the other, until one ends well or fails for good.
 
-    def __init__(self, cluster: Cluster, name: str, ranks: RankFolder, nodes: Nodes) -> None:
-        self._cluster, self._name, self._ranks, self._nodes = cluster, name, ranks, nodes
-        self._started = self._heard = self._reminded = time.monotonic()
-        self._running = self._ended = False
+    KFP starts no step anew because a node of its TrainJob was drained or lost: the step was not.
 
-    def run(self, manifest: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-        with Heartbeat(self._ranks.path, stop_requested) as heart:
-            log = None
-            try:
-                self._cluster.create(manifest)
-                logger.info(
-                    "TrainJob %s: %d nodes x %d processes",
-                    self._name,
-                    self._nodes.count,
-                    self._nodes.processes,
-                )
-                log = NodeLog(self._cluster, self._name)
-                why = self._follow(heart)
-            finally:
-                try:
-                    if log is not None:
-                        log.finish(_LOG_SECONDS)
-                finally:
-                    self._delete()
-        if why is not None:
-            self._ranks.raise_error(stop_requested(), otherwise=why)
-        return self._ranks.result(_RESULT_SECONDS)
-
-    def _follow(self, heart: Heartbeat) -> str | None:
-        """Until it ends, or must be ended; why it failed, None if it did not."""
-        why: str | None = None
-        deadline = look_at = 0.0
-        while True:
-            if time.monotonic() >= look_at:
-                look_at = time.monotonic() + _LOOK_SECONDS
-                finished, why = self._look(why)
-                if finished:
-                    return None
-            if stop_requested() and not deadline:
-                logger.info("stopping: waiting for the ranks to save")
-                heart.stop()
-                deadline = time.monotonic() + _stop_seconds()
-            exits = self._ranks.exits()
-            if not deadline and (why or exits):
-                heart.stop()
-                deadline = time.monotonic() + _SETTLE_SECONDS
-            # Ranks that have not started have nothing to save, and none will be waited for.
-            ended = self._ended or len(exits) >= len(self._ranks.ranks())
-            if deadline and (ended or time.monotonic() > deadline):
-                return why or f"TrainJob {self._name}: a rank ended early; see the log above"
-            time.sleep(_POLL_SECONDS)
-
-    def _look(self, why: str | None) -> tuple[bool, str | None]:
-        """Whether it is complete, and why it cannot be any more."""
+    Raises:
+        LostError: it happened too often.
+        Interrupted: this process was asked to stop.
+    """
+    left = nodes.pods.restarts
+    while True:
+        _clear(cluster, name, home)
+        ranks = RankFolder.create(home / uuid.uuid4().hex[:8], request)
         try:
-            job = self._cluster.find(self._name)
-            pods = self._cluster.pods(self._name)
-        except UserError as error:
-            silent = time.monotonic() - self._heard
-            logger.debug("%s", error)
-            late = f"no answer for {silent:.0f} seconds: {error}"
-            return False, why or (late if silent > _API_PATIENCE_SECONDS else None)
-        self._heard = time.monotonic()
-        if job is None:
-            return False, why or f"TrainJob {self._name} was deleted by somebody else"
-        if is_complete(job):
-            return True, None
-        self._ended = all_ended(pods)
-        self._tell(waiting(job, pods, self._nodes.count))
-        failed = failure(job)
-        # The first to die is the one to tell of: the others end because of it.
-        return False, why or dead_pod(pods) or (failed and f"TrainJob {self._name}: {failed}")
-
-    def _tell(self, waits_for: str | None) -> None:
-        """Say once that all nodes run, and every minute what is waited for."""
-        now = time.monotonic()
-        if waits_for is None:
-            if not self._running:
-                logger.info("all nodes run, after %.0f seconds", now - self._started)
-            self._running = True
-        elif not self._running and now - self._reminded > _REMIND_SECONDS:
-            self._reminded = now
-            logger.info("waiting for nodes, %.0f s: %s", now - self._started, waits_for)
-
-    def _delete(self) -> None:
-        for attempt in range(3):
-            try:
-                self._cluster.delete(self._name)
-                return
-            except UserError as error:
-                logger.warning("%s", error)
-                time.sleep(1.0 + attempt)
+            result = Launch(cluster, name, ranks, nodes).run(manifest(ranks.path))
+        except LostError as error:
+            if stop_requested():
+                raise Interrupted(str(error)) from error
+            if not left:
+                raise
+            logger.warning("%s: starting all nodes anew, at most %d times", error, left)
+            left -= 1
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+            return result
 
 
 def _clear(cluster: Cluster, name: str, home: Path) -> None:
@@ -219,11 +150,18 @@ def _clear(cluster: Cluster, name: str, home: Path) -> None:
     """
     for earlier in home.glob("*/"):
         heartbeat.ask_to_stop(earlier)
-    if cluster.find(name) is not None or cluster.pods(name):
+
+    def is_there() -> bool:
+        return cluster.find(name) is not None or bool(cluster.pods(name))
+
+    def patient(call: Callable[[], T], doing: str) -> T:
+        return patiently(call, f"{doing} TrainJob {name}", is_api_away)
+
+    if patient(is_there, "look for"):
         logger.info("TrainJob %s is left of an earlier try: deleting it", name)
-        cluster.delete(name)
+        patient(lambda: cluster.delete(name), "delete")
         deadline = time.monotonic() + _GONE_SECONDS
-        while cluster.find(name) is not None or cluster.pods(name):
+        while patient(is_there, "look for"):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"TrainJob {name} of an earlier try is still being deleted; see `kubectl "
@@ -242,11 +180,3 @@ def _environment(folder: Path) -> dict[str, str]:
         if name in os.environ:
             found[name] = os.environ[name]
     return found
-
-
-def _stop_seconds() -> float:
-    """How long the launcher waits for ranks to save; its pod has 30 seconds to end in all.
-
-    Deleting the TrainJob then does not cut them short: they have `_GRACE_SECONDS`.
-    """
-    return float(os.environ.get(STOP_VARIABLE, "20"))

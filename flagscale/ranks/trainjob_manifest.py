@@ -1,8 +1,9 @@
-"""The TrainJob of a training on several nodes, made of the launcher's own pod.
+"""The TrainJob of a training, made of the launcher's own pod.
 
 KFP has put the launcher's pod where the platform file and the run's parameters say: image, node
 selector, tolerations, volumes, secrets. The nodes get the same, so that each of them holds for
-both with nothing said twice. What KFP and Argo add for themselves stays behind.
+both with nothing said twice. What KFP and Argo add for themselves stays behind: a volume is
+declared exactly if the step alone mounts it.
 
 The kubeflow SDK's `train` takes environment variables as plain values only, which would write
 secrets into the TrainJob, and no owner: so the object is built here, and checked by Trainer's own
@@ -14,26 +15,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from flagscale import variables
 from flagscale.errors import UserError
-from flagscale.ranks.cluster import GROUP, VERSION
 from flagscale.ranks.nodes import NodePods
+from flagscale.ranks.rights import GROUP, VERSION
 
 _CONTAINER = "main"  # the step's, in a pod of Argo
 _NODE = "node"  # Trainer's name for the training's container
 _MANAGER = "flagscale.distillation/launcher"
 _ENVIRONMENT_OF_KFP = ("KFP_POD_", "ARGO_", "ML_PIPELINE_", "METADATA_", "PET_")
-_VOLUMES_OF_KFP = (
-    "kfp-",
-    "var-run-argo",
-    "tmp-dir-argo",
-    "input-artifacts",
-    "artifact-local-root",
-    "argo-",
-)
-_SCRATCH_OF_KFP = "-scratch"  # gcs-scratch, dot-cache-scratch, ...
-_VOLUME_KINDS = ("persistentVolumeClaim", "emptyDir", "secret", "configMap", "ephemeral")
 _LABELS_OF_OTHERS = ("pipelines.kubeflow.org/", "pipeline/", "workflows.argoproj.io/")
 _KUEUE = "kueue.x-k8s.io/"
 _QUEUE_LABELS = (f"{_KUEUE}queue-name", f"{_KUEUE}priority-class")
@@ -62,6 +55,7 @@ def train_job(
     name: str,
     runtime_kind: str,
     launcher: dict[str, Any],
+    shared: Path,
     nodes: Nodes,
     command: list[str],
     environment: Mapping[str, str],
@@ -74,6 +68,7 @@ def train_job(
         name: of the TrainJob.
         runtime_kind: ClusterTrainingRuntime or TrainingRuntime.
         launcher: this pod.
+        shared: the folder that all nodes need.
         nodes: how many, with what.
         command: of each node's container.
         environment: variables set beside the launcher's.
@@ -81,9 +76,16 @@ def train_job(
         grace_seconds: between SIGTERM and SIGKILL when it is deleted.
 
     Raises:
-        UserError: Trainer's own models refuse it, e.g. a field of this cluster's pods.
+        UserError: the nodes would not see `shared`; or Trainer's own models refuse it, e.g. a
+            field of this cluster's pods.
     """
     main = _main(launcher)
+    mounts = _own_mounts(launcher, main)
+    if not any(shared.is_relative_to(mount["mountPath"]) for mount in mounts):
+        raise UserError(
+            f"{variables.SHARED}={shared}: no volume that the platform file gives this pod is "
+            f"mounted there, but {[mount['mountPath'] for mount in mounts]}; nodes would not see it"
+        )
     queue = _labels(launcher, _QUEUE_LABELS)
     spec: dict[str, Any] = {
         "runtimeRef": {
@@ -101,7 +103,10 @@ def train_job(
             "resourcesPerNode": _resources(nodes),
         },
         "runtimePatches": [
-            {"manager": _MANAGER, "trainingRuntimeSpec": _patch(launcher, main, grace_seconds)}
+            {
+                "manager": _MANAGER,
+                "trainingRuntimeSpec": _patch(launcher, main, mounts, grace_seconds),
+            }
         ],
     }
     if nodes.pods.timeout_seconds is not None:
@@ -196,19 +201,35 @@ def _resources(nodes: Nodes) -> dict[str, dict[str, str]]:
     return {"requests": {"cpu": pods.cpu, **limits}, "limits": limits}
 
 
-def _patch(launcher: dict[str, Any], main: dict[str, Any], grace_seconds: int) -> dict[str, Any]:
+def _own_mounts(launcher: dict[str, Any], main: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mounts that the platform file asked for, which are those of the step alone.
+
+    Argo mounts what a step's template has in its own containers too, beside what it brings itself;
+    only then does KFP add what a platform asks for. A service account's token is everybody's.
+    """
+    spec = launcher["spec"]
+    others = [c for c in (*spec.get("initContainers", []), *spec["containers"]) if c is not main]
+    theirs = {mount["name"] for other in others for mount in other.get("volumeMounts", [])}
+    return [mount for mount in main.get("volumeMounts", []) if mount["name"] not in theirs]
+
+
+def _patch(
+    launcher: dict[str, Any],
+    main: dict[str, Any],
+    mounts: list[dict[str, Any]],
+    grace_seconds: int,
+) -> dict[str, Any]:
     """What Trainer is to change of the runtime's pods."""
     spec = launcher["spec"]
-    volumes = [one for one in spec.get("volumes", []) if _is_wanted(one)]
-    names = {volume["name"] for volume in volumes}
+    used = {mount["name"] for mount in mounts}
     container: dict[str, Any] = {
         "name": _NODE,
-        "volumeMounts": [one for one in main.get("volumeMounts", []) if one["name"] in names],
+        "volumeMounts": mounts,
         "securityContext": main.get("securityContext"),
     }
     pod = {
         "containers": [_filled(container)],
-        "volumes": volumes,
+        "volumes": [volume for volume in spec.get("volumes", []) if volume["name"] in used],
         "nodeSelector": spec.get("nodeSelector"),
         "tolerations": [one for one in spec.get("tolerations", []) if not _is_everyones(one)],
         "imagePullSecrets": spec.get("imagePullSecrets"),
@@ -227,14 +248,6 @@ def _patch(launcher: dict[str, Any], main: dict[str, Any], grace_seconds: int) -
     }
     job = {"name": _NODE, "template": {"spec": {"template": template}}}
     return {"template": {"spec": {"replicatedJobs": [job]}}}
-
-
-def _is_wanted(volume: dict[str, Any]) -> bool:
-    if "persistentVolumeClaim" in volume:  # KFP names it after the claim, e.g. team-scratch
-        return True
-    name = volume["name"]
-    own = name.startswith(_VOLUMES_OF_KFP) or name.endswith(_SCRATCH_OF_KFP)
-    return not own and any(kind in volume for kind in _VOLUME_KINDS)
 
 
 def _is_everyones(toleration: dict[str, Any]) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 _NODE = "node"
 _INDEX = "batch.kubernetes.io/job-completion-index"
+_KILLED = (128 + signal.SIGKILL, 128 + signal.SIGTERM)
 
 
 def is_complete(job: dict[str, Any]) -> bool:
@@ -19,6 +22,17 @@ def failure(job: dict[str, Any]) -> str | None:
     return None if found is None else f"{found.get('reason', '')}: {found.get('message', '')}"
 
 
+def lasting(job: dict[str, Any], pods: list[dict[str, Any]]) -> str | None:
+    """What another start would not mend: it took too long, or memory did not suffice; else None."""
+    found = _condition(job, "Failed")
+    if found is not None and found.get("reason") == "DeadlineExceeded":
+        return failure(job)
+    for pod in pods:
+        if any(ended.get("reason") == "OOMKilled" for ended in _ends(pod)):
+            return f"pod {pod['metadata']['name']} ran out of memory (OOMKilled)"
+    return None
+
+
 def dead_pod(pods: list[dict[str, Any]]) -> str | None:
     """A pod whose training was ended, and why: Evicted, OOMKilled, an exit code; None if all live.
 
@@ -26,16 +40,25 @@ def dead_pod(pods: list[dict[str, Any]]) -> str | None:
     """
     for pod in pods:
         name, status = pod["metadata"]["name"], pod.get("status", {})
-        for container in status.get("containerStatuses", []):
-            for state in (container.get("state", {}), container.get("lastState", {})):
-                ended = state.get("terminated")
-                if container["name"] == _NODE and ended and ended["exitCode"] != 0:
-                    reason = ended.get("reason", "Error")
-                    return f"pod {name} ended: {reason}, exit code {ended['exitCode']}"
+        for ended in _ends(pod):
+            if ended["exitCode"] != 0:
+                reason = ended.get("reason", "Error")
+                return f"pod {name} ended: {reason}, exit code {ended['exitCode']}"
         if status.get("phase") == "Failed":
             told = ": ".join(filter(None, (status.get("reason"), status.get("message"))))
             return f"pod {name} failed: {told or 'no reason given'}"
     return None
+
+
+def is_lost(pods: list[dict[str, Any]]) -> bool:
+    """Whether a pod is taken away, or was killed, rather than that its training failed."""
+    for pod in pods:
+        for condition in pod.get("status", {}).get("conditions", []):
+            if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
+                return True
+        if any(ended["exitCode"] in _KILLED for ended in _ends(pod)):
+            return True
+    return False
 
 
 def all_ended(pods: list[dict[str, Any]]) -> bool:
@@ -64,6 +87,14 @@ def first_node(pods: list[dict[str, Any]]) -> str | None:
     found = [p for p in pods if p["metadata"].get("labels", {}).get(_INDEX) == "0"]
     newest = sorted(found, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
     return newest[-1]["metadata"]["name"] if newest else None
+
+
+def _ends(pod: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How the training's container ended, now and before it was started anew."""
+    for container in pod.get("status", {}).get("containerStatuses", []):
+        for state in (container.get("state", {}), container.get("lastState", {})):
+            if container["name"] == _NODE and state.get("terminated"):
+                yield state["terminated"]
 
 
 def _pending(pod: dict[str, Any]) -> str | None:

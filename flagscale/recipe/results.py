@@ -72,7 +72,7 @@ class ResourcesRecipe(Section):
     """
 
     nodes: PositiveInt = Field(
-        1, description="Pods that train together; above 1 as a TrainJob of Kubeflow Trainer"
+        1, description="Pods that train together; from 2 on as a TrainJob of Kubeflow Trainer"
     )
     accelerator_count: PositiveInt | None = Field(
         None, description="Use so many of the platform's accelerators a training pod; default: all"

@@ -52,7 +52,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in rest.items():
         check_value(key, value)
     if made.platform is not None:
-        check_checkpoints(values["training_checkpoints"], made.platform, made.nodes)
+        check_checkpoints(values["training_checkpoints"], made.platform)
         check_images(rest, made.platform)
     whole = _changed(made, values)
     if "sweep_variants" in values:

@@ -15,6 +15,7 @@ class PlatformFacts(Section):
     mount_path: str | None = Field(None, description="Of the volume that steps share")
     url: str | None = Field(None, description="Of the object store that they share instead")
     images: dict[str, str] = Field(description="The pipeline's own, by kind")
+    uses_trainjob: bool = Field(False, description="Whether the training's pods are a TrainJob's")
     accelerator_counts: dict[str, int] = Field(description="A pod of the kind, by default")
 
 
@@ -26,8 +27,3 @@ class Made(Section):
         description="Its sections are the parameters' defaults; a sweep's has not those that vary"
     )
     platform: PlatformFacts | None = Field(None, description="None: this machine")
-
-    @property
-    def nodes(self) -> int:
-        """Pods that train together."""
-        return int(self.recipe["resources"]["nodes"])

@@ -81,19 +81,18 @@ def _check_kind(key: str, value: Any, kind: Any) -> None:  # noqa: ANN401 - a ty
         raise UserError(f"parameter {key}: {wrong['input']!r}: {message(kind, wrong)}") from None
 
 
-def check_checkpoints(place: str, platform: PlatformFacts, nodes: int) -> None:
+def check_checkpoints(place: str, platform: PlatformFacts) -> None:
     """Refuse a place that the training's pods could not use, or that would be gone with them.
 
     Args:
         place: folder or URL.
         platform: where the pods run.
-        nodes: that train together.
 
     Raises:
         UserError: what it must be.
     """
     mount, url = platform.mount_path, platform.url
-    if "://" in place and nodes == 1:
+    if "://" in place and not platform.uses_trainjob:
         if re.match("(s3|gs|az)://[^/]", place):
             return
         right = "a URL must start with s3://, gs:// or az://, and name a bucket"
@@ -105,8 +104,8 @@ def check_checkpoints(place: str, platform: PlatformFacts, nodes: int) -> None:
         right = "must be a folder of the pods, from / on, or a URL of an object store"
     elif PurePosixPath(posixpath.normpath(place)).is_relative_to(mount):
         return
-    elif nodes > 1:
-        right = f"must be a folder below {mount}, which all {nodes} nodes see"
+    elif platform.uses_trainjob:
+        right = f"must be a folder below {mount}, which all nodes of a TrainJob see"
     else:
         right = (
             f"must be a folder below {mount}, or a URL of an object store; any other folder is "

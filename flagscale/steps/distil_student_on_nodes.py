@@ -1,4 +1,4 @@
-"""distil-student on several nodes: the launcher, which trains nothing and loads no torch."""
+"""distil-student as a TrainJob: the launcher, which trains nothing and loads no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def distil_student_on_nodes(
     accelerator_count: int,
     pods: NodePods,
 ) -> dict[str, float]:
-    """`distil_student`, on several nodes at once; every path must be on the shared volume.
+    """`distil_student`, in pods of its own, one a node; every path must be on the shared volume.
 
     Args:
         distillation: see `distil_student`.

@@ -1,10 +1,13 @@
-"""An object store: moto's server, which speaks S3's own protocol over HTTP."""
+"""Servers: an object store, moto's, which speaks S3's own protocol; a web server with troubles."""
 
 import logging
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.flagscale.web_server import WebServer
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,20 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{uuid.uuid4().hex[:8]}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[WebServer]:
+    """A web server of a new folder, which has troubles when asked to."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    found = WebServer(folder)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def in_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are patient, but not for minutes."""
+    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    monkeypatch.setenv("FLAGSCALE_PATIENCE_SECONDS", "0.5")

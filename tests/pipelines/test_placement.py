@@ -15,7 +15,7 @@ from flagscale.ranks.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement
 from pipelines.compiling import compile_recipe
-from pipelines.platform import FOLDER, Platform, load_platform
+from pipelines.platform import FOLDER, Platform, Shared, Trainer, load_platform
 from pipelines.pods import Pods
 
 ROOT = Path(__file__).parents[2]
@@ -306,22 +306,46 @@ def test_an_empty_variable_names_no_image(monkeypatch: pytest.MonkeyPatch) -> No
     assert images == {f"flagscale-distillation:{VERSION}-{kind}" for kind in ("cpu", "gpu")}
 
 
-def test_several_nodes_need_a_new_volume_that_all_of_them_mount() -> None:
+def always_trainjobs(platform: Platform) -> Platform:
+    return platform.model_copy(update={"trainer": Trainer(min_nodes=1)})
+
+
+TWO_NODES = ["resources.nodes=2"]
+ONE_NODE = "resources.nodes=1 with trainer.min_nodes=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"), [(TWO_NODES, "resources.nodes=2"), ([], ONE_NODE)], ids=["two", "one"]
+)
+def test_a_trainjob_needs_a_volume_that_all_pods_mount(overrides: list[str], why: str) -> None:
+    recipe = load_recipe(RECIPES["tiny"], overrides)
     platform = load_platform("on-prem-a100")
     assert platform.shared is not None
     assert platform.shared.create is not None
     alone = platform.shared.create.model_copy(update={"access_modes": ("ReadWriteOnce",)})
-    shared = platform.shared.model_copy(update={"create": alone})
-    with pytest.raises(UserError, match="must have ReadWriteMany"):
-        placement.check(
-            platform.model_copy(update={"shared": shared}),
-            load_recipe(RECIPES["qwen3-8b-to-24-layers"]),
-        )
+    missing = {
+        "must have ReadWriteMany": platform.shared.model_copy(update={"create": alone}),
+        "shared=s3://bucket/x: set shared.claim": Shared(url="s3://bucket/x"),
+        "shared=None: set shared.claim or shared.create": None,
+    }
+    for message, shared in missing.items():
+        there = platform.model_copy(update={"shared": shared})
+        with pytest.raises(UserError, match=f"^{why} needs a volume that all .*{message}"):
+            placement.check(always_trainjobs(there), recipe)
+    placement.check(always_trainjobs(platform), recipe)
 
 
-def test_several_nodes_are_started_by_a_small_pod_that_knows_theirs(tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPES["qwen3-8b-to-24-layers"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_trainjob_is_started_by_a_small_pod_that_knows_its_nodes(
+    nodes: int, tmp_path: Path
+) -> None:
+    """Of two nodes by default, of one where the platform always wants it."""
+    recipe = load_recipe(RECIPES["qwen3-8b-to-24-layers"], [f"resources.nodes={nodes}"])
     platform = load_platform("gke-h100")
+    if nodes == 1:
+        alone = compiled(recipe, platform, tmp_path).spec["root"]["dag"]["tasks"]
+        assert "distil-student-on-nodes" not in alone
+        platform = always_trainjobs(platform)
     found = compiled(recipe, platform, tmp_path)
     tasks = found.spec["root"]["dag"]["tasks"]
     assert "distil-student" not in tasks
@@ -333,8 +357,9 @@ def test_several_nodes_are_started_by_a_small_pod_that_knows_theirs(tmp_path: Pa
         accelerator_type=pods.accelerator_type,
         runtime=platform.trainer.runtime,
         timeout_seconds=pods.timeout_seconds,
+        restarts=pods.retries.count,
     )
-    assert found.resolve(inputs["nodes"]) == 2
+    assert found.resolve(inputs["nodes"]) == nodes
     assert found.resolve(inputs["accelerator_count"]) == "8"
     own = found.executors["exec-distil-student-on-nodes"]["container"]["resources"]
     assert own["resourceCpuRequest"] == "1"

@@ -11,11 +11,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.http import HTTPFileSystem
 
 from flagscale.data.messages import dump_messages
 from flagscale.data.sources import documents
 from flagscale.errors import UserError
 from flagscale.recipe import DataRecipe
+from tests.flagscale.web_server import HALF, HANGS_UP, WebServer
 
 
 def texts(source: object, **options: object) -> list[str]:
@@ -226,6 +228,47 @@ def test_huggingface_dataset(tmp_path: Path) -> None:
 def test_huggingface_out_of_reach() -> None:
     with pytest.raises(UserError, match=r"'some/dataset': no such file, and as a Hugging Face"):
         texts("some/dataset")
+
+
+@pytest.fixture
+def served(web_server: WebServer) -> str:
+    """URL of a folder with two files, which no client has asked for yet."""
+    write_jsonl(web_server.folder / "a.jsonl", *({"text": f"a{i}" * 100} for i in range(99)))
+    write_jsonl(web_server.folder / "b.jsonl", {"text": "b"})
+    HTTPFileSystem.clear_instance_cache()
+    return web_server.url
+
+
+@pytest.mark.usefixtures("in_a_pod")
+@pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl"])
+@pytest.mark.parametrize("first", range(5))
+def test_remote_text_outlasts_a_server_that_is_away(
+    web_server: WebServer, served: str, name: str, first: int
+) -> None:
+    """Whatever it is asked for just then; half a file is not taken for the whole."""
+    expected = texts(f"{served}/{name}")
+    HTTPFileSystem.clear_instance_cache()
+    web_server.troubles = [200] * first + [503, 503, HANGS_UP, 503, HALF, 429, HALF]
+    assert texts(f"{served}/{name}") == expected
+    assert len(expected) == (99 if name == "a.jsonl" else 100)
+
+
+@pytest.mark.usefixtures("in_a_pod")
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_remote_text_that_is_refused(web_server: WebServer, served: str, status: int) -> None:
+    web_server.troubles = [status] * 100
+    with pytest.raises(UserError, match="no such file" if status == 404 else str(status)):
+        texts(f"{served}/a.jsonl")
+    assert len(web_server.requests) <= 2
+
+
+def test_a_server_that_is_away_is_told_at_once_to_people(
+    web_server: WebServer, served: str
+) -> None:
+    web_server.troubles = [503] * 100
+    with pytest.raises(UserError, match=r"a.jsonl' cannot be opened: ClientResponseError: 503"):
+        texts(f"{served}/a.jsonl")
+    assert len(web_server.requests) <= 2
 
 
 def test_streams(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@ import importlib.util
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
+import huggingface_hub.utils._http
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 from flagscale.errors import UserError
 from flagscale.models import source as source_module
 from flagscale.models.source import load_hf_config, load_hf_model, load_tokenizer, tokenizer_hash
+from tests.flagscale.web_server import HANGS_UP, WebServer
 
 
 @pytest.fixture
@@ -66,6 +70,52 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"'nobody/nothing' cannot be fetched .* a local folder"):
         load_hf_model("nobody/nothing")
+
+
+@pytest.fixture
+def hub(web_server: WebServer, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> WebServer:
+    """A hub with the tiny teacher, whatever is asked for."""
+    shutil.copytree(tiny_teacher, web_server.folder, dirs_exist_ok=True)
+    cache = str(web_server.folder.parent / "cache")
+    for name, value in {
+        "ENDPOINT": web_server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": web_server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": cache,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    # The hub's client asks six times itself, which would take a test half a minute.
+    at_once = SimpleNamespace(sleep=lambda _seconds: None, time=time.time)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", at_once)
+    return web_server
+
+
+@pytest.mark.usefixtures("in_a_pod")
+def test_a_hub_that_is_away_for_a_while(hub: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    hub.troubles = [HANGS_UP, 503, 429, 500] * 5
+    assert load_hf_config("o/n").num_hidden_layers == 4
+    assert load_tokenizer("o/n").decode([5])
+    assert not hub.troubles
+    assert "cannot fetch configuration of o/n: " in caplog.text
+
+
+@pytest.mark.usefixtures("in_a_pod")
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_a_hub_refuses_is_told_at_once(
+    hub: WebServer, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.troubles = [status] * 100
+    with pytest.raises(UserError, match="configuration of 'o/n' cannot be fetched"):
+        load_hf_config("o/n")
+    assert "trying again" not in caplog.text
+
+
+def test_a_hub_that_is_away_is_told_at_once_to_people(
+    hub: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.troubles = [503] * 100
+    with pytest.raises(UserError, match="configuration of 'o/n' cannot be fetched"):
+        load_hf_config("o/n")
+    assert "trying again" not in caplog.text
 
 
 def test_truncated_safetensors(teacher_copy: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_node_that_waits_for_others_ends_at_once(monkeypatch):
         with master.accept()[0]:
             assert torchrun.poll() is None
             torchrun.terminate()
-            assert torchrun.wait(timeout=30) == 143  # torchrun itself would wait for 60 and more
+            assert torchrun.wait(timeout=PATIENCE) == 143  # torchrun itself would end otherwise
 
 
 TRAINING = TrainingRecipe(

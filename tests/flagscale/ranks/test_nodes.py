@@ -21,7 +21,7 @@ def test_ranks_on_a_node():
 
 def test_nodes_need_a_folder_that_all_of_them_see(tmp_path, monkeypatch):
     monkeypatch.setenv("FLAGSCALE_SHARED", "s3://bucket/x")
-    with pytest.raises(UserError, match=r"FLAGSCALE_SHARED=s3://bucket/x: several nodes need a"):
+    with pytest.raises(UserError, match=r"FLAGSCALE_SHARED=s3://bucket/x: a TrainJob needs a"):
         shared_folder({})
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):

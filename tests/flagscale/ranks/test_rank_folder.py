@@ -4,7 +4,7 @@ import pytest
 
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import note_error
-from flagscale.ranks.rank_folder import RankFolder
+from flagscale.ranks.rank_folder import LostError, RankFolder
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_stopped_on_request_or_from_outside(ranks):
         ended(ranks, rank, 143, "interrupted: stopped after step 2 of 3")
     with pytest.raises(Interrupted, match=r"^stopped after step 2 of 3$"):
         ranks.raise_error(stopped=True, otherwise="killed")
-    with pytest.raises(UserError, match=r"a node is drained: stopped after step 2 of 3; start it"):
+    with pytest.raises(LostError, match=r"a node is drained: stopped after step 2 of 3; start it"):
         ranks.raise_error(stopped=False, otherwise="killed")
 
 
@@ -54,9 +54,19 @@ def test_a_pod_that_is_started_anew_changes_nothing(ranks):
     ranks.join(1)
     with pytest.raises(SystemExit) as end:
         ranks.join(1)
-    assert end.value.code == 1
-    with pytest.raises(UserError, match=r"^rank 1 was killed, and started anew$"):
+    assert end.value.code == 137
+    with pytest.raises(LostError, match=r"^rank 1 was killed, and started anew$"):
         ranks.raise_error(stopped=False, otherwise="killed")
+
+
+def test_what_is_lost_is_told_from_mistakes(ranks):
+    """A lost node's neighbours fail too; what they say because of it is not the reason."""
+    ended(ranks, 0, 1, "connection closed by peer")
+    with pytest.raises(LostError, match=r"^pod x is gone$"):
+        ranks.raise_error(stopped=False, otherwise="pod x is gone", lost=True)
+    with pytest.raises(UserError, match=r"^connection closed by peer$") as error:
+        ranks.raise_error(stopped=False, otherwise="pod x is gone")
+    assert not isinstance(error.value, LostError)
 
 
 def test_the_result_is_waited_for(ranks):

@@ -1,14 +1,16 @@
 """A TrainJob as Kubernetes and Trainer would take and run it, on one machine.
 
 Checked, field by field, against Trainer's own models and by the rules of its webhook; each node is
-a process group of this machine.
+a process group of this machine. Objects look as those of Kubernetes 1.36 and Trainer 2.3 did.
 """
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from typing import Any
 import psutil
 from kubeflow_trainer_api import models
 
-NAMESPACE = "team"
+NAMESPACE = "kubeflow"
+POD_OF_TRAINJOB = Path(__file__).with_name("pod-of-trainjob.json")
+OTHER = "distil-student-91256733a1dd"  # the TrainJob whose pod that was
 SECRET = "planted-5f1c"
 RUNTIME = {
     "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -61,51 +65,88 @@ class ApiError(Exception):
 
 
 class Node:
-    """A pod of a TrainJob: a process group, its log, and how it ended."""
+    """A pod of a TrainJob: its container, which is started anew in place when it fails.
 
-    def __init__(
-        self, job: "Job", index: int, incarnation: int, environment: dict, folder: Path
-    ) -> None:
-        self.index = index
-        self.name = f"{job.name}-node-0-{index}-{os.urandom(2).hex()}"
-        self.log = folder / f"{self.name}.log"
+    Attributes:
+        process: the container, a process group.
+        disrupted: whether the node is taken away.
+        removed: whether the pod's object is gone.
+    """
+
+    def __init__(self, job: "Job", index: int, environment: dict[str, str], folder: Path) -> None:
+        self.index, self.job = index, job
+        self.name = f"{job.name}-node-0-{index}-{os.urandom(3).hex()[:5]}"
         self.made = now()
-        trainer = job.manifest["spec"]["trainer"]
+        self.restarts = 0
+        self.disrupted = self.removed = False
+        self._environment, self._folder = environment, folder
+        self._last: dict[str, Any] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        self.log = self._folder / f"{self.name}-{self.restarts}.log"
+        trainer = self.job.manifest["spec"]["trainer"]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [*trainer["command"], *trainer["args"]],
-                env=environment,
+                env=self._environment,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.incarnation = incarnation
 
-    def pod(self, job: "Job") -> dict[str, Any]:
+    def is_due(self) -> bool:
+        """Whether its container is started anew: at once, later with longer and longer pauses."""
+        pause = 10 * 2 ** (self.restarts - 1) if self.restarts else 0
+        return self.has_failed and time.monotonic() - self._started > pause
+
+    def restart(self) -> None:
+        """`restartPolicy: OnFailure`: the same pod, its container anew."""
+        self._last = self._state()
+        self.restarts += 1
+        self._start()
+
+    @property
+    def has_failed(self) -> bool:
+        return self.process.poll() not in (None, 0)
+
+    def _state(self) -> dict[str, Any]:
         code = self.process.poll()
-        phase = {None: "Running", 0: "Succeeded"}.get(code, "Failed")
-        state: dict[str, Any] = {"running": {"startedAt": self.made}}
-        if code is not None:
-            reason = {0: "Completed", -9: "OOMKilled"}.get(code, "Error")
-            code = code if code >= 0 else 128 - code
-            state = {"terminated": {"exitCode": code, "reason": reason}}
-        container = {"name": "node", "image": "i", "imageID": "", "ready": True, "restartCount": 0}
-        return {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {
-                "name": self.name,
-                "namespace": NAMESPACE,
-                "creationTimestamp": self.made,
-                "labels": {
-                    "jobset.sigs.k8s.io/jobset-name": job.name,
-                    "jobset.sigs.k8s.io/replicatedjob-name": "node",
-                    "batch.kubernetes.io/job-completion-index": str(self.index),
-                },
-            },
-            "spec": {"containers": [{"name": "node", "image": "i"}]},
-            "status": {"phase": phase, "containerStatuses": [{**container, "state": state}]},
+        if code is None:
+            return {"running": {"startedAt": self.made}}
+        reason = {0: "Completed"}.get(code, "Error")
+        return {"terminated": {"exitCode": code if code >= 0 else 128 - code, "reason": reason}}
+
+    def pod(self) -> dict[str, Any]:
+        """The object; only a pod that is not started anew has failed."""
+        found: dict[str, Any] = json.loads(
+            POD_OF_TRAINJOB.read_text().replace(OTHER, self.job.name)
+        )
+        found["metadata"] |= {"name": self.name, "creationTimestamp": self.made}
+        for where in ("labels", "annotations"):
+            found["metadata"][where]["batch.kubernetes.io/job-completion-index"] = str(self.index)
+        found["spec"]["hostname"] = f"{self.job.name}-node-0-{self.index}"
+        ended = self.job.has_failed or self.disrupted or self.process.poll() == 0
+        phase = {None: "Running", 0: "Succeeded"}.get(self.process.poll(), "Failed")
+        status = found["status"] | {"phase": phase if ended else "Running"}
+        status["containerStatuses"][0] |= {
+            "restartCount": self.restarts,
+            "ready": self.process.poll() is None,
+            "lastState": self._last,
+            "state": self._state(),
         }
+        if self.disrupted:
+            found["metadata"]["deletionTimestamp"] = self.made
+            status["conditions"].append(
+                {
+                    "type": "DisruptionTarget",
+                    "status": "True",
+                    "reason": "EvictionByEvictionAPI",
+                    "message": "Eviction API: evicting",
+                }
+            )
+        return {**found, "status": status}
 
     def kill(self, number: int) -> None:
         """To the container's first process; SIGKILL to everything in it."""
@@ -124,26 +165,60 @@ class Node:
 
 
 class Job:
-    """A TrainJob."""
+    """A TrainJob.
+
+    Attributes:
+        nodes: all its pods, also those that are gone.
+        port: of its rendezvous, which nobody else can get while this lives.
+    """
 
     def __init__(self, manifest: dict[str, Any]) -> None:
         self.manifest, self.name = manifest, manifest["metadata"]["name"]
         self.nodes: list[Node] = []
         self.restarts = 0
-        self.deleted = False
+        self.deleted = self.has_failed = self.timed_out = False
+        self._holder = socket.socket()
+        # Bound, not listening: the kernel gives the port to nobody, and torch's store may have it.
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.port = int(self._holder.getsockname()[1])
 
-    def finished(self) -> str | None:
-        codes = [node.process.poll() for node in self.newest()]
-        if len(codes) == self.count and all(code == 0 for code in codes):
-            return "Complete"
-        return None
+    def is_complete(self) -> bool:
+        codes = [node.process.poll() for node in self.pods()]
+        return len(codes) == self.count and all(code == 0 for code in codes)
 
     @property
     def count(self) -> int:
         return int(self.manifest["spec"]["trainer"]["numNodes"])
 
-    def newest(self) -> list[Node]:
-        return list({node.index: node for node in self.nodes}.values())
+    def pods(self) -> list[Node]:
+        return [node for node in self.nodes if not node.removed]
+
+    def object(self) -> dict[str, Any]:
+        """As the API shows it: what is missing in the request is filled in, and has a status."""
+        spec = {**self.manifest["spec"], "suspend": False}
+        spec["managedBy"] = "trainer.kubeflow.org/trainjob-controller"
+        spec["runtimePatches"] = [{**one, "time": now()} for one in spec.get("runtimePatches", [])]
+        active = sum(node.process.poll() is None for node in self.pods())
+        told = {"name": "node", "active": active, "ready": active, "suspended": 0}
+        told |= {"failed": int(self.has_failed), "succeeded": int(self.is_complete())}
+        status: dict[str, Any] = {"jobsStatus": [told]}
+        condition = self._condition()
+        if condition:
+            status["conditions"] = [{"status": "True", "lastTransitionTime": now(), **condition}]
+        return {**self.manifest, "spec": spec, "status": status}
+
+    def _condition(self) -> dict[str, str] | None:
+        if self.timed_out:
+            message = "TrainJob exceeded its active deadline"
+            return {"type": "Failed", "reason": "DeadlineExceeded", "message": message}
+        if self.has_failed:
+            message = "jobset failed due to one or more job failures"
+            return {"type": "Failed", "reason": "FailedJobs", "message": message}
+        if self.is_complete():
+            message = "jobset completed successfully"
+            return {"type": "Complete", "reason": "AllJobsCompleted", "message": message}
+        return None
 
 
 def refuse(manifest: dict[str, Any]) -> None:
@@ -198,90 +273,3 @@ def pending(job: Job, index: int) -> dict[str, Any]:
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def launcher_pod(shared: Path) -> dict:
-    """As Argo makes it for a step of KFP: the step's container beside their own."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": "distillation-x-launcher",
-            "namespace": NAMESPACE,
-            "uid": "7f5d0000-0000-4000-8000-000000000001",
-            "labels": {
-                "team": "llm",
-                "kueue.x-k8s.io/queue-name": "distillation",
-                "kueue.x-k8s.io/priority-class": "training",
-                "kueue.x-k8s.io/managed": "true",
-                "pipeline/runid": "run-1",
-                "pipelines.kubeflow.org/v2_component": "true",
-                "workflows.argoproj.io/workflow": "distillation-x",
-            },
-        },
-        "spec": {
-            "nodeSelector": {"pool": "h100"},
-            "tolerations": [
-                {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-                {"key": "node.kubernetes.io/not-ready", "operator": "Exists"},
-            ],
-            "imagePullSecrets": [{"name": "registry"}],
-            "securityContext": {"fsGroup": 1000},
-            "volumes": [
-                {"name": "flagscale-shared", "persistentVolumeClaim": {"claimName": "shared"}},
-                {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
-                {"name": "tmp", "emptyDir": {}},
-                {"name": "kfp-launcher", "emptyDir": {}},
-                {"name": "dot-cache-scratch", "emptyDir": {}},
-                {"name": "var-run-argo", "emptyDir": {}},
-                {"name": "kube-api-access-x", "projected": {"sources": []}},
-            ],
-            "containers": [
-                {"name": "wait", "image": "argoexec", "env": [{"name": "ARGO_X", "value": "1"}]},
-                {
-                    "name": "main",
-                    "image": "registry.example/flagscale@sha256:0",
-                    "securityContext": {"runAsUser": 1000, "runAsNonRoot": True},
-                    "env": [
-                        {"name": "FLAGSCALE_SHARED", "value": str(shared)},
-                        {"name": "NCCL_DEBUG", "value": "WARN"},
-                        {
-                            "name": "KFP_RUN_ID",
-                            "valueFrom": {
-                                "fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}
-                            },
-                        },
-                        {
-                            "name": "KFP_POD_NAME",
-                            "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}},
-                        },
-                        {
-                            "name": "MLFLOW_TRACKING_PASSWORD",
-                            "valueFrom": {
-                                "secretKeyRef": {
-                                    "name": "mlflow",
-                                    "key": "password",
-                                    "optional": True,
-                                }
-                            },
-                        },
-                        {"name": "ARGO_CONTAINER_NAME", "value": "main"},
-                    ],
-                    "volumeMounts": [
-                        {"name": "flagscale-shared", "mountPath": "/mnt/flagscale"},
-                        {"name": "dshm", "mountPath": "/dev/shm"},
-                        {"name": "tmp", "mountPath": "/tmp"},
-                        {"name": "kfp-launcher", "mountPath": "/kfp-launcher"},
-                        {"name": "dot-cache-scratch", "mountPath": "/.cache"},
-                        {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/x"},
-                    ],
-                },
-            ],
-        },
-    }

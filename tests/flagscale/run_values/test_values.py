@@ -8,51 +8,50 @@ from flagscale.run_values.values import check_checkpoints, check_value
 
 FACTS = {"images": {}, "accelerator_counts": {}}
 VOLUME = PlatformFacts(mount_path="/mnt/flagscale", **FACTS)
+TRAINJOB = VOLUME.model_copy(update={"uses_trainjob": True})
 BUCKET = PlatformFacts(url="s3://bucket/distillation", **FACTS)
 NEITHER = PlatformFacts(**FACTS)
 ANY_FOLDER = "must be a folder of the pods, from / on"
 ON_VOLUME = "must be a folder below /mnt/flagscale, or a URL of an object store; any other folder"
-ON_NODES = "must be a folder below /mnt/flagscale, which all 2 nodes see"
+ON_NODES = "must be a folder below /mnt/flagscale, which all nodes of a TrainJob see"
 
 
 @pytest.mark.parametrize(
-    ("platform", "nodes", "place", "said"),
+    ("platform", "place", "said"),
     [
-        (VOLUME, 1, "foo://x", "a URL must start with s3://, gs:// or az://, and name a bucket"),
-        (VOLUME, 1, "s3://", "a URL must start with"),
-        (VOLUME, 1, "/tmp/x", ON_VOLUME),
-        (VOLUME, 1, "/mnt/flagscale/../other", ON_VOLUME),
-        (VOLUME, 1, "/mnt/flagscale-2/x", ON_VOLUME),
-        (VOLUME, 2, "s3://b/x", ON_NODES),
-        (VOLUME, 2, "/tmp/x", ON_NODES),
-        (NEITHER, 1, "foo://x", "a URL must start with"),
-        (NEITHER, 1, "x", ANY_FOLDER),
-        (BUCKET, 1, "/tmp/x", "must be a URL of an object store; a folder is lost with its pod"),
+        (VOLUME, "foo://x", "a URL must start with s3://, gs:// or az://, and name a bucket"),
+        (VOLUME, "s3://", "a URL must start with"),
+        (VOLUME, "/tmp/x", ON_VOLUME),
+        (VOLUME, "/mnt/flagscale/../other", ON_VOLUME),
+        (VOLUME, "/mnt/flagscale-2/x", ON_VOLUME),
+        (TRAINJOB, "s3://b/x", ON_NODES),
+        (TRAINJOB, "/tmp/x", ON_NODES),
+        (NEITHER, "foo://x", "a URL must start with"),
+        (NEITHER, "x", ANY_FOLDER),
+        (BUCKET, "/tmp/x", "must be a URL of an object store; a folder is lost with its pod"),
     ],
 )
 def test_checkpoints_that_pods_would_lose_or_not_find(
-    platform: PlatformFacts, nodes: int, place: str, said: str
+    platform: PlatformFacts, place: str, said: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        check_checkpoints(place, platform, nodes)
+        check_checkpoints(place, platform)
     assert str(caught.value).startswith(f"parameter training_checkpoints={place}: {said}")
 
 
 @pytest.mark.parametrize(
-    ("platform", "nodes", "place"),
+    ("platform", "place"),
     [
-        (VOLUME, 1, "/mnt/flagscale/mine"),
-        (VOLUME, 1, "gs://bucket/mine"),
-        (VOLUME, 2, "/mnt/flagscale/a/../b"),
-        (NEITHER, 1, "/tmp/x"),  # where the default lies too
-        (NEITHER, 1, "az://container/mine"),
-        (BUCKET, 1, "s3://other/mine"),
+        (VOLUME, "/mnt/flagscale/mine"),
+        (VOLUME, "gs://bucket/mine"),
+        (TRAINJOB, "/mnt/flagscale/a/../b"),
+        (NEITHER, "/tmp/x"),  # where the default lies too
+        (NEITHER, "az://container/mine"),
+        (BUCKET, "s3://other/mine"),
     ],
 )
-def test_checkpoints_that_outlive_their_pod(
-    platform: PlatformFacts, nodes: int, place: str
-) -> None:
-    check_checkpoints(place, platform, nodes)
+def test_checkpoints_that_outlive_their_pod(platform: PlatformFacts, place: str) -> None:
+    check_checkpoints(place, platform)
 
 
 @pytest.mark.parametrize("key", ["tracking_experiment", "distillation_temperature"])

@@ -10,10 +10,11 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster import run_parameters
 from pipelines.cluster.package import Package, make_package
-from pipelines.platform import Platform, load_platform
+from pipelines.platform import Platform, Trainer, load_platform
 from tests.pipelines.cluster.kfp_api import check_inputs
 
 GKE = load_platform("gke-h100")
+ONE = GKE.model_copy(update={"trainer": Trainer(min_nodes=1)})
 HERE = load_platform("cpu-only")
 
 
@@ -132,7 +133,7 @@ def test_checkpoints_of_several_nodes_are_checked_before_the_run(
 ) -> None:
     nodes = recipe.resources.model_copy(update={"nodes": 2})
     several = recipe.model_copy(update={"resources": nodes})
-    with pytest.raises(UserError, match="which all 2 nodes see"):
+    with pytest.raises(UserError, match="which all nodes of a TrainJob see"):
         read_parameters(["training_checkpoints=s3://b/x"], definitions, several)
 
 
