@@ -97,6 +97,8 @@ def check_inputs(spec: dict[str, Any], values: dict[str, Any]) -> None:
         number_for_bool = isinstance(value, bool) and kind != "BOOLEAN"
         if number_for_bool or not isinstance(value, _KINDS[kind]):
             raise Refused(400, f"InvalidArgument: input parameter {name} requires type {kind}")
+        if "literals" in definition and value not in definition["literals"]:
+            raise Refused(400, f"InvalidArgument: input parameter {name} is none of its literals")
     if extra := values.keys() - wanted.keys():
         raise Refused(400, f"InvalidArgument: parameter(s) not required by pipeline: {extra}")
 

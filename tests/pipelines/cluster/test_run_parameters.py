@@ -109,6 +109,7 @@ def test_mistakes_are_explained(
         (["tracking_experiment="], {"tracking_experiment": ""}),
         (["training_checkpoints=s3://bucket/a=b"], {"training_checkpoints": "s3://bucket/a=b"}),
         (["where_training_accelerator_count=2"], {"where_training_accelerator_count": "2"}),
+        (["distillation_loss=none"], {"distillation_loss": "none"}),
         (["where_models_tolerations=[]"], {"where_models_tolerations": []}),
         (
             [
