@@ -129,9 +129,7 @@ class RankFolder:
             raise Interrupted((message or "stopped by a signal").removeprefix("interrupted: "))
         if interrupted and len(interrupted) == len(self.ranks()):
             told = (read_error(interrupted[0]) or "").removeprefix("interrupted: ")
-            raise LostError(
-                f"stopped from outside, e.g. because a node is drained: {told}; start it again"
-            )
+            raise LostError(f"stopped from outside, e.g. because a node is drained: {told}")
         if lost:
             raise LostError(otherwise)
         # A rank that is stopped because of another's error is not the one to ask.

@@ -133,8 +133,8 @@ def _until_done(
             if stop_requested():
                 raise Interrupted(str(error)) from error
             if not left:
-                raise
-            logger.warning("%s: starting all nodes anew, at most %d times", error, left)
+                raise LostError(f"{error}; start it again, it goes on from there") from error
+            logger.warning("%s; starting all nodes anew, at most %d times", error, left)
             left -= 1
         else:
             shutil.rmtree(home, ignore_errors=True)

@@ -137,7 +137,7 @@ def test_nodes_that_were_lost_are_started_anew(cluster, tmp_path, loses, why):
     loses(cluster, only_pod(cluster))
     code, output = end(process)
     assert code == 0, output
-    assert re.search(f"{why}.*: starting all nodes anew, at most 2 times", output), output
+    assert re.search(f"{why}.*; starting all nodes anew, at most 2 times", output), output
     assert json.loads((tmp_path / "shared/told.json").read_text()) == "went on"
     wait_for(lambda: not cluster.jobs)
     assert len(cluster.gone) == 2
@@ -149,7 +149,9 @@ def test_nodes_that_are_lost_too_often_are_an_error(cluster, tmp_path):
     cluster.drain(only_pod(cluster))
     code, output = end(process)
     assert code == 1
-    assert output.splitlines()[-1].endswith("is drained: saved step 3; start it again")
+    assert output.splitlines()[-1].endswith(
+        "is drained: saved step 3; start it again, it goes on from there"
+    )
 
 
 def test_a_time_limit_is_not_begun_anew(cluster, tmp_path):
