@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +43,7 @@ class TrainingCheckpoints:
         async_save: bool = False,
         best_by: str = "lm loss",
         mirror: Mirror | None = None,
+        may_be_best: Callable[[int], bool] = lambda step: True,
     ) -> None:
         """Use `folder`, which need not exist yet.
 
@@ -52,10 +53,11 @@ class TrainingCheckpoints:
             async_save: write while training goes on, one checkpoint at a time.
             best_by: name of the validation loss that the best checkpoint is smallest in.
             mirror: keeps the folder in an object store; every rank has one, or none has.
+            may_be_best: whether the checkpoint of a step can be the best.
         """
         self.folder = folder
         self._mirror = mirror
-        self._folders = CheckpointFolders(folder, keep, best_by)
+        self._folders = CheckpointFolders(folder, keep, best_by, may_be_best)
         self._async_save = async_save
         self._calls = AsyncCallsQueue(persistent=False)
         self._partial: Path | None = None
