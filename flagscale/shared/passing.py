@@ -32,6 +32,7 @@ _CONNECTION_ERRORS = frozenset(
     {
         "ClientConnectionError",
         "ClientPayloadError",
+        "ConnectionError",
         "HTTPClientError",
         "IncompleteRead",
         "ResponseParserError",

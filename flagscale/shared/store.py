@@ -166,7 +166,7 @@ class ObjectStore:
                 if pause is None or not passes(error):
                     raise UserError(told) from error
                 logger.warning("%s; trying again in %.0f s", told, pause)
-                time.sleep(pause)
+                _pause(pause)
         raise AssertionError("not reached")
 
     @cached_property
@@ -186,6 +186,10 @@ class ObjectStore:
 
     def _path(self, name: str) -> str:
         return f"{self._opened[1]}/{name}" if name else self._opened[1]
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _some(done: str, names: Sequence[str]) -> Iterator[Sequence[str]]:
