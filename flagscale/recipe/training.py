@@ -95,7 +95,9 @@ class TrainingRecipe(Section):
     record_memory_history: bool = Field(
         False, description="Write a snapshot of the GPU's memory when it runs out"
     )
-    async_save: bool = Field(False, description="Train on while a checkpoint is written")
+    async_save: bool = Field(
+        False, description="Train on while a checkpoint is written; the host holds a copy of all"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="The newest, beside the best")
     keep_weights: Literal["last", "best"] = Field(
         "last", description="Which become the distilled student; best: by validation loss"
