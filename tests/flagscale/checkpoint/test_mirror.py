@@ -54,10 +54,14 @@ class Pod:
         }
 
 
-def test_another_pod_finds_latest_and_best(url: str, tmp_path: Path) -> None:
+def test_another_pod_finds_latest_and_best(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     first = Pod(url, tmp_path / "a")
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0), (5, 2.0)):
         first.save(step, loss)
+    assert f"checkpoint of step 5: in {url} " in caplog.text
     second = Pod(url, tmp_path / "b")
     assert second.content() == first.content()
     latest, best = second.folders.latest(), second.folders.best()
