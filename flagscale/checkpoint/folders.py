@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,24 @@ class Checkpoint:
 class CheckpointFolders:
     """The folders below one folder."""
 
-    def __init__(self, root: Path, keep: int, best_by: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        best_by: str,
+        may_be_best: Callable[[int], bool] = lambda step: True,
+    ) -> None:
         """Use `root`, which need not exist yet.
 
         Args:
             root: of all checkpoints of one training.
             keep: how many of the newest stay, beside the best.
             best_by: name of the validation loss that the best is smallest in.
+            may_be_best: whether a step counts; not one that was saved because of a clock or a
+                signal, or the best would depend on them.
         """
         self.root, self._keep, self._best_by = root, keep, best_by
+        self._may_be_best = may_be_best
 
     def begin(self, history: dict[str, Any]) -> Path:
         """A new folder for a checkpoint, under a name that no other process knows.
@@ -126,13 +136,17 @@ class CheckpointFolders:
         return complete[-1]
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the smallest validation loss, None if none was validated."""
+        """Of those that count, the one with the smallest validation loss; None if none has one."""
         latest = self.latest()
         upto = -1 if latest is None else latest.step
         return self._best([one for one in self._complete() if one.step <= upto])
 
     def _best(self, checkpoints: list[Checkpoint]) -> Checkpoint | None:
-        validated = [one for one in checkpoints if one.loss(self._best_by) < math.inf]
+        validated = [
+            one
+            for one in checkpoints
+            if self._may_be_best(one.step) and one.loss(self._best_by) < math.inf
+        ]
         return min(validated, key=lambda one: (one.loss(self._best_by), -one.step), default=None)
 
     def _point_to_best(self, best: Checkpoint | None) -> None:

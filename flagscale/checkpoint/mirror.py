@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 _LATEST = "latest.json"
 _FORMAT_VERSION = 1
 _WAIT_SECONDS = 5.0
-_ATTEMPTS = 3
-_PAUSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,12 @@ class _Snapshot:
 
     folder: Path
     names: tuple[str, ...]  # the latest last
+    begun: float  # when it was complete here; seconds
+
+    @property
+    def step(self) -> int:
+        """Of the latest."""
+        return int(self.names[-1].removeprefix("step-"))
 
 
 class Mirror:
@@ -98,7 +103,8 @@ class Mirror:
             shutil.copytree(path, folder / path.name, copy_function=os.link)
         with self._changed:
             superseded = self._next
-            self._next = _Snapshot(folder, tuple(path.name for path in checkpoints))
+            names = tuple(path.name for path in checkpoints)
+            self._next = _Snapshot(folder, names, time.monotonic())
             self._changed.notify_all()
         if superseded is not None:
             shutil.rmtree(superseded.folder, ignore_errors=True)
@@ -180,23 +186,19 @@ class Mirror:
                 self._changed.notify_all()
 
     def _try_upload(self, snapshot: _Snapshot) -> None:
-        """A few times, until it is there or a newer one is waiting."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                self._synchronise(snapshot)
-            except Exception as error:  # training goes on, whatever it is
-                logger.warning(
-                    "the checkpoint %s was not uploaded (attempt %d of %d): %s; training goes on",
-                    snapshot.names[-1],
-                    attempt,
-                    _ATTEMPTS,
-                    error,
-                )
-            else:
-                return
-            with self._changed:
-                if self._changed.wait_for(lambda: self._next is not None, _PAUSE_SECONDS):
-                    return
+        try:
+            self._synchronise(snapshot)
+        except Exception as error:  # training goes on, whatever it is, and the next may succeed
+            logger.warning(
+                "checkpoint of step %d: was not uploaded: %s; training goes on",
+                snapshot.step,
+                error,
+            )
+        else:
+            seconds = time.monotonic() - snapshot.begun
+            logger.info(
+                "checkpoint of step %d: in %s %.1f s later", snapshot.step, self._store.url, seconds
+            )
 
     def _synchronise(self, snapshot: _Snapshot) -> None:
         """Upload what is missing, then point to it, then delete the rest.
@@ -208,11 +210,10 @@ class Mirror:
             if name not in self._there:
                 self._there[name] = self._upload_one(snapshot.folder / name)
         kept = {name: self._there[name] for name in snapshot.names}
-        newest = snapshot.names[-1]
         latest = {
             "format_version": _FORMAT_VERSION,
-            "step": int(newest.removeprefix("step-")),
-            "folder": newest,
+            "step": snapshot.step,
+            "folder": snapshot.names[-1],
             "checkpoints": kept,
         }
         self._store.write(_LATEST, (json.dumps(latest, indent=2) + "\n").encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from flagscale.checkpoint.agreement import is_first_rank, on_first_rank
+from flagscale.checkpoint.cost import SaveCost
 from flagscale.checkpoint.folders import STATE, CheckpointFolders
 from flagscale.checkpoint.mirror import Mirror
 from flagscale.checkpoint.training_state import (
@@ -43,6 +44,7 @@ class TrainingCheckpoints:
         async_save: bool = False,
         best_by: str = "lm loss",
         mirror: Mirror | None = None,
+        may_be_best: Callable[[int], bool] = lambda step: True,
     ) -> None:
         """Use `folder`, which need not exist yet.
 
@@ -52,13 +54,16 @@ class TrainingCheckpoints:
             async_save: write while training goes on, one checkpoint at a time.
             best_by: name of the validation loss that the best checkpoint is smallest in.
             mirror: keeps the folder in an object store; every rank has one, or none has.
+            may_be_best: whether the checkpoint of a step can be the best.
         """
         self.folder = folder
         self._mirror = mirror
-        self._folders = CheckpointFolders(folder, keep, best_by)
+        self._folders = CheckpointFolders(folder, keep, best_by, may_be_best)
         self._async_save = async_save
         self._calls = AsyncCallsQueue(persistent=False)
         self._partial: Path | None = None
+        self._cost: SaveCost | None = None
+        self._published: Path | None = None  # on the first rank, until its cost is told
 
     def save(self, state: TrainingState, trainer: Trainer) -> None:
         """Write a checkpoint; when it is complete, make it the latest and delete old ones.
@@ -71,6 +76,12 @@ class TrainingCheckpoints:
                 untouched.
         """
         self._finish(blocking=True)
+        self._cost = SaveCost(state.step)
+        with self._cost.waiting():
+            self._write(state, trainer)
+        self._tell_cost()
+
+    def _write(self, state: TrainingState, trainer: Trainer) -> None:
         history = {**asdict(state), "layout": layout()}
         partial = on_first_rank(self.folder, _WRITING, lambda: self._begin(history))
         if partial is None:
@@ -148,13 +159,20 @@ class TrainingCheckpoints:
 
     def _make_latest(self, partial: Path) -> None:
         kept = self._folders.publish(partial)
+        self._published = kept[-1]
         if self._mirror is not None:
             self._mirror.upload(kept)
 
     def _finish(self, blocking: bool) -> None:
-        if self._calls.get_num_unfinalized_calls():
-            with self._dropped_on_failure():
+        if self._cost is not None and self._calls.get_num_unfinalized_calls():
+            with self._cost.waiting(), self._dropped_on_failure():
                 self._calls.maybe_finalize_async_calls(blocking=blocking)
+            self._tell_cost()
+
+    def _tell_cost(self) -> None:
+        if self._cost is not None and self._published is not None:
+            self._cost.tell(self._published)
+            self._published = None
 
     @contextmanager
     def _dropped_on_failure(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ CHANGES_NO_RESULT = (
     "log_straggler",
     "rerun_mode",
     "save_interval",
+    "save_interval_minutes",
     "timing_log_level",
 )
 
@@ -57,6 +58,11 @@ class TrainingRecipe(Section):
     eval_interval: PositiveInt = Field(50, description="Steps between validations")
     eval_iters: PositiveInt = Field(4, description="Global batches a validation")
     save_interval: PositiveInt = Field(50, description="Steps between checkpoints")
+    save_interval_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        10.0,
+        description="A checkpoint also when so many minutes have passed since the last; null: "
+        "by steps alone",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -89,7 +95,9 @@ class TrainingRecipe(Section):
     record_memory_history: bool = Field(
         False, description="Write a snapshot of the GPU's memory when it runs out"
     )
-    async_save: bool = Field(False, description="Train on while a checkpoint is written")
+    async_save: bool = Field(
+        False, description="Train on while a checkpoint is written; the host holds a copy of all"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="The newest, beside the best")
     keep_weights: Literal["last", "best"] = Field(
         "last", description="Which become the distilled student; best: by validation loss"
@@ -128,6 +136,13 @@ class TrainingRecipe(Section):
                 f"eval_interval={self.eval_interval}: only a validated checkpoint can be the best"
             )
         return self
+
+    def saves_at(self, step: int) -> bool:
+        """Whether there is a checkpoint after a step whatever the clock says.
+
+        Only such a step can be the best: the result must not depend on how fast a machine is.
+        """
+        return step % self.save_interval == 0 or step == self.train_iters
 
     def check_world_size(self, world_size: int) -> None:
         """Make sure that so many processes can train this.

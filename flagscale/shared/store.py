@@ -1,5 +1,7 @@
 """A folder of an object store, through fsspec: files go there and back, several at a time.
 
+What fails for a reason that passes is tried again for a few minutes.
+
 Credentials come from where the store's own library looks: for S3 `AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, and `AWS_ENDPOINT_URL` for another server than Amazon's.
 """
@@ -8,23 +10,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
-from fsspec.callbacks import Callback
 
 from flagscale.artifacts import is_disk_full
 from flagscale.errors import UserError
+from flagscale.shared.passing import passes
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 8
 _PROGRESS_SECONDS = 30.0
+_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0, 30.0)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+ResultT = TypeVar("ResultT")
 
 
 def is_url(place: str) -> bool:
@@ -35,30 +39,37 @@ def is_url(place: str) -> bool:
 class ObjectStore:
     """A folder of an object store. Names are relative to it.
 
-    All methods raise `UserError` where the store refuses or cannot be reached.
+    All methods raise `UserError` where the store refuses, or cannot be reached for minutes.
     """
 
-    def __init__(self, url: str) -> None:
-        """Use a URL (or a path, for small files that are not shared by locks)."""
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, patient: bool = True) -> None:
+        """Use a URL (or a path, for small files that are not shared by locks).
+
+        Args:
+            url: of the folder.
+            patient: try again what fails for a reason that passes.
+        """
+        self.url, self._patient = url.rstrip("/"), patient
 
     def below(self, name: str) -> ObjectStore:
         """A folder inside."""
-        return ObjectStore(f"{self.url}/{name}")
+        return ObjectStore(f"{self.url}/{name}", self._patient)
 
     def read(self, name: str) -> bytes | None:
         """A small file; None if there is none."""
-        with self._explained("read", name):
+
+        def read(filesystem: Any, path: str) -> bytes | None:  # noqa: ANN401
             try:
-                content: bytes = self._fs.cat_file(self._path(name))
+                content: bytes = filesystem.cat_file(path)
                 return content
             except FileNotFoundError:
                 return None
 
+        return self.do("read", read, name)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, all at once."""
-        with self._explained("written", name):
-            self._fs.pipe_file(self._path(name), content)
+        self.do("written", lambda filesystem, path: filesystem.pipe_file(path, content), name)
 
     def put(self, files: Mapping[str, Path]) -> None:
         """Upload files, and check that they have arrived whole.
@@ -67,13 +78,13 @@ class ObjectStore:
             files: name there -> file here.
         """
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        with self._explained("written"):
-            self._fs.put(
-                [str(path) for path in files.values()],
-                [self._path(name) for name in files],
-                batch_size=_AT_ONCE,
-                callback=_Progress("uploaded", len(files)),
-            )
+        for names in _some("uploaded", list(files)):
+
+            def put(filesystem: Any, _: str, names: Sequence[str] = names) -> None:  # noqa: ANN401
+                here, there = [str(files[n]) for n in names], [self._path(n) for n in names]
+                filesystem.put(here, there)
+
+            self.do("written", put)
         found = self.sizes()
         for name, size in sizes.items():
             if found.get(name) != size:
@@ -90,25 +101,27 @@ class ObjectStore:
         """
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained("read"):
-            try:
-                self._fs.get(
-                    [self._path(name) for name in files],
-                    [str(path) for path in files.values()],
-                    batch_size=_AT_ONCE,
-                    callback=_Progress("downloaded", len(files)),
-                )
-            except FileNotFoundError:
-                absent = sorted(files.keys() - self.sizes().keys())
-                raise UserError(f"{self.url}/{(absent or ['?'])[0]}: is missing") from None
+        for names in _some("downloaded", list(files)):
+
+            def get(filesystem: Any, _: str, names: Sequence[str] = names) -> None:  # noqa: ANN401
+                here, there = [str(files[n]) for n in names], [self._path(n) for n in names]
+                try:
+                    filesystem.get(there, here)
+                except FileNotFoundError:
+                    absent = sorted(files.keys() - self.sizes().keys())
+                    raise UserError(f"{self.url}/{(absent or ['?'])[0]}: is missing") from None
+
+            self.do("read", get)
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every file."""
-        with self._explained("listed"):
-            self._fs.invalidate_cache()
-            root = self._path("")
-            found = self._fs.find(root, detail=True)
-        return {path[len(root) :].lstrip("/"): info["size"] for path, info in found.items()}
+
+        def find(filesystem: Any, root: str) -> dict[str, int]:  # noqa: ANN401
+            filesystem.invalidate_cache()
+            found = filesystem.find(root, detail=True)
+            return {path[len(root) :].lstrip("/"): info["size"] for path, info in found.items()}
+
+        return self.do("listed", find)
 
     def folders(self) -> list[str]:
         """Names of the folders directly inside."""
@@ -116,12 +129,45 @@ class ObjectStore:
 
     def remove(self, name: str = "") -> None:
         """Delete a file or a folder, if it is there; by default everything."""
-        with self._explained("deleted", name):
-            self._fs.invalidate_cache()
+
+        def delete(filesystem: Any, path: str) -> None:  # noqa: ANN401
+            filesystem.invalidate_cache()
             try:
-                self._fs.rm(self._path(name), recursive=True)
+                filesystem.rm(path, recursive=True)
             except FileNotFoundError:
                 return
+
+        self.do("deleted", delete, name)
+
+    def do(self, what: str, function: Callable[[Any, str], ResultT], name: str = "") -> ResultT:
+        """Let the store's library do something; its errors say where.
+
+        Libraries raise what they like: no common class says that a server cannot be reached.
+
+        Args:
+            what: for the message: it cannot be <what>.
+            function: is given fsspec's file system and the path there.
+            name: of a file or a folder; by default this one.
+
+        Raises:
+            UserError: it failed for a reason that does not pass, or did not for minutes.
+        """
+        filesystem, path = self._fs, self._path(name)
+        place = f"{self.url}/{name}" if name else self.url
+        for pause in (*(_PAUSES_SECONDS if self._patient else ()), None):
+            try:
+                return function(filesystem, path)
+            except UserError:
+                raise
+            except Exception as error:
+                if is_disk_full(error):
+                    raise
+                told = f"{place}: cannot be {what}: {str(error) or type(error).__name__}"
+                if pause is None or not passes(error):
+                    raise UserError(told) from error
+                logger.warning("%s; trying again in %.0f s", told, pause)
+                _pause(pause)
+        raise AssertionError("not reached")
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -141,34 +187,16 @@ class ObjectStore:
     def _path(self, name: str) -> str:
         return f"{self._opened[1]}/{name}" if name else self._opened[1]
 
-    @contextmanager
-    def _explained(self, what: str, name: str = "") -> Iterator[None]:
-        """Any error of the store's library as one that says where.
 
-        Libraries raise what they like: no common class says that a server cannot be reached.
-        """
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if is_disk_full(error):
-                raise
-            place = f"{self.url}/{name}" if name else self.url
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{place}: cannot be {what}: {reason}") from error
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
-class _Progress(Callback):
-    """Tells of a long transfer every now and then."""
-
-    def __init__(self, done: str, total: int) -> None:
-        super().__init__(size=total)
-        self._done, self._total = done, total
-        self._told = time.monotonic()
-
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        if time.monotonic() - self._told > _PROGRESS_SECONDS:
-            self._told = time.monotonic()
-            logger.info("%s %d of %d files", self._done, self.value, self._total)
+def _some(done: str, names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """So many names as go at once; tells of a long transfer every now and then."""
+    told = time.monotonic()
+    for start in range(0, len(names), _AT_ONCE):
+        yield names[start : start + _AT_ONCE]
+        if time.monotonic() - told > _PROGRESS_SECONDS:
+            told = time.monotonic()
+            logger.info("%s %d of %d files", done, min(start + _AT_ONCE, len(names)), len(names))

@@ -142,6 +142,7 @@ def _train(
             training.async_save,
             best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
             mirror=remote,
+            may_be_best=training.saves_at,
         )
         state = _restore(trainer, saved)
         batches = RankBatches(paths.dataset, folder / "data", args, training)

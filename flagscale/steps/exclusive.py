@@ -19,6 +19,7 @@ from flagscale.shared.store import is_url
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 120.0
+_TELL_SECONDS = 30.0
 
 
 @contextmanager
@@ -39,6 +40,7 @@ def exclusively(place: str, patience_seconds: float | None = None) -> Iterator[N
         return
     path = _lock_file(Path(place))
     deadline = time.monotonic() + (_LOCK_SECONDS if patience_seconds is None else patience_seconds)
+    tell = 0.0
     while True:
         with _open(path) as stream:
             locked = _try_lock(stream.fileno())
@@ -50,9 +52,12 @@ def exclusively(place: str, patience_seconds: float | None = None) -> Iterator[N
                 yield
                 return
         if not locked:
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= deadline:
                 raise UserError(f"{place}: another process writes there; stop it, or wait for it")
-            logger.info("waiting for another process to leave %s", place)
+            if now >= tell:
+                tell = now + _TELL_SECONDS
+                logger.info("waiting for another process to leave %s", place)
             time.sleep(2)
 
 

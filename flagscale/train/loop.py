@@ -31,6 +31,7 @@ from flagscale.train.auxiliary_losses import (
 from flagscale.train.batches import ChunkBatches, micro_batch_shape
 from flagscale.train.diagnostics import Diagnostics
 from flagscale.train.global_vars import get_args
+from flagscale.train.save_timer import SaveTimer
 from flagscale.train.setup import Trainer
 from flagscale.train.train_gpt import forward_step
 
@@ -60,6 +61,7 @@ def train(
     checkpoints: TrainingCheckpoints,
     observer: Observer,
     stop_requested: Callable[[], bool],
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Train from `state.step` to `training.train_iters`. All ranks call it.
 
@@ -69,15 +71,18 @@ def train(
         state: updated in place, one record a step and a validation; the same on every rank.
         train_batches: micro-batches, from step `state.step` on.
         validation_batches: gives the same micro-batches at every call.
-        checkpoints: where to save every `save_interval` steps and at the end.
+        checkpoints: where to save every `save_interval` steps, every `save_interval_minutes` and
+            at the end.
         observer: told of every record.
         stop_requested: asked after every step; it is enough that one rank is asked to stop.
+        clock: seconds; the first rank's alone counts.
 
     Raises:
         Interrupted: it was asked to stop, and has saved a checkpoint.
         SuspiciousResultError: see `train_step`; the steps before it are saved.
     """
     diagnostics = Diagnostics(get_args(), trainer.chunks)
+    timer = SaveTimer(training.save_interval_minutes, clock)
 
     def validate() -> None:
         losses = evaluate_loss(trainer.chunks, validation_batches(), training.eval_iters)
@@ -102,10 +107,11 @@ def train(
         finished = state.step == training.train_iters
         if finished or state.step % training.eval_interval == 0:
             validate()
-        if finished or state.step % training.save_interval == 0:
+        stop, due = _any_rank(stop_requested(), timer.due())
+        if stop or due or training.saves_at(state.step):
+            timer.restart()
             checkpoints.save(state, trainer)
-        if not finished and _any_rank(stop_requested()):
-            checkpoints.save(state, trainer)
+        if stop and not finished:
             checkpoints.wait()
             raise Interrupted(f"stopped after step {state.step} of {training.train_iters}")
     checkpoints.wait()
@@ -240,8 +246,8 @@ def reduce_reports(
     return means
 
 
-def _any_rank(mine: bool) -> bool:
-    """Whether it holds on any rank: all must agree to stop, or the next collective hangs."""
-    flag = torch.tensor(float(mine), device=platform.device())
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+def _any_rank(*mine: bool) -> list[bool]:
+    """Which hold on any rank: all must agree to save or stop, or the next collective hangs."""
+    flags = torch.tensor(mine, dtype=torch.float, device=platform.device())
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]

@@ -1,6 +1,7 @@
 """Servers: an object store, moto's, which speaks S3's own protocol; a web server with troubles."""
 
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,17 @@ from tests.flagscale.web_server import WebServer
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """URL of the server."""
+    """URL of the server; what it decides before a write still holds when it writes, as in S3."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
+
+    put, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def put_object(self: S3Response) -> object:
+        with one_at_a_time:
+            return put(self)
+
+    S3Response.put_object = put_object
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

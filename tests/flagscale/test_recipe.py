@@ -138,6 +138,7 @@ def test_contradictions_are_refused_with_both_values(
     [
         ("training", {"train_iters": 0}, "training.train_iters=0: "),
         ("training", {"lr": -1}, "training.lr=-1: "),
+        ("training", {"save_interval_minutes": 0}, "training.save_interval_minutes=0: "),
         ("training", {"lr": float("nan")}, "training.lr=nan: "),
         ("training", {"lr": "fast"}, "training.lr='fast': "),
         ("training", {"precision": "fp8"}, "training.precision='fp8': "),

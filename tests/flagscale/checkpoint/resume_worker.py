@@ -79,6 +79,10 @@ class Records:
     def stop_requested(self):
         return self.training[-1]["step"] == self.stop_after
 
+    def clock(self):
+        """24 seconds a step on the first rank; on another, which must not count, far more."""
+        return len(self.training) * (24.0 if torch.distributed.get_rank() == 0 else 1e6)
+
 
 def recipe(task: Task) -> TrainingRecipe:
     return TrainingRecipe(
@@ -95,7 +99,8 @@ def recipe(task: Task) -> TrainingRecipe:
         seed=5,
         eval_interval=3,
         eval_iters=1,
-        save_interval=2,
+        save_interval=STEPS,
+        save_interval_minutes=1,
         async_save=task.async_save,
         parallelism=task.parallelism,
     )
@@ -134,7 +139,7 @@ def checkpoints_of(task: Task, folder: Path) -> TrainingCheckpoints:
     if task.resume and torch.distributed.get_rank() == 0:
         shutil.copytree(folder / task.resume / "checkpoints", path)
     torch.distributed.barrier()
-    return TrainingCheckpoints(path, async_save=task.async_save)
+    return TrainingCheckpoints(path, keep=STEPS, async_save=task.async_save)
 
 
 def run(task: Task, folder: Path, inputs: dict[str, str], spoil=lambda trainer: None) -> None:
@@ -164,11 +169,13 @@ def run(task: Task, folder: Path, inputs: dict[str, str], spoil=lambda trainer: 
                 checkpoints,
                 records,
                 records.stop_requested,
+                records.clock,
             )
         except Interrupted:
             assert task.stop_after is not None
         if torch.distributed.get_rank() == 0:
-            result = {"first": records.training[0]["step"], **asdict(state)}
+            saved = [int(path.name[5:]) for path in sorted(checkpoints.folder.glob("step-*"))]
+            result = {"first": records.training[0]["step"], "saved": saved, **asdict(state)}
             (folder / task.name / "result.json").write_text(json.dumps(result))
 
 

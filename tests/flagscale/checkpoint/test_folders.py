@@ -79,6 +79,19 @@ def test_step_that_was_not_validated_is_never_best(folders):
     assert not (folders.root / "best.json").exists()
 
 
+def test_step_that_does_not_count_is_never_best(folders):
+    """It was saved because of the time; its loss must not decide."""
+    folders = CheckpointFolders(folders.root, 2, "lm loss", may_be_best=lambda step: step % 2 == 0)
+    save(folders, 1, {1: 1.0})
+    assert best_step(folders) is None
+    save(folders, 2, {1: 1.0, 2: 4.0})
+    save(folders, 3, {1: 1.0, 2: 4.0, 3: 2.0})
+    assert best_step(folders) == 2
+    save(folders, 4, {1: 1.0, 2: 4.0, 3: 2.0, 4: 5.0})
+    save(folders, 5, {1: 1.0, 2: 4.0, 3: 2.0, 4: 5.0, 5: 5.0})
+    assert kept(folders) == [2, 4, 5]
+
+
 def test_half_written_folder_is_ignored_and_deleted(folders):
     save(folders, 1)
     half = begin(folders, 2)

@@ -16,11 +16,6 @@ from flagscale.errors import UserError
 from flagscale.shared.store import ObjectStore
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "_PAUSE_SECONDS", 0.01)
-
-
 @pytest.fixture
 def url(bucket: str) -> str:
     return f"{bucket}/checkpoints/training"
@@ -59,10 +54,14 @@ class Pod:
         }
 
 
-def test_another_pod_finds_latest_and_best(url: str, tmp_path: Path) -> None:
+def test_another_pod_finds_latest_and_best(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     first = Pod(url, tmp_path / "a")
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0), (5, 2.0)):
         first.save(step, loss)
+    assert f"checkpoint of step 5: in {url} " in caplog.text
     second = Pod(url, tmp_path / "b")
     assert second.content() == first.content()
     latest, best = second.folders.latest(), second.folders.best()
@@ -124,7 +123,7 @@ def test_training_does_not_wait_and_the_newest_counts(
     put, trained, in_time = ObjectStore.put, threading.Event(), []
 
     def slowly(self: ObjectStore, files: dict[str, Path]) -> None:
-        in_time.append(trained.wait(60))
+        in_time.append(trained.wait(300))
         put(self, files)
 
     monkeypatch.setattr(ObjectStore, "put", slowly)
@@ -146,21 +145,21 @@ def test_a_store_that_fails_leaves_training_alone(
 ) -> None:
     pod = Pod(url, tmp_path / "a")
     pod.save(1)
-    put, faults = ObjectStore.put, iter([True] * 4 + [False] * 10)
+    put, faults = ObjectStore.put, iter([True, True])
 
     def failing(self: ObjectStore, files: dict[str, Path]) -> None:
-        if next(faults):
+        if next(faults, False):
             raise UserError("the store is out of order")
         put(self, files)
 
     monkeypatch.setattr(ObjectStore, "put", failing)
-    pod.save(2)  # all three attempts fail
-    assert "attempt 3 of 3" in caplog.text
-    assert "out of order" in caplog.text
+    pod.save(2)
+    assert "step 2: was not uploaded: the store is out of order; training goes on" in caplog.text
     latest = Pod(url, tmp_path / "b").folders.latest()
     assert latest
     assert latest.step == 1
-    pod.save(3)  # the second attempt succeeds, for both
+    pod.save(3)
+    pod.save(4)  # succeeds, for all that are kept
     assert Pod(url, tmp_path / "c").content() == pod.content()
 
 

@@ -112,6 +112,15 @@ def test_resumed_on_another_layout(folder, kind, first, second):
             assert ours == pytest.approx(theirs, rel=RELATIVE)
 
 
+def test_all_ranks_save_when_the_first_ones_clock_says_so(folder):
+    """A minute is three steps there."""
+    stops = {part(kind, first).name: part(kind, first).stop_after for kind, first, _ in RESUMES}
+    assert any(stop > 3 for stop in stops.values())
+    for name, stop in stops.items():
+        saved = json.loads((folder / name / "result.json").read_text())["saved"]
+        assert saved == sorted({min(3, stop), stop}), name
+
+
 def test_lost_optimiser_state_would_be_seen(folder, teacher, dataset):
     """The losses above depend on Adam's moments and step."""
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,18 @@ def test_poll_completes_what_is_written(trainer, tmp_path):
     while not (tmp_path / "latest.json").exists():
         checkpoints.poll()
     assert checkpoints.restore(trainer).step == 1
+
+
+def test_the_log_says_what_a_checkpoint_costs(trainer, checkpoints, caplog):
+    caplog.set_level("INFO")
+    save(checkpoints, trainer, 540)
+    save(checkpoints, trainer, 540)  # is there, and costs nothing
+    checkpoints.wait()
+    size = sum(path.stat().st_size for path in checkpoints.folder.glob("step-*/**/*.*"))
+    told = [r.getMessage() for r in caplog.records if "training waited" in r.getMessage()]
+    (line,) = (re.sub(r"\d+\.\d+ s", "T", line) for line in told)
+    megabytes = f"{size / 1e6:.1f} MB"
+    assert line == f"checkpoint of step 540: training waited T, on disk after T, {megabytes}"
 
 
 def test_of_another_training_is_refused(trainer, checkpoints):

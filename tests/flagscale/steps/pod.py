@@ -9,10 +9,6 @@ import sys
 
 from kfp import dsl
 
-from flagscale.shared import lease
-
-lease._STALE_SECONDS = 6.0  # two minutes are long for a test
-
 
 def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.argv[2])

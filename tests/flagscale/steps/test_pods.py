@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from kfp_pod import KfpPod, unshare
 
 from flagscale.artifacts import open_artifact
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
@@ -25,20 +24,26 @@ TRAINING = TrainingRecipe(
     lr_warmup_iters=1,
     eval_interval=40,
     eval_iters=1,
-    save_interval=2,
-    async_save=True,
+    save_interval=80,
+    save_interval_minutes=1e-6,  # no longer than a step takes anywhere
 )
 
+pytestmark = pytest.mark.skipif(not unshare(), reason="this user may not make PID namespaces")
 
-def start(component: str, arguments: dict, disk: Path) -> subprocess.Popen[str]:
+
+def start(component: str, arguments: dict, disk: Path, attempt: int = 0) -> KfpPod:
     disk.mkdir()
-    return subprocess.Popen(
-        [sys.executable, POD, component, json.dumps(arguments)],
-        env={**os.environ, "TMPDIR": str(disk), "PYTHONPATH": str(Path.cwd())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {
+        **os.environ,
+        "TMPDIR": str(disk),
+        "PYTHONPATH": str(Path.cwd()),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{disk.parent}/mlflow.db",
+        "KFP_RUN_ID": "run-1",
+        "KFP_POD_NAME": f"{component}-{attempt}",
+        "KFP_POD_UID": f"uid-{disk.name}",
+        "KFP_RETRY_INDEX": str(attempt),
+    }
+    return KfpPod([POD, component, json.dumps(arguments)], environment)
 
 
 def common(folder: Path, model: str, metrics: str) -> dict:
@@ -83,8 +88,8 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     outputs = ("student", "student_metrics")
     own = common(tmp_path / "a", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
-    output = pod.communicate(timeout=PATIENCE)[0]
-    assert pod.returncode == 0, output
+    code, output = pod.end()
+    assert code == 0, output
     pointer = read_pointer(tmp_path / "a" / "model")
     assert pointer
     found = open_artifact(fetch(pointer, tmp_path), "student")
@@ -100,13 +105,30 @@ def test_a_pod_reads_what_another_put_on_the_volume(
         stream.write(b"\xff")
     own = common(tmp_path / "b", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-b")
-    output = pod.communicate(timeout=PATIENCE)[0]
-    assert pod.returncode == 1
+    code, output = pod.end()
+    assert code == 1
     assert f"{weights.name} is missing or changed" in output
     assert not (tmp_path / "b" / "model").exists()
 
 
-def test_a_preempted_training_goes_on_in_another_pod(
+def uploaded(store: ObjectStore) -> int:
+    """Step of the latest checkpoint in the bucket, 0 if there is none."""
+    for name in store.sizes():
+        if name.endswith("/latest.json"):
+            return int(json.loads(store.read(name) or b"")["step"])
+    return 0
+
+
+def wait_for_checkpoint(pod: KfpPod, store: ObjectStore, after: int) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while (step := uploaded(store)) <= after:
+        assert pod.is_running(), pod.end()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return step
+
+
+def test_a_training_whose_pods_go_ends_as_one_that_nobody_disturbed(
     teacher: Path,
     student: Path,
     dataset: Path,
@@ -114,7 +136,10 @@ def test_a_preempted_training_goes_on_in_another_pod(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only the bucket is left of the first pod; losses are those of an unbroken training."""
+    """One is stopped and has no time to save, one vanishes; only the bucket is left of them.
+
+    The next attempt goes on from the last checkpoint that the clock made, and waits for nobody.
+    """
     from flagscale.steps.distil_student import distil_student
 
     monkeypatch.setenv("FLAGSCALE_SHARED", bucket)
@@ -126,27 +151,30 @@ def test_a_preempted_training_goes_on_in_another_pod(
         **share(inputs, tmp_path),
     }
     outputs = ("distilled_student", "training_metrics")
-    own = common(tmp_path / "a", *outputs)
-    pod = start("distil_student", {**arguments, **own}, tmp_path / "disk-a")
-    store = ObjectStore(f"{bucket}/checkpoints")
-    deadline = time.monotonic() + PATIENCE
-    while not any(name.endswith("/latest.json") for name in store.sizes()):
-        if pod.poll() is not None or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    pod.kill()
-    output = pod.communicate(timeout=PATIENCE)[0]
-    assert pod.returncode == -9, output
-    shutil.rmtree(tmp_path / "disk-a")
+    store, left, output = ObjectStore(f"{bucket}/checkpoints"), 0, ""
+    for attempt, end in enumerate((KfpPod.stop, KfpPod.vanish)):
+        disk = tmp_path / f"disk-{attempt}"
+        own = common(tmp_path / "out", *outputs)
+        pod = start("distil_student", {**arguments, **own}, disk, attempt)
+        left = wait_for_checkpoint(pod, store, left)
+        end(pod)
+        code, output = pod.end()
+        assert code == (143 if end is KfpPod.stop else -9), output
+        assert "on disk after" in output
+        left = uploaded(store)
+        shutil.rmtree(disk)
+    assert "taken over from pod distil_student-0 (KFP run run-1)" in output
 
     own = common(tmp_path / "b", *outputs)
-    pod = start("distil_student", {**arguments, **own}, tmp_path / "disk-b")
+    pod = start("distil_student", {**arguments, **own}, tmp_path / "disk-b", 2)
     distil_student(
         DistillationRecipe(), TRAINING, **inputs, checkpoints=tmp_path, output=tmp_path / "whole"
     )
-    output = pod.communicate(timeout=PATIENCE)[0]
-    assert pod.returncode == 0, output
-    assert "resuming after step" in output
+    code, output = pod.end()
+    assert code == 0, output
+    assert f"resuming after step {left} " in output
+    assert "taken over from pod distil_student-1 (KFP run run-1)" in output
+    assert "waiting for" not in output
     pointer = read_pointer(tmp_path / "b" / "model")
     assert pointer
     assert pointer.location.startswith(f"{bucket}/artifacts/distilled-student-")

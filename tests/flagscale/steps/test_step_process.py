@@ -155,24 +155,35 @@ def test_kfps_floats_are_taken_for_integers() -> None:
     assert training.train_iters == 60
 
 
-def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+def test_one_process_at_a_time_writes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "checkpoints"
     hold = (
-        "import sys, time\n"
+        "import sys\n"
         "from flagscale.steps.step_process import keep_exclusive, step_process\n"
         "with step_process('distil-student'):\n"
         f"    keep_exclusive({str(folder)!r})\n"
         "    print('held', flush=True)\n"
-        "    time.sleep(1.5)\n"
+        "    sys.stdin.read()\n"
         f"    open({str(tmp_path / 'left')!r}, 'w').close()\n"
     )
-    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", hold], text=True, **pipes)
     assert other.stdout
     assert other.stdout.readline() == "held\n"
+    waited = []
+
+    def let_it_leave(seconds: float) -> None:
+        waited.append(seconds)
+        other.communicate()
+
+    monkeypatch.setattr("flagscale.steps.exclusive.time.sleep", let_it_leave)
     with step_process("distil-student"):
         keep_exclusive(str(folder))
         assert (tmp_path / "left").exists()
-    assert other.wait() == 0
+    assert len(waited) == 1
+    assert other.returncode == 0
 
 
 def test_a_lock_that_was_deleted_is_no_lock(

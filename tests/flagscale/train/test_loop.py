@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -47,10 +49,14 @@ RECIPE = TrainingRecipe(
 
 
 class Records:
-    """Keeps what the loop tells, and asks it to stop after a step."""
+    """Keeps what the loop tells, asks it to stop after a step, and has a clock of its own."""
 
     def __init__(self, stop_after=None):
         self.training, self.validation, self.stop_after = [], [], stop_after
+
+    def clock(self):
+        """A minute a step."""
+        return 60.0 * len(self.training)
 
     def trained(self, record):
         self.training.append(record)
@@ -81,7 +87,7 @@ def run(runtime, args, student, teacher, dataset, tmp_path):
             load_weights(chunks, student / "weights")
             trainer = setup_training(chunks, chosen, recipe)
             trainer.chunks[0].train()
-            checkpoints = TrainingCheckpoints(folder)
+            checkpoints = TrainingCheckpoints(folder, keep=9, may_be_best=recipe.saves_at)
             state = checkpoints.restore(trainer)
             batches = RankBatches(dataset, tmp_path / "data", chosen, recipe)
             train(
@@ -93,6 +99,7 @@ def run(runtime, args, student, teacher, dataset, tmp_path):
                 checkpoints,
                 records,
                 records.stop_requested,
+                records.clock,
             )
         return records, state
 
@@ -192,11 +199,53 @@ def test_checkpoint_that_was_never_finished_is_ignored(run, tmp_path):
 
 def test_validates_and_saves_at_interval_and_end(run, tmp_path):
     records, state = run(recipe=RECIPE.model_copy(update={"eval_interval": 4}))
-    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
-    assert names == ["step-00000004", "step-00000006"]
+    assert saved(tmp_path / "checkpoints") == [2, 4, 6]
     assert [r["step"] for r in records.validation] == [0, 4, 6]
     assert state.validation == records.validation
     assert records.validation[-1]["lm loss"] < records.validation[0]["lm loss"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps"), [(2, [2, 4, 5]), (3, [3, 5]), (1.5, [2, 4, 5]), (0.5, [1, 2, 3, 4, 5])]
+)
+def test_saves_by_time(run, tmp_path, minutes, steps):
+    """Whatever is lost of a training that is gone without a word is no more than that."""
+    recipe = RECIPE.model_copy(update={"save_interval": 99, "save_interval_minutes": minutes})
+    with pytest.raises(Interrupted):
+        run(recipe=recipe, stop_after=5)
+    assert saved(tmp_path / "checkpoints") == steps
+    shutil.rmtree(tmp_path / "checkpoints" / f"step-{steps[-1]:08d}")  # made when asked to stop
+    rest, state = run(recipe=recipe)
+    assert rest.training[0]["step"] == steps[-2] + 1
+    whole, whole_state = run(folder=tmp_path / "whole")
+    assert rest.losses() == whole.losses()[steps[-2] :]
+    assert state.validation == whole_state.validation
+
+
+def test_a_save_by_steps_counts_for_the_time(run, tmp_path):
+    run(recipe=RECIPE.model_copy(update={"save_interval": 4, "save_interval_minutes": 3}))
+    assert saved(tmp_path / "checkpoints") == [3, 4, 6]
+
+
+def test_no_saves_by_time(run, tmp_path):
+    run(recipe=RECIPE.model_copy(update={"save_interval": 99, "save_interval_minutes": None}))
+    assert saved(tmp_path / "checkpoints") == [6]
+
+
+def test_the_best_does_not_depend_on_the_clock(run, tmp_path):
+    """At a rate at which losses go up and down, a step between is better than those that count."""
+    changes = {"lr": 0.01, "lr_decay_style": "constant", "eval_interval": 1, "save_interval": 3}
+    recipe = RECIPE.model_copy(update={**changes, "save_interval_minutes": 1})
+    _, state = run(recipe=recipe)
+    assert saved(tmp_path / "checkpoints") == [1, 2, 3, 4, 5, 6]
+    losses = {record["step"]: record["lm loss"] for record in state.validation}
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())["step"]
+    assert best == min((3, 6), key=lambda step: losses[step])
+    assert losses[best] > min(losses.values())
+
+
+def saved(folder):
+    return [int(path.name.removeprefix("step-")) for path in sorted(folder.glob("step-*"))]
 
 
 def test_wsd_schedule(run):
