@@ -1,0 +1,114 @@
+"""What is said when a run has ended: how it went, and of a failure what, why and how often."""
+
+from __future__ import annotations
+
+import shlex
+
+from flagscale.errors import UserError
+from pipelines.cluster.connection import Server
+from pipelines.cluster.following import State
+from pipelines.cluster.logs import last_pod, last_words, read_log
+from pipelines.cluster.retry_policy import RetryPolicy, read_retry_policy
+from pipelines.cluster.steps import Attempt, Step
+from pipelines.outcome import StepFailed, duration
+
+_FAILED = "FAILED"
+_READ = "docs/cluster.md, retries"
+
+
+def check_ended(server: Server, state: State, url: str) -> None:
+    """Every run that has ended comes by here, whoever followed it or looked at it.
+
+    Args:
+        server: has the logs of failed steps.
+        state: of the run.
+        url: of its page.
+
+    Raises:
+        StepFailed: it ended badly; with the failing steps, their last words and attempts.
+    """
+    if state.state in (_FAILED, "CANCELED"):
+        raise StepFailed("\n".join([*_failure(server, state), url]))
+
+
+def _failure(server: Server, state: State) -> list[str]:
+    lines = [f"the run {state.state.lower()}"]
+    # A terminated run's steps did not fail: they were stopped with it.
+    failed = [step for step in state.steps if step.state == _FAILED == state.state]
+    failed.sort(key=lambda step: step.attempts[0].end or step.start)
+    words: dict[tuple[str, ...], list[Step]] = {}
+    for step in failed:
+        words.setdefault(tuple(_words(server, state, step)), []).append(step)
+    for (first, *more), steps in words.items():
+        labels = ", ".join(step.label for step in steps)
+        lines += [f"  {labels}: {first}", *(f"    {text}" for text in more)]
+        lines.append(f"    {_whole_log(server, state, steps[0])}")
+    policy = read_retry_policy(server.connection) if failed else None
+    lines += [f"  {step.label}: {_tries(step)}; {_why_no_more(step, policy)}" for step in failed]
+    if state.error:
+        lines.append(f"  {state.error}")
+    elif not failed and state.state == _FAILED:
+        lines.append("  KFP tells of no step that failed")
+    return lines
+
+
+def _words(server: Server, state: State, step: Step) -> list[str]:
+    """What is known of why a step failed."""
+    said = [step.error] if step.error else []
+    pod = last_pod(server, step)
+    if pod is None:
+        return said or ["KFP says nothing of why"]
+    try:
+        return said + last_words(read_log(server, state.run_id, pod), step.name)
+    except UserError as error:
+        return [*said, f"KFP has no log of it that can be read ({error})"]
+
+
+def _whole_log(server: Server, state: State, step: Step) -> str:
+    pod = last_pod(server, step)
+    if pod is None:
+        return "its log is on the run's page"
+    ours = f"python -m pipelines status {state.run_id} --log {shlex.quote(step.label)}"
+    return f"the whole log: {ours}, or while its pod is there: {pod.kubectl()}"
+
+
+def _tries(step: Step) -> str:
+    """Which attempts were made, and what each ended with."""
+    rounds = [", ".join(map(_try, attempts)) for attempts in step.rounds]
+    number = len(step.attempts)
+    what = "KFP's driver was tried" if step.by_driver else "tried"
+    return f"{what} {'once' if number == 1 else f'{number} times'} ({'; anew: '.join(rounds)})"
+
+
+def _try(attempt: Attempt) -> str:
+    taken = "" if attempt.seconds is None else f" after {duration(attempt.seconds)}"
+    return f"{attempt.state}{taken}{': ' if attempt.error else ''}{attempt.error}"
+
+
+def _why_no_more(step: Step, policy: RetryPolicy | None) -> str:
+    if step.by_driver:
+        return f"the step itself did not begin ({_READ})"
+    danger = policy.danger if policy else None
+    if len(step.rounds) > 1:
+        known = f"which {danger}" if danger else "as a policy without an expression makes it"
+        allowed = f"its own retries allow {step.allowed}, but " if step.allowed else ""
+        return f"{allowed}KFP began anew what the step is in, by a retry policy {known} ({_READ})"
+    if step.allowed is None:
+        return f"how often its retries allow is not known ({_READ})"
+    if len(step.attempts) >= step.allowed:
+        return f"its retries allow no more: {step.allowed} attempts (retries of the platform file)"
+    return f"its retries allow {step.allowed}, but {_not_repeated(policy, danger)} ({_READ})"
+
+
+def _not_repeated(policy: RetryPolicy | None, danger: str | None) -> str:
+    if danger:
+        return f"the cluster's retry policy {danger}"
+    if policy:
+        return (
+            "the cluster's retry policy repeats a pod that was stopped, killed or lost, and not "
+            "one that ran out of memory or ended with an error of its own"
+        )
+    return (
+        "KFP's retry policy did not repeat it: a good one leaves alone what ended with an error of "
+        "its own, that of KFP 2.17 what was stopped or killed too"
+    )
