@@ -61,6 +61,7 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
+    by_kubernetes: bool = False  # through the API of the cluster
     body: Any = None
     file: bytes = b""
 

@@ -36,6 +36,12 @@ def real_run(name: str) -> api.V2beta1Run:
     return CLIENT.deserialize(SimpleNamespace(data=data), "V2beta1Run")
 
 
+def read_tasks(entries: list[dict[str, Any]]) -> list[api.V2beta1PipelineTaskDetail]:
+    """Entries of a run's details as KFP's client reads them."""
+    kind = "list[V2beta1PipelineTaskDetail]"
+    return CLIENT.deserialize(SimpleNamespace(data=json.dumps(entries)), kind)
+
+
 def _get_run(kfp: KfpServer, _: Request, run_id: str) -> dict[str, Any]:
     run = found(kfp.runs, run_id, "run")
     number = kfp.looks.get(run_id, 0)

@@ -20,6 +20,7 @@ from tests.pipelines.cluster.kfp_api import CLIENT, Broken, Refused, Request, Te
 
 _BY_KUBERNETES = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
 BROKEN = 200  # a failure that says nothing of itself
+CUT_OFF = 0  # no answer: the connection ends
 
 
 @dataclass
@@ -82,8 +83,8 @@ class KfpServer:
         for failure in self.failures:
             if failure[0] in f"{request.method} {request.path}":
                 self.failures.remove(failure)
-                if failure[1] == BROKEN:
-                    raise Broken
+                if failure[1] in (BROKEN, CUT_OFF):
+                    raise Broken(failure[1])
                 raise Refused(failure[1], f"injected {failure[1]}")
         if (
             self.token is not None
@@ -120,9 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         request = Request(
             method=self.command,
-            path=parts.path.removeprefix(_BY_KUBERNETES),
+            path="/" + parts.path.removeprefix(_BY_KUBERNETES).lstrip("/"),
             query={name: values[0] for name, values in parse_qs(parts.query).items()},
             headers={name.lower(): value for name, value in self.headers.items()},
+            by_kubernetes=parts.path.startswith(_BY_KUBERNETES),
         )
         kind = request.headers.get("content-type", "")
         if kind.startswith("multipart/form-data"):
@@ -142,7 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
             names = ("error_message", "error_details") if of_file else ("error", "message")
             body = dict.fromkeys(names, str(refused)) | ({} if of_file else {"code": 1})
             return self._send(refused.status, json.dumps(body).encode())
-        except Broken:
+        except Broken as broken:
+            if broken.args == (CUT_OFF,):
+                self.close_connection = True
+                return None
             return self._send(200, b'{"run_id": "run-1", "sta')
         if isinstance(answer, Text):
             kind = "application/json" if answer.text.startswith("{") else "text/plain"
