@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from itertools import groupby
 
 from flagscale.errors import UserError
 from pipelines.cluster.connection import Server
@@ -13,6 +15,7 @@ from pipelines.cluster.steps import Attempt, Step
 from pipelines.outcome import StepFailed, duration
 
 _FAILED = "FAILED"
+_SHOWN_ROUNDS = 3
 _READ = "docs/cluster.md, retries"
 
 
@@ -74,15 +77,22 @@ def _whole_log(server: Server, state: State, step: Step) -> str:
 
 def _tries(step: Step) -> str:
     """Which attempts were made, and what each ended with."""
-    rounds = [", ".join(map(_try, attempts)) for attempts in step.rounds]
+    rounds = [_round(attempts) for attempts in step.rounds]
+    if len(rounds) > _SHOWN_ROUNDS:
+        rounds = [rounds[0], f"{len(rounds) - 2} more times", rounds[-1]]
     number = len(step.attempts)
     what = "KFP's driver was tried" if step.by_driver else "tried"
     return f"{what} {'once' if number == 1 else f'{number} times'} ({'; anew: '.join(rounds)})"
 
 
-def _try(attempt: Attempt) -> str:
-    taken = "" if attempt.seconds is None else f" after {duration(attempt.seconds)}"
-    return f"{attempt.state}{taken}{': ' if attempt.error else ''}{attempt.error}"
+def _round(attempts: Sequence[Attempt]) -> str:
+    """`FAILED after 33 s, 19 s, SUCCEEDED after 2 min 05 s`."""
+    said = []
+    for (state, error), some in groupby(attempts, lambda attempt: (attempt.state, attempt.error)):
+        taken = [duration(attempt.seconds) for attempt in some if attempt.seconds is not None]
+        after = f" after {', '.join(taken)}" if taken else ""
+        said.append(f"{state}{after}{': ' if error else ''}{error}")
+    return ", ".join(said)
 
 
 def _why_no_more(step: Step, policy: RetryPolicy | None) -> str:

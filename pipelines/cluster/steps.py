@@ -180,8 +180,9 @@ class _Tasks:
         last = begun[-1]
         of_driver = last in self._drivers[path]
         by_driver = of_driver and last.state == "FAILED"
-        tried = self._drivers[path] if by_driver else self._executors[path]
-        rounds = [self._round(node) for node in begun if node in tried]
+        tried = [n for n in begun if (n in self._drivers[path]) == by_driver]
+        # A driver that did its work once is not what failed.
+        rounds = [self._round(n) for n in tried if not by_driver or n.state == "FAILED"]
         rounds = [attempts for attempts in rounds if attempts]
         return Step(
             name=path[-1],
