@@ -10,6 +10,7 @@ from typing import Any
 from flagscale.errors import UserError
 from pipelines.cluster.connection import TIMEOUT_SECONDS, Server
 
+_BY_DRIVER = "argostub/"  # images that KFP never pulls
 _OF_A_LOOP = "iteration"  # KFP puts nodes of this name between a loop and its tasks
 
 
@@ -40,6 +41,14 @@ class Definition:
         """Whether a task is a pipeline of its own; None: nobody knows."""
         task = self._task(path)
         return None if task is None else "dag" in self._component(task)
+
+    def has_pod(self, path: Sequence[str]) -> bool:
+        """Whether a task has a pod of its own; KFP's driver makes a volume by itself."""
+        task = self._task(path)
+        label = self._component(task).get("executorLabel", "") if task else ""
+        executor = self.spec.get("deploymentSpec", {}).get("executors", {}).get(label, {})
+        image: str = executor.get("container", {}).get("image", "")
+        return not image.startswith(_BY_DRIVER)
 
     def item(self, path: Sequence[str], index: int) -> str:
         """What tells one iteration of a loop from the others.

@@ -38,16 +38,19 @@ def _failure(server: Server, state: State) -> list[str]:
     lines = [f"the run {state.state.lower()}"]
     # A terminated run's steps did not fail: they were stopped with it.
     failed = [step for step in state.steps if step.state == _FAILED == state.state]
+    # The cause first: what is begun anew after it may fail in other ways.
     failed.sort(key=lambda step: step.attempts[0].end or step.start)
-    words: dict[tuple[str, ...], list[Step]] = {}
-    for step in failed:
-        words.setdefault(tuple(_words(server, state, step)), []).append(step)
-    for (first, *more), steps in words.items():
-        labels = ", ".join(step.label for step in steps)
-        lines += [f"  {labels}: {first}", *(f"    {text}" for text in more)]
-        lines.append(f"    {_whole_log(server, state, steps[0])}")
     policy = read_retry_policy(server.connection) if failed else None
-    lines += [f"  {step.label}: {_tries(step)}; {_why_no_more(step, policy)}" for step in failed]
+    told: dict[tuple[str, ...], list[str]] = {}
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for step in failed:
+        words, rest = _words(server, state, step)
+        about = [f"{_tries(step)}; {_why_no_more(step, policy)}", rest]
+        labels.setdefault(words, []).append(step.label)
+        told.setdefault(words, []).extend(about)
+    for words, abouts in told.items():
+        lines.append(f"  {', '.join(labels[words])}: {words[0]}")
+        lines += [f"    {text}" for text in (*words[1:], *abouts)]
     if state.error:
         lines.append(f"  {state.error}")
     elif not failed and state.state == _FAILED:
@@ -55,24 +58,20 @@ def _failure(server: Server, state: State) -> list[str]:
     return lines
 
 
-def _words(server: Server, state: State, step: Step) -> list[str]:
-    """What is known of why a step failed."""
-    said = [step.error] if step.error else []
+def _words(server: Server, state: State, step: Step) -> tuple[tuple[str, ...], str]:
+    """What is known of why a step failed, and what shows the rest."""
+    said = (step.error,) if step.error else ()
     pod = last_pod(server, step)
     if pod is None:
-        return said or ["KFP says nothing of why"]
+        return said or ("KFP does not tell which pod was its",), "its log: on the run's page"
     try:
-        return said + last_words(read_log(server, state.run_id, pod), step.name)
+        log = read_log(server, state.run_id, pod)
     except UserError as error:
-        return [*said, f"KFP has no log of it that can be read ({error})"]
-
-
-def _whole_log(server: Server, state: State, step: Step) -> str:
-    pod = last_pod(server, step)
-    if pod is None:
-        return "its log is on the run's page"
-    ours = f"python -m pipelines status {state.run_id} --log {shlex.quote(step.label)}"
-    return f"the whole log: {ours}, or while its pod is there: {pod.kubectl()}"
+        unread = f"KFP has no log of it that can be read ({error})"
+        return (*said, unread), f"its log, while its pod is there: {pod.kubectl()}"
+    command = f"python -m pipelines status {state.run_id} --log {shlex.quote(step.label)}"
+    words = tuple(last_words(log, step.name)) or ("its log is empty",)
+    return said + words, f"the whole log: {command}"
 
 
 def _tries(step: Step) -> str:
@@ -82,7 +81,8 @@ def _tries(step: Step) -> str:
         rounds = [rounds[0], f"{len(rounds) - 2} more times", rounds[-1]]
     number = len(step.attempts)
     what = "KFP's driver was tried" if step.by_driver else "tried"
-    return f"{what} {'once' if number == 1 else f'{number} times'} ({'; anew: '.join(rounds)})"
+    times = "once" if number == 1 else f"{number} times"
+    return f"{step.label}: {what} {times} ({'; anew: '.join(rounds)})"
 
 
 def _round(attempts: Sequence[Attempt]) -> str:
@@ -100,9 +100,13 @@ def _why_no_more(step: Step, policy: RetryPolicy | None) -> str:
         return f"the step itself did not begin ({_READ})"
     danger = policy.danger if policy else None
     if len(step.rounds) > 1:
-        known = f"which {danger}" if danger else "as a policy without an expression makes it"
         allowed = f"its own retries allow {step.allowed}, but " if step.allowed else ""
-        return f"{allowed}KFP began anew what the step is in, by a retry policy {known} ({_READ})"
+        reason = (
+            f": the cluster's retry policy {danger}"
+            if danger
+            else ", as a retry policy without an expression makes it"
+        )
+        return f"{allowed}KFP began anew what the step is in{reason} ({_READ})"
     if step.allowed is None:
         return f"how often its retries allow is not known ({_READ})"
     if len(step.attempts) >= step.allowed:

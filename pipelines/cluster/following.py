@@ -111,10 +111,11 @@ def follow(
             run = _patiently(server, run_id, pause_seconds, deadline, again)
             state = _state(server, run, before.definition if before else None)
             _tell(state, told)
-            # The list of tasks may come a moment after the run's end.
-            if state.has_ended and not (state.is_behind and before and not before.has_ended):
-                return state
             remaining = deadline - time.monotonic()
+            # The list of tasks may come a moment after the run's end.
+            look_again = state.is_behind and before and not before.has_ended and remaining > 0
+            if state.has_ended and not look_again:
+                return state
             if remaining <= 0:
                 raise UserError(
                     f"--timeout {timeout_seconds:g}: the run is {state.state} still; {again}"

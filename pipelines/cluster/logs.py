@@ -2,8 +2,9 @@
 
 Argo puts each pod's log into the object store, as artifact `main-logs` of the pod's node, and
 KFP's API reads a node's artifacts. What KFP's launcher uploads beside it (`executor-logs-0`, ...)
-is known to ML Metadata alone, under a path with a random part. Where Argo archives nothing, the
-UI's server reads the log of a pod that is still there.
+is known to ML Metadata alone in KFP 2.17, under a path with a random part; a server whose API
+knows it is asked for it too. Where nothing is archived, the UI's server reads the log of a pod that
+is still there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class Pod:
         node: the id of its node.
         name: Kubernetes'.
         namespace: that it runs in.
+        attempt: of those that are counted together, from 0.
     """
 
     node: str
     name: str
     namespace: str
+    attempt: int
 
     def kubectl(self) -> str:
         """The command that shows its log, as long as the pod is there."""
@@ -54,7 +57,8 @@ def last_pod(server: Server, step: Step) -> Pod | None:
     # Argo names a pod by its template; KFP has one more for tasks with retries.
     template = "system-container-impl" if step.allowed == 1 else "retry-system-container-impl"
     template = "system-container-driver" if step.by_driver else template
-    return Pod(node, f"{workflow}-{template}-{value}", server.namespace or "kubeflow")
+    name = f"{workflow}-{template}-{value}"
+    return Pod(node, name, server.namespace or "kubeflow", len(step.rounds[-1]) - 1)
 
 
 def read_log(server: Server, run_id: str, pod: Pod) -> str:
@@ -64,7 +68,8 @@ def read_log(server: Server, run_id: str, pod: Pod) -> str:
         UserError: KFP has none that can be read; the message says what it answered.
     """
     ways = (
-        lambda: _archived(server, run_id, pod),
+        lambda: _archived(server, run_id, pod, "main-logs"),
+        lambda: _archived(server, run_id, pod, f"executor-logs-{pod.attempt}"),
         lambda: _of_pod(server, run_id, pod),
     )
     problems = []
@@ -122,9 +127,9 @@ def last_words(log: str, step: str) -> list[str]:
     return (own or lines)[-_LAST_LINES:]
 
 
-def _archived(server: Server, run_id: str, pod: Pod) -> str:
-    path = f"/apis/v2beta1/runs/{run_id}/nodes/{pod.node}/artifacts/main-logs:read"
-    doing = "reading the archived log"
+def _archived(server: Server, run_id: str, pod: Pod, name: str) -> str:
+    path = f"/apis/v2beta1/runs/{run_id}/nodes/{pod.node}/artifacts/{name}:read"
+    doing = f"reading artifact {name}"
     answer = server.read(doing, lambda: _get(server, path, "application/json"), _NONE)
     try:
         return _text(base64.b64decode(json.loads(answer)["data"], validate=True))

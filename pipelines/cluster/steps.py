@@ -187,7 +187,9 @@ class _Tasks:
         return Step(
             name=path[-1],
             label=_label(path, definition),
-            state=_state(last, of_driver, rounds[-1] if rounds else ()),
+            state=_state(
+                last, of_driver, rounds[-1] if rounds else (), definition.has_pod(path[1:])
+            ),
             start=begun[0].start or _LATE,
             rounds=tuple(rounds),
             allowed=None if by_driver else definition.most_attempts(path[1:]),
@@ -205,13 +207,13 @@ class _Tasks:
         return tuple(Attempt(n.id, n.state, n.start, n.end, n.error) for n in tries if n.state)
 
 
-def _state(last: Node, of_driver: bool, attempts: tuple[Attempt, ...]) -> str:
+def _state(last: Node, of_driver: bool, attempts: tuple[Attempt, ...], has_pod: bool) -> str:
     """The step's state, by what was begun for it last."""
     state = last.state or "PENDING"
     if of_driver:
         return state if state == "FAILED" else "PENDING"
     if state == "SKIPPED":
-        return "CACHED"
+        return "CACHED" if has_pod else "SUCCEEDED"
     if state != "RUNNING":
         return state
     # The executor runs as soon as its first pod is asked for, and while no pod is there.

@@ -72,7 +72,7 @@ def _get_version(kfp: KfpServer, _: Request, pipeline: str, version: str) -> Any
 
 def _read_artifact(kfp: KfpServer, _: Request, run: str, node: str, name: str) -> dict[str, str]:
     found(kfp.runs, run, "run")
-    if name != "main-logs" or node not in kfp.logs:
+    if name != kfp.log_artifact or node not in kfp.logs:
         raise Refused(404, f"ResourceNotFoundError: artifact {run}/{node}/{name} not found")
     return {"data": base64.b64encode(kfp.logs[node]).decode()}
 

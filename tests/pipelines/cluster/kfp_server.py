@@ -45,6 +45,7 @@ class KfpServer:
     packages: dict[str, bytes] = field(default_factory=dict)  # by version
     looks: dict[str, int] = field(default_factory=dict)
     logs: dict[str, bytes] = field(default_factory=dict)  # that Argo has archived, by node
+    log_artifact: str = "main-logs"
     pod_logs: dict[str, str] = field(default_factory=dict)  # of pods that are there, by name
     # Of its cluster, by namespace and name; None: the caller may see none.
     config_maps: dict[tuple[str, str], dict[str, str]] | None = None

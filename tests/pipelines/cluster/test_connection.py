@@ -88,7 +88,7 @@ def test_the_official_client_finds_a_server_here(kfp: KfpServer, tmp_path: Path)
     client = Client(host=kfp.url)
     kfp.frames = [tasks(prepare_data="RUNNING"), tasks(prepare_data="SUCCEEDED")]
     run = client.create_run_from_pipeline_package(file, {"experiment": "x"}, "run", "tries")
-    done = client.wait_for_run_completion(run.run_id, timeout=20, sleep_duration=0)
+    done = client.wait_for_run_completion(run.run_id, timeout=600, sleep_duration=0)
     assert (done.state, done.display_name) == ("SUCCEEDED", "run")
     with pytest.raises(ApiException, match="requires type STRING"):
         client.create_run_from_pipeline_package(file, {"experiment": 1})

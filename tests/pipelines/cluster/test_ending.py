@@ -43,7 +43,7 @@ def test_the_steps_own_error_is_told_once(
     assert err.startswith(f"error: the run failed\n  distil-student: {SAID}\n")
     assert err.count(SAID) == 1
     assert "python -m pipelines status run-1 --log distil-student" in err
-    assert f"kubectl --namespace kubeflow logs {pod_name('distil-student', 5)}" in err
+    assert "kubectl" not in err
     assert "evaluate" not in err
     assert err.endswith(f"{failed.url}/#/runs/details/run-1\n")
 
@@ -52,10 +52,7 @@ def test_attempts_that_are_used_up(failed: KfpServer, capsys: pytest.CaptureFixt
     failed.frames = [tasks(distil_student=["FAILED"] * 6)]
     err = told(capsys)
     each = ", ".join(["1 min 05 s"] * 6)
-    assert (
-        f"distil-student: tried 6 times (FAILED after {each}); its retries allow no more: 6 attempts"
-        in err
-    )
+    assert f"distil-student: tried 6 times (FAILED after {each}); its retries allow no" in err
 
 
 def test_a_policy_that_did_not_repeat_it(
@@ -104,8 +101,12 @@ def test_a_driver_that_failed(failed: KfpServer, capsys: pytest.CaptureFixture[s
     failed.logs[driver] = b"I1128 09:00:00.000000 1 main.go:1] KFP driver\nno such secret\n"
     err = told(capsys)
     assert "no such secret" in err
-    assert f"{workflow}-system-container-driver-{driver.rpartition('-')[2]}" in err
-    assert "KFP's driver was tried once" in err
+    assert "prepare-data: KFP's driver was tried once" in err
+    failed.logs.clear()
+    pod = f"{workflow}-system-container-driver-{driver.rpartition('-')[2]}"
+    assert f"its log, while its pod is there: kubectl --namespace kubeflow logs {pod} " in told(
+        capsys
+    )
 
 
 def test_steps_that_failed_for_one_reason(
@@ -122,7 +123,9 @@ def test_steps_that_failed_for_one_reason(
 def test_a_log_that_cannot_be_read(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     failed.frames = [tasks(distil_student="FAILED")]
     err = told(capsys)
-    assert "distil-student: KFP has no log of it that can be read (reading the archived" in err
+    assert (
+        "distil-student: KFP has no log of it that can be read (reading artifact main-logs" in err
+    )
     assert f"kubectl --namespace kubeflow logs {pod_name('distil-student')}" in err
 
 

@@ -51,7 +51,11 @@ def failed(kfp: KfpServer) -> KfpServer:
     return kfp
 
 
-def test_a_log_is_shown_whole(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("artifact", ["main-logs", "executor-logs-1"])
+def test_a_log_is_shown_whole(
+    failed: KfpServer, capsys: pytest.CaptureFixture[str], artifact: str
+) -> None:
+    failed.log_artifact = artifact
     log = b"first\n\xff is no UTF-8\n" + MISTAKE.encode()
     failed.logs[pod_node("distil-student", 1)] = log
     assert main(["status", "run-1", "--log", "distil-student"]) == 0
@@ -69,7 +73,7 @@ def test_a_log_that_was_not_archived_is_read_from_the_pod(
 def test_what_has_no_log_is_told(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "run-1", "--log", "distil-student"]) == 2
     err = capsys.readouterr().err
-    assert "reading the archived log: there is none" in err
+    assert "reading artifact main-logs: there is none" in err
     pod = pod_name("distil-student", 1)
     assert f"try kubectl --namespace kubeflow logs {pod} --container main" in err
     assert main(["status", "run-1", "--log", "prepare-data"]) == 2

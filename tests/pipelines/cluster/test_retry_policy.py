@@ -92,3 +92,12 @@ def test_a_server_alone_tells_no_cluster(
     assert main(SUBMIT) == 0
     assert "retry" not in capsys.readouterr().out
     assert not any("configmaps" in request.path for request in kfp.requests)
+
+
+def test_a_pod_without_an_account_sees_no_cluster(
+    kfp: KfpServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", kfp.url.rpartition(":")[2])
+    assert main(SUBMIT) == 0
+    assert "retry" not in capsys.readouterr().out

@@ -135,6 +135,23 @@ def test_trouble_without_end_ends_the_waiting(
     assert f"python -m pipelines status {run_id} --wait" in err
 
 
+def test_the_list_of_tasks_may_come_after_the_end(
+    kfp: KfpServer, run_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [("RUNNING", "RUNNING"), ("SUCCEEDED", "RUNNING"), ("SUCCEEDED", "SUCCEEDED")]
+
+    def answer(number: int) -> None:
+        kfp.runs[run_id].state, of_step = answers[number]
+        details = api.V2beta1RunDetails(task_details=tasks(prepare_data=of_step))
+        kfp.runs[run_id].run_details = details
+
+    answer(0)
+    kfp.on_look = answer
+    assert main(["status", run_id, *WAIT]) == 0
+    assert kfp.looks == {run_id: 3}
+    assert re.search(r"prepare-data +SUCCEEDED +1 min 05 s", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("status", [400, 403])
 def test_a_refusal_ends_the_waiting(
     kfp: KfpServer, run_id: str, capsys: pytest.CaptureFixture[str], status: int
