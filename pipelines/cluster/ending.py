@@ -41,16 +41,17 @@ def _failure(server: Server, state: State) -> list[str]:
     # The cause first: what is begun anew after it may fail in other ways.
     failed.sort(key=lambda step: step.attempts[0].end or step.start)
     policy = read_retry_policy(server.connection) if failed else None
-    told: dict[tuple[str, ...], list[str]] = {}
-    labels: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Step, str]]] = {}
     for step in failed:
         words, rest = _words(server, state, step)
-        about = [f"{_tries(step)}; {_why_no_more(step, policy)}", rest]
-        labels.setdefault(words, []).append(step.label)
-        told.setdefault(words, []).extend(about)
-    for words, abouts in told.items():
-        lines.append(f"  {', '.join(labels[words])}: {words[0]}")
-        lines += [f"    {text}" for text in (*words[1:], *abouts)]
+        groups.setdefault(words, []).append((step, rest))
+    for words, steps in groups.items():
+        lines.append(f"  {', '.join(step.label for step, _ in steps)}: {words[0]}")
+        lines += [f"    {text}" for text in words[1:]]
+        for step, rest in steps:
+            whose = f"{step.label}: " if len(steps) > 1 else ""
+            lines.append(f"    {whose}{_tries(step)}; {_why_no_more(step, policy)}")
+            lines.append(f"    {rest}")
     if state.error:
         lines.append(f"  {state.error}")
     elif not failed and state.state == _FAILED:
@@ -82,7 +83,7 @@ def _tries(step: Step) -> str:
     number = len(step.attempts)
     what = "KFP's driver was tried" if step.by_driver else "tried"
     times = "once" if number == 1 else f"{number} times"
-    return f"{step.label}: {what} {times} ({'; anew: '.join(rounds)})"
+    return f"{what} {times} ({'; anew: '.join(rounds)})"
 
 
 def _round(attempts: Sequence[Attempt]) -> str:

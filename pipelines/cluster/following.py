@@ -166,7 +166,8 @@ def _get(server: Server, run_id: str) -> Any:  # noqa: ANN401 - KFP's
 
 
 def _state(server: Server, run: Any, definition: Definition | None) -> State:  # noqa: ANN401 - KFP's
-    definition = definition or read_definition(server, run)
+    if definition is None or not definition.spec:
+        definition = read_definition(server, run)
     state = run.state or "PENDING"
     details = (run.run_details.task_details if run.run_details else None) or []
     steps = read_steps(details, definition)

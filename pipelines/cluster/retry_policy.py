@@ -19,7 +19,7 @@ from pipelines.cluster.connection import Connection
 CONFIG_MAP = "workflow-controller-configmap"
 _KFPS_NAMESPACE = "kubeflow"
 _TIMEOUT_SECONDS = (5.0, 10.0)
-_REMEDY = "kubectl apply -k deploy/components/retry-policy; docs/cluster.md, retries"
+_REMEDY = "a right one is in deploy/components/retry-policy; docs/cluster.md, retries"
 _STOPPED = ("137", "143")  # killed, and stopped: exit codes that KFP's launcher lets through
 
 _VANISHED = "a step whose pod vanishes with its node is not repeated"

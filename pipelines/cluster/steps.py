@@ -123,13 +123,11 @@ def read_steps(details: Iterable[Any], definition: Definition) -> tuple[Step, ..
         definition: of the run's pipeline.
     """
     details = list(details)
-    nodes = read_nodes(details)
-    if not nodes:
-        return _by_last_name(details)
-    tasks = _Tasks(nodes)
+    tasks = _Tasks(read_nodes(details))
     steps = [tasks.step(path, definition) for path in tasks.paths(definition)]
     found = [step for step in steps if step is not None]
-    return tuple(sorted(found, key=lambda step: (step.start, step.label)))
+    ordered = tuple(sorted(found, key=lambda step: (step.start, step.label)))
+    return ordered or _by_last_name(details)
 
 
 def seconds_between(start: datetime | None, end: datetime | None) -> float | None:
@@ -182,16 +180,15 @@ class _Tasks:
         by_driver = of_driver and last.state == "FAILED"
         tried = [n for n in begun if (n in self._drivers[path]) == by_driver]
         # A driver that did its work once is not what failed.
-        rounds = [self._round(n) for n in tried if not by_driver or n.state == "FAILED"]
-        rounds = [attempts for attempts in rounds if attempts]
+        found = [self._round(n) for n in tried if not by_driver or n.state == "FAILED"]
+        rounds = tuple(attempts for attempts in found if attempts)
+        state = _state(last, of_driver, rounds[-1] if rounds else ())
         return Step(
             name=path[-1],
             label=_label(path, definition),
-            state=_state(
-                last, of_driver, rounds[-1] if rounds else (), definition.has_pod(path[1:])
-            ),
+            state=state if state != "CACHED" or definition.has_pod(path[1:]) else "SUCCEEDED",
             start=begun[0].start or _LATE,
-            rounds=tuple(rounds),
+            rounds=rounds,
             allowed=None if by_driver else definition.most_attempts(path[1:]),
             by_driver=by_driver,
             error=next((node.error for node in reversed(begun) if node.error), ""),
@@ -203,17 +200,18 @@ class _Tasks:
 
     def _round(self, node: Node) -> tuple[Attempt, ...]:
         """Its attempts; a node that nothing repeats is its only one, one that was left out none."""
-        tries = self._attempts[node.name] or ([] if node.state == "SKIPPED" else [node])
-        return tuple(Attempt(n.id, n.state, n.start, n.end, n.error) for n in tries if n.state)
+        tries = [n for n in self._attempts[node.name] if n.state]
+        tries = tries or ([] if node.state == "SKIPPED" else [node])
+        return tuple(Attempt(n.id, n.state or "", n.start, n.end, n.error) for n in tries)
 
 
-def _state(last: Node, of_driver: bool, attempts: tuple[Attempt, ...], has_pod: bool) -> str:
+def _state(last: Node, of_driver: bool, attempts: tuple[Attempt, ...]) -> str:
     """The step's state, by what was begun for it last."""
     state = last.state or "PENDING"
     if of_driver:
         return state if state == "FAILED" else "PENDING"
     if state == "SKIPPED":
-        return "CACHED" if has_pod else "SUCCEEDED"
+        return "CACHED"
     if state != "RUNNING":
         return state
     # The executor runs as soon as its first pod is asked for, and while no pod is there.

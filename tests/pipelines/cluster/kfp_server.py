@@ -116,6 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def handle(self) -> None:
+        """Answer, until who asks goes away, at whatever moment."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def _handle(self) -> None:
         length = int(self.headers.get("content-length") or 0)
         data = self.rfile.read(length)
@@ -162,9 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
-        with suppress(ConnectionError):  # who asked has gone away
-            self.end_headers()
-            self.wfile.write(data)
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""

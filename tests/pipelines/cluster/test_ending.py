@@ -52,7 +52,7 @@ def test_attempts_that_are_used_up(failed: KfpServer, capsys: pytest.CaptureFixt
     failed.frames = [tasks(distil_student=["FAILED"] * 6)]
     err = told(capsys)
     each = ", ".join(["1 min 05 s"] * 6)
-    assert f"distil-student: tried 6 times (FAILED after {each}); its retries allow no" in err
+    assert f"    tried 6 times (FAILED after {each}); its retries allow no" in err
 
 
 def test_a_policy_that_did_not_repeat_it(
@@ -60,7 +60,7 @@ def test_a_policy_that_did_not_repeat_it(
 ) -> None:
     failed.frames = [tasks(distil_student="FAILED")]
     err = told(capsys)
-    assert "distil-student: tried once (FAILED after 1 min 05 s); its retries allow 6, but" in err
+    assert "    tried once (FAILED after 1 min 05 s); its retries allow 6, but" in err
     assert "KFP's retry policy did not repeat it" in err
     assert "docs/cluster.md, retries" in err
 
@@ -89,7 +89,7 @@ def test_the_policy_is_named_where_it_can_be_read(
 def test_a_step_that_was_begun_anew(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     failed.frames = [tasks(distil_student=[["FAILED"] * 6] * 3)]
     err = told(capsys)
-    assert "distil-student: tried 18 times (FAILED" in err
+    assert "    tried 18 times (FAILED" in err
     assert err.count("; anew: ") == 2
     assert "its own retries allow 6, but KFP began anew what the step is in" in err
 
@@ -101,7 +101,7 @@ def test_a_driver_that_failed(failed: KfpServer, capsys: pytest.CaptureFixture[s
     failed.logs[driver] = b"I1128 09:00:00.000000 1 main.go:1] KFP driver\nno such secret\n"
     err = told(capsys)
     assert "no such secret" in err
-    assert "prepare-data: KFP's driver was tried once" in err
+    assert "    KFP's driver was tried once" in err
     failed.logs.clear()
     pod = f"{workflow}-system-container-driver-{driver.rpartition('-')[2]}"
     assert f"its log, while its pod is there: kubectl --namespace kubeflow logs {pod} " in told(
@@ -118,6 +118,8 @@ def test_steps_that_failed_for_one_reason(
     err = told(capsys)
     assert "  prepare-data, distil-student: no such bucket\n" in err
     assert err.count("no such bucket") == 1
+    assert "    prepare-data: tried once (FAILED" in err
+    assert "    distil-student: tried once (FAILED" in err
 
 
 def test_a_log_that_cannot_be_read(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,5 +163,5 @@ def test_real_runs_that_failed(kfp: KfpServer, capsys: pytest.CaptureFixture[str
     ]
     # The cause comes first: the run was begun anew after it, and failed elsewhere then.
     assert captured.err.startswith(f"error: the run failed\n  distil-student: {SAID}\n")
-    assert "distil-student: tried 18 times" in captured.err
-    assert "prepare-teacher: KFP's driver was tried 24 times" in captured.err
+    assert "    tried 18 times" in captured.err
+    assert "    KFP's driver was tried 24 times" in captured.err

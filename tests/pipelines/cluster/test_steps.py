@@ -1,7 +1,10 @@
 """A line a step, from what real servers answered and from what the acting one does."""
 
+import random
+
 import pytest
 import yaml
+from kfp_server_api import PipelineTaskDetailChildTask
 
 from pipelines.cluster.definition import Definition
 from pipelines.cluster.steps import read_steps
@@ -131,3 +134,19 @@ def test_a_server_that_does_not_tell_what_is_in_what() -> None:
         ("prepare-data", "SUCCEEDED"),
         ("distil-student", "RUNNING"),
     ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_answers_with_gaps_are_read_as_far_as_they_go(seed: int) -> None:
+    """Whatever a server leaves out, or names otherwise: something is shown, and nothing raised."""
+    chance = random.Random(seed)
+    details = real_run("two-nodes-one-stopped").run_details.task_details
+    for detail in chance.sample(details, 20):
+        name = chance.choice(["state", "start_time", "end_time", "child_tasks", "display_name"])
+        setattr(detail, name, None)
+    for detail in chance.sample(details, 3):
+        detail.child_tasks = [PipelineTaskDetailChildTask(pod_name=chance.choice(["x", "a-1", ""]))]
+        detail.display_name = chance.choice(["a", "executor(x)", "a.b(3)", "(0)"])
+    steps = read_steps(details, training(5))
+    assert len(steps) > 1
+    assert all(step.line() for step in steps)
