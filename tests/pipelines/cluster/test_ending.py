@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.cluster.nodes import node_id
-from pipelines.cluster.retry_policy import CONFIG_MAP
+from pipelines.cluster.retry_policy import CONFIG_MAP, parse_retry_policy
+from tests.pipelines.cluster import argo_retries as argo
 from tests.pipelines.cluster.argo_nodes import tasks
 from tests.pipelines.cluster.clusters import KUBECONFIG, OF_KFP_2_17, RIGHT, settings
 from tests.pipelines.cluster.kfp_runs import real_run
@@ -92,6 +93,28 @@ def test_a_step_that_was_begun_anew(failed: KfpServer, capsys: pytest.CaptureFix
     assert "    tried 18 times (FAILED" in err
     assert err.count("; anew: ") == 2
     assert "its own retries allow 6, but KFP began anew what the step is in" in err
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ending", "said"),
+    [
+        (OF_KFP_2_17, argo.STOPPED, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
+        (RIGHT, argo.MISTAKE, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
+        (RIGHT, argo.STOPPED, "its retries allow no more: 6 attempts"),
+        ("limit: 2, retryPolicy: Always", argo.MISTAKE, "tried 18 times"),
+    ],
+)
+def test_what_the_policies_of_clusters_lead_to(
+    failed: KfpServer,
+    capsys: pytest.CaptureFixture[str],
+    strategy: str,
+    ending: argo.Ending,
+    said: str,
+) -> None:
+    policy = parse_retry_policy(settings(strategy))
+    assert policy is not None
+    failed.frames = [tasks(distil_student=argo.rounds(policy, 5, lambda _: ending))]
+    assert said in told(capsys)
 
 
 def test_a_driver_that_failed(failed: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.cluster.retry_policy import CONFIG_MAP, parse_retry_policy, warning
+from tests.pipelines.cluster import argo_retries as argo
 from tests.pipelines.cluster.clusters import KUBECONFIG, OF_KFP_2_17, RIGHT, settings
 from tests.pipelines.cluster.kfp_server import KfpServer
 
@@ -38,6 +39,34 @@ def test_policies_are_judged_by_what_they_do(strategy: str, danger: str | None) 
         assert danger in said
         assert "deploy/components/retry-policy" in said
         assert "\n" not in said
+
+
+ONCE, AGAIN = [["FAILED"]], [["FAILED", "SUCCEEDED"]]
+OF_THE_CLUSTERS = {
+    # strategy: what becomes of a mistake, memory that is out, a stop, a kill, a lost pod
+    RIGHT: (ONCE, ONCE, AGAIN, AGAIN, AGAIN),
+    OF_KFP_2_17: (ONCE, ONCE, ONCE, ONCE, AGAIN),
+    "": ([["FAILED"] * 6], [["FAILED"] * 6], AGAIN, AGAIN, ONCE),
+    "limit: '2', retryPolicy: Always": ([["FAILED"] * 6] * 3,) * 2 + (AGAIN,) * 3,
+    "retryPolicy: Always": ([["FAILED"] * 6] * argo.MOST,) * 2 + (AGAIN,) * 3,
+}
+
+
+@pytest.mark.parametrize("strategy", OF_THE_CLUSTERS)
+def test_the_judgement_is_what_argo_does(strategy: str) -> None:
+    """A right policy repeats what was taken away, and nothing that would fail again."""
+    policy = parse_retry_policy(settings(strategy))
+    assert policy is not None
+    lasting = [
+        argo.rounds(policy, 5, lambda _, end=end: end) for end in (argo.MISTAKE, argo.OUT_OF_MEMORY)
+    ]
+    passing = [
+        argo.rounds(policy, 5, lambda number, end=end: argo.DONE if number else end)
+        for end in (argo.STOPPED, argo.KILLED, argo.VANISHED)
+    ]
+    assert (*lasting, *passing) == OF_THE_CLUSTERS[strategy]
+    is_right = lasting == [ONCE] * 2 and passing == [AGAIN] * 3
+    assert is_right == (policy.danger is None)
 
 
 def test_settings_of_other_shapes() -> None:
