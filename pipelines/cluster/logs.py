@@ -24,6 +24,8 @@ _LAST_LINES = 20
 _NONE = "there is none"
 _OURS = re.compile(r"\d\d:\d\d:\d\d (.*)")  # as flagscale.steps.logs writes
 # What KFP's launcher (klog) and Argo's emissary write after the step's own last word.
+_PUBLISHED = re.compile(r"\S+ is at ")  # a step's last word when all went well
+_OF_LAUNCHER = re.compile(r"[EF]\d{4} (?!.*exit status)")  # an error that is not the step's
 _OTHERS = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d.*|time=.*|Error: exit status \d+|\s*")
 
 
@@ -117,14 +119,27 @@ def last_words(log: str, step: str) -> list[str]:
     own = list(lines)
     while own and _OTHERS.fullmatch(own[-1]):
         own.pop()
-    last = next((n for n in range(len(own) - 1, -1, -1) if _OURS.fullmatch(own[n])), None)
-    if last is not None:
-        text = own[last][len("HH:MM:SS ") :]
-        name, _, message = text.partition(": ")
+    if any(_OF_LAUNCHER.match(line) for line in lines[len(own) :]):
+        return lines[-_LAST_LINES:]  # the step had done its work, and KFP could not take it
+    return _error(own, step) or (own or lines)[-_LAST_LINES:]
+
+
+def _error(lines: list[str], step: str) -> list[str] | None:
+    """The error at the end of a log, if it is there in the form in which steps tell one."""
+    more: list[str] = []
+    for line in reversed(lines):
+        found = _OURS.fullmatch(line)
+        if found is None:
+            more.insert(0, line)
+            continue
+        if found[1].startswith("MLflow "):
+            more = []  # it is told of the error, and may not listen
+            continue
+        name, _, message = found[1].partition(": ")
         # The task of a training on several nodes has the name of the step, and more.
-        if message and step.startswith(name):
-            return [message, *own[last + 1 :]]
-    return (own or lines)[-_LAST_LINES:]
+        is_error = message and step.startswith(name) and not _PUBLISHED.match(message)
+        return [message, *more] if is_error else None
+    return None
 
 
 def _archived(server: Server, run_id: str, pod: Pod, name: str) -> str:

@@ -1,5 +1,8 @@
 """What a step's log ends with, and where the log is read."""
 
+import subprocess
+import sys
+
 import kfp_server_api as api
 import pytest
 
@@ -26,6 +29,20 @@ def test_the_steps_own_error_is_its_last_word(before: str, after: str) -> None:
     assert last_words(before + MISTAKE + after, "distil-student-on-nodes") == words
 
 
+def test_what_a_real_step_ends_with() -> None:
+    code = """
+from flagscale.errors import UserError
+from flagscale.steps.step_process import step_process
+
+with step_process("distil-student"):
+    raise UserError("student.source: no such folder\\nnor is there one like it")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    words = ["student.source: no such folder", "nor is there one like it"]
+    assert last_words(done.stdout + LAUNCHER, "distil-student") == words
+
+
 def test_an_error_of_several_lines_is_told_in_full() -> None:
     log = "09:51:20 step 1\n09:51:26 evaluate: two things:\n- one\n- two\n"
     assert last_words(log + LAUNCHER, "evaluate") == ["two things:", "- one", "- two"]
@@ -36,6 +53,19 @@ def test_a_step_that_was_killed_has_its_last_lines_shown() -> None:
     assert last_words(log, "distil-student") == log.splitlines()[-20:]
     # What another step says, or what is no error's form, is not taken for an error.
     assert last_words("09:51:00 evaluate: no\n", "distil-student") == ["09:51:00 evaluate: no"]
+
+
+def test_mlflow_may_have_the_word_after_it() -> None:
+    log = MISTAKE + "09:51:27 MLflow was not told that distil-student failed: no answer\n"
+    words = ["distillation.temperature=-1: must be more than 0"]
+    assert last_words(log + LAUNCHER, "distil-student") == words
+
+
+def test_what_the_launcher_could_not_do_is_no_error_of_the_step() -> None:
+    log = "09:51:26 prepare-data: dataset is at s3://bucket/dataset\n"
+    assert last_words(log, "prepare-data") == log.splitlines()
+    launcher = "F1128 09:51:27.000000      13 main.go:58] failed to upload output: no such bucket\n"
+    assert last_words(MISTAKE + launcher, "distil-student") == (MISTAKE + launcher).splitlines()
 
 
 def test_a_log_of_the_launcher_alone_is_shown_as_it_is() -> None:
