@@ -1,9 +1,12 @@
 """Argo's names of a run's nodes, found again in what real servers answered."""
 
+import itertools
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from pipelines.cluster.nodes import node_id, read_nodes, split_attempt
-from tests.pipelines.cluster.argo_nodes import tasks
+from tests.pipelines.cluster.argo_nodes import NOT_YET, tasks
 from tests.pipelines.cluster.kfp_runs import read_tasks, real_run
 
 REAL = (
@@ -74,6 +77,38 @@ def test_an_acting_server_lists_nodes_as_the_real_one_does() -> None:
     assert {(n.name.partition("(")[2], n.state) for n in read_nodes(ours)} == {
         (n.name.partition("(")[2], n.state) for n in real
     }
+
+
+def test_attempts_of_variants_that_run_side_by_side_are_told_apart() -> None:
+    """By the times and states of what they are attempts at; all are called `executor(0)` or (1)."""
+    begin = datetime(2026, 11, 28, 9, tzinfo=UTC)
+    pods = {  # of each variant: state, start and end of its executor and of its pods
+        0: [("RUNNING", 0, None), ("FAILED", 0, 60), ("RUNNING", 70, None)],
+        1: [("SUCCEEDED", 0, 75), ("SUCCEEDED", 0, 65)],
+        2: [("FAILED", 0, 95), ("FAILED", 0, 50), ("FAILED", 60, 90)],
+    }
+    holders = {"w": ["w.loop(0:0)", "w.loop(1:1)", "w.loop(2:2)"]}
+    times = dict.fromkeys(["w", *holders["w"]], ("RUNNING", 0, None))
+    for variant, (executor, *attempts) in pods.items():
+        name = f"w.loop({variant}:{variant}).executor"
+        holders[f"w.loop({variant}:{variant})"] = [name]
+        holders[name] = [f"{name}({number})" for number in range(len(attempts))]
+        times |= {name: executor} | dict(zip(holders[name], attempts, strict=True))
+    entries = [
+        {
+            "display_name": name.rpartition(".")[2],
+            "state": state,
+            "start_time": (begin + timedelta(seconds=start)).isoformat(),
+            "end_time": NOT_YET if end is None else (begin + timedelta(seconds=end)).isoformat(),
+            "child_tasks": [{"pod_name": node_id("w", child)} for child in holders.get(name, [])],
+        }
+        for name, (state, start, end) in times.items()
+    ]
+    for order in itertools.islice(itertools.permutations(entries), 0, 10**6, 49_999):
+        found = read_nodes(read_tasks(list(order)))
+        assert {node.name: node.state for node in found} == {n: t[0] for n, t in times.items()}
+        starts = {node.name: (node.start - begin).total_seconds() for node in found}
+        assert starts == {name: start for name, (_, start, _) in times.items()}
 
 
 def test_nodes_of_servers_that_name_no_children_cannot_be_told() -> None:
