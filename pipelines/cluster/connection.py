@@ -7,7 +7,6 @@ briefly away; writes are not, because the first may have arrived. No message hol
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import re
@@ -16,28 +15,26 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import kfp
 import kfp_server_api
-import urllib3
 
 from flagscale.errors import UserError
 from pipelines.cluster.access import (
-    TokenFile,
     check_cluster,
     check_host,
     no_server_named,
     read_token,
     sendable,
 )
-from pipelines.cluster.connection_errors import NotKfp, Problem, StoppedWaiting, is_transient
+from pipelines.cluster.client import TIMEOUT_SECONDS, connect
+from pipelines.cluster.connection_errors import Problem, StoppedWaiting, is_transient
 
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, to answer
 _RETRIES = 4
 
 
@@ -86,41 +83,6 @@ class Connection:
         return [secret for secret in known if secret]
 
 
-class _Client(kfp.Client):
-    """KFP's client, asking for the server's health once and with a limit of time."""
-
-    health: dict[str, Any] | None = None
-
-    def get_kfp_healthz(self, sleep_duration: int = 5) -> kfp_server_api.V2beta1GetHealthzResponse:
-        api = self._healthz_api
-        answer = api.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
-        try:
-            self.health = json.loads(api.api_client.last_response.data)
-        except ValueError:
-            raise NotKfp from None  # a login page, most often
-        if not isinstance(self.health, dict):
-            raise NotKfp
-        return answer
-
-    def version(self) -> str | None:
-        """The server's release, if it says it: the UI's server does, the API's only once did."""
-        health = self.health or {}
-        if "apiServerTagName" in health:
-            return health["apiServerTagName"]
-        try:
-            old = self._healthz_api.api_client.call_api(
-                "/apis/v1beta1/healthz",
-                "GET",
-                response_type="object",
-                auth_settings=["Bearer"],
-                _return_http_data_only=True,
-                _request_timeout=TIMEOUT_SECONDS,
-            )
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError):
-            return None
-        return old.get("tag_name") if isinstance(old, dict) else None
-
-
 class Server:
     """A KFP server that has answered and accepts the caller.
 
@@ -140,7 +102,7 @@ class Server:
         # The address is in our own message; urllib3 would tell of each attempt.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         _check_there_is_a_host(connection)
-        self.client = self.read("connecting", lambda: _connected(connection))
+        self.client = self.read("connecting", lambda: connect(connection))
         self.namespace = self._checked_namespace()
         self.read(
             f"looking into namespace {self.namespace}" if self.namespace else "looking around",
@@ -161,22 +123,25 @@ class Server:
         Raises:
             UserError: it failed.
         """
-        renew, renewed = False, False
         for attempt in range(_RETRIES + 1):
             try:
-                if renew:
-                    renew, renewed = False, True
-                    self.renew()
-                return self._quietly(call)
+                return self._with_a_fresh_token(call)
             except Problem.EXCEPTIONS as error:
-                if self._has_answered and getattr(error, "status", None) == 401 and not renewed:
-                    renew = True
-                elif attempt == _RETRIES or not is_transient(error, self._has_answered):
-                    # The cause lets who waits for hours see whether to go on.
+                if attempt == _RETRIES or not is_transient(error, self._has_answered):
                     raise self.problem(error, missing).as_user_error(doing) from error
-                else:
-                    time.sleep(0.25 * 2**attempt)
+                time.sleep(0.25 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+    def read_once(self, doing: str, call: Callable[[], T], missing: str | None = None) -> T:
+        """Ask something, for who has patience of his own; see `read`.
+
+        Raises:
+            UserError: it failed; its cause tells whether to ask again.
+        """
+        try:
+            return self._with_a_fresh_token(call)
+        except Problem.EXCEPTIONS as error:
+            raise self.problem(error, missing).as_user_error(doing) from error
 
     def write(self, doing: str, call: Callable[[], T], missing: str | None = None) -> T:
         """Change something; asked once.
@@ -201,7 +166,7 @@ class Server:
     def renew(self) -> None:
         """Get a new token from wherever the old one came from."""
         # Without `existing_token` KFP's client finds its token anew each time it is made.
-        self.client = self._quietly(lambda: _connected(self.connection))
+        self.client = self._quietly(lambda: connect(self.connection))
 
     def url(self, *path: str) -> str:
         """A page of the KFP UI.
@@ -216,6 +181,16 @@ class Server:
             return f"/pipeline{page} of the KFP UI (--ui-host makes this a link)"
         host = host.rstrip("/")
         return (host if "://" in host else f"https://{host}") + page
+
+    def _with_a_fresh_token(self, call: Callable[[], T]) -> T:
+        """Ask; where the token has expired meanwhile, ask again with another."""
+        try:
+            return self._quietly(call)
+        except kfp_server_api.ApiException as error:
+            if not self._has_answered or error.status != 401:
+                raise
+        self.renew()
+        return self._quietly(call)
 
     def _quietly(self, call: Callable[[], T]) -> T:
         """Without what the client prints: links in its own words."""
@@ -270,20 +245,6 @@ def _check_there_is_a_host(connection: Connection) -> None:
         # With these KFP's client looks for no cluster.
         raise no_server_named()
     check_cluster(connection.kube_context)
-
-
-def _connected(connection: Connection) -> _Client:
-    values = {f.name: getattr(connection, f.name) for f in fields(connection)}
-    token_file = values.pop("token_file")
-    if token_file is not None:
-        values["credentials"] = TokenFile(token_file)
-    # `kubeflow` is the client's word for "none given": it finds KFP there in a cluster.
-    values["namespace"] = connection.namespace or "kubeflow"
-    values["ssl_ca_cert"] = connection.ssl_ca_cert and str(connection.ssl_ca_cert)
-    client = _Client(**values)
-    if client.health is None:
-        client.get_kfp_healthz()
-    return client
 
 
 def _release(text: str | None) -> tuple[int, int] | None:

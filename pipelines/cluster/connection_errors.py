@@ -24,6 +24,10 @@ class NotKfp(Exception):  # noqa: N818 - it says what the server is
     """The server answers, but not as KFP does."""
 
 
+class BrokenAnswer(Exception):  # noqa: N818 - it says what arrived
+    """The server's answer is not what was asked for: cut off, or of something in between."""
+
+
 class StoppedWaiting(Exception):  # noqa: N818 - what was waited for goes on
     """Ctrl-C ended the waiting; the message says what goes on at the server."""
 
@@ -40,6 +44,7 @@ class Problem:
         urllib3.exceptions.HTTPError,
         GoogleAuthError,
         NotKfp,
+        BrokenAnswer,
         TimeoutError,
         ConnectionError,
     )
@@ -79,6 +84,8 @@ class Problem:
                 "(KFP_EXISTING_TOKEN) or its cookie (KFP_COOKIES); on a whole Kubeflow the address "
                 "ends in /pipeline"
             )
+        if isinstance(self.error, BrokenAnswer):
+            return f"{place} gives a broken answer: try again later"
         if isinstance(self.error, GoogleAuthError):
             # The client leaves aside what `gcloud auth application-default login` made.
             return (
@@ -155,6 +162,19 @@ def is_transient(error: Exception, has_answered: bool) -> bool:
     if isinstance(error, GoogleAuthError):
         return has_answered and error.retryable
     return has_answered and not isinstance(error, NotKfp)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether what was there before may be there again in some minutes: reason to go on waiting.
+
+    Unlike a single question, a wait goes on after an error inside the server, or the page of
+    whatever answers in its place.
+    """
+    if isinstance(error, kfp_server_api.ApiException):
+        return error.status in _AWAY or (error.status or 0) >= 500
+    if isinstance(error, NotKfp | BrokenAnswer):
+        return True
+    return isinstance(error, Problem.EXCEPTIONS) and is_transient(error, has_answered=True)
 
 
 def _first_line(text: str) -> str:

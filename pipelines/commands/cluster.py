@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.run_values.kubernetes_names import Name
-from pipelines.cluster.connection import Connection
+from pipelines.cluster.connection import Connection, Server, say
 from pipelines.cluster.package import Package, make_package
+from pipelines.cluster.retry_policy import read_retry_policy, warning
 from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
@@ -106,6 +107,19 @@ def connection(arguments: argparse.Namespace) -> Connection:
     elif values["existing_token"] is not None and arguments.token_file is None:
         values["token_file"] = None
     return Connection(**values)
+
+
+def server(connection: Connection) -> Server:
+    """The server to start runs on; a retry policy that would harm them is told of.
+
+    Raises:
+        UserError: there is none, or it does not accept the caller.
+    """
+    found = Server(connection)
+    harm = warning(read_retry_policy(connection))
+    if harm:
+        say(harm)
+    return found
 
 
 def add_waiting(parser: argparse.ArgumentParser) -> None:

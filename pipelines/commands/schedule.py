@@ -3,7 +3,6 @@
 import argparse
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import Server
 from pipelines.cluster.cron import check_cron
 from pipelines.cluster.submission import Schedule, start_schedule
 from pipelines.commands import cluster
@@ -66,7 +65,7 @@ def work(arguments: argparse.Namespace) -> str:
     )
     connection = cluster.connection(arguments)
     with cluster.order(arguments, arguments.name) as (package, order):
-        server = Server(connection)
+        server = cluster.server(connection)
         schedule_id = start_schedule(server, package, order, schedule)
     state = "" if schedule.enabled else ", switched off"
     url = server.url("recurringrun", "details", schedule_id)

@@ -2,8 +2,11 @@
 
 import argparse
 
+from flagscale.errors import UserError
 from pipelines.cluster.connection import Server, say
-from pipelines.cluster.following import State, check_outcome, follow, look
+from pipelines.cluster.ending import check_ended
+from pipelines.cluster.following import follow, look
+from pipelines.cluster.logs import step_log
 from pipelines.commands.arguments import new_command
 from pipelines.commands.cluster import (
     POLL_SECONDS,
@@ -12,7 +15,6 @@ from pipelines.commands.cluster import (
     check_waiting,
     connection,
 )
-from pipelines.outcome import duration
 
 _EXAMPLES = """\
   python -m pipelines status 1f0c... --host https://kfp.example.com
@@ -20,6 +22,9 @@ _EXAMPLES = """\
 
   python -m pipelines status 1f0c... --wait
       a line whenever a step's state changes, until the run ends; Ctrl-C ends only the waiting
+
+  python -m pipelines status 1f0c... --log distil-student
+      the log of the step's last attempt
 """
 
 
@@ -27,35 +32,37 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     parser = new_command(commands, "status", "say how a run on a cluster is doing", _EXAMPLES)
     parser.add_argument("run_id", metavar="RUN_ID", help="as `submit` printed it")
+    parser.add_argument(
+        "--log", metavar="STEP", help="show the log of a step's last attempt, and nothing else"
+    )
     add_waiting(parser)
     add_connection(parser)
     parser.set_defaults(work=work)
 
 
 def work(arguments: argparse.Namespace) -> str:
-    """The run's state.
+    """The run's state, or a step's log.
 
     Raises:
+        UserError: the server has no such run, or no such log.
         StepFailed: the run failed, or was terminated.
     """
     check_waiting(arguments)
+    if arguments.log and arguments.wait:
+        raise UserError(f"--log {arguments.log}: shows a log as it is now; leave out --wait")
     server = Server(connection(arguments))
     url = server.url("runs", "details", arguments.run_id)
+    if arguments.log:
+        return step_log(server, look(server, arguments.run_id), arguments.log)
     if arguments.wait:
-        state = follow(
-            server, arguments.run_id, arguments.poll_seconds or POLL_SECONDS, arguments.timeout
-        )
-        check_outcome(state, url)
-        return f"{headline(state)}\n{url}"
+        pause = arguments.poll_seconds or POLL_SECONDS
+        state = follow(server, arguments.run_id, pause, arguments.timeout)
+        check_ended(server, state, url)
+        return f"{state.headline()}\n{url}"
     state = look(server, arguments.run_id)
-    text = "\n".join([headline(state), *(f"  {task.line()}" for task in state.tasks)])
-    if state.state in ("FAILED", "CANCELED"):
-        say(text)
-    check_outcome(state, url)
-    return f"{text}\n{url}"
-
-
-def headline(state: State) -> str:
-    """The run in one line."""
-    taken = "" if state.seconds is None else f" in {duration(state.seconds)}"
-    return f"{state.name}: {state.state}{taken}"
+    lines = state.lines()
+    if state.has_ended:
+        say("\n".join(lines))
+        check_ended(server, state, url)
+        return url
+    return "\n".join([*lines, url])

@@ -4,12 +4,12 @@ import argparse
 from dataclasses import replace
 from datetime import datetime
 
-from pipelines.cluster.connection import Server, say
-from pipelines.cluster.following import check_outcome, follow
+from pipelines.cluster.connection import say
+from pipelines.cluster.ending import check_ended
+from pipelines.cluster.following import follow
 from pipelines.cluster.submission import start_run
 from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command
-from pipelines.commands.status import headline
 
 _EXAMPLES = f"""\
   python -m pipelines submit recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100 \\
@@ -49,7 +49,7 @@ def work(arguments: argparse.Namespace) -> str:
         if arguments.run_name is None:
             now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
             order = replace(order, name=f"{order.name} {now}")
-        server = Server(connection)
+        server = cluster.server(connection)
         run_id = start_run(server, package, order)
     url = server.url("runs", "details", run_id)
     if not arguments.wait:
@@ -58,5 +58,5 @@ def work(arguments: argparse.Namespace) -> str:
     state = follow(
         server, run_id, arguments.poll_seconds or cluster.POLL_SECONDS, arguments.timeout
     )
-    check_outcome(state, url)
-    return headline(state)
+    check_ended(server, state, url)
+    return state.headline()

@@ -10,7 +10,8 @@ from tests.pipelines.cluster.kfp_server import KfpServer
 @pytest.fixture
 def kfp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
     """A KFP server in `KFP_ENDPOINT`; nothing of this machine's own configuration is seen."""
-    for name in [n for n in os.environ if n.startswith(("KFP_", "KF_PIPELINES_", "KUBECONFIG"))]:
+    ours = ("KFP_", "KF_PIPELINES_", "KUBECONFIG", "KUBERNETES_SERVICE_")
+    for name in [n for n in os.environ if n.startswith(ours)]:
         monkeypatch.delenv(name)
     # It was read from KUBECONFIG when the module was imported.
     location = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"

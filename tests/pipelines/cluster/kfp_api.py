@@ -1,4 +1,5 @@
-"""What a KFP server of version 2 answers, strict where the backend is; see kfp_server.py.
+"""What a KFP server of version 2 answers, strict where the backend is; see kfp_server.py; for
+what becomes of runs, kfp_runs.py.
 
 Requests are read and answers written with the official client's models (`kfp_server_api`); what
 they do not know is refused. Uploaded pipelines are parsed strictly, both documents and every
@@ -11,7 +12,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from tests.pipelines.cluster.kfp_server import KfpServer
 
 CLIENT = api.ApiClient()
-_NOT_YET = "0001-01-01T00:00:00Z"  # as the backend writes a time that has not come
 _INT64 = ("max_concurrency",)
 _KINDS = {
     "STRING": str,
@@ -43,12 +43,25 @@ class Refused(Exception):  # noqa: N818 - an answer
         self.status = status
 
 
+class Broken(Exception):  # noqa: N818 - an answer
+    """Something in between answers in the server's place, or cuts its answer off."""
+
+
+@dataclass
+class Text:
+    """An answer that is no JSON."""
+
+    text: str
+    status: int = 200
+
+
 @dataclass
 class Request:
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]
+    by_kubernetes: bool = False  # through the API of the cluster
     body: Any = None
     file: bytes = b""
 
@@ -107,7 +120,7 @@ def _new_id() -> str:
     return str(uuid.uuid4())
 
 
-def _found(values: dict[str, Any], key: str, what: str) -> Any:
+def found(values: dict[str, Any], key: str, what: str) -> Any:
     if key not in values:
         raise Refused(404, f"NotFound: {what} {key} not found")
     return values[key]
@@ -157,7 +170,7 @@ def _delete_pipeline(kfp: KfpServer, _: Request, pipeline: str) -> None:
 
 
 def _upload_version(kfp: KfpServer, request: Request) -> Any:
-    pipeline = _found(kfp.pipelines, request.query["pipelineid"], "pipeline")
+    pipeline = found(kfp.pipelines, request.query["pipelineid"], "pipeline")
     spec = parse_package(list(yaml.load_all(request.file, yaml.CSafeLoader)))
     name = request.query["name"]
     if any(v.name == name and v.pipeline_id == pipeline.pipeline_id for v in kfp.versions.values()):
@@ -200,7 +213,7 @@ def _spec_of(kfp: KfpServer, body: Any) -> dict[str, Any]:
     if (reference is None) == (body.pipeline_spec is None):
         raise Refused(400, "InvalidArgument: one of version and specification is needed")
     if reference is not None:
-        version = _found(kfp.versions, reference.pipeline_version_id, "version")
+        version = found(kfp.versions, reference.pipeline_version_id, "version")
         assert version.pipeline_id == reference.pipeline_id
         return version.pipeline_spec
     own = body.pipeline_spec
@@ -211,7 +224,7 @@ def _spec_of(kfp: KfpServer, body: Any) -> dict[str, Any]:
 
 def _create_run(kfp: KfpServer, request: Request) -> Any:
     made = read(request.body, "V2beta1Run")
-    experiment = _found(kfp.experiments, made.experiment_id, "experiment")
+    experiment = found(kfp.experiments, made.experiment_id, "experiment")
     kfp.namespace(experiment.namespace)
     check_inputs(_spec_of(kfp, made), made.runtime_config.parameters or {})
     made.run_id = _new_id()
@@ -221,29 +234,9 @@ def _create_run(kfp: KfpServer, request: Request) -> Any:
     return made
 
 
-def _get_run(kfp: KfpServer, _: Request, run_id: str) -> dict[str, Any]:
-    run = _found(kfp.runs, run_id, "run")
-    number = kfp.looks.get(run_id, 0)
-    kfp.looks[run_id] = number + 1
-    kfp.on_look(number)
-    last = number >= len(kfp.frames) - 1
-    answer: dict[str, Any] = CLIENT.sanitize_for_serialization(run)
-    answer["state"] = kfp.outcome if last else "RUNNING"
-    answer["finished_at"] = datetime.now(UTC).isoformat() if last else _NOT_YET
-    if last and kfp.error:
-        answer["error"] = {"code": 2, "message": kfp.error}
-    frame = kfp.frames[min(number, len(kfp.frames) - 1)] if kfp.frames else []
-    answer["run_details"] = {"task_details": frame}
-    read(
-        {k: v for k, v in answer.items() if not k.endswith("_at") and k != "run_details"},
-        "V2beta1Run",
-    )
-    return answer
-
-
 def _create_schedule(kfp: KfpServer, request: Request) -> Any:
     made = read(request.body, "V2beta1RecurringRun")
-    _found(kfp.experiments, made.experiment_id, "experiment")
+    found(kfp.experiments, made.experiment_id, "experiment")
     check_inputs(_spec_of(kfp, made), made.runtime_config.parameters or {})
     if not 1 <= int(made.max_concurrency) <= 10:
         raise Refused(400, "InvalidArgument: Max concurrency must be at least 1 and at most 10")
@@ -261,7 +254,7 @@ def _list_schedules(kfp: KfpServer, request: Request) -> Any:
 
 
 def _delete_schedule(kfp: KfpServer, _: Request, schedule: str) -> None:
-    _found(kfp.schedules, schedule, "recurring run")
+    found(kfp.schedules, schedule, "recurring run")
     del kfp.schedules[schedule]
 
 
@@ -277,46 +270,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", f"{_V2}/experiments", _create_experiment),
     ("GET", f"{_V2}/experiments", _list_experiments),
     ("POST", f"{_V2}/runs", _create_run),
-    ("GET", f"{_V2}/runs/([^/]+)", _get_run),
     ("POST", f"{_V2}/recurringruns", _create_schedule),
     ("GET", f"{_V2}/recurringruns", _list_schedules),
     ("DELETE", f"{_V2}/recurringruns/([^/]+)", _delete_schedule),
 ]
-
-
-def tasks(**states: str) -> list[dict[str, Any]]:
-    """A run's details as the backend gives them, KFP's own nodes included.
-
-    Args:
-        states: by task name with underscores; `FAILED: text` for an error.
-    """
-    start = datetime.now(UTC) - timedelta(seconds=90)
-    found = [
-        _node("distillation-x4k9z", "RUNNING", start),
-        _node("root", "RUNNING", start),
-        _node("root-driver", "SUCCEEDED", start, start + timedelta(seconds=3)),
-    ]
-    for number, (name, said) in enumerate(states.items()):
-        state, _, error = said.partition(": ")
-        name = name.replace("_", "-")
-        begun = start + timedelta(seconds=10 * number)
-        ended = None if state == "RUNNING" else begun + timedelta(seconds=65)
-        node = _node(name, state, begun, ended)
-        pod = _node("executor", state, begun, ended)
-        node["child_tasks"] = [{"pod_name": pod["pod_name"]}]
-        if error:
-            pod["error"] = {"code": 2, "message": error}
-        found += [node, _node(f"{name}-driver", "SUCCEEDED", begun, begun), pod]
-    return found
-
-
-def _node(name: str, state: str, start: datetime, end: datetime | None = None) -> dict[str, Any]:
-    return {
-        "task_id": _new_id(),
-        "pod_name": f"distillation-x4k9z-{_new_id()[:8]}",
-        "display_name": name,
-        "state": state,
-        "create_time": start.isoformat(),
-        "start_time": start.isoformat(),
-        "end_time": end.isoformat() if end else _NOT_YET,
-    }

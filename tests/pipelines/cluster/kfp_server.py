@@ -1,4 +1,4 @@
-"""A KFP server of version 2 for tests, over real HTTP; kfp_api.py says what it answers."""
+"""A KFP server of version 2 for tests, over real HTTP; see kfp_api.py and kfp_runs.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +15,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import kfp_server_api as api
 
-from tests.pipelines.cluster.kfp_api import CLIENT, ROUTES, Refused, Request
+from tests.pipelines.cluster import kfp_api, kfp_runs
+from tests.pipelines.cluster.kfp_api import CLIENT, Broken, Refused, Request, Text
+
+_BY_KUBERNETES = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+BROKEN = 200  # a failure that says nothing of itself
+CUT_OFF = 0  # no answer: the connection ends
 
 
 @dataclass
@@ -39,6 +44,11 @@ class KfpServer:
     schedules: dict[str, api.V2beta1RecurringRun] = field(default_factory=dict)
     packages: dict[str, bytes] = field(default_factory=dict)  # by version
     looks: dict[str, int] = field(default_factory=dict)
+    logs: dict[str, bytes] = field(default_factory=dict)  # that Argo has archived, by node
+    log_artifact: str = "main-logs"
+    pod_logs: dict[str, str] = field(default_factory=dict)  # of pods that are there, by name
+    # Of its cluster, by namespace and name; None: the caller may see none.
+    config_maps: dict[tuple[str, str], dict[str, str]] | None = None
     on_look: Callable[[int], None] = lambda number: None
     url: str = ""
 
@@ -74,13 +84,15 @@ class KfpServer:
         for failure in self.failures:
             if failure[0] in f"{request.method} {request.path}":
                 self.failures.remove(failure)
+                if failure[1] in (BROKEN, CUT_OFF):
+                    raise Broken(failure[1])
                 raise Refused(failure[1], f"injected {failure[1]}")
         if (
             self.token is not None
             and request.headers.get("authorization") != f"Bearer {self.token}"
         ):
             raise Refused(401, "Unauthenticated: Request header error: there is no user identity")
-        for method, pattern, do in ROUTES:
+        for method, pattern, do in [*kfp_api.ROUTES, *kfp_runs.ROUTES]:
             found = re.fullmatch(pattern, request.path)
             if found and method == request.method:
                 return do(self, request, *map(unquote, found.groups()))
@@ -104,15 +116,21 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def handle(self) -> None:
+        """Answer, until who asks goes away, at whatever moment."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def _handle(self) -> None:
         length = int(self.headers.get("content-length") or 0)
         data = self.rfile.read(length)
         parts = urlsplit(self.path)
         request = Request(
             method=self.command,
-            path=parts.path,
+            path="/" + parts.path.removeprefix(_BY_KUBERNETES).lstrip("/"),
             query={name: values[0] for name, values in parse_qs(parts.query).items()},
             headers={name.lower(): value for name, value in self.headers.items()},
+            by_kubernetes=parts.path.startswith(_BY_KUBERNETES),
         )
         kind = request.headers.get("content-type", "")
         if kind.startswith("multipart/form-data"):
@@ -127,10 +145,19 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = self.kfp.answer(request)
         except Refused as refused:
-            # The two endpoints that take files have errors of another shape.
-            names = ("error_message", "error_details") if request.file else ("error", "message")
-            body = dict.fromkeys(names, str(refused)) | ({} if request.file else {"code": 1})
+            # Endpoints that take or give files have errors of another shape.
+            of_file = request.file or request.path.endswith(":read")
+            names = ("error_message", "error_details") if of_file else ("error", "message")
+            body = dict.fromkeys(names, str(refused)) | ({} if of_file else {"code": 1})
             return self._send(refused.status, json.dumps(body).encode())
+        except Broken as broken:
+            if broken.args == (CUT_OFF,):
+                self.close_connection = True
+                return None
+            return self._send(200, b'{"run_id": "run-1", "sta')
+        if isinstance(answer, Text):
+            kind = "application/json" if answer.text.startswith("{") else "text/plain"
+            return self._send(answer.status, answer.text.encode(), kind)
         body = CLIENT.sanitize_for_serialization(answer)
         return self._send(200, json.dumps(body if body is not None else {}).encode())
 
