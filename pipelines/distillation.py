@@ -22,6 +22,7 @@ from components.export_student.component import export_student
 from components.image import VERSION
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
+from components.record_run.component import record_run
 from flagscale.recipe import Recipe
 from pipelines import placement
 from pipelines.parameters import Parameter, make_pipeline
@@ -31,6 +32,17 @@ from pipelines.platform import Platform
 SECTIONS = ("data", "teacher", "student", "distillation", "training", "evaluation", "export")
 RELEASE = f"flagscale-distillation {VERSION}"
 _IN_THE_POD = "/tmp/flagscale"  # noqa: S108
+_METRICS = {
+    "prepare-data": "dataset_metrics",
+    "prepare-teacher": "teacher_metrics",
+    "convert-student": "student_metrics",
+    "distil-student": "training_metrics",
+    "distil-student-on-nodes": "training_metrics",
+    "evaluate": "evaluation_metrics",
+    "leaderboard": "leaderboard_metrics",
+    "export-student": "export_metrics",
+    "export-winner": "export_metrics",
+}  # step: what its figures are called
 
 
 def build_pipeline(
@@ -101,7 +113,23 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
     exported = export_student(
         export=values["export"], distilled=distilled, evaluation=results, **always(values)
     )
-    placed.place(exported, "models", "Export student", last=True)
+    placed.place(exported, "models", "Export student")
+    if placed.on_a_cluster:
+        _record(values, placed)
+
+
+def _record(values: Mapping[str, Any], placed: Placement) -> None:
+    """The last step: what KFP's cache served shows up in MLflow, and the run ends there."""
+    recorded = record_run(experiment=values["experiment"], **metrics(placed, "export-student"))
+    recorded.set_caching_options(enable_caching=False)
+    placed.place(recorded, "data", "Record run", accelerators=False)
+
+
+def metrics(placed: Placement, *last: str) -> dict[str, Any]:
+    """The figures of the steps that every run has, and of `last`: channels by name."""
+    trained = "distil-student" if placed.nodes == 1 else "distil-student-on-nodes"
+    steps = ("prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last)
+    return {_METRICS[step]: placed.task(step).outputs["metrics"] for step in steps}
 
 
 def always(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,9 +108,19 @@ class Placement:
         self._platform = platform
         self._recipe = recipe
         self._values = values
+        self._tasks: dict[str, dsl.PipelineTask] = {}
         self._claim: Any = values.get("volume_claim")
         if platform and platform.shared and platform.shared.create:
             self._claim = _new_volume(platform)
+
+    @property
+    def on_a_cluster(self) -> bool:
+        """Whether there is a platform."""
+        return self._platform is not None
+
+    def task(self, step: str) -> dsl.PipelineTask:
+        """The step's task, which has been placed."""
+        return self._tasks[step]
 
     @property
     def nodes(self) -> int:
@@ -132,7 +142,6 @@ class Placement:
         kind: str,
         title: str,
         accelerators: bool = True,
-        last: bool = False,
     ) -> dsl.PipelineTask:
         """Give a task what its kind gets.
 
@@ -140,10 +149,10 @@ class Placement:
             task: just made.
             kind: `data`, `models` or `training`.
             title: what the UI shows.
-            accelerators: False for a task that works through others, e.g. a launcher.
-            last: whether the run is done with it, and MLflow's parent run too.
+            accelerators: False for a task that needs little itself, e.g. a launcher.
         """
         task.set_display_name(title)
+        self._tasks[task.component_spec.name] = task
         platform = self._platform
         if platform is None:
             return task
@@ -158,8 +167,6 @@ class Placement:
             backoff_factor=float(pods.retries.factor),
             backoff_max_duration=pods.retries.max_duration,
         )
-        if last:
-            task.set_env_variable(variables.LAST_STEP, "1")
         if pods.timeout_seconds is not None:
             kubernetes.set_timeout(task, pods.timeout_seconds)
         return task

@@ -22,11 +22,20 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
+from components.record_sweep.component import record_sweep
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED
 from pipelines import placement
-from pipelines.distillation import RELEASE, always, prepare, run_parameters, sections, teach
+from pipelines.distillation import (
+    RELEASE,
+    always,
+    metrics,
+    prepare,
+    run_parameters,
+    sections,
+    teach,
+)
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
@@ -106,4 +115,16 @@ def _wire(values: Mapping[str, Any], placed: Placement, parallelism: int) -> Non
         table=table,
         **always(values),
     )
-    placed.place(exported, "models", "Export winner", last=True)
+    placed.place(exported, "models", "Export winner")
+    if placed.on_a_cluster:
+        _record(values, placed, table)
+
+
+def _record(values: Mapping[str, Any], placed: Placement, table: Any) -> None:  # noqa: ANN401 - KFP's channel
+    """The last step: what KFP's cache served shows up in MLflow, and the run ends there."""
+    given = metrics(placed, "leaderboard", "export-winner")
+    for name in ("student_metrics", "training_metrics", "evaluation_metrics"):
+        given[name] = dsl.Collected(given[name])
+    recorded = record_sweep(experiment=values["experiment"], leaderboard=table, **given)
+    recorded.set_caching_options(enable_caching=False)
+    placed.place(recorded, "data", "Record run", accelerators=False)

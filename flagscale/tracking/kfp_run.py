@@ -3,7 +3,7 @@
 Nobody makes it for them: the steps are pods that know of one another only the KFP run's id. So the
 first of them makes a run with that id as a tag, and the others find it. Each step tells it how
 things stand, from its children: RUNNING, FAILED or KILLED as soon as a step is and while it is not
-tried again, FINISHED when the pipeline's last step is.
+tried again. The pipeline's last step, record-run, ends it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from flagscale import variables
 from flagscale.tracking.names import (
     KFP_RUN_TAG,
     PARENT_TAG,
-    PROCESS_TAG,
     STARTED_TAG,
     WORK_TAG,
-    here,
     metric_name,
     tag,
 )
@@ -94,13 +92,8 @@ class KfpRun:
         else:
             self.client.set_terminated(self.run_id, status)
 
-    def settle(self, child: str, status: str) -> None:
-        """Take note that a step has ended.
-
-        Args:
-            child: its run.
-            status: its status.
-        """
+    def settle(self, child: str) -> None:
+        """Take note that a step has ended, whose run is `child`."""
         oldest = self.find(self.client, self.experiment_id)
         if oldest is None:  # deleted by somebody
             return
@@ -109,14 +102,17 @@ class KfpRun:
             if find_run(self.client, self.run_id).info.lifecycle_stage == "active":
                 self.client.delete_run(self.run_id)
             self.run_id = oldest.run_id
-        if os.environ.get(variables.LAST_STEP) == "1" and status == "FINISHED":
-            for run in self.children():
-                # Killed with -9 before it was tried again, unless it is this process's own.
-                if run.info.status == "RUNNING" and run.data.tags.get(PROCESS_TAG) != here():
-                    self.client.set_terminated(run.info.run_id, "KILLED")
-            self.show("FINISHED")
-        else:
-            self.show_children()
+        self.show_children()
+
+    def finish(self) -> None:
+        """Every step has ended well: end the run, and what a lost process left open below it."""
+        end_open(self.client, self.children(), "FINISHED")
+        self.show("FINISHED")
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        """Show the figures that pipeline runs are compared by."""
+        for name, value in metrics.items():
+            self.client.log_metric(self.run_id, metric_name(name), float(value))
 
 
 class KfpStep(StepRun):
@@ -136,31 +132,44 @@ class KfpStep(StepRun):
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         """See `StepRun`; the pipeline's run shows the last figures that any step gave it."""
         self.log_metrics(metrics)
-
-        def send(client: MlflowClient) -> None:
-            for name, value in metrics.items():
-                client.log_metric(self._parent.run_id, metric_name(name), float(value))
-
-        self._call("headline figures", send)
+        self._call("headline figures", lambda _: self._parent.log_headline(metrics))
 
     def finish(self, status: str) -> None:
         """See `StepRun`."""
         super().finish(status)
-        self._call("the pipeline's status", lambda _: self._parent.settle(self._id, status))
-
-
-def in_kfp_without_plugin() -> bool:
-    """Whether the steps have to find their parent themselves."""
-    return bool(os.environ.get(variables.KFP_RUN)) and not os.environ.get("MLFLOW_RUN_ID")
+        self._call("the pipeline's status", lambda _: self._parent.settle(self._id))
 
 
 def overall_status(children: Sequence[Any]) -> str:
-    """How a pipeline stands whose last step has not ended well yet.
+    """How a pipeline stands whose last step has not ended well yet, from its steps' runs."""
+    statuses = {run.info.status for run in _standing(children)}
+    return next((status for status in ("FAILED", "KILLED") if status in statuses), "RUNNING")
+
+
+def end_open(client: MlflowClient, children: Sequence[Any], status: str) -> list[Any]:
+    """End the runs of steps that are over, and did not say so themselves: killed, server away.
 
     Args:
-        children: runs of its steps. A step's later run stands for the earlier ones of the same
-            work; a failure of unknown work (before its recipe was read) is made good by any later
-            run of the step.
+        client: of the tracking server.
+        children: runs of a pipeline's steps.
+        status: of those; one that was tried again was killed.
+
+    Returns:
+        The runs that were open.
+    """
+    standing = {run.info.run_id for run in _standing(children)}
+    left = [run for run in children if run.info.status == "RUNNING"]
+    for run in left:
+        own = status if run.info.run_id in standing else "KILLED"
+        client.set_terminated(run.info.run_id, own)
+    return left
+
+
+def _standing(children: Sequence[Any]) -> list[Any]:
+    """The runs that count.
+
+    A step's later run stands for the earlier ones of the same work; a failure of unknown work
+    (before its recipe was read) is made good by any later run of the step.
     """
     standing: list[Any] = []
     for run in sorted(children, key=_started, reverse=True):
@@ -168,8 +177,7 @@ def overall_status(children: Sequence[Any]) -> str:
         later = [one for one in standing if one.info.run_name == run.info.run_name]
         if not any(work is None or one.data.tags.get(WORK_TAG) == work for one in later):
             standing.append(run)
-    statuses = {run.info.status for run in standing}
-    return next((status for status in ("FAILED", "KILLED") if status in statuses), "RUNNING")
+    return standing
 
 
 def _started(run: Any) -> int:  # noqa: ANN401 - mlflow's Run

@@ -14,6 +14,7 @@ from flagscale.secrets import mask
 PARENT_TAG = "mlflow.parentRunId"
 PROCESS_TAG = "flagscale.process"  # `<host>:<process>` that works on the run
 CACHED_TAG = "flagscale.cached_from"  # the run that did the work
+CACHED_KFP_TAG = "flagscale.cached_from_kfp_run"  # the KFP run that it was done in
 RESUMED_TAG = "flagscale.resumed_from"  # the run that did the first part of the work
 KFP_RUN_TAG = "flagscale.kfp_run_id"  # of a parent: the KFP run whose steps are its children
 OF_KFP_RUN_TAG = "flagscale.of_kfp_run"  # of a child: the KFP run that it was made in

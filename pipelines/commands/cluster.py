@@ -197,6 +197,7 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
                 name=name or f"{recipe.name} on {where}",
                 experiment=experiment_name(arguments.experiment_name, recipe),
                 parameters=parameters,
+                tracking_experiment=parameters.get("experiment", recipe.tracking.experiment),
                 service_account=arguments.service_account,
                 reuse=arguments.reuse,
             ),

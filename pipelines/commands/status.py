@@ -4,6 +4,7 @@ import argparse
 
 from pipelines.cluster.connection import Server, say
 from pipelines.cluster.following import State, check_outcome, follow, look
+from pipelines.cluster.tracked_end import end_in_mlflow
 from pipelines.commands.arguments import new_command
 from pipelines.commands.cluster import (
     POLL_SECONDS,
@@ -45,12 +46,14 @@ def work(arguments: argparse.Namespace) -> str:
         state = follow(
             server, arguments.run_id, arguments.poll_seconds or POLL_SECONDS, arguments.timeout
         )
+        end_in_mlflow(arguments.run_id, state.state)
         check_outcome(state, url)
         return f"{headline(state)}\n{url}"
     state = look(server, arguments.run_id)
     text = "\n".join([headline(state), *(f"  {task.line()}" for task in state.tasks)])
     if state.state in ("FAILED", "CANCELED"):
         say(text)
+    end_in_mlflow(arguments.run_id, state.state)
     check_outcome(state, url)
     return f"{text}\n{url}"
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from pipelines.cluster.connection import Server, say
 from pipelines.cluster.following import check_outcome, follow
 from pipelines.cluster.submission import start_run
+from pipelines.cluster.tracked_end import end_in_mlflow
 from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command
 from pipelines.commands.status import headline
@@ -58,5 +59,6 @@ def work(arguments: argparse.Namespace) -> str:
     state = follow(
         server, run_id, arguments.poll_seconds or cluster.POLL_SECONDS, arguments.timeout
     )
+    end_in_mlflow(run_id, state.state)
     check_outcome(state, url)
     return headline(state)

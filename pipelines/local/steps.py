@@ -227,5 +227,6 @@ def read_scalars(metrics: Path | None) -> dict[str, float]:
     """The figures in a step's `metrics` output."""
     if metrics is None or not metrics.is_file():
         return {}
-    values = json.loads(metrics.read_text(encoding="utf-8"))
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+    from flagscale.steps.metrics_file import read_metrics
+
+    return dict(read_metrics(metrics, "").figures)

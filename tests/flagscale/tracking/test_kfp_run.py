@@ -95,7 +95,6 @@ def test_the_parent_is_named_and_follows_its_steps(pod: str, remote: mlflow.Mlfl
         run_name="export-student",
         tags={"mlflow.parentRunId": parent(remote, pod).info.run_id},
     ).info.run_id
-    os.environ["FLAGSCALE_LAST_STEP"] = "1"
     do("export-student", ValueError())
     assert status() == "FAILED"
     do("export-student")
