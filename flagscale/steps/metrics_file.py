@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flagscale import tracking, variables
+from flagscale import tracking
 from flagscale.artifacts import write_json
 
 _MADE_IN = "made in"
@@ -32,7 +31,7 @@ def write_metrics(path: Path, figures: Mapping[str, float]) -> dict[str, float]:
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     made_in = {
         "mlflow_run_id": tracking.run_id_of_process(),
-        "kfp_run_id": os.environ.get(variables.KFP_RUN),
+        "kfp_run_id": tracking.own_kfp_run(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**values, _MADE_IN: made_in})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flagscale import variables
+from flagscale import tracking
 from flagscale.artifacts import open_artifact
 from flagscale.evaluation import LEADERBOARD
 from flagscale.steps.metrics_file import read_metrics
@@ -26,7 +25,7 @@ def record_sweep(metrics: Mapping[str, Sequence[Path]], leaderboard: Path) -> No
         UserError: the leaderboard is damaged.
     """
     (ranked,) = metrics["leaderboard"]
-    if read_metrics(ranked, "leaderboard").kfp_run_id != os.environ.get(variables.KFP_RUN):
+    if read_metrics(ranked, "leaderboard").kfp_run_id != tracking.own_kfp_run():
         open_artifact(leaderboard, "leaderboard")
         log_variants(json.loads((leaderboard / LEADERBOARD).read_text(encoding="utf-8")))
     record_run(metrics)

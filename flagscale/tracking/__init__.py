@@ -26,6 +26,7 @@ from flagscale.tracking.names import (
     RESUMED_TAG,
     TRAINING_TAG,
     flatten,
+    own_kfp_run,
 )
 from flagscale.tracking.pipeline import PipelineRun, pipeline_run, recipe_yaml
 from flagscale.tracking.record import Reported, record_run
@@ -48,6 +49,7 @@ __all__ = [
     "connect",
     "flatten",
     "note_run_of_ranks",
+    "own_kfp_run",
     "pipeline_run",
     "recipe_yaml",
     "record_run",

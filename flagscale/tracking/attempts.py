@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flagscale import variables
 from flagscale.artifacts import digest
 from flagscale.tracking.kfp_run import KfpRun
 from flagscale.tracking.names import (
@@ -19,6 +17,7 @@ from flagscale.tracking.names import (
     STARTED_TAG,
     TRAINING_TAG,
     here,
+    own_kfp_run,
 )
 from flagscale.tracking.place import Place
 from flagscale.tracking.server import find_run
@@ -51,7 +50,7 @@ def earlier_runs(client: MlflowClient, experiment_id: str, training: str | None)
 
 def same_attempt(earlier: Sequence[Any], place: Place) -> Any | None:  # noqa: ANN401 - mlflow's Run
     """The newest run that an earlier attempt at the work made, for the same parent or KFP run."""
-    kfp_run = os.environ.get(variables.KFP_RUN)
+    kfp_run = own_kfp_run()
     for run in earlier:
         tags = run.data.tags
         if place.parent is not None and tags.get(PARENT_TAG) == place.parent:
@@ -87,7 +86,7 @@ def end_lost(client: MlflowClient, earlier: Sequence[Any]) -> None:
     This process keeps all others out of the training's checkpoints, so they are over; one that
     is not, because it works on a volume of the same name elsewhere, says so when it ends.
     """
-    own = os.environ.get(variables.KFP_RUN)
+    own = own_kfp_run()
     for run in earlier:
         tags: Mapping[str, str] = run.data.tags
         if run.info.status != "RUNNING" or tags.get(OF_KFP_RUN_TAG, own) == own:

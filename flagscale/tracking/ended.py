@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flagscale.tracking.kfp_run import end_open
-from flagscale.tracking.names import KFP_RUN_TAG, OF_KFP_RUN_TAG
+from flagscale.tracking.names import KFP_RUN_TAG, OF_KFP_RUN_TAG, as_id
 from flagscale.tracking.server import (
     find_everywhere,
     make_client,
@@ -32,7 +32,7 @@ def close_ended(kfp_run_id: str, state: str) -> int:
     Raises:
         UserError: the server does not answer, or refuses, within seconds.
     """
-    uri = tracking_uri()
+    uri, kfp_run_id = tracking_uri(), as_id(kfp_run_id)
     if not uri or state not in _ENDS:
         return 0
     of_steps, of_run = _ENDS[state]

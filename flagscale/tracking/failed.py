@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from typing import TYPE_CHECKING
 
-from flagscale import variables
 from flagscale.tracking.kfp_run import KfpRun, overall_status
 from flagscale.tracking.names import (
     OF_KFP_RUN_TAG,
@@ -15,6 +13,7 @@ from flagscale.tracking.names import (
     PROCESS_TAG,
     first_line,
     here,
+    own_kfp_run,
 )
 from flagscale.tracking.place import find_place
 from flagscale.tracking.server import make_client, tracking_uri
@@ -41,7 +40,7 @@ def step_failed(name: str, status: str) -> None:
             run.finish(status)
         return
     uri = tracking_uri()
-    if not uri or not os.environ.get(variables.KFP_RUN):
+    if not uri or own_kfp_run() is None:
         return
     try:
         _note_failure(make_client(uri), name, status)
@@ -52,8 +51,7 @@ def step_failed(name: str, status: str) -> None:
 def _note_failure(client: MlflowClient, name: str, status: str) -> None:
     """End the runs that this pod's other processes left; where none failed, make one that did."""
     place = find_place(client, name)
-    kfp_run_id = os.environ[variables.KFP_RUN]
-    query = f"tags.`{OF_KFP_RUN_TAG}` = '{kfp_run_id}' and attributes.status = 'RUNNING'"
+    query = f"tags.`{OF_KFP_RUN_TAG}` = '{own_kfp_run()}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([place.experiment_id], query):
         host = run.data.tags.get(PROCESS_TAG, "").partition(":")[0]
         if run.info.run_name == name and host == socket.gethostname():
@@ -69,7 +67,7 @@ def _show_failure(parent: KfpRun, name: str, status: str) -> None:
             run_name=name,
             tags={
                 PARENT_TAG: parent.run_id,
-                OF_KFP_RUN_TAG: os.environ[variables.KFP_RUN],
+                OF_KFP_RUN_TAG: own_kfp_run() or "",
                 PROCESS_TAG: here(),
             },
         )

@@ -9,7 +9,6 @@ tried again. The pipeline's last step, record-run, ends it.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from flagscale.tracking.names import (
     STARTED_TAG,
     WORK_TAG,
     metric_name,
+    own_kfp_run,
     tag,
 )
 from flagscale.tracking.run import StepRun
@@ -48,7 +48,7 @@ class KfpRun:
     @classmethod
     def find(cls, client: MlflowClient, experiment_id: str) -> KfpRun | None:
         """The oldest run of this KFP run's id, None if there is none yet."""
-        found = client.search_runs([experiment_id], f"tags.`{KFP_RUN_TAG}` = '{_kfp_run_id()}'")
+        found = client.search_runs([experiment_id], f"tags.`{KFP_RUN_TAG}` = '{own_kfp_run()}'")
         if not found:
             return None
         oldest = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -60,8 +60,9 @@ class KfpRun:
         found = cls.find(client, experiment_id)
         if found is not None:
             return found
-        name = tag(os.environ.get(variables.RUN_NAME) or _kfp_run_id())
-        tags = {KFP_RUN_TAG: _kfp_run_id()}
+        kfp_run_id = own_kfp_run() or ""
+        name = tag(os.environ.get(variables.RUN_NAME) or kfp_run_id)
+        tags = {KFP_RUN_TAG: kfp_run_id}
         own = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         time.sleep(_SETTLE_SECONDS)
         oldest = cls.find(client, experiment_id)
@@ -182,7 +183,3 @@ def _standing(children: Sequence[Any]) -> list[Any]:
 
 def _started(run: Any) -> int:  # noqa: ANN401 - mlflow's Run
     return int(run.data.tags.get(STARTED_TAG) or run.info.start_time)
-
-
-def _kfp_run_id() -> str:
-    return re.sub(r"[^\w.-]", "", os.environ[variables.KFP_RUN])

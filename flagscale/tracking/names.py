@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Mapping
 from typing import Any
 
+from flagscale import variables
 from flagscale.processes import this_process
 from flagscale.secrets import mask
 
@@ -58,6 +60,16 @@ def tag(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line and without secrets: MLflow's errors name whole URLs."""
     return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+
+
+def own_kfp_run() -> str | None:
+    """Id of the KFP run that this process works for, None outside of one."""
+    return as_id(os.environ.get(variables.KFP_RUN, "")) or None
+
+
+def as_id(text: str) -> str:
+    """Without what would end a quoted text in a query; KFP's ids are letters, digits, dashes."""
+    return re.sub(r"[^\w.-]", "", text)
 
 
 def here() -> str:

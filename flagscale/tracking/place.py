@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from flagscale import variables
 from flagscale.tracking.kfp_run import KfpRun
+from flagscale.tracking.names import own_kfp_run
 from flagscale.tracking.plugin import PluginRun
 from flagscale.tracking.server import DEFAULT_EXPERIMENT, find_experiment
 
@@ -40,7 +40,7 @@ def find_place(client: MlflowClient, step: str, *, own: bool = True) -> Place:
     plugin = None if injected and own else PluginRun.find(client)
     if plugin is not None:
         return Place(plugin.experiment_id, plugin.below(step), None)
-    if injected or not os.environ.get(variables.KFP_RUN):
+    if injected or own_kfp_run() is None:
         return Place(_experiment(client), injected, None)
     kfp_run = KfpRun.find_or_make(client, _experiment(client))
     return Place(kfp_run.experiment_id, kfp_run.run_id, kfp_run)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from flagscale import variables
 from flagscale.tracking.attempts import short_digest
 from flagscale.tracking.copies import copy_run
-from flagscale.tracking.names import CACHED_KFP_TAG, OF_KFP_RUN_TAG, WORK_TAG
+from flagscale.tracking.names import CACHED_KFP_TAG, OF_KFP_RUN_TAG, WORK_TAG, own_kfp_run
 from flagscale.tracking.place import find_place
 from flagscale.tracking.step import patiently
 
@@ -44,14 +42,14 @@ def record_run(reports: Sequence[Reported], headline: Mapping[str, float]) -> No
         reports: of all steps.
         headline: the figures that pipeline runs are compared by.
     """
-    if os.environ.get(variables.KFP_RUN):
+    if own_kfp_run() is not None:
         patiently(lambda client: _record(client, reports, headline), "the run is not recorded")
 
 
 def _record(
     client: MlflowClient, reports: Sequence[Reported], headline: Mapping[str, float]
 ) -> None:
-    own = os.environ[variables.KFP_RUN]
+    own = own_kfp_run() or ""
     place = find_place(client, _RECORDER, own=False)
     query = f"tags.`{OF_KFP_RUN_TAG}` = '{own}' and attributes.status = 'FINISHED'"
     found = client.search_runs([place.experiment_id], query)

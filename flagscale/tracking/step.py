@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from flagscale import variables
 from flagscale.artifacts import Manifest
 from flagscale.secrets import hide_in_urls
 from flagscale.tracking.attempts import (
@@ -30,6 +28,7 @@ from flagscale.tracking.names import (
     flatten,
     here,
     metric_name,
+    own_kfp_run,
 )
 from flagscale.tracking.place import Place, find_place
 from flagscale.tracking.run import StepRun, truthful_status
@@ -130,7 +129,7 @@ def patiently(do: Callable[[MlflowClient], T], otherwise: str) -> T | None:
     if not uri:
         return None
     shown = hide_in_urls(uri)
-    pauses = _PAUSES_ON_A_CLUSTER if os.environ.get(variables.KFP_RUN) else ()
+    pauses = _PAUSES_ON_A_CLUSTER if own_kfp_run() else ()
     for pause in pauses:
         try:
             return do(make_client(uri))
@@ -178,8 +177,9 @@ def _make(client: MlflowClient, place: Place, work: _Work) -> str:
         tags[PARENT_TAG] = place.parent
     if work.training is not None:
         tags[TRAINING_TAG] = short_digest(work.training)
-    if os.environ.get(variables.KFP_RUN):
-        tags[OF_KFP_RUN_TAG] = os.environ[variables.KFP_RUN]
+    kfp_run = own_kfp_run()
+    if kfp_run is not None:
+        tags[OF_KFP_RUN_TAG] = kfp_run
         tags[WORK_TAG] = work.tag
     made = client.create_run(place.experiment_id, run_name=work.name, tags=tags)
     return str(made.info.run_id)

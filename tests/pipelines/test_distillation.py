@@ -66,13 +66,21 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
         "distil-student": {"distillation", "training"},
         "evaluate": {"evaluation"},
         "export-student": {"export"},
+        "record-run": set(),
     }
     depends = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert depends["prepare-data"] == set()
     assert depends["distil-student"] == {"prepare-data", "prepare-teacher", "convert-student"}
     assert depends["export-student"] == {"distil-student", "evaluate"}
-    assert all("code_version" in task["inputs"]["parameters"] for task in tasks.values())
+    assert depends["record-run"] == set(tasks) - {"record-run"}  # its end is the run's
+    assert tasks["record-run"]["cachingOptions"] == {}
+    cached = [task for name, task in tasks.items() if name != "record-run"]
+    assert all("code_version" in task["inputs"]["parameters"] for task in cached)
     assert tasks["distil-student"]["taskInfo"]["name"] == "Distil student"
+
+
+def test_the_runner_of_this_machine_records_the_run_itself(recipe: Recipe) -> None:
+    assert "record-run" not in build_pipeline(recipe).pipeline_spec.root.dag.tasks
 
 
 def test_local_runs_see_the_code_and_compiled_ones_the_release(recipe: Recipe) -> None:
