@@ -129,8 +129,9 @@ def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None
 def _secrets(environment: tuple[tuple[str, str], ...]) -> set[str]:
     values, found = dict(environment), set()
     named = {name.strip() for name in values.get(variables.SECRETS, "").split(",")}
-    if not values.get("MLFLOW_TRACKING_PASSWORD"):  # the user is a token then
-        named.add("MLFLOW_TRACKING_USERNAME")
+    for prefix in ("", "FLAGSCALE_"):
+        if not values.get(f"{prefix}MLFLOW_TRACKING_PASSWORD"):  # the user is a token then
+            named.add(f"{prefix}MLFLOW_TRACKING_USERNAME")
     for name, value in environment:
         is_secret = name in named or is_secret_name(name)
         if is_secret and not os.path.exists(value):  # of a file, only its place

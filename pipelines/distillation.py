@@ -16,13 +16,14 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.export_student.component import export_student
 from components.image import VERSION
+from components.record_run.component import record_run
 from flagscale.recipe import Recipe
 from pipelines import form, placement
 from pipelines.parameters import make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
 from pipelines.sweep import build_sweep
-from pipelines.wiring import always, check, prepare, teach
+from pipelines.wiring import always, check, figures, place_record, prepare, teach
 
 RELEASE = f"flagscale-distillation {VERSION}"
 
@@ -73,7 +74,10 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         evaluation=evaluation,
         **always(values),
     )
-    placed.place(exported, "models", "Export student", last=True)
+    placed.place(exported, "models", "Export student")
+    if placed.on_a_cluster:
+        recorded = record_run(**figures(values, placed, "export-student"))
+        place_record(recorded, placed)
 
 
 def source_version() -> str:

@@ -121,7 +121,17 @@ class Placement:
         self._platform = platform
         self._recipe = recipe
         self._values = values
+        self._tasks: dict[str, dsl.PipelineTask] = {}
         self._claim: Any = values.get("where_volume_claim")
+
+    @property
+    def on_a_cluster(self) -> bool:
+        """Whether there is a platform."""
+        return self._platform is not None
+
+    def task(self, step: str) -> dsl.PipelineTask:
+        """The step's task, which has been placed."""
+        return self._tasks[step]
 
     @property
     def nodes(self) -> int:
@@ -157,9 +167,8 @@ class Placement:
         task: dsl.PipelineTask,
         kind: str,
         title: str,
-        accelerators: bool = True,
+        small: bool = False,
         storage: bool = True,
-        last: bool = False,
     ) -> dsl.PipelineTask:
         """Give a task what its kind gets.
 
@@ -167,16 +176,16 @@ class Placement:
             task: just made.
             kind: `data`, `models` or `training`.
             title: what the UI shows.
-            accelerators: False for a task that works through others, e.g. a launcher.
+            small: for a task that needs little itself, e.g. a launcher.
             storage: False for a task that needs nothing of what steps share.
-            last: whether the run is done with it, and MLflow's parent run too.
         """
         task.set_display_name(title)
+        self._tasks[task.component_spec.name] = task
         platform = self._platform
         if platform is None:
             return task
         pods = _pods(platform, self._recipe, kind)
-        self._resources(task, kind, pods, accelerators)
+        self._resources(task, kind, pods, small)
         self._nodes(task, kind, pods)
         self._scratch(task, pods)
         if storage and platform.shared is not None:
@@ -188,18 +197,16 @@ class Placement:
             backoff_factor=float(pods.retries.factor),
             backoff_max_duration=pods.retries.max_duration,
         )
-        if last:
-            task.set_env_variable(variables.LAST_STEP, "1")
         if pods.timeout_seconds is not None:
             kubernetes.set_timeout(task, pods.timeout_seconds)
         return task
 
-    def _resources(self, task: dsl.PipelineTask, kind: str, pods: Pods, accelerators: bool) -> None:
+    def _resources(self, task: dsl.PipelineTask, kind: str, pods: Pods, small: bool) -> None:
         task.set_container_image(self._values[f"where_{kind}_image"])
-        task.set_cpu_request(pods.cpu if accelerators else "1")
-        memory = pods.memory if accelerators else "4Gi"
+        task.set_cpu_request("1" if small else pods.cpu)
+        memory = "4Gi" if small else pods.memory
         task.set_memory_request(memory).set_memory_limit(memory)
-        if accelerators and kind != "data":
+        if not small and kind != "data":
             task.set_accelerator_type(pods.accelerator_type)
             count = self._values[f"where_{kind}_accelerator_count"]
             task.set_accelerator_limit(count)

@@ -24,9 +24,9 @@ from pipelines.pods import Pods
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
 MLFLOW_VARIABLES = {
-    "tracking-uri": "MLFLOW_TRACKING_URI",
-    "username": "MLFLOW_TRACKING_USERNAME",
-    "password": "MLFLOW_TRACKING_PASSWORD",
+    "tracking-uri": variables.MLFLOW_URI,
+    "username": variables.MLFLOW_USERNAME,
+    "password": variables.MLFLOW_PASSWORD,
 }  # key in the Secret: variable
 
 
@@ -174,7 +174,10 @@ class Platform(Section):
         """A pod takes the last of two values of a variable, without a word."""
         givers = dict.fromkeys(variables.ALL, "the pipeline")
         if self.mlflow.secret is not None:
-            givers |= dict.fromkeys(MLFLOW_VARIABLES.values(), "mlflow.secret")
+            given_by_it = MLFLOW_VARIABLES.values()
+            # Under MLflow's own names they would be taken for KFP's, and the secret for nothing.
+            in_its_place = [name.removeprefix("FLAGSCALE_") for name in given_by_it]
+            givers |= dict.fromkeys([*given_by_it, *in_its_place], "mlflow.secret")
         given = [(v, f"secret {s.name}") for s in self.secrets for v in s.env.values()]
         for variable, giver in [*given, *((name, "env") for name in self.env)]:
             if variable in givers:

@@ -24,6 +24,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
+from components.record_sweep.component import record_sweep
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
@@ -31,7 +32,7 @@ from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, check, prepare, teach
+from pipelines.wiring import always, check, figures, place_record, prepare, teach
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 _MOST_CHARACTERS = 100_000  # Linux takes 128 KiB an argument, in which the artifacts stand as well
@@ -118,4 +119,9 @@ def _wire(values: Mapping[str, Any], placed: Placement, parallelism: int) -> Non
         leaderboard=table,
         **always(values),
     )
-    placed.place(exported, "models", "Export winner", last=True)
+    placed.place(exported, "models", "Export winner")
+    if placed.on_a_cluster:
+        given = figures(values, placed, "leaderboard", "export-winner")
+        for name in ("student_metrics", "training_metrics", "evaluation_metrics"):
+            given[name] = dsl.Collected(given[name])
+        place_record(record_sweep(leaderboard=table, **given), placed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kfp import dsl
+
 from components.check_recipe.component import check_recipe
 from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
@@ -14,6 +16,18 @@ from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
 from flagscale.run_values import SECTIONS, Made
 from pipelines.placement import Placement
+
+_FIGURES = {
+    "prepare-data": "dataset_metrics",
+    "prepare-teacher": "teacher_metrics",
+    "convert-student": "student_metrics",
+    "distil-student": "training_metrics",
+    "distil-student-on-nodes": "training_metrics",
+    "evaluate": "evaluation_metrics",
+    "leaderboard": "leaderboard_metrics",
+    "export-student": "export_metrics",
+    "export-winner": "export_metrics",
+}  # step: its output, and the input of the last step
 
 
 def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str, Any]:
@@ -31,7 +45,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     """
     given = {name: values[name] for name in made.parameters}
     checked = check_recipe(made=made.model_dump(mode="json", exclude_none=True), **given)
-    placed.place(checked, "data", "Check recipe", storage=False)
+    placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, "sweep_variants") if name in values]
     return {**values, **{name: checked.outputs[name] for name in outputs}}
@@ -94,5 +108,19 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
         **given,
     )
     title = f"Distil student on {placed.nodes} node{'s' * (placed.nodes > 1)}"
-    placed.place(started, "training", title, accelerators=False)
+    placed.place(started, "training", title, small=True)
     return started.outputs["distilled_student"]
+
+
+def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[str, Any]:
+    """What the last step is given: the figures of the steps that every run has, and of `last`."""
+    trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
+    steps = ("prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last)
+    given = {_FIGURES[step]: placed.task(step).outputs[_FIGURES[step]] for step in steps}
+    return {"experiment": values["tracking_experiment"], **given}
+
+
+def place_record(task: dsl.PipelineTask, placed: Placement) -> None:
+    """Place the last step: what KFP's cache served shows up in MLflow, and the run ends there."""
+    task.set_caching_options(enable_caching=False)
+    placed.place(task, "data", "Record run", small=True)

@@ -1,7 +1,7 @@
 """The folder through which a step and its ranks speak: what to do, how it ended, what went wrong.
 
     request.json      arguments of the function that every rank calls
-    result.json       what the first rank's call returned
+    result.json       what the first rank's call returned, and the id of its run in MLflow
     heartbeat         of a launcher on another machine (`flagscale.ranks.heartbeat`)
     0/, 1/, ...       one a rank: its process, its error, its exit code if it failed
 
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flagscale import tracking
 from flagscale.artifacts import write_json
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import FOLDER_VARIABLE, note_error, read_error
@@ -83,8 +84,9 @@ class RankFolder:
         write_json(rank / _EXIT_CODE, code)
 
     def note_result(self, result: Any) -> None:  # noqa: ANN401 - any JSON value
-        """Say what the first rank's call returned."""
-        write_json(self.path / "result.json", result)
+        """Say what the first rank's call returned, and in which run MLflow has it."""
+        told = {"returned": result, "mlflow_run_id": tracking.run_id_of_process()}
+        write_json(self.path / "result.json", told)
 
     def ranks(self) -> list[Path]:
         """The folders of the ranks that have started."""
@@ -96,7 +98,7 @@ class RankFolder:
         return {path.parent: _read_code(path.parent) for path in found}
 
     def result(self, patience_seconds: float = 0.0) -> Any:  # noqa: ANN401 - any JSON value
-        """What the first rank returned.
+        """What the first rank returned; its run in MLflow becomes this process's.
 
         Args:
             patience_seconds: a network file system may show a new file late.
@@ -107,7 +109,9 @@ class RankFolder:
         path, deadline = self.path / "result.json", time.monotonic() + patience_seconds
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        return json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
+        tracking.note_run_of_ranks(told["mlflow_run_id"])
+        return told["returned"]
 
     def raise_error(self, stopped: bool, otherwise: str, lost: bool = False) -> None:
         """Raise why the ranks failed.

@@ -14,7 +14,6 @@ runs inside `deferred_stop` and asks `stop_requested` once a step.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -25,13 +24,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from flagscale.artifacts import write_json
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import note_error, note_process
 from flagscale.recipe import SectionT, parse_section
 from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
 from flagscale.steps.exclusive import exclusively
 from flagscale.steps.logs import configure_logging
+from flagscale.steps.metrics_file import write_metrics
 from flagscale.steps.signals import deferred_stop, end_with_runner, signals_raise, stop_requested
 from flagscale.tracking import step_failed
 
@@ -133,11 +132,7 @@ class Step:
             figures: name -> value; values that JSON cannot hold (NaN, infinity) are left out.
             metrics: the component's `Output[Metrics]`.
         """
-        values = {name: float(value) for name, value in figures.items()}
-        metrics.metadata.update({n: v for n, v in values.items() if math.isfinite(v)})
-        path = Path(metrics.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(metrics.metadata))
+        metrics.metadata.update(write_metrics(Path(metrics.path), figures))
 
     def publish(self) -> None:
         """Put the outputs in place, then do what waits for that.

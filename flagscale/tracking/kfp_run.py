@@ -3,13 +3,12 @@
 Nobody makes it for them: the steps are pods that know of one another only the KFP run's id. So the
 first of them makes a run with that id as a tag, and the others find it. Each step tells it how
 things stand, from its children: RUNNING, FAILED or KILLED as soon as a step is and while it is not
-tried again, FINISHED when the pipeline's last step is.
+tried again. The pipeline's last step, record-run, ends it.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,10 @@ from flagscale import variables
 from flagscale.tracking.names import (
     KFP_RUN_TAG,
     PARENT_TAG,
-    PROCESS_TAG,
     STARTED_TAG,
     WORK_TAG,
-    here,
     metric_name,
+    own_kfp_run,
     tag,
 )
 from flagscale.tracking.run import StepRun
@@ -50,7 +48,7 @@ class KfpRun:
     @classmethod
     def find(cls, client: MlflowClient, experiment_id: str) -> KfpRun | None:
         """The oldest run of this KFP run's id, None if there is none yet."""
-        found = client.search_runs([experiment_id], f"tags.`{KFP_RUN_TAG}` = '{_kfp_run_id()}'")
+        found = client.search_runs([experiment_id], f"tags.`{KFP_RUN_TAG}` = '{own_kfp_run()}'")
         if not found:
             return None
         oldest = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -62,8 +60,9 @@ class KfpRun:
         found = cls.find(client, experiment_id)
         if found is not None:
             return found
-        name = tag(os.environ.get(variables.RUN_NAME) or _kfp_run_id())
-        tags = {KFP_RUN_TAG: _kfp_run_id()}
+        kfp_run_id = own_kfp_run() or ""
+        name = tag(os.environ.get(variables.RUN_NAME) or kfp_run_id)
+        tags = {KFP_RUN_TAG: kfp_run_id}
         own = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         time.sleep(_SETTLE_SECONDS)
         oldest = cls.find(client, experiment_id)
@@ -94,13 +93,8 @@ class KfpRun:
         else:
             self.client.set_terminated(self.run_id, status)
 
-    def settle(self, child: str, status: str) -> None:
-        """Take note that a step has ended.
-
-        Args:
-            child: its run.
-            status: its status.
-        """
+    def settle(self, child: str) -> None:
+        """Take note that a step has ended, whose run is `child`."""
         oldest = self.find(self.client, self.experiment_id)
         if oldest is None:  # deleted by somebody
             return
@@ -109,14 +103,17 @@ class KfpRun:
             if find_run(self.client, self.run_id).info.lifecycle_stage == "active":
                 self.client.delete_run(self.run_id)
             self.run_id = oldest.run_id
-        if os.environ.get(variables.LAST_STEP) == "1" and status == "FINISHED":
-            for run in self.children():
-                # Killed with -9 before it was tried again, unless it is this process's own.
-                if run.info.status == "RUNNING" and run.data.tags.get(PROCESS_TAG) != here():
-                    self.client.set_terminated(run.info.run_id, "KILLED")
-            self.show("FINISHED")
-        else:
-            self.show_children()
+        self.show_children()
+
+    def finish(self) -> None:
+        """Every step has ended well: end the run, and what a lost process left open below it."""
+        end_open(self.client, self.children(), "FINISHED")
+        self.show("FINISHED")
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        """Show the figures that pipeline runs are compared by."""
+        for name, value in metrics.items():
+            self.client.log_metric(self.run_id, metric_name(name), float(value))
 
 
 class KfpStep(StepRun):
@@ -136,31 +133,44 @@ class KfpStep(StepRun):
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         """See `StepRun`; the pipeline's run shows the last figures that any step gave it."""
         self.log_metrics(metrics)
-
-        def send(client: MlflowClient) -> None:
-            for name, value in metrics.items():
-                client.log_metric(self._parent.run_id, metric_name(name), float(value))
-
-        self._call("headline figures", send)
+        self._call("headline figures", lambda _: self._parent.log_headline(metrics))
 
     def finish(self, status: str) -> None:
         """See `StepRun`."""
         super().finish(status)
-        self._call("the pipeline's status", lambda _: self._parent.settle(self._id, status))
-
-
-def in_kfp_without_plugin() -> bool:
-    """Whether the steps have to find their parent themselves."""
-    return bool(os.environ.get(variables.KFP_RUN)) and not os.environ.get("MLFLOW_RUN_ID")
+        self._call("the pipeline's status", lambda _: self._parent.settle(self._id))
 
 
 def overall_status(children: Sequence[Any]) -> str:
-    """How a pipeline stands whose last step has not ended well yet.
+    """How a pipeline stands whose last step has not ended well yet, from its steps' runs."""
+    statuses = {run.info.status for run in _standing(children)}
+    return next((status for status in ("FAILED", "KILLED") if status in statuses), "RUNNING")
+
+
+def end_open(client: MlflowClient, children: Sequence[Any], status: str) -> list[Any]:
+    """End the runs of steps that are over, and did not say so themselves: killed, server away.
 
     Args:
-        children: runs of its steps. A step's later run stands for the earlier ones of the same
-            work; a failure of unknown work (before its recipe was read) is made good by any later
-            run of the step.
+        client: of the tracking server.
+        children: runs of a pipeline's steps.
+        status: of those; one that was tried again was killed.
+
+    Returns:
+        The runs that were open.
+    """
+    standing = {run.info.run_id for run in _standing(children)}
+    left = [run for run in children if run.info.status == "RUNNING"]
+    for run in left:
+        own = status if run.info.run_id in standing else "KILLED"
+        client.set_terminated(run.info.run_id, own)
+    return left
+
+
+def _standing(children: Sequence[Any]) -> list[Any]:
+    """The runs that count.
+
+    A step's later run stands for the earlier ones of the same work; a failure of unknown work
+    (before its recipe was read) is made good by any later run of the step.
     """
     standing: list[Any] = []
     for run in sorted(children, key=_started, reverse=True):
@@ -168,13 +178,8 @@ def overall_status(children: Sequence[Any]) -> str:
         later = [one for one in standing if one.info.run_name == run.info.run_name]
         if not any(work is None or one.data.tags.get(WORK_TAG) == work for one in later):
             standing.append(run)
-    statuses = {run.info.status for run in standing}
-    return next((status for status in ("FAILED", "KILLED") if status in statuses), "RUNNING")
+    return standing
 
 
 def _started(run: Any) -> int:  # noqa: ANN401 - mlflow's Run
     return int(run.data.tags.get(STARTED_TAG) or run.info.start_time)
-
-
-def _kfp_run_id() -> str:
-    return re.sub(r"[^\w.-]", "", os.environ[variables.KFP_RUN])

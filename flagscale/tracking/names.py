@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Mapping
 from typing import Any
 
+from flagscale import variables
 from flagscale.processes import this_process
 from flagscale.secrets import mask
 
 PARENT_TAG = "mlflow.parentRunId"
 PROCESS_TAG = "flagscale.process"  # `<host>:<process>` that works on the run
 CACHED_TAG = "flagscale.cached_from"  # the run that did the work
+CACHED_KFP_TAG = "flagscale.cached_from_kfp_run"  # the KFP run that it was done in
 RESUMED_TAG = "flagscale.resumed_from"  # the run that did the first part of the work
 KFP_RUN_TAG = "flagscale.kfp_run_id"  # of a parent: the KFP run whose steps are its children
 OF_KFP_RUN_TAG = "flagscale.of_kfp_run"  # of a child: the KFP run that it was made in
@@ -57,6 +60,16 @@ def tag(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line and without secrets: MLflow's errors name whole URLs."""
     return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+
+
+def own_kfp_run() -> str | None:
+    """Id of the KFP run that this process works for, None outside of one."""
+    return as_id(os.environ.get(variables.KFP_RUN, "")) or None
+
+
+def as_id(text: str) -> str:
+    """Without what would end a quoted text in a query; KFP's ids are letters, digits, dashes."""
+    return re.sub(r"[^\w.-]", "", text)
 
 
 def here() -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from flagscale.processes import is_alive
 from flagscale.secrets import hide_in_urls
-from flagscale.tracking.names import CACHED_TAG, PARENT_TAG, PROCESS_TAG, here
+from flagscale.tracking.copies import copy_run
+from flagscale.tracking.names import PARENT_TAG, PROCESS_TAG, here
 from flagscale.tracking.run import StepRun, truthful_status
-from flagscale.tracking.server import children_of, connect, find_run, unusable
+from flagscale.tracking.server import children_of, connect, unusable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,7 +81,12 @@ class PipelineRun(StepRun):
                 are repeated here.
             metrics: figures to show when that run is unknown or gone.
         """
-        self._call("a reused step", lambda c: _copy_run(c, self, name, original_run_id, metrics))
+        self._call(
+            "a reused step",
+            lambda client: copy_run(
+                client, self.experiment_id, self._id, name, original_run_id, metrics
+            ),
+        )
 
     def finish(self, status: str) -> None:
         """Also end children that could not do so themselves (killed with -9, server away)."""
@@ -122,21 +128,3 @@ def _end_dead_runs(client: MlflowClient, experiment_id: str) -> None:
         host, _, process = run.data.tags.get(PROCESS_TAG, "").partition(":")
         if host == socket.gethostname() and not is_alive(process):
             client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _copy_run(
-    client: MlflowClient,
-    parent: PipelineRun,
-    name: str,
-    original_run_id: str | None,
-    metrics: Mapping[str, float],
-) -> None:
-    """A finished child with the parameters and the last figures of the run that did the work."""
-    tags = {PARENT_TAG: parent._id, CACHED_TAG: original_run_id or "unknown"}
-    copy = client.create_run(parent.experiment_id, run_name=name, tags=tags)
-    child = StepRun(client, copy.info.run_id)
-    original = find_run(client, original_run_id)
-    if original is not None:
-        child.log_params(original.data.params)
-    child.log_metrics(original.data.metrics if original is not None else metrics)
-    child.finish("FINISHED")

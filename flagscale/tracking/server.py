@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.secrets import hide_in_urls, split_credentials
 from flagscale.tracking.names import first_line
@@ -46,7 +47,7 @@ def connect(recipe: Recipe, runs: Path) -> tuple[str, MlflowClient, str]:
     uri = tracking_uri() or f"sqlite:///{runs.absolute()}/mlflow.db"
     store = runs.absolute() / "mlartifacts" if uri.startswith("sqlite:") else None
     try:
-        with environment(_HTTP_LIMITS_AT_START):
+        with quick_to_give_up():
             client = make_client(uri)
             return uri, client, find_experiment(client, recipe.tracking.experiment, store)
     except UserError:
@@ -58,8 +59,11 @@ def connect(recipe: Recipe, runs: Path) -> tuple[str, MlflowClient, str]:
 def tracking_uri() -> str | None:
     """`MLFLOW_TRACKING_URI`; a web server's credentials move out of it, into their own variables.
 
-    MLflow puts the whole URI into its errors, and people into their notes.
+    MLflow puts the whole URI into its errors, and people into their notes. Where nobody has set it
+    (the runner, KFP's plugin), the platform's server is taken.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        _take_platforms_server()
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and uri.startswith(("http://", "https://")):
         uri, user, password = split_credentials(uri)
@@ -68,6 +72,20 @@ def tracking_uri() -> str | None:
             os.environ.setdefault("MLFLOW_TRACKING_USERNAME", user)
             os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", password or "")
     return uri or None
+
+
+def _take_platforms_server() -> None:
+    """With its own credentials: KFP's plugin gives pods those of its server, injecting or not."""
+    if not os.environ.get(variables.MLFLOW_URI):
+        return
+    for name, ours in (
+        ("MLFLOW_TRACKING_URI", variables.MLFLOW_URI),
+        ("MLFLOW_TRACKING_USERNAME", variables.MLFLOW_USERNAME),
+        ("MLFLOW_TRACKING_PASSWORD", variables.MLFLOW_PASSWORD),
+    ):
+        os.environ.pop(name, None)
+        if ours in os.environ:
+            os.environ[name] = os.environ[ours]
 
 
 def unusable(uri: str, error: Exception) -> UserError:
@@ -134,6 +152,18 @@ def children_of(client: MlflowClient, experiment_id: str, parent: str) -> list[A
     return list(client.search_runs([experiment_id], query))
 
 
+def find_everywhere(client: MlflowClient, query: str) -> list[Any]:
+    """The runs that a query finds in any experiment."""
+    experiments: list[str] = []
+    token: str | None = None
+    while True:
+        page = client.search_experiments(page_token=token)
+        experiments += [experiment.experiment_id for experiment in page]
+        token = page.token
+        if not token:
+            return list(client.search_runs(experiments, query))
+
+
 def send_params(client: MlflowClient, run_id: str, flat: Mapping[str, str]) -> None:
     """In as many requests as the server asks for."""
     from mlflow.entities import Param
@@ -164,6 +194,11 @@ def send_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> st
     source = f"runs:/{run_id}/model"
     version = client.create_model_version(name, source, run_id, await_creation_for=0).version
     return f"models:/{name}/{version}"
+
+
+def quick_to_give_up() -> AbstractContextManager[None]:
+    """Inside, a silent server costs seconds: somebody waits for the answer."""
+    return environment(_HTTP_LIMITS_AT_START)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pipelines.cluster.following import State
 from pipelines.cluster.logs import last_pod, last_words, read_log
 from pipelines.cluster.retry_policy import RetryPolicy, read_retry_policy
 from pipelines.cluster.steps import Attempt, Step
+from pipelines.cluster.tracked_end import end_in_mlflow
 from pipelines.outcome import StepFailed, duration
 
 _FAILED = "FAILED"
@@ -22,6 +23,8 @@ _READ = "docs/cluster.md, retries"
 def check_ended(server: Server, state: State, url: str) -> None:
     """Every run that has ended comes by here, whoever followed it or looked at it.
 
+    What a killed step left RUNNING in MLflow ends with it.
+
     Args:
         server: has the logs of failed steps.
         state: of the run.
@@ -30,6 +33,7 @@ def check_ended(server: Server, state: State, url: str) -> None:
     Raises:
         StepFailed: it ended badly; with the failing steps, their last words and attempts.
     """
+    end_in_mlflow(state.run_id, state.state)
     if state.state in (_FAILED, "CANCELED"):
         raise StepFailed("\n".join([*_failure(server, state), url]))
 

@@ -41,16 +41,13 @@ class Package:
         """The file's first document, KFP's PipelineSpec."""
         return self._documents()[0]
 
-    def without_cache(self) -> Path:
-        """A file beside it whose steps never take an earlier result, nested ones included."""
-        documents = self._documents()
-        spec = documents[0]
+    def without_cache(self) -> dict[str, Any]:
+        """What a run carries whose steps never take an earlier result, nested ones included."""
+        spec, platform = self._documents()
         for component in (spec["root"], *spec["components"].values()):
             for task in component.get("dag", {}).get("tasks", {}).values():
                 task["cachingOptions"] = {}
-        path = self.path.with_stem(f"{self.path.stem}-without-cache")
-        path.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
-        return path
+        return {"pipeline_spec": spec, "platform_spec": platform}
 
     def _documents(self) -> list[dict[str, Any]]:
         # libyaml, where PyYAML has it, is ten times as fast.

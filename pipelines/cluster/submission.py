@@ -28,6 +28,7 @@ class Order:
         name: of the run or schedule.
         experiment: KFP's; created where it is missing.
         parameters: those that differ from the pipeline's defaults.
+        tracking_experiment: MLflow's, for KFP's plugin.
         service_account: of the pods; None: the server's default.
         reuse: whether steps may take results of earlier runs.
     """
@@ -35,6 +36,7 @@ class Order:
     name: str
     experiment: str
     parameters: dict[str, Any]
+    tracking_experiment: str
     service_account: str | None = None
     reuse: bool = True
 
@@ -75,17 +77,12 @@ def start_run(server: Server, package: Package, order: Order) -> str:
     Raises:
         UserError: the server refused something.
     """
-    source = _source(server, package, order)
+    content = _content(server, package, order)
     experiment = _experiment(server, order.experiment)
+    body = kfp_server_api.V2beta1Run(experiment_id=experiment, display_name=order.name, **content)
     run = server.write(
         f"starting run {order.name}",
-        lambda: server.client.run_pipeline(
-            experiment_id=experiment,
-            job_name=order.name,
-            params=order.parameters,
-            service_account=order.service_account,
-            **source,
-        ),
+        lambda: server.client.runs.run_service_create_run(body),
     )
     return str(run.run_id)
 
@@ -101,22 +98,23 @@ def start_schedule(server: Server, package: Package, order: Order, schedule: Sch
     """
     made_for = f"pipeline {package.name}: {package.description}"
     old = _schedules(server, order.name, f"pipeline {package.name}:")
-    source = _source(server, package, order)
+    content = _content(server, package, order)
     experiment = _experiment(server, order.experiment)
+    body = kfp_server_api.V2beta1RecurringRun(
+        experiment_id=experiment,
+        display_name=order.name,
+        description=made_for,
+        trigger=kfp_server_api.V2beta1Trigger(
+            cron_schedule=kfp_server_api.V2beta1CronSchedule(cron=schedule.cron)
+        ),
+        max_concurrency=schedule.max_concurrency,
+        no_catchup=not schedule.catch_up,
+        mode="ENABLE" if schedule.enabled else "DISABLE",
+        **content,
+    )
     new = server.write(
         f"creating schedule {order.name}",
-        lambda: server.client.create_recurring_run(
-            experiment_id=experiment,
-            job_name=order.name,
-            description=made_for,
-            cron_expression=schedule.cron,
-            max_concurrency=schedule.max_concurrency,
-            no_catchup=not schedule.catch_up,
-            enabled=schedule.enabled,
-            params=order.parameters,
-            service_account=order.service_account,
-            **source,
-        ),
+        lambda: server.client.recurring_runs.recurring_run_service_create_recurring_run(body),
     )
     # The old one goes last: when the new one is refused, runs go on being started.
     for found in old:
@@ -128,17 +126,34 @@ def start_schedule(server: Server, package: Package, order: Order, schedule: Sch
     return str(new.recurring_run_id)
 
 
-def _source(server: Server, package: Package, order: Order) -> dict[str, str]:
-    """What a run is of: an uploaded version, or a file of its own.
+def _content(server: Server, package: Package, order: Order) -> dict[str, Any]:
+    """What a run and a schedule have in common. KFP's client has no argument for plugins.
+
+    A server without the plugin keeps the plugin's input and does nothing with it; one that is
+    older than plugins drops it.
+    """
+    return {
+        **_source(server, package, order),
+        "runtime_config": kfp_server_api.V2beta1RuntimeConfig(parameters=order.parameters),
+        "service_account": order.service_account,
+        "plugins_input": {"mlflow": {"experiment_name": order.tracking_experiment}},
+    }
+
+
+def _source(server: Server, package: Package, order: Order) -> dict[str, Any]:
+    """What a run is of: an uploaded version, or a specification of its own.
 
     KFP has no switch for the cache on a run of a version: it is written in the pipeline. A version
     without cache would become the default of the UI, so such a run carries its pipeline instead.
     """
     if order.reuse:
         pipeline, version = _version(server, package)
-        return {"pipeline_id": pipeline, "version_id": version}
+        reference = kfp_server_api.V2beta1PipelineVersionReference(
+            pipeline_id=pipeline, pipeline_version_id=version
+        )
+        return {"pipeline_version_reference": reference}
     say("pipeline: without cache, in the run itself; no version is uploaded")
-    return {"pipeline_package_path": str(package.without_cache())}
+    return {"pipeline_spec": package.without_cache()}
 
 
 def _version(server: Server, package: Package) -> tuple[str, str]:

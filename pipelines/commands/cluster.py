@@ -211,6 +211,9 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
                 name=name or f"{recipe.name} on {where}",
                 experiment=experiment_name(arguments.experiment_name, recipe),
                 parameters=parameters.sent,
+                tracking_experiment=parameters.sent.get(
+                    "tracking_experiment", recipe.tracking.experiment
+                ),
                 service_account=arguments.service_account,
                 reuse=arguments.reuse,
             ),

@@ -232,8 +232,10 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
 
 def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:
     """The figures in a step's output of metrics, whose name ends so."""
-    found: dict[str, Any] = {}
+    from flagscale.steps.metrics_file import read_metrics
+
+    found: dict[str, float] = {}
     for output, path in outputs.items():
         if output.endswith("_metrics") and path.is_file():
-            found |= json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+            found |= read_metrics(path, "").figures
+    return found

@@ -28,6 +28,8 @@ def test_there_is_a_component_for_each_step() -> None:
         "leaderboard",
         "prepare_data",
         "prepare_teacher",
+        "record_run",
+        "record_sweep",
     ]
 
 

@@ -74,6 +74,7 @@ def test_each_line_of_a_key() -> None:
     "name",
     [
         *("HF_TOKEN", "aws_secret_access_key", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD"),
+        "FLAGSCALE_MLFLOW_TRACKING_PASSWORD",
         *("AWS_SESSION_TOKEN", "WANDB_API_KEY", "CLIENT_SECRET", "AZURE_STORAGE_KEY"),
         *("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_KEY", "PGPASSWORD"),
         *("KFP_COOKIES", "SESSION_COOKIE", "DB_PASS", "PASS", "MYSQL_PWD", "github_pat"),
@@ -102,10 +103,11 @@ def test_secrets_that_are_named() -> None:
 
 
 @pytest.mark.parametrize(("password", "shown"), [(None, "***"), ("", "***"), ("p4ss", "ghp_Zx81")])
-def test_a_token_given_as_the_user(password: str | None, shown: str) -> None:
-    os.environ["MLFLOW_TRACKING_USERNAME"] = "ghp_Zx81"
+@pytest.mark.parametrize("whose", ["", "FLAGSCALE_"])
+def test_a_token_given_as_the_user(password: str | None, shown: str, whose: str) -> None:
+    os.environ[f"{whose}MLFLOW_TRACKING_USERNAME"] = "ghp_Zx81"
     if password is not None:
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = password
+        os.environ[f"{whose}MLFLOW_TRACKING_PASSWORD"] = password
     assert secrets.mask("no user ghp_Zx81") == f"no user {shown}"
 
 

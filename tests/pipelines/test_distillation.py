@@ -70,8 +70,11 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
         "distil-student": {"distillation_recipe", "training_recipe"},
         "evaluate": {"evaluation_recipe"},
         "export-student": {"export_recipe"},
+        "record-run": set(),
     }
     depends = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
+    assert depends.pop("record-run") == set(tasks) - {"check-recipe", "record-run"}  # the very last
+    assert tasks["record-run"]["cachingOptions"] == {}
     assert depends.pop("check-recipe") == set()
     assert all("check-recipe" in before for before in depends.values())
     assert depends["prepare-data"] == {"check-recipe"}
@@ -89,6 +92,10 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
     checked = set(tasks["check-recipe"]["inputs"]["parameters"])
     assert checked > set(spec["root"]["inputDefinitions"]["parameters"])
     assert tasks["distil-student"]["taskInfo"]["name"] == "Distil student"
+
+
+def test_the_runner_of_this_machine_records_the_run_itself(recipe: Recipe) -> None:
+    assert "record-run" not in build_pipeline(recipe).pipeline_spec.root.dag.tasks
 
 
 def test_local_runs_see_the_code_and_compiled_ones_the_release(recipe: Recipe) -> None:

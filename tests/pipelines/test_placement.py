@@ -21,8 +21,10 @@ from pipelines.pods import Pods
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-KINDS = {"check-recipe": "data", "prepare-data": "data", "leaderboard": "data"} | {
-    "distil-student": "training"
+SMALL = ("check-recipe", "record-run", "record-sweep")
+KINDS = {
+    **dict.fromkeys(("prepare-data", "leaderboard", *SMALL), "data"),
+    "distil-student": "training",
 }
 
 
@@ -115,11 +117,13 @@ def check_container(
 ) -> None:
     resources = container["resources"]
     launcher = step.endswith("-on-nodes")
-    if not launcher:
+    if step in SMALL:  # whatever the data wants
+        assert (resources["resourceCpuRequest"], resources["resourceMemoryLimit"]) == ("1", "4Gi")
+    elif not launcher:
         assert resources["resourceCpuRequest"] == pods.cpu
         assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"] == pods.memory
     image = found.resolve(container["image"])
-    if step in ("check-recipe", "prepare-data", "leaderboard") or launcher:
+    if KINDS.get(step) == "data" or launcher:
         assert "accelerator" not in resources
     else:
         asked = resources["accelerator"]
@@ -182,10 +186,13 @@ def check_secrets(
     }
     if platform.mlflow.secret:
         name = platform.mlflow.secret
-        wanted[name, "tracking-uri", "MLFLOW_TRACKING_URI"] = False
-        wanted[name, "username", "MLFLOW_TRACKING_USERNAME"] = True
-        wanted[name, "password", "MLFLOW_TRACKING_PASSWORD"] = True
+        wanted[name, "tracking-uri", "FLAGSCALE_MLFLOW_TRACKING_URI"] = False
+        wanted[name, "username", "FLAGSCALE_MLFLOW_TRACKING_USERNAME"] = True
+        wanted[name, "password", "FLAGSCALE_MLFLOW_TRACKING_PASSWORD"] = True
     assert asked == wanted
+    # KFP's plugin sets these to values: Kubernetes refuses one that is a secret's as well.
+    plain = {e["name"] for e in container["env"]}
+    assert not {n for n in {v for _, _, v in asked} | plain if n.startswith("MLFLOW_")}
     told = {e["name"]: e["value"] for e in container["env"]}.get("FLAGSCALE_SECRET_VARIABLES")
     names = [name for secret in platform.secrets for name in secret.env.values()]
     assert (told.split(",") if told else []) == names

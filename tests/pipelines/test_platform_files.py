@@ -90,6 +90,7 @@ from pipelines.platform import Images, load_platform
         ("env: {FLAGSCALE_SHARED: /x}", "FLAGSCALE_SHARED is set by env and by the pipeline"),
         ("env: {FLAGSCALE_SECRET_VARIABLES: A}", "by env and by the pipeline"),
         ("env: {MLFLOW_TRACKING_URI: 'http://x'}", "by env and by mlflow.secret"),
+        ("env: {FLAGSCALE_MLFLOW_TRACKING_URI: 'http://x'}", "by env and by mlflow.secret"),
         (
             "secrets: [{name: a, env: {k: HF_TOKEN}}, {name: b, env: {k: HF_TOKEN}}]",
             "HF_TOKEN is set by secret b and by secret a",

@@ -118,6 +118,7 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
         "for-loop-1",
         "leaderboard",
         "export-winner",
+        "record-sweep",
     }
     loop = tasks["for-loop-1"]
     assert loop["iteratorPolicy"] == {"parallelismLimit": 2}
@@ -125,6 +126,15 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
     for name in ("leaderboard", "export-winner"):
         results = tasks[name]["inputs"]["artifacts"]["evaluations"]["taskOutputArtifact"]
         assert results["producerTask"] == "for-loop-1"
+    recorded = tasks["record-sweep"]
+    assert recorded["cachingOptions"] == {}
+    of_variants = {
+        name: given["taskOutputArtifact"]["producerTask"]
+        for name, given in recorded["inputs"]["artifacts"].items()
+        if name in ("student_metrics", "training_metrics", "evaluation_metrics")
+    }
+    assert of_variants == dict.fromkeys(of_variants, "for-loop-1")
+    assert len(of_variants) == 3
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     variants = inputs["sweep_variants"]["defaultValue"]
     assert [variant["name"] for variant in variants] == [v.name for v in recipe.variants]

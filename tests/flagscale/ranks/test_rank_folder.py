@@ -2,9 +2,11 @@ import os
 
 import pytest
 
+from flagscale import tracking
 from flagscale.errors import Interrupted, UserError
 from flagscale.processes import note_error
 from flagscale.ranks.rank_folder import LostError, RankFolder
+from flagscale.tracking import StepRun, step
 
 
 @pytest.fixture
@@ -18,6 +20,15 @@ def ended(ranks: RankFolder, rank: int, code: int, message: str) -> None:
     note_error("distil-student", message)
     ranks.note_exit(mine, code)
     os.utime(mine / "exit-code", (rank, rank))
+
+
+def test_the_first_ranks_run_in_mlflow_is_the_steps(ranks, monkeypatch):
+    monkeypatch.setattr(step._Process, "run", StepRun(None, "run of the rank"))
+    ranks.note_result({"loss": 2.5})
+    monkeypatch.setattr(step._Process, "run", None)  # the launcher, which tracks nothing itself
+    monkeypatch.setattr(step._Process, "run_of_ranks", None)
+    assert ranks.result() == {"loss": 2.5}
+    assert tracking.run_id_of_process() == "run of the rank"
 
 
 def test_the_first_error_is_the_steps(ranks):

@@ -1,5 +1,4 @@
 import fcntl
-import json
 import multiprocessing
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from flagscale.processes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import StudentRecipe, TrainingRecipe
 from flagscale.recipe.data import CorpusRecipe
 from flagscale.steps.exclusive import delete_unless_held, exclusively
+from flagscale.steps.metrics_file import read_metrics
 from flagscale.steps.step_process import (
     deferred_stop,
     keep_exclusive,
@@ -146,7 +146,8 @@ def test_figures_go_to_the_metadata_and_the_file(tmp_path: Path) -> None:
     with step_process("evaluate") as step:
         step.report({"kl": 0.5, "speed": float("nan")}, metrics)
     assert metrics.metadata == {"kl": 0.5}
-    assert json.loads(Path(metrics.path).read_text()) == {"kl": 0.5}
+    told = read_metrics(Path(metrics.path), "evaluate")
+    assert (told.figures, told.kfp_run_id) == ({"kl": 0.5}, None)
 
 
 def test_kfps_floats_are_taken_for_integers() -> None:

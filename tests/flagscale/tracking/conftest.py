@@ -1,6 +1,7 @@
 """A real tracking server, and an environment without anybody's tracking."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(runs: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def made_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to make, and nothing in it."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def empty_store(made_store: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(made_store, tmp_path / "mlflow.db"))
 
 
 @pytest.fixture(scope="session")

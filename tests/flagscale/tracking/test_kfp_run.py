@@ -95,11 +95,13 @@ def test_the_parent_is_named_and_follows_its_steps(pod: str, remote: mlflow.Mlfl
         run_name="export-student",
         tags={"mlflow.parentRunId": parent(remote, pod).info.run_id},
     ).info.run_id
-    os.environ["FLAGSCALE_LAST_STEP"] = "1"
     do("export-student", ValueError())
     assert status() == "FAILED"
     do("export-student")
+    assert status() == "RUNNING"
+    tracking.record_run([], {"kl": 0.5})
     assert status() == "FINISHED"
+    assert parent(remote, pod).data.metrics == {"kl": 0.5}
     assert remote.get_run(lost).info.status == "KILLED"
 
 
@@ -229,9 +231,21 @@ def test_an_end_before_tracking_is_told(pod: str, remote: mlflow.MlflowClient) -
     do("prepare-data")
     step._Process.run = None  # a new process
     tracking.step_failed("evaluate", "FAILED")
-    assert parent(remote, pod).info.status == "FAILED"
+    one = parent(remote, pod).info
+    assert one.status == "FAILED"
+    failed = f"tags.`flagscale.of_kfp_run` = '{pod}' and attributes.status = 'FAILED'"
+    (child,) = remote.search_runs([one.experiment_id], failed)
+    assert child.info.run_name == "evaluate"
+    assert child.data.tags["mlflow.parentRunId"] == one.run_id
     do("evaluate")
     assert parent(remote, pod).info.status == "RUNNING"
+
+
+def test_an_early_end_after_nothing_but_cached_steps_is_told(
+    pod: str, remote: mlflow.MlflowClient
+) -> None:
+    tracking.step_failed("distil-student", "FAILED")
+    assert parent(remote, pod).info.status == "FAILED"
 
 
 def test_the_run_of_a_rank_that_was_killed_is_ended_by_its_launcher(

@@ -19,6 +19,7 @@ def test_a_schedule_arrives_and_is_replaced_by_name(
     assert (first.mode, first.max_concurrency, first.no_catchup) == ("ENABLE", "1", False)
     assert first.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
     assert first.runtime_config.parameters["training"]["train_iters"] == 40
+    assert first.plugins_input == {"mlflow": {"experiment_name": "flagscale-distillation"}}
     said = capsys.readouterr().out
     assert f"{kfp.url}/#/recurringrun/details/{first.recurring_run_id}" in said
 

@@ -42,6 +42,7 @@ def test_a_run_arrives_as_it_was_asked_for(
     assert out.endswith(f"run {run.run_id}\n{kfp.url}/#/runs/details/{run.run_id}\n")
     assert (run.display_name, run.service_account) == ("first", "runner")
     assert [e.display_name for e in kfp.experiments.values()] == ["tries"]
+    assert run.plugins_input == {"mlflow": {"experiment_name": "flagscale-distillation"}}
     (version,) = kfp.versions.values()
     assert run.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
     assert [p.name for p in kfp.pipelines.values()] == ["distillation-tiny"]
@@ -53,6 +54,11 @@ def test_a_run_arrives_as_it_was_asked_for(
         "where_volume_claim": "123",
         "where_training_node_selector": {"pool": "h100"},
     }
+
+
+def test_kfps_mlflow_plugin_is_told_the_experiment_of_this_run(kfp: KfpServer) -> None:
+    assert main([*SUBMIT, "-pexperiment=of this run", "--experiment-name=kfp's"]) == 0
+    assert kfp.run.plugins_input == {"mlflow": {"experiment_name": "of this run"}}
 
 
 def test_files_of_this_machine_are_told_of_in_this_run_s_parameters_too(

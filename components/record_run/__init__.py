@@ -1,0 +1,1 @@
+"""Cached steps in MLflow, and the end of its run."""
