@@ -25,6 +25,10 @@ _TOKEN = re.compile(r'\s*("[^"]*"|\d+|[A-Za-z_][\w.]*|\|\||&&|[=!]=|[!()\[\],])'
 _OPERATORS = {"||": 1, "&&": 2, "==": 3, "!=": 3, "in": 3, "contains": 3}  # binding strength
 
 
+class NotAnExpression(ValueError):
+    """Argo would fail the step that it is asked about."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """An attempt that ended badly, as `lastRetry` says it; Argo writes numbers as texts."""
@@ -100,18 +104,18 @@ class Policy:
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> bool:
-    """What an expression says; raises `ValueError` for what is none."""
+    """What an expression says; raises `NotAnExpression`."""
     tokens, at = [], 0
     while expression[at:].strip():
         found = _TOKEN.match(expression, at)
         if found is None:
-            raise ValueError(f"{expression[at:]!r}: not of an expression")
+            raise NotAnExpression(f"{expression[at:]!r}: not of an expression")
         tokens.append(found[1])
         at = found.end()
     parser = _Parser([*tokens, ""], names)
     value = parser.binary(0)
     if parser.next() or not isinstance(value, bool):
-        raise ValueError(f"{expression!r}: no condition")
+        raise NotAnExpression(f"{expression!r}: no condition")
     return value
 
 
@@ -124,7 +128,7 @@ class _Parser:
     def next(self, expected: str | None = None) -> str:
         token = self.tokens.pop(0)
         if expected is not None and token != expected:
-            raise ValueError(f"{token!r} in place of {expected!r}")
+            raise NotAnExpression(f"{token!r} in place of {expected!r}")
         return token
 
     def binary(self, strength: int) -> Any:
@@ -139,7 +143,7 @@ class _Parser:
         if token == "!":
             value = self.unary()
             if not isinstance(value, bool):
-                raise ValueError(f"!{value!r}: no condition")
+                raise NotAnExpression(f"!{value!r}: no condition")
             return not value
         if token == "(":
             value = self.binary(0)
@@ -170,7 +174,7 @@ class _Parser:
         value: Any = self.names
         for part in token.split("."):
             if part not in value:
-                raise ValueError(f"{token}: unknown")
+                raise NotAnExpression(f"{token}: unknown")
             value = value[part]
         return value
 
@@ -179,7 +183,7 @@ def _apply(operator: str, left: Any, right: Any) -> bool:
     sides = {"||": (bool, bool), "&&": (bool, bool), "contains": (str, str)}
     kinds = sides.get(operator, (object, list if operator == "in" else type(left)))
     if not (isinstance(left, kinds[0]) and isinstance(right, kinds[1])):
-        raise ValueError(f"{left!r} {operator} {right!r}: of other kinds")
+        raise NotAnExpression(f"{left!r} {operator} {right!r}: of other kinds")
     results = {
         "||": lambda: left or right,
         "&&": lambda: left and right,

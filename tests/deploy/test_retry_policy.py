@@ -1,5 +1,6 @@
 """Which attempts Argo repeats with the policy of deploy/, and with those that are there before."""
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.deploy.argo_retries import (
     STOPPED,
     VANISHED,
     Attempt,
+    NotAnExpression,
     Policy,
     evaluate,
 )
@@ -126,10 +128,8 @@ def test_a_typo_in_the_expression_is_seen(policy: Policy, typo: tuple[str, str])
     assert policy.expression
     assert typo[0] in policy.expression
     wrong = Policy(True, 2, policy.kinds, policy.expression.replace(*typo))
-    try:
+    with contextlib.suppress(NotAnExpression):  # Argo would say so, in the run
         assert wrong.faults()
-    except ValueError:
-        pass  # Argo would say so, in the run
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_typo_in_the_expression_is_seen(policy: Policy, typo: tuple[str, str])
 )
 def test_expressions_are_read_as_expr_lang_does(expression: str, value: bool | None) -> None:
     if value is None:
-        with pytest.raises(ValueError):
+        with pytest.raises(NotAnExpression):
             evaluate(expression, {})
     else:
         assert evaluate(expression, {}) is value
