@@ -25,7 +25,7 @@ _TOKEN = re.compile(r'\s*("[^"]*"|\d+|[A-Za-z_][\w.]*|\|\||&&|[=!]=|[!()\[\],])'
 _OPERATORS = {"||": 1, "&&": 2, "==": 3, "!=": 3, "in": 3, "contains": 3}  # binding strength
 
 
-class NotAnExpression(ValueError):
+class ExpressionError(ValueError):
     """Argo would fail the step that it is asked about."""
 
 
@@ -104,18 +104,18 @@ class Policy:
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> bool:
-    """What an expression says; raises `NotAnExpression`."""
+    """What an expression says; raises `ExpressionError`."""
     tokens, at = [], 0
     while expression[at:].strip():
         found = _TOKEN.match(expression, at)
         if found is None:
-            raise NotAnExpression(f"{expression[at:]!r}: not of an expression")
+            raise ExpressionError(f"{expression[at:]!r}: not of an expression")
         tokens.append(found[1])
         at = found.end()
     parser = _Parser([*tokens, ""], names)
     value = parser.binary(0)
     if parser.next() or not isinstance(value, bool):
-        raise NotAnExpression(f"{expression!r}: no condition")
+        raise ExpressionError(f"{expression!r}: no condition")
     return value
 
 
@@ -128,7 +128,7 @@ class _Parser:
     def next(self, expected: str | None = None) -> str:
         token = self.tokens.pop(0)
         if expected is not None and token != expected:
-            raise NotAnExpression(f"{token!r} in place of {expected!r}")
+            raise ExpressionError(f"{token!r} in place of {expected!r}")
         return token
 
     def binary(self, strength: int) -> Any:
@@ -143,7 +143,7 @@ class _Parser:
         if token == "!":
             value = self.unary()
             if not isinstance(value, bool):
-                raise NotAnExpression(f"!{value!r}: no condition")
+                raise ExpressionError(f"!{value!r}: no condition")
             return not value
         if token == "(":
             value = self.binary(0)
@@ -174,7 +174,7 @@ class _Parser:
         value: Any = self.names
         for part in token.split("."):
             if part not in value:
-                raise NotAnExpression(f"{token}: unknown")
+                raise ExpressionError(f"{token}: unknown")
             value = value[part]
         return value
 
@@ -183,7 +183,7 @@ def _apply(operator: str, left: Any, right: Any) -> bool:
     sides = {"||": (bool, bool), "&&": (bool, bool), "contains": (str, str)}
     kinds = sides.get(operator, (object, list if operator == "in" else type(left)))
     if not (isinstance(left, kinds[0]) and isinstance(right, kinds[1])):
-        raise NotAnExpression(f"{left!r} {operator} {right!r}: of other kinds")
+        raise ExpressionError(f"{left!r} {operator} {right!r}: of other kinds")
     results = {
         "||": lambda: left or right,
         "&&": lambda: left and right,

@@ -18,7 +18,7 @@ from tests.deploy.argo_retries import (
     STOPPED,
     VANISHED,
     Attempt,
-    NotAnExpression,
+    ExpressionError,
     Policy,
     evaluate,
 )
@@ -128,7 +128,7 @@ def test_a_typo_in_the_expression_is_seen(policy: Policy, typo: tuple[str, str])
     assert policy.expression
     assert typo[0] in policy.expression
     wrong = Policy(True, 2, policy.kinds, policy.expression.replace(*typo))
-    with contextlib.suppress(NotAnExpression):  # Argo would say so, in the run
+    with contextlib.suppress(ExpressionError):  # Argo would say so, in the run
         assert wrong.faults()
 
 
@@ -148,7 +148,7 @@ def test_a_typo_in_the_expression_is_seen(policy: Policy, typo: tuple[str, str])
 )
 def test_expressions_are_read_as_expr_lang_does(expression: str, value: bool | None) -> None:
     if value is None:
-        with pytest.raises(NotAnExpression):
+        with pytest.raises(ExpressionError):
             evaluate(expression, {})
     else:
         assert evaluate(expression, {}) is value
