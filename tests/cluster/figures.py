@@ -45,9 +45,9 @@ class Tracking:
         found: dict[str, Any] = {}
         for run in self.runs():
             tags = run.data.tags
-            if PARENT_TAG in tags and (kfp_run is None or tags.get(OF_KFP_RUN_TAG) == kfp_run):
-                if run.info.run_name in STEPS:
-                    found[run.info.run_name] = run
+            is_of_it = kfp_run is None or tags.get(OF_KFP_RUN_TAG) == kfp_run
+            if PARENT_TAG in tags and is_of_it and run.info.run_name in STEPS:
+                found[run.info.run_name] = run
         return found
 
     def figures(self, kfp_run: str | None = None) -> Figures:
