@@ -16,7 +16,9 @@ class LocalRun:
     """`python -m pipelines run`, in a folder of its own and without the cluster's MLflow."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        teacher = settings.teacher if Path(settings.teacher).is_dir() else str(TEACHER)
+        teacher = settings.teacher
+        if teacher.startswith("/") and not Path(teacher).is_dir():  # a folder that only pods see
+            teacher = str(TEACHER)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
         command = [sys.executable, "-m", "pipelines", "run", *settings.changed(teacher)]
         self.tracking = Tracking(f"sqlite:///{folder}/mlflow.db", settings.name)
