@@ -272,8 +272,8 @@ class Checks:
         return f"{undisturbed}, byte for byte ({', '.join(seen)})"
 
     def nodes(self, _: str, run: Run) -> str:
-        """A TrainJob's students are those of one node."""
-        self.runs.succeed(run)
+        """A TrainJob's student is that of one node."""
+        self._whole(run)
         if self.settings.tracking is None:
             return "the run succeeded; " + _NO_MLFLOW
         tracking = self._tracking()

@@ -56,11 +56,11 @@ class Run:
     def steps(self) -> dict[str, str]:
         """State by step, of those that have one."""
         shown = [t for t in self._tasks if t.state and not _INNER.fullmatch(t.display_name)]
-        return {task.display_name: task.state for task in shown}
+        return {_plain(task.display_name): task.state for task in shown}
 
     def named(self, step: str) -> list[str]:
         """States of all tasks of this name: one a variant."""
-        return [t.state for t in self._tasks if t.display_name == step and t.state]
+        return [t.state for t in self._tasks if _plain(t.display_name) == step and t.state]
 
     def executors(self) -> list[str]:
         """States of the steps' pods, attempts not counted apart; SKIPPED means cached."""
@@ -75,6 +75,11 @@ class Run:
         """Time of the longest pod of a step."""
         pods = [t for t in self._tasks if _ATTEMPT.fullmatch(t.display_name)]
         return max((_seconds(t.start_time, t.end_time) for t in pods), default=0.0)
+
+
+def _plain(name: str) -> str:
+    """The training's name, in the step's pod or in a TrainJob's."""
+    return name.removesuffix("-on-nodes")
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float:

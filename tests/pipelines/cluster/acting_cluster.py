@@ -121,6 +121,8 @@ class ActingKfp(KfpServer):
             attempts |= dict.fromkeys([*attempts][: acts.cached], 0)
         if what in ("deleted", "killed"):
             attempts["distil-student"] = acts.attempts_after_a_blow
+        if what == "nodes":
+            attempts["distil-student-on-nodes"] = attempts.pop("distil-student")
         return [_step(name, state, count) for name, count in attempts.items()]
 
     def _track(self, run: Any, what: str) -> None:

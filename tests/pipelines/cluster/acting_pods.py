@@ -41,7 +41,7 @@ class ActingPods:
         pods = "/api/v1/namespaces/kubeflow/pods"
         app.add_routes(
             [
-                web.get("/apis", self._groups),
+                web.get("/apis/", self._groups),
                 web.get("/api/v1/namespaces/kubeflow/configmaps/{name}", self._config_map),
                 web.get(pods, self._list),
                 web.get(pods + "/{pod}/log", self._log),
