@@ -283,6 +283,8 @@ class Checks:
     def tree(self) -> str:
         """Every run that ended well is one tree, and nothing is left open."""
         tracking = self._tracking()
+        for run in self.started.values():  # one that was not to be interrupted may go on still
+            self.runs.wait(run)
         roots = {tracking.check_tree(run.run_id) for run in self.whole}
         if len(roots) != len(self.whole):
             raise Failed(f"{len(self.whole)} runs are {len(roots)} trees")

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from flagscale.errors import UserError
 from tests.cluster import pods
+from tests.cluster.__main__ import check_cluster
 from tests.cluster.checks import Checks
 from tests.cluster.figures import Tracking
 from tests.cluster.local import LocalRun
@@ -305,12 +306,47 @@ def test_what_is_missing_is_said_at_once(given: dict[str, str], missing: str) ->
         read_settings(given)
 
 
+def test_the_command_says_what_is_missing() -> None:
+    unset = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "PLATFORM", "TEACHER")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in unset},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: make test-cluster needs KFP_ENDPOINT")
+
+
+def test_the_table_ends_with_every_check_once_more(acting: ActingKfp, store: str) -> None:
+    acting.acts.cached = 0
+    out = io.StringIO()
+    given = settings(None, kubeconfig=False)
+    assert check_cluster(given, Table(out), pause_seconds=0.01) == 1
+    told, _, table = out.getvalue().partition("\n\n")
+    assert told.startswith(f"{NAME} on {PLATFORM}, at most 20 minutes\n")
+    head, rule, *rows, _, last = table.rstrip("\n").split("\n")
+    assert head.split() == ["check", "outcome", "time", "seen"]
+    assert set(rule) == {"-"}
+    assert tuple(row[:44].strip() for row in rows) == CHECKS
+    assert rows == told.split("\n")[1:]
+    assert re.fullmatch(r"6 passed, 1 failed, 7 skipped, \d+ s", last)
+
+
 def test_two_goes_never_meet() -> None:
     given = {"KFP_ENDPOINT": "http://x", "PLATFORM": "gke-h100", "TEACHER": "/t"}
     first, second = read_settings(given), read_settings(given)
     assert first.name != second.name
     assert re.fullmatch(r"tiny-[0-9a-f]{8}", first.name)
     assert first.shared == "/mnt/flagscale"
+
+
+def test_the_page_names_every_check() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+?) \|", page.partition("| check | passes when |")[2], re.M)
+    assert tuple(rows[: len(CHECKS)]) == CHECKS
 
 
 def test_nothing_of_it_is_collected() -> None:
