@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 
 from flagscale.tracking import KFP_RUN_TAG, PARENT_TAG
 from flagscale.tracking.names import OF_KFP_RUN_TAG
+from flagscale.tracking.server import environment
 from tests.cluster.runs import STEPS
 from tests.cluster.table import Failed
 
@@ -107,10 +107,8 @@ class Tracking:
             raise Failed(f"MLflow has no model {model}")
         newest = max(versions, key=lambda v: int(v.version))
         with TemporaryDirectory() as folder:
-            mlflow.set_tracking_uri(self.uri)
-            mlflow.artifacts.download_artifacts(
-                f"models:/{model}/{newest.version}", dst_path=folder
-            )
+            with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+                client.download_artifacts(newest.run_id, "model", folder)
             files = sorted(Path(folder).rglob("*.safetensors"))
             if not files:
                 raise Failed(f"model {model}: no weights in it")

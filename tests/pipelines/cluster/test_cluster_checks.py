@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 from mlflow import MlflowClient
 
 from flagscale.errors import UserError
+from flagscale.tracking import step_run
 from tests.cluster import pods
 from tests.cluster.__main__ import check_cluster
 from tests.cluster.checks import Checks
 from tests.cluster.figures import Tracking
 from tests.cluster.local import LocalRun
-from tests.cluster.runs import Runs
+from tests.cluster.runs import STEPS, Runs
 from tests.cluster.settings import ROOT, Settings, read_settings
 from tests.cluster.table import FAIL, PASS, SKIPPED, Failed, Table
 from tests.pipelines.cluster.acting_cluster import ActingKfp, Acts, write_runs
@@ -238,6 +240,20 @@ def test_there_is_an_end(acting: ActingKfp, store: str) -> None:
     assert seen[CHECKS[4]][0] == FAIL
     assert "not within 20 minutes" in seen[CHECKS[4]][1]
     assert not acting.runs, "it is taken away all the same"
+
+
+def test_figures_are_found_where_the_steps_write_them(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": "written-by-steps"}
+    for name, value in (values | {"KFP_RUN_ID": "run-1"}).items():
+        monkeypatch.setenv(name, value)
+    for number, step in enumerate(STEPS):
+        with step_run(step, {"data": {"seq_length": 64}}) as run:
+            run.log_metrics({"loss": float(number), "tokens per second": time.monotonic()})
+    tracking = Tracking(store, "written-by-steps")
+    assert tracking.figures("run-1") == {s: {"loss": float(n)} for n, s in enumerate(STEPS)}
+    assert not tracking.figures("run-2")
 
 
 def test_pods_that_take_no_command_are_no_fault(
