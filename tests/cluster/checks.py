@@ -67,9 +67,9 @@ class Checks:
         self.begin("cached", lambda: self._start_again("cached"))
         for what in INTERRUPTED:
             self.begin(what, lambda what=what: self._start_again(what))
+        self.strike()  # before anything else is waited for: a training takes a minute
         self.ended("cached the second time", "cached", self.cached)
         check("figures of a run on this machine", self.figures)
-        self.strike()
         self.ended("training's pod deleted: retried, resumed", "deleted", self.resumed)
         self.ended("main process killed: retried, resumed", "killed", self.resumed)
         check("weights of an undisturbed run", self.weights)

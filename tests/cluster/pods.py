@@ -15,7 +15,8 @@ from tests.deploy.argo_retries import CONFIG_MAP, Policy
 
 SYSTEM = "kubeflow"  # where Kubeflow Pipelines' own pods are
 _NODE_NAME = "workflows.argoproj.io/node-name"
-_TRAINING = re.compile(r"\.distil-student[\w-]*\(\d+\)\.executor")
+# `(N)` stands there where the policy of retries reaches the DAGs.
+_TRAINING = re.compile(r"\.distil-student(-on-nodes)?(\(\d+\))?\.executor")
 _STEP = re.compile(r"(?:\bstep (\d+)/|validation after step (\d+):)")
 _RESUMED = re.compile(r"resuming after step (\d+)")
 # The step's container is Argo's emissary, KFP's launcher below it, and the step below that. Of

@@ -17,7 +17,7 @@ TEACHER = ROOT / "build" / "tiny-teacher"
 # Long enough for a pod to be lost between two checkpoints, and still a minute of work.
 SAVE_INTERVAL = 50
 TRAINING = (
-    "training.train_iters=400",
+    "training.train_iters=600",
     f"training.save_interval={SAVE_INTERVAL}",
     f"training.eval_interval={SAVE_INTERVAL}",
 )

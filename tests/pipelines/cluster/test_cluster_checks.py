@@ -18,7 +18,7 @@ from flagscale.errors import UserError
 from flagscale.tracking import step_run
 from tests.cluster import pods
 from tests.cluster.__main__ import check_cluster
-from tests.cluster.checks import Checks
+from tests.cluster.checks import INTERRUPTED, Checks
 from tests.cluster.figures import Tracking
 from tests.cluster.local import LocalRun
 from tests.cluster.runs import STEPS, Runs
@@ -52,13 +52,16 @@ GOOD_POLICY = (
 
 
 class Here:
-    """A finished run on this machine."""
+    """A finished run on this machine; by then the pods to be lost must be."""
 
-    def __init__(self, tracking: Tracking) -> None:
-        self.tracking = tracking
+    def __init__(self, tracking: Tracking, runs: Runs) -> None:
+        self.tracking, self.runs = tracking, runs
 
     def finish(self, seconds: float) -> Tracking:
         assert seconds > 0
+        for run in self.runs.started:
+            if self.runs.look(run).details.display_name.split()[-1] in INTERRUPTED:
+                assert run.state != "RUNNING"
         return self.tracking
 
 
@@ -101,8 +104,9 @@ def settings(store: str | None, kubeconfig: bool = True, shared: str | None = "/
 def outcomes(given: Settings, store: str) -> dict[str, tuple[str, str]]:
     """Outcome and what was seen, by check."""
     table = Table(io.StringIO())
-    local = Here(Tracking(store, "here")) if given.tracking else None
-    Checks(given, table, Runs(given, pause_seconds=0.01), local).go()
+    runs = Runs(given, pause_seconds=0.01)
+    local = Here(Tracking(store, "here"), runs) if given.tracking else None
+    Checks(given, table, runs, local).go()
     assert table.end() == any(row.outcome == FAIL for row in table.rows)
     return {row.name: (row.outcome, row.seen) for row in table.rows}
 
@@ -280,6 +284,20 @@ def test_pods_that_take_no_command_are_no_fault(
         assert pod.metadata.name == "train-run-1-0"
         with pytest.raises(pods.Skipped, match="no command can be run in pods"):
             cluster.kill(pod)
+
+
+@pytest.mark.parametrize(
+    ("node", "is_training"),
+    [
+        ("distillation-mxbhw(0).root(0).distil-student(0).executor(1)", True),
+        ("distillation-mxbhw.root.distil-student.executor(0)", True),  # no policy reaches the DAGs
+        ("distillation-mxbhw(0).root(0).distil-student-on-nodes(0).executor(0)", True),
+        ("distillation-mxbhw(0).root(0).distil-student-driver(0)", False),
+        ("distillation-mxbhw(0).root(0).evaluate(0).executor(0)", False),
+    ],
+)
+def test_the_trainings_pods_are_known_by_argos_names(node: str, is_training: bool) -> None:
+    assert bool(pods._TRAINING.search(node)) is is_training
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a PID namespace, which root may")
