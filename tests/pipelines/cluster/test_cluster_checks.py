@@ -54,14 +54,14 @@ GOOD_POLICY = (
 class Here:
     """A finished run on this machine; by then the pods to be lost must be."""
 
-    def __init__(self, tracking: Tracking, runs: Runs) -> None:
-        self.tracking, self.runs = tracking, runs
+    def __init__(self, tracking: Tracking, kfp: ActingKfp) -> None:
+        self.tracking, self.kfp = tracking, kfp
 
     def finish(self, seconds: float) -> Tracking:
         assert seconds > 0
-        for run in self.runs.started:
-            if self.runs.look(run).details.display_name.split()[-1] in INTERRUPTED:
-                assert run.state != "RUNNING"
+        for run in self.kfp.runs.values():
+            if run.display_name.split()[-1] in INTERRUPTED:
+                assert run.run_id in self.kfp.struck
         return self.tracking
 
 
@@ -101,18 +101,17 @@ def settings(store: str | None, kubeconfig: bool = True, shared: str | None = "/
     )
 
 
-def outcomes(given: Settings, store: str) -> dict[str, tuple[str, str]]:
+def outcomes(kfp: ActingKfp, given: Settings, store: str) -> dict[str, tuple[str, str]]:
     """Outcome and what was seen, by check."""
     table = Table(io.StringIO())
-    runs = Runs(given, pause_seconds=0.01)
-    local = Here(Tracking(store, "here"), runs) if given.tracking else None
-    Checks(given, table, runs, local).go()
+    local = Here(Tracking(store, "here"), kfp) if given.tracking else None
+    Checks(given, table, Runs(given, pause_seconds=0.01), local).go()
     assert table.end() == any(row.outcome == FAIL for row in table.rows)
     return {row.name: (row.outcome, row.seen) for row in table.rows}
 
 
 def test_a_good_cluster_passes_and_is_left_as_it_was(acting: ActingKfp, store: str) -> None:
-    seen = outcomes(settings(store), store)
+    seen = outcomes(acting, settings(store), store)
     assert tuple(seen) == CHECKS
     assert {name: row for name, row in seen.items() if row[0] != PASS} == {}
     assert "7 of 8 steps from the cache" in seen["cached the second time"][1]
@@ -196,7 +195,7 @@ def test_every_fault_is_seen(
 ) -> None:
     acting.acts = acts
     _fresh(store)
-    seen = outcomes(settings(store), store)
+    seen = outcomes(acting, settings(store), store)
     failed = {name: text for name, (outcome, text) in seen.items() if outcome == FAIL}
     assert failed.keys() == faults.keys(), failed
     for name, text in faults.items():
@@ -237,7 +236,7 @@ def test_what_is_not_here_is_skipped_and_the_table_says_all(acting: ActingKfp) -
 
 def test_without_a_first_run_the_rest_is_skipped(acting: ActingKfp, store: str) -> None:
     acting.acts.outcomes["first"] = "FAILED"
-    seen = outcomes(settings(None), store)
+    seen = outcomes(acting, settings(None), store)
     assert seen[CHECKS[4]][0] == FAIL
     for check in (CHECKS[5], *CHECKS[7:9], CHECKS[10]):
         assert seen[check] == (SKIPPED, "the first run did not succeed")
