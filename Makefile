@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile images test test-gpu test-containers lint format docs parallelism lock bench clean
+.PHONY: help run baseline tiny mlflow compile images test test-gpu test-containers test-cluster lint format docs parallelism lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -54,6 +54,9 @@ test-gpu: $(VENV)/.test  ## the tests that need a GPU; they skip themselves wher
 
 test-containers: $(VENV)/.test  ## the CPU image built and the tiny pipeline run in containers; as root, with podman
 	TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers $(ARGS)
+
+test-cluster: $(VENV)/.test build/tiny-teacher/config.json  ## the tiny recipe on a KFP server, as a table of checks (KFP_ENDPOINT=... PLATFORM=... TEACHER=...; docs/cluster.md)
+	PLATFORM='$(PLATFORM)' $(BIN)/python -m tests.cluster
 
 lint: $(VENV)/.test  ## style, types, formatting
 	$(BIN)/ruff check .
