@@ -19,6 +19,8 @@ import threading
 import psutil
 
 _EXIT_STOPPED = 128 + signal.SIGTERM
+# Not SIGTERM, or torch would put its own handler in place when it starts the ranks.
+_TORCHS_SIGNALS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")
 
 
 def _pass_on_sigterm() -> None:
@@ -27,8 +29,6 @@ def _pass_on_sigterm() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    # Or torch would put its own handler in place when it starts the ranks.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
 
     def work() -> None:
         while True:
@@ -49,6 +49,6 @@ if __name__ == "__main__":
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        main(sys.argv[1:])
+        main([*_TORCHS_SIGNALS, *sys.argv[1:]])
     except ChildFailedError:
         sys.exit(1)
