@@ -42,17 +42,21 @@ def unshare() -> tuple[str, ...]:
 class KfpPod:
     """A running pod."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
         """Start it.
 
         Args:
             command: Python's arguments for the step.
             environment: the whole of it.
+            folder: to run in.
         """
         tree = (sys.executable, "-S", _TREE, "emissary", *_SHELL, sys.executable)
         self._process = subprocess.Popen(
             [*unshare(), *tree, *map(str, command)],
             env=dict(environment),
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -27,7 +27,7 @@ time.sleep(600)
 
 @pytest.fixture
 def pod(tmp_path: Path) -> KfpPod:
-    pod = KfpPod(["-c", STEP, str(tmp_path)], os.environ)
+    pod = KfpPod(["-c", STEP, str(tmp_path)], os.environ, tmp_path)
     while not (tmp_path / "ready").exists():
         assert pod.is_running()
     return pod
@@ -55,6 +55,6 @@ def test_nothing_outlives_it(pod: KfpPod, tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (7, 1)])
-def test_its_exit_code_is_the_launchers(code: int, told: int) -> None:
-    pod = KfpPod(["-c", f"print('hello'); raise SystemExit({code})"], os.environ)
+def test_its_exit_code_is_the_launchers(tmp_path: Path, code: int, told: int) -> None:
+    pod = KfpPod(["-c", f"print('hello'); raise SystemExit({code})"], os.environ, tmp_path)
     assert pod.end() == (told, "hello\n")

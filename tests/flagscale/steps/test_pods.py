@@ -43,7 +43,7 @@ def start(component: str, arguments: dict, disk: Path, attempt: int = 0) -> KfpP
         "KFP_POD_UID": f"uid-{disk.name}",
         "KFP_RETRY_INDEX": str(attempt),
     }
-    return KfpPod([POD, component, json.dumps(arguments)], environment)
+    return KfpPod([POD, component, json.dumps(arguments)], environment, disk.parent)
 
 
 def common(folder: Path, model: str, metrics: str) -> dict:
