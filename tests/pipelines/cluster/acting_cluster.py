@@ -129,7 +129,8 @@ class ActingKfp(KfpServer):
         client = MlflowClient(self.mlflow)
         name = run.display_name.split()[0]
         found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name)
+        location = (self.folder / "artifacts").as_uri()
+        experiment = found.experiment_id if found else client.create_experiment(name, location)
         wrong = self.acts if what == "first" else Acts()
         figure = self.acts.figures.get(what, 4.5)
         parent = write_runs(client, experiment, figure, run.run_id, wrong.lacks, wrong.leaves_open)
