@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -135,15 +136,19 @@ def _default(given: Sequence[float] | None) -> Sequence[float]:
 def _wait(
     left: Iterator[float], doing: str, error: Exception, passes: Callable[[Exception], bool]
 ) -> None:
-    """Wait before the next try; raise `error` where there shall be none."""
+    """Wait before the next try; raise `error` where there shall be none.
+
+    A stop ends the main thread's waiting alone: an upload of what was saved for it goes on.
+    """
     pause = next(left, None) if passes(error) else None
     if pause is None:
         raise error
     told = (str(error) or type(error).__name__).strip().splitlines()[0]
     logger.warning("cannot %s: %s; trying again in %.0f s", doing, told, pause)
     until = time.monotonic() + pause
+    heeds = threading.current_thread() is threading.main_thread()
     while (rest := until - time.monotonic()) > 0:
-        if stop_requested():
+        if heeds and stop_requested():
             raise Interrupted(f"stopped by a signal; could not {doing}: {told}")
         time.sleep(min(rest, _POLL_SECONDS))
 

@@ -9,7 +9,8 @@ import aiohttp
 import fsspec
 
 from flagscale.errors import UserError
-from flagscale.patience import is_away, patiently
+from flagscale.patience import patiently
+from flagscale.shared.passing import passes
 
 
 class File(NamedTuple):
@@ -35,9 +36,7 @@ def list_files(source: str, is_folder: bool) -> list[File]:
     """
     local = str(Path(source).expanduser()) if source.startswith("~") else source
     try:
-        filesystem, paths = patiently(
-            lambda: _list(local, is_folder), f"list {source}", is_storage_away
-        )
+        filesystem, paths = patiently(lambda: _list(local, is_folder), f"list {source}", passes)
     except Exception as error:  # each kind of storage raises its own
         raise UserError(f"data.source={source!r} cannot be opened: {first_line(error)}") from error
     if not paths:
@@ -49,11 +48,6 @@ def is_glob(source: str) -> bool:
     """Whether a path or URL stands for several."""
     signs = "*[" if source.startswith(("http:", "https:")) else "*?["
     return any(sign in source for sign in signs)
-
-
-def is_storage_away(error: BaseException) -> bool:
-    """Whether a failure of fsspec can pass: its stores and web servers, away or overloaded."""
-    return is_away(error, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
 
 
 def first_line(error: BaseException) -> str:

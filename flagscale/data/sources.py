@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flagscale.data.files import File, first_line, is_glob, is_storage_away, list_files
+from flagscale.data.files import File, first_line, is_glob, list_files
 from flagscale.data.messages import dump_messages
 from flagscale.data.python_docs import python_documents
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
 from flagscale.patience import resumed
 from flagscale.recipe.data import CorpusRecipe
+from flagscale.shared.passing import passes
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def _files(corpus: CorpusRecipe, kind: str, column: _Column) -> Iterator[Documen
         if name != "text":
             read = partial(_STRUCTURED[name or ""], file, column)
         with _explained(file.path):
-            yield from resumed(read, f"read {file.path}", is_storage_away)
+            yield from resumed(read, f"read {file.path}", passes)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which failures of an object store pass by themselves.
+"""Which failures of what fsspec reaches, object stores and web servers, pass by themselves.
 
 KFP does not repeat a step that ended with an error, so what passes is waited out here. What does
 not (wrong credentials, no such bucket, a certificate) is told at once.

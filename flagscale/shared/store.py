@@ -1,6 +1,6 @@
 """A folder of an object store, through fsspec: files go there and back, several at a time.
 
-What fails for a reason that passes is tried again for a few minutes.
+What fails for a reason that passes is tried again (`flagscale.patience`).
 
 Credentials come from where the store's own library looks: for S3 `AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, and `AWS_ENDPOINT_URL` for another server than Amazon's.
@@ -19,13 +19,13 @@ import fsspec
 
 from flagscale.artifacts import is_disk_full
 from flagscale.errors import UserError
+from flagscale.patience import patiently
 from flagscale.shared.passing import passes
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 8
 _PROGRESS_SECONDS = 30.0
-_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0, 30.0)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 ResultT = TypeVar("ResultT")
@@ -154,20 +154,16 @@ class ObjectStore:
         """
         filesystem, path = self._fs, self._path(name)
         place = f"{self.url}/{name}" if name else self.url
-        for pause in (*(_PAUSES_SECONDS if self._patient else ()), None):
-            try:
-                return function(filesystem, path)
-            except UserError:
+        pauses = None if self._patient else ()
+        try:
+            return patiently(lambda: function(filesystem, path), f"access {place}", passes, pauses)
+        except UserError:
+            raise
+        except Exception as error:
+            if is_disk_full(error):
                 raise
-            except Exception as error:
-                if is_disk_full(error):
-                    raise
-                told = f"{place}: cannot be {what}: {str(error) or type(error).__name__}"
-                if pause is None or not passes(error):
-                    raise UserError(told) from error
-                logger.warning("%s; trying again in %.0f s", told, pause)
-                _pause(pause)
-        raise AssertionError("not reached")
+            told = f"{place}: cannot be {what}: {str(error) or type(error).__name__}"
+            raise UserError(told) from error
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -186,10 +182,6 @@ class ObjectStore:
 
     def _path(self, name: str) -> str:
         return f"{self._opened[1]}/{name}" if name else self._opened[1]
-
-
-def _pause(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 def _some(done: str, names: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -10,7 +10,7 @@ from kfp import dsl
 from flagscale.artifacts import MANIFEST, Manifest, new_artifact, open_artifact
 from flagscale.errors import UserError
 from flagscale.processes import FOLDER_VARIABLE, read_error
-from flagscale.shared import damage, fetch, read_pointer, store
+from flagscale.shared import damage, fetch, read_pointer
 from flagscale.shared.store import ObjectStore
 from flagscale.steps.step_process import step_process
 
@@ -98,7 +98,6 @@ def test_errors_of_the_store_say_where(
         ObjectStore(f"{bucket}/b").get({"c": tmp_path / "c"})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(store, "_PAUSES_SECONDS", ())
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,5 +1,6 @@
 """What of an object store is waited out: a server that comes back, and what it says meanwhile."""
 
+import logging
 import socket
 import ssl
 import uuid
@@ -12,6 +13,7 @@ import s3fs
 from moto.s3.responses import S3Response
 
 from flagscale.errors import UserError
+from flagscale.patience import pauses
 from flagscale.shared import store
 from flagscale.shared.passing import passes
 from flagscale.shared.store import ObjectStore
@@ -22,7 +24,7 @@ Answer = tuple[int, dict[str, str], str]
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ours, and none of the libraries' own attempts."""
-    monkeypatch.setattr(store, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setenv("FLAGSCALE_PATIENCE_SECONDS", "0.01")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     yield
@@ -70,7 +72,7 @@ def test_passing_answers_are_waited_out(
     assert ObjectStore(bucket).read("a") == b"content"
     assert len(asked) == 3
     told = [record.getMessage() for record in caplog.records]
-    assert [f"{bucket}/a: cannot be written: " in line for line in told] == [True, True]
+    assert [f"cannot access {bucket}/a: " in line for line in told] == [True, True]
     assert all("trying again in 0 s" in line for line in told)
 
 
@@ -78,7 +80,7 @@ def test_after_minutes_it_is_given_up(bucket: str, answer: Callable) -> None:
     asked = answer("put_object", [error(503, "ServiceUnavailable")] * 99)
     with pytest.raises(UserError, match=r"/a: cannot be written: .*told by the server"):
         ObjectStore(bucket).write("a", b"")
-    assert len(asked) == 4
+    assert len(asked) == len(pauses()) + 1
 
 
 @pytest.mark.parametrize(
@@ -143,14 +145,19 @@ def test_a_server_that_comes_back_is_waited_for(
         servers = []
         name = f"bucket-{uuid.uuid4().hex[:8]}"
 
-        def begin(_: float) -> None:
-            if not servers:
-                taken.close()
-                servers.append(ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False))
-                servers[0].start()
-                boto3.client("s3").create_bucket(Bucket=name)
+        class Begin(logging.Handler):
+            """Starts the server once the store has waited for it."""
 
-        monkeypatch.setattr(store, "_pause", begin)
+            def emit(self, record: logging.LogRecord) -> None:
+                if not servers:
+                    taken.close()
+                    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+                    servers.append(server)
+                    server.start()
+                    boto3.client("s3").create_bucket(Bucket=name)
+
+        begin = Begin()
+        monkeypatch.setattr(logging.getLogger("flagscale.patience"), "handlers", [begin])
         ObjectStore(f"s3://{name}").write("a", b"content")
         assert ObjectStore(f"s3://{name}").read("a") == b"content"
         servers[0].stop()
