@@ -85,9 +85,9 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
     def wire(values: Mapping[str, Any]) -> None:
         placed = Placement(platform, recipe, values)
         checked = check(values, placed, made)
-        # KFP's local runner loops over no step's output that has a name, and takes another's for the
-        # loop's item. Here all values are the recipe's own, checked already, and the loop's steps
-        # wait for the check by way of the teacher.
+        # KFP's local runner loops over no step's output that has a name, and takes one that goes
+        # into the loop for the loop's item. Here all values are the recipe's own, checked already,
+        # and the loop's steps wait for the check by way of the teacher.
         _wire(checked, checked if platform else values, placed, parallelism)
 
     return make_pipeline(
