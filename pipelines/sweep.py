@@ -8,9 +8,9 @@
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
-`name`, `student`, `distillation` and `training`, which a run in the KFP UI may change. The loop is
-over those that the check gives. Variants whose student is the same share its conversion through the
-cache.
+`name`, `student`, `distillation` and `training`, which a run in the KFP UI may change. On a
+cluster the loop is over those that the check gives. Variants whose student is the same share its
+conversion through the cache.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
 
     def wire(values: Mapping[str, Any]) -> None:
         placed = Placement(platform, recipe, values)
-        _wire(check(values, placed, made), placed, parallelism)
+        checked = check(values, placed, made)
+        # KFP's local runner loops over no step's output that has a name, and takes one that goes
+        # into the loop for the loop's item. Here all values are the recipe's own, checked already,
+        # and the loop's steps wait for the check by way of the teacher.
+        _wire(checked, checked if platform else values, placed, parallelism)
 
     return make_pipeline(
         name="distillation-sweep",
@@ -96,13 +100,18 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
     )
 
 
-def _wire(values: Mapping[str, Any], placed: Placement, parallelism: int) -> None:
+def _wire(
+    values: Mapping[str, Any],
+    looped: Mapping[str, Any],
+    placed: Placement,
+    parallelism: int,
+) -> None:
     dataset, teacher = prepare(values, placed)
     with dsl.ParallelFor(
-        values["sweep_variants"], name="variants", parallelism=parallelism
+        looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
-        distilled, evaluation = teach({**values, **own}, placed, dataset, teacher)
+        distilled, evaluation = teach({**looped, **own}, placed, dataset, teacher)
 
     ranked = leaderboard(
         variants=values["sweep_variants"],

@@ -69,7 +69,7 @@ class Plan:
         """Read it from the pipeline.
 
         Args:
-            pipeline: its loops, if any, go over a parameter of the pipeline, checked or not.
+            pipeline: its loops, if any, go over a parameter of the pipeline.
             arguments: it will be run with these.
         """
         self.total = 0
@@ -80,13 +80,8 @@ class Plan:
             if not body:
                 self.total += 1
                 continue
-            # Of the pipeline, or as a step gives it, under the same name, after a check.
-            items = task.parameter_iterator.items.input_parameter
-            source = task.inputs.parameters[items]
-            parameter = (
-                source.component_input_parameter
-                or source.task_output_parameter.output_parameter_key
-            )
+            parameter = task.parameter_iterator.items.input_parameter
+            parameter = parameter.removeprefix("pipelinechannel--")
             variants = _names(arguments.get(parameter, _default(pipeline, parameter)))
             self.total += len(body) * len(variants)
             self._variants |= dict.fromkeys(body, variants)

@@ -119,7 +119,7 @@ def test_the_plan_counts_loops(
         assert turns == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
 
 
-def test_the_plan_counts_a_loop_over_what_a_step_has_checked() -> None:
+def test_the_plan_counts_a_sweep_with_its_check() -> None:
     recipe = load_recipe("recipes/tiny-sweep.yaml")
     plan = Plan(build_pipeline(recipe), {})
     names = [variant.name for variant in recipe.variants]
