@@ -121,7 +121,7 @@ def is_away(error: BaseException, *unreachable: type[BaseException]) -> bool:
         unreachable: the library's own errors of a connection, beside Python's.
     """
     lost = False
-    for one in _causes(error):
+    for one in causes(error):
         status = _status(one)
         if status is not None:
             return status in _OVERLOADED or status >= 500
@@ -153,9 +153,12 @@ def _wait(
         time.sleep(min(rest, _POLL_SECONDS))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, each once: a library may raise a cause anew from its effect."""
+    seen: list[BaseException] = []
     found: BaseException | None = error
-    while found is not None:
+    while found is not None and not any(found is one for one in seen):
+        seen.append(found)
         yield found
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
 

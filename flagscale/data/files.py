@@ -70,7 +70,7 @@ def _list(source: str, is_folder: bool) -> tuple[Any, list[str]]:
     except FileNotFoundError as error:
         # So fsspec says of every URL that does not answer well.
         if isinstance(error.__cause__, aiohttp.ClientError) and not _is_missing(error.__cause__):
-            raise error.__cause__ from error
+            raise error.__cause__ from None
         return filesystem, []
     return filesystem, [path]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+
+from flagscale.patience import causes
 
 _STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 # S3's servers give these with status 400 or 403 too.
@@ -34,6 +35,7 @@ _CONNECTION_ERRORS = frozenset(
         "ClientPayloadError",
         "ConnectionError",
         "HTTPClientError",
+        "HttpProcessingError",
         "IncompleteRead",
         "ResponseParserError",
         "ServiceRequestError",
@@ -45,25 +47,22 @@ _LASTING_ERRORS = frozenset({"ClientSSLError", "SSLError", "SSLCertVerificationE
 
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed in a while."""
-    found = [_judge(one) for one in _chain(error)]
+    found = [_judge(one) for one in causes(error)]
     return True in found and False not in found
 
 
 def http_status(error: BaseException) -> int | None:
     """What the store's server answered; None if there was no answer."""
-    return next((s for s in map(_status, _chain(error)) if s is not None), None)
+    return next((s for s in map(_status, causes(error)) if s is not None), None)
 
 
 def error_code(error: BaseException) -> str:
     """S3's name of the error; empty if it gave none."""
-    return next((code for code in map(_code, _chain(error)) if code), "")
+    return next((code for code in map(_code, causes(error)) if code), "")
 
 
 def _judge(error: BaseException) -> bool | None:
     """Of one error alone: whether it passes; None if it says nothing."""
-    status = _status(error)
-    if status is not None:
-        return status in _STATUSES or _code(error) in _CODES
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & _LASTING_ERRORS:
         return False
@@ -71,16 +70,11 @@ def _judge(error: BaseException) -> bool | None:
     if isinstance(error, socket.gaierror) and number != socket.EAI_AGAIN:
         return False  # there is no such server
     if names & _CONNECTION_ERRORS or isinstance(error, ConnectionError | TimeoutError):
-        return True
+        return True  # before a status: aiohttp gives a broken answer one, of its own
+    status = _status(error)
+    if status is not None:
+        return status in _STATUSES or _code(error) in _CODES
     return True if number in _ERRNOS else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
 
 
 def _status(error: BaseException) -> int | None:

@@ -197,3 +197,9 @@ def chained(error: BaseException, cause: BaseException) -> BaseException:
 )
 def test_what_passes(error: BaseException, expected: bool) -> None:
     assert passes(error) is expected
+
+
+def test_a_cause_that_was_raised_from_its_effect() -> None:
+    effect, cause = OSError("?"), ConnectionResetError()
+    effect.__cause__, cause.__cause__ = cause, effect
+    assert passes(effect)
