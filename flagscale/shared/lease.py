@@ -120,7 +120,7 @@ class _Lease:
             if time.monotonic() >= deadline:
                 raise UserError(
                     f"{self._place}: {entry.text} writes there; stop it, wait for it, or give this "
-                    "run a place of its own (parameter `checkpoints`)"
+                    "run a place of its own (parameter `training_checkpoints`)"
                 )
             if look:
                 told = time.monotonic()

@@ -9,7 +9,7 @@ from flagscale.tracking.attempts import short_digest
 from flagscale.tracking.copies import copy_run
 from flagscale.tracking.names import CACHED_KFP_TAG, OF_KFP_RUN_TAG, WORK_TAG, own_kfp_run
 from flagscale.tracking.place import find_place
-from flagscale.tracking.step import patiently
+from flagscale.tracking.step import on_server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,7 @@ def record_run(reports: Sequence[Reported], headline: Mapping[str, float]) -> No
         headline: the figures that pipeline runs are compared by.
     """
     if own_kfp_run() is not None:
-        patiently(lambda client: _record(client, reports, headline), "the run is not recorded")
+        on_server(lambda client: _record(client, reports, headline), "the run is not recorded")
 
 
 def _record(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from flagscale.artifacts import Manifest
+from flagscale.patience import patiently
 from flagscale.secrets import hide_in_urls
 from flagscale.tracking.attempts import (
     earlier_runs,
@@ -90,7 +90,7 @@ def step_run(
             params, training and inputs is another attempt, and makes a failed one good.
     """
     work = _Work(name, params, training, parents or {})
-    run = patiently(lambda client: _track(client, work), f"{name} is not tracked")
+    run = on_server(lambda client: _track(client, work), f"{name} is not tracked")
     run = run or StepRun(None, None)
     _Process.run = _Process.run or run
     with truthful_status(run):
@@ -113,7 +113,7 @@ def note_run_of_ranks(run_id: str | None) -> None:
     _Process.run_of_ranks = run_id
 
 
-def patiently(do: Callable[[MlflowClient], T], otherwise: str) -> T | None:
+def on_server(do: Callable[[MlflowClient], T], otherwise: str) -> T | None:
     """Do something on the tracking server; on a cluster that may take some attempts.
 
     A server's pod may be starting anew: a training of days is worth the wait.
@@ -128,18 +128,13 @@ def patiently(do: Callable[[MlflowClient], T], otherwise: str) -> T | None:
     uri = tracking_uri()
     if not uri:
         return None
-    shown = hide_in_urls(uri)
+    server = f"MLflow at {hide_in_urls(uri)}"
     pauses = _PAUSES_ON_A_CLUSTER if own_kfp_run() else ()
-    for pause in pauses:
-        try:
-            return do(make_client(uri))
-        except Exception:  # whatever MLflow raises
-            logger.info("MLflow at %s does not serve, trying again in %d s", shown, pause)
-            time.sleep(pause)
     try:
-        return do(make_client(uri))
-    except Exception as error:  # whatever MLflow raises: training goes on
-        logger.warning("MLflow at %s: %s: %s", shown, otherwise, first_line(error))
+        # Whatever it raises may pass: libraries and databases raise many kinds.
+        return patiently(lambda: do(make_client(uri)), f"use {server}", lambda _: True, pauses)
+    except Exception as error:  # training goes on
+        logger.warning("%s: %s: %s", server, otherwise, first_line(error))
     return None
 
 

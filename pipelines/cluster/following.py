@@ -15,8 +15,8 @@ from flagscale.errors import UserError
 from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
 from pipelines.cluster.connection_errors import BrokenAnswer, StoppedWaiting, is_passing
 from pipelines.cluster.definition import Definition, read_definition
-from pipelines.cluster.nodes import time_of
 from pipelines.cluster.steps import Step, read_steps, seconds_between
+from pipelines.cluster.workflow_nodes import time_of
 from pipelines.outcome import duration
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.cluster.definition import Definition
-from pipelines.cluster.nodes import Node, read_nodes, split_attempt, time_of
+from pipelines.cluster.workflow_nodes import Node, read_nodes, split_attempt, time_of
 from pipelines.outcome import duration
 
 _ATTEMPT = re.compile(r"\(\d+\)")

@@ -16,9 +16,10 @@ RECIPE = load_recipe("recipes/tiny.yaml").model_dump(mode="json", exclude_none=T
 CASES = [
     (component, name)
     for component in all_components().values()
-    for name in component.pipeline_spec.components[
-        f"comp-{component.name}"
-    ].input_definitions.artifacts
+    for name in sorted(
+        component.pipeline_spec.components[f"comp-{component.name}"].input_definitions.artifacts
+    )
+    if not name.endswith("_metrics")  # a file; what record-run does without has tests of its own
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 CONFIG_MAP, KEY = "workflow-controller-configmap", "workflowDefaults"
-_POLICIES = {
+KINDS = {
     "Always": ("Failed", "Error"),
     "OnFailure": ("Failed",),
     "OnError": ("Error",),
@@ -71,7 +71,7 @@ class Policy:
         strategy = templates.get("retryStrategy") or {}
         expression = strategy.get("expression")
         default = "Always" if expression else "OnFailure"
-        kinds = _POLICIES[strategy.get("retryPolicy") or default]
+        kinds = KINDS[strategy.get("retryPolicy") or default]
         limit = strategy.get("limit")
         return cls(bool(strategy), None if limit is None else int(limit), kinds, expression)
 

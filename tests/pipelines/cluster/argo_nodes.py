@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelines.cluster.nodes import node_id
+from pipelines.cluster.workflow_nodes import node_id
 
 NOT_YET = "0001-01-01T00:00:00Z"  # as the backend writes a time that has not come
 WORKFLOW = "distillation-x4k9z"

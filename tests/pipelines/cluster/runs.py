@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.cluster.nodes import node_id
+from pipelines.cluster.workflow_nodes import node_id
 from tests.pipelines.cluster.argo_nodes import WORKFLOW
 
 

@@ -6,8 +6,9 @@ import kfp_server_api as api
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.cluster.nodes import node_id
 from pipelines.cluster.retry_policy import CONFIG_MAP, parse_retry_policy
+from pipelines.cluster.workflow_nodes import node_id
+from tests.deploy.argo_retries import MISTAKE, STOPPED, Attempt
 from tests.pipelines.cluster import argo_retries as argo
 from tests.pipelines.cluster.argo_nodes import tasks
 from tests.pipelines.cluster.clusters import KUBECONFIG, OF_KFP_2_17, RIGHT, settings
@@ -15,7 +16,7 @@ from tests.pipelines.cluster.kfp_runs import real_run
 from tests.pipelines.cluster.kfp_server import KfpServer
 from tests.pipelines.cluster.runs import pipeline, pod_name, pod_node
 
-MISTAKE = b"09:51:26 distil-student: distillation.temperature=-1: must be more than 0\n"
+SAID = b"09:51:26 distil-student: distillation.temperature=-1: must be more than 0\n"
 SAID = "distillation.temperature=-1: must be more than 0"
 PIPELINE = pipeline(prepare_data=2, distil_student=5)
 
@@ -39,7 +40,7 @@ def test_the_steps_own_error_is_told_once(
     failed.frames = [
         tasks(prepare_data="CACHED", distil_student=["FAILED"] * 6, evaluate="LEFT OUT")
     ]
-    failed.logs[pod_node("distil-student", 5)] = MISTAKE
+    failed.logs[pod_node("distil-student", 5)] = SAID
     err = told(capsys)
     assert err.startswith(f"error: the run failed\n  distil-student: {SAID}\n")
     assert err.count(SAID) == 1
@@ -98,17 +99,17 @@ def test_a_step_that_was_begun_anew(failed: KfpServer, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("strategy", "ending", "said"),
     [
-        (OF_KFP_2_17, argo.STOPPED, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
-        (RIGHT, argo.MISTAKE, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
-        (RIGHT, argo.STOPPED, "its retries allow no more: 6 attempts"),
-        ("limit: 2, retryPolicy: Always", argo.MISTAKE, "tried 18 times"),
+        (OF_KFP_2_17, STOPPED, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
+        (RIGHT, MISTAKE, "tried once (FAILED after 1 min 05 s); its retries allow 6"),
+        (RIGHT, STOPPED, "its retries allow no more: 6 attempts"),
+        ("limit: 2, retryPolicy: Always", MISTAKE, "tried 18 times"),
     ],
 )
 def test_what_the_policies_of_clusters_lead_to(
     failed: KfpServer,
     capsys: pytest.CaptureFixture[str],
     strategy: str,
-    ending: argo.Ending,
+    ending: Attempt,
     said: str,
 ) -> None:
     policy = parse_retry_policy(settings(strategy))
@@ -175,7 +176,7 @@ def test_real_runs_that_failed(kfp: KfpServer, capsys: pytest.CaptureFixture[str
     run.pipeline_version_reference, run.pipeline_spec = None, PIPELINE
     kfp.runs[run.run_id] = run
     node = "distillation-wgx2x(0).root(0).distil-student(2).executor(5)"
-    kfp.logs[node_id("distillation-wgx2x", node)] = MISTAKE
+    kfp.logs[node_id("distillation-wgx2x", node)] = SAID
     assert main(["status", run.run_id]) == 1
     captured = capsys.readouterr()
     assert [line.split()[:2] for line in captured.out.splitlines()[1:]] == [

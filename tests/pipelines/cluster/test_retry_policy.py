@@ -6,6 +6,7 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.cluster.retry_policy import CONFIG_MAP, parse_retry_policy, warning
+from tests.deploy.argo_retries import KILLED, MISTAKE, OUT_OF_MEMORY, STOPPED, VANISHED
 from tests.pipelines.cluster import argo_retries as argo
 from tests.pipelines.cluster.clusters import KUBECONFIG, OF_KFP_2_17, RIGHT, settings
 from tests.pipelines.cluster.kfp_server import KfpServer
@@ -57,12 +58,10 @@ def test_the_judgement_is_what_argo_does(strategy: str) -> None:
     """A right policy repeats what was taken away, and nothing that would fail again."""
     policy = parse_retry_policy(settings(strategy))
     assert policy is not None
-    lasting = [
-        argo.rounds(policy, 5, lambda _, end=end: end) for end in (argo.MISTAKE, argo.OUT_OF_MEMORY)
-    ]
+    lasting = [argo.rounds(policy, 5, lambda _, end=end: end) for end in (MISTAKE, OUT_OF_MEMORY)]
     passing = [
         argo.rounds(policy, 5, lambda number, end=end: argo.DONE if number else end)
-        for end in (argo.STOPPED, argo.KILLED, argo.VANISHED)
+        for end in (STOPPED, KILLED, VANISHED)
     ]
     assert (*lasting, *passing) == OF_THE_CLUSTERS[strategy]
     is_right = lasting == [ONCE] * 2 and passing == [AGAIN] * 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale.data.sources import _list_files
+from flagscale.data.files import list_files
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
 from pipelines.local.containers import Containers, _check_readable, _files
@@ -73,7 +73,7 @@ def test_a_pattern_mounts_what_the_step_would_read(tmp_path: Path) -> None:
     for pattern in ("**/*.txt", "*.txt", "a/*", "[a]/**/*.txt"):
         source = f"{tmp_path}/{pattern}"
         texts = {path for path in files(f"data.source='{source}'") if Path(path).is_file()}
-        assert texts == {file.path for file in _list_files(source)}, pattern
+        assert texts == {file.path for file in list_files(source, is_folder=True)}, pattern
 
 
 def test_names_that_are_no_files_mount_nothing(

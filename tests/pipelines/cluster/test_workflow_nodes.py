@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipelines.cluster.nodes import node_id, read_nodes, split_attempt
+from pipelines.cluster.workflow_nodes import node_id, read_nodes, split_attempt
 from tests.pipelines.cluster.argo_nodes import NOT_YET, tasks
 from tests.pipelines.cluster.kfp_runs import read_tasks, real_run
 
