@@ -72,7 +72,9 @@ class Definition:
         if "raw" in items:
             return json.loads(items["raw"])
         given = task.get("inputs", {}).get("parameters", {}).get(items.get("inputParameter"), {})
-        name = given.get("componentInputParameter")
+        # What the first step gives has the name of the parameter that it has checked.
+        of_task = given.get("taskOutputParameter", {})
+        name = given.get("componentInputParameter") or of_task.get("outputParameterKey")
         inputs = self.spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
         return self.parameters.get(name, inputs.get(name, {}).get("defaultValue"))
 

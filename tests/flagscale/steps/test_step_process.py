@@ -85,9 +85,9 @@ def test_what_goes_on_after_any_failure_does_not_go_on_after_a_signal(
     class Stopped(MemoryFileSystem):
         protocol = "stopped"
 
-        def exists(self, *_: object, **__: object) -> bool:
+        def info(self, *_: object, **__: object) -> dict[str, object]:
             signal.raise_signal(signal.SIGTERM)
-            return True
+            return {"name": "a.jsonl", "type": "file", "size": 0}
 
     told: list[str] = []
     fsspec.register_implementation("stopped", Stopped, clobber=True)

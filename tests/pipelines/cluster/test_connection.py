@@ -87,11 +87,13 @@ def test_the_official_client_finds_a_server_here(kfp: KfpServer, tmp_path: Path)
     file = str(compile_recipe(recipe, platform, tmp_path / "pipeline.yaml"))
     client = Client(host=kfp.url)
     kfp.frames = [tasks(prepare_data="RUNNING"), tasks(prepare_data="SUCCEEDED")]
-    run = client.create_run_from_pipeline_package(file, {"experiment": "x"}, "run", "tries")
+    run = client.create_run_from_pipeline_package(
+        file, {"tracking_experiment": "x"}, "run", "tries"
+    )
     done = client.wait_for_run_completion(run.run_id, timeout=600, sleep_duration=0)
     assert (done.state, done.display_name) == ("SUCCEEDED", "run")
     with pytest.raises(ApiException, match="requires type STRING"):
-        client.create_run_from_pipeline_package(file, {"experiment": 1})
+        client.create_run_from_pipeline_package(file, {"tracking_experiment": 1})
     client.create_recurring_run(
         client.get_experiment(experiment_name="tries").experiment_id,
         "nightly",

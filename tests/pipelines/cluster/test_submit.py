@@ -57,7 +57,7 @@ def test_a_run_arrives_as_it_was_asked_for(
 
 
 def test_kfps_mlflow_plugin_is_told_the_experiment_of_this_run(kfp: KfpServer) -> None:
-    assert main([*SUBMIT, "-pexperiment=of this run", "--experiment-name=kfp's"]) == 0
+    assert main([*SUBMIT, "-ptracking_experiment=of this run", "--experiment-name=kfp's"]) == 0
     assert kfp.run.plugins_input == {"mlflow": {"experiment_name": "of this run"}}
 
 
