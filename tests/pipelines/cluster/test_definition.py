@@ -54,7 +54,8 @@ def test_a_volume_is_made_without_a_pod() -> None:
 
 def test_items_of_a_loop(spec: dict[str, Any]) -> None:
     assert Definition(spec).item(LOOP, 1) == "num_layers=2 temperature=2.0"
-    of_run = Definition(spec, {"sweep_variants": [{"name": "a"}, {"name": "b"}]})
+    name = "sweep_variants"
+    of_run = Definition(spec, {name: [{"name": "a"}, {"name": "b"}]})
     assert of_run.item(LOOP, 1) == "b"
     # What has no name has its number.
     assert of_run.item(LOOP, 2) == "3"
