@@ -21,13 +21,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState
-from flagscale.models.shape import ModelShape
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import TrainingRecipe
-from flagscale.train.arguments import training_arguments
-from flagscale.train.global_vars import use_args
-from flagscale.train.setup import Trainer, build_model_chunks, setup_training
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
+from flagscale.train.setup import build_model_chunks, setup_training
+from flagscale.train.trainer import Trainer
 
 CASES = ("at once", "in the background")
 SEQ_LENGTH = 256

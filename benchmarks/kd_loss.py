@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from flagscale import platform
+from flagscale.megatron import platform
 
 CASES = ("floor", "stock", "ours")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from flagscale import variables
 from flagscale.errors import Interrupted, UserError
-from flagscale.steps.signals import stop_requested
+from flagscale.stop import stop_requested
 
 logger = logging.getLogger(__name__)
 

@@ -145,7 +145,7 @@ class Placement:
 
     @property
     def node_pods(self) -> dict[str, Any]:
-        """What a TrainJob's launcher is told of its pods (`flagscale.ranks.nodes.NodePods`)."""
+        """What a TrainJob's launcher is told of its pods (`NodePods` there)."""
         assert self._platform is not None
         pods = _pods(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}

@@ -94,7 +94,7 @@ def check_recipe(
         where_volume_claim: PersistentVolumeClaim that steps share.
         where_mlflow_secret: Secret of the tracking server.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("check-recipe", experiment=tracking_experiment) as step:
         from flagscale.run_values import Made

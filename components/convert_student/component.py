@@ -26,7 +26,7 @@ def convert_student(
         student: the student before training, as a Megatron-Core distributed checkpoint.
         student_metrics: figures of the proofs, parameters of the student.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("convert-student", experiment=experiment) as step:
         from flagscale.recipe import StudentRecipe

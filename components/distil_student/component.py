@@ -32,7 +32,7 @@ def distil_student(
         distilled_student: the student after training, with its loss curves.
         training_metrics: last losses, speed.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("distil-student", experiment=experiment) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe

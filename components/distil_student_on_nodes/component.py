@@ -41,10 +41,10 @@ def distil_student_on_nodes(
         distilled_student: the student after training, with its loss curves.
         training_metrics: last losses, speed.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("distil-student", experiment=experiment) as step:
-        from flagscale.ranks.nodes import NodePods, accelerators_of
+        from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
 

@@ -32,7 +32,7 @@ def evaluate(
         report: tables, curves and continuations in one page that needs no network.
         evaluation_metrics: the headline figures.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("evaluate", experiment=experiment) as step:
         from pathlib import Path

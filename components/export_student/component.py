@@ -26,7 +26,7 @@ def export_student(
         exported_student: config, safetensors, tokenizer and model card.
         export_metrics: largest logit difference after the round trip.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("export-student", experiment=experiment) as step:
         from flagscale.recipe import ExportRecipe

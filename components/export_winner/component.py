@@ -28,7 +28,7 @@ def export_winner(
         exported_student: config, safetensors, tokenizer and model card.
         export_metrics: largest logit difference after the round trip.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("export-winner", experiment=experiment) as step:
         from flagscale.recipe import ExportRecipe

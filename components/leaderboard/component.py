@@ -29,7 +29,7 @@ def leaderboard(
         leaderboard_report: the table and a chart in one page that needs no network.
         leaderboard_metrics: the winner's headline figures.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("leaderboard", experiment=experiment) as step:
         from pathlib import Path

@@ -22,7 +22,7 @@ def prepare_data(
         dataset: train, validation and test tokens, and the tokenizer.
         dataset_metrics: counts of documents, tokens and characters.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("prepare-data", experiment=experiment) as step:
         from flagscale.recipe import DataRecipe

@@ -24,7 +24,7 @@ def prepare_teacher(
         teacher: the teacher as a Megatron-Core distributed checkpoint.
         teacher_metrics: largest logit difference to transformers, validation loss, parameters.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("prepare-teacher", experiment=experiment) as step:
         from flagscale.recipe import TeacherRecipe

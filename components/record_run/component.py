@@ -26,7 +26,7 @@ def record_run(
         evaluation_metrics: from evaluate.
         export_metrics: from export-student.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("record-run", experiment=experiment):
         from pathlib import Path

@@ -30,7 +30,7 @@ def record_sweep(
         export_metrics: from export-winner.
         leaderboard: from leaderboard: every variant's figures.
     """
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("record-sweep", experiment=experiment) as step:
         from pathlib import Path

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from flagscale import platform
 from flagscale.data.blending import Epochs, Interleave
 from flagscale.data.borders import Sample, pieces
 from flagscale.data.layout import check_split, parts_of, read_manifest
 from flagscale.data.prefetch import Ahead
 from flagscale.data.samples import Index, Samples
 from flagscale.errors import UserError
+from flagscale.megatron import platform
 
 logger = logging.getLogger(__name__)
 

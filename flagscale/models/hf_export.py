@@ -22,10 +22,10 @@ from modelopt.torch.export import export_mcore_gpt_to_hf
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from flagscale.megatron.shape import ModelShape
 from flagscale.models import reload_hf
 from flagscale.models.hf_import import EMBEDDING, OUTPUT_LAYER
 from flagscale.models.origin import ORIGIN_JSON
-from flagscale.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.export import import_mcore_gpt_from_hf
 from transformers import PreTrainedModel
 
+from flagscale.megatron.shape import ModelShape, hf_config_for
 from flagscale.models.megatron import build_model
-from flagscale.models.shape import ModelShape, hf_config_for
 
 logger = logging.getLogger(__name__)
 

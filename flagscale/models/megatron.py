@@ -10,11 +10,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights
-from flagscale.models.shape import ModelShape
-from flagscale.train.arguments import model_arguments
-from flagscale.train.global_vars import use_args
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import model_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.train.train_gpt import model_provider
 
 WEIGHTS = "weights"

@@ -9,8 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flagscale.errors import UserError
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import logits
-from flagscale.models.shape import ModelShape
 
 FIXED_TEXT = (
     "The quick brown fox jumps over the lazy dog. In 1969, two people walked on the Moon; a third "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flagscale.errors import UserError
-from flagscale.models.shape import ModelShape, check_divides
+from flagscale.megatron.shape import ModelShape, check_divides
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 

@@ -8,9 +8,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
 
+from flagscale.megatron.global_vars import get_args
+from flagscale.megatron.loss_checks import check_loss
 from flagscale.post_training.losses import CriterionOutput
-from flagscale.train.global_vars import get_args
-from flagscale.train.loss_checks import check_loss
 
 
 def loss_func(

@@ -17,7 +17,11 @@ from modelopt.torch.distill.plugins.megatron import (
 )
 
 from flagscale.checkpoint import load_weights
-from flagscale.models.shape import ModelShape
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import get_args
+from flagscale.megatron.gpt_builder import build_gpt_model
+from flagscale.megatron.memory_history import record_memory_history
+from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.losses import (
     HiddenStateCosineLoss,
     LogitsKLLoss,
@@ -26,10 +30,6 @@ from flagscale.post_training.losses import (
 )
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import get_args
-from flagscale.train.gpt_builder import build_gpt_model
-from flagscale.train.memory_history import record_memory_history
 
 _INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
 _OUTPUT_LAYERS = ("output_layer", "output_layer")

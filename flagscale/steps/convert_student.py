@@ -11,19 +11,20 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoConfig
 
-from flagscale import platform, tracking
+from flagscale import tracking
 from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.checkpoint import save_weights
 from flagscale.data.loader import validation_batches
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import model_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape, hf_config_for
+from flagscale.models.distillation_proof import prove_distillation
 from flagscale.models.megatron import WEIGHTS, build_model, load_model, logits
-from flagscale.models.shape import ModelShape, hf_config_for
 from flagscale.models.student import copy_from_teacher
 from flagscale.models.student_shape import layers_to_keep, student_shape
-from flagscale.post_training.proofs import prove_distillation
 from flagscale.recipe import StudentRecipe
-from flagscale.train.arguments import model_arguments
-from flagscale.train.global_vars import use_args
 
 logger = logging.getLogger(__name__)
 

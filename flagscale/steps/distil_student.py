@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 
-from flagscale import platform, tracking
+from flagscale import tracking
 from flagscale.artifacts import (
     Manifest,
     Staging,
@@ -21,32 +21,25 @@ from flagscale.artifacts import (
     open_artifact,
     staging_path,
 )
-from flagscale.checkpoint import (
-    TrainingCheckpoints,
-    TrainingState,
-    load_weights,
-    mirror,
-    save_weights,
-)
+from flagscale.checkpoint import load_weights, save_weights
+from flagscale.execution import launch
+from flagscale.execution.step_process import keep_exclusive, when_published
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments, training_arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.megatron import WEIGHTS
-from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.post_training.export import plain_student
-from flagscale.ranks import launch
 from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
-from flagscale.steps.step_process import (
-    deferred_stop,
-    keep_exclusive,
-    stop_requested,
-    when_published,
-)
 from flagscale.steps.training_check import check_training
-from flagscale.train.arguments import Arguments, training_arguments, with_teacher
-from flagscale.train.global_vars import use_args
+from flagscale.stop import deferred_stop, stop_requested
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror
 from flagscale.train.loop import train
 from flagscale.train.rank_batches import RankBatches
-from flagscale.train.setup import Trainer, build_model_chunks, setup_training
+from flagscale.train.setup import build_model_chunks, setup_training
+from flagscale.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from flagscale.artifacts import open_artifact
-from flagscale.ranks.nodes import NodePods, processes_per_node, shared_folder
-from flagscale.ranks.trainjob import job_name, run_on_nodes
-from flagscale.ranks.trainjob_manifest import Nodes
+from flagscale.execution.step_process import keep_exclusive, when_published
+from flagscale.execution.trainjob.manifest import Nodes
+from flagscale.execution.trainjob.nodes import NodePods, processes_per_node, shared_folder
+from flagscale.execution.trainjob.run import job_name, run_on_nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
-from flagscale.steps.step_process import keep_exclusive, when_published
 from flagscale.steps.training_check import check_training
 
 _STEP = "distil-student"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from flagscale import platform, tracking
+from flagscale import tracking
 from flagscale.artifacts import Manifest, new_artifact, open_artifact, write_json
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
@@ -21,8 +21,9 @@ from flagscale.evaluation.fidelity import TEACHER, Fidelity, measure
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.report import ReportData, headline, render
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.shape import ModelShape
 from flagscale.models.source import load_tokenizer
 from flagscale.recipe import EvaluationRecipe
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from flagscale import platform, tracking
+from flagscale import tracking
 from flagscale.artifacts import Manifest, new_artifact, open_artifact
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS
-from flagscale.models.card import model_card
+from flagscale.evaluation.card import model_card
+from flagscale.megatron import platform
+from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.hf_export import (
     export_to_hf,
     reload_in_fresh_process,
@@ -33,7 +35,6 @@ from flagscale.models.parity import (
     compare_logits,
     fixed_tokens,
 )
-from flagscale.models.shape import MODEL_JSON, ModelShape
 from flagscale.models.source import load_tokenizer
 from flagscale.recipe import ExportRecipe
 

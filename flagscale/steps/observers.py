@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flagscale import tracking
-from flagscale.checkpoint import TrainingState
-from flagscale.ranks import launch
+from flagscale.execution import launch
+from flagscale.train.checkpoints import TrainingState
 from flagscale.train.loop import Observer
 from flagscale.train.progress import Progress
 

@@ -13,11 +13,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flagscale import platform, tracking
+from flagscale import tracking
 from flagscale.artifacts import Manifest, Staging, new_artifact, open_artifact
 from flagscale.checkpoint import save_weights
 from flagscale.data.loader import validation_batches
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import model_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.hf_import import import_from_hf
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.origin import find_origin
@@ -28,7 +32,6 @@ from flagscale.models.parity import (
     fixed_tokens,
     logit_difference,
 )
-from flagscale.models.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.source import (
     is_gguf,
     load_hf_config,
@@ -37,8 +40,6 @@ from flagscale.models.source import (
     tokenizer_hash,
 )
 from flagscale.recipe import TeacherRecipe
-from flagscale.train.arguments import model_arguments
-from flagscale.train.global_vars import use_args
 from flagscale.train.loop import evaluate_loss
 
 logger = logging.getLogger(__name__)

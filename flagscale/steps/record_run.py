@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flagscale import tracking
-from flagscale.steps.metrics_file import read_metrics
+from flagscale.execution.metrics_file import read_metrics
 
 logger = logging.getLogger(__name__)
 

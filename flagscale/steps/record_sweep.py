@@ -9,7 +9,7 @@ from pathlib import Path
 from flagscale import tracking
 from flagscale.artifacts import open_artifact
 from flagscale.evaluation import LEADERBOARD
-from flagscale.steps.metrics_file import read_metrics
+from flagscale.execution.metrics_file import read_metrics
 from flagscale.steps.record_run import record_run
 from flagscale.tracking.variants import log_variants
 

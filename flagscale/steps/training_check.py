@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flagscale.errors import UserError
-from flagscale.models.shape import ModelShape
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
 

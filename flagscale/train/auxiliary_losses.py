@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from flagscale.train.arguments import Arguments
+from flagscale.megatron.arguments import Arguments
 
 _BALANCE = "load_balancing_loss"
 

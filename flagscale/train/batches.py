@@ -15,9 +15,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from flagscale import platform
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import get_args
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import get_args
 
 # For each chunk of this rank its micro-batches; None where the rank is sent them, or needs none.
 ChunkBatches = Sequence[Iterator[dict[str, torch.Tensor]] | None]

@@ -7,10 +7,10 @@ import logging
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from flagscale import platform
 from flagscale.errors import UserError
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import get_timers
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import get_timers
 from flagscale.train.train_gpt import stimer
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
 )
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState
 from flagscale.errors import Interrupted
+from flagscale.megatron import platform
+from flagscale.megatron.global_vars import get_args
 from flagscale.post_training.pipeline_shapes import adjust_tensor_shapes_fn
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.auxiliary_losses import (
@@ -29,11 +29,11 @@ from flagscale.train.auxiliary_losses import (
     prediction_losses,
 )
 from flagscale.train.batches import ChunkBatches, micro_batch_shape
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
+from flagscale.train.checkpoints.save_timer import SaveTimer
 from flagscale.train.diagnostics import Diagnostics
-from flagscale.train.global_vars import get_args
-from flagscale.train.save_timer import SaveTimer
-from flagscale.train.setup import Trainer
 from flagscale.train.train_gpt import forward_step
+from flagscale.train.trainer import Trainer
 
 Report = dict[str, torch.Tensor]
 

@@ -10,8 +10,8 @@ import torch
 from megatron.core import parallel_state
 
 from flagscale.data.loader import prepare_index, train_iterator, validation_batches
+from flagscale.megatron.arguments import Arguments
 from flagscale.recipe import TrainingRecipe
-from flagscale.train.arguments import Arguments
 from flagscale.train.batches import ChunkBatches, reads_data
 
 

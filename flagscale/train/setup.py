@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -19,27 +18,13 @@ from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_la
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from flagscale import platform
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import get_timers
 from flagscale.recipe import TrainingRecipe
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import get_timers
 from flagscale.train.train_gpt import model_provider
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """A model with what trains it.
-
-    Attributes:
-        chunks: this rank's chunks of the model: one, or several of an interleaved pipeline.
-        optimizer: of all chunks.
-        scheduler: of its learning rate.
-    """
-
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+from flagscale.train.trainer import Trainer
 
 
 def build_model_chunks(args: Arguments) -> list[GPTModel]:

@@ -3,7 +3,7 @@
 Every step of the pipeline that runs a model goes through these, with Megatron's calling convention:
 `model_provider` for a chunk of a model, `forward_step` as the function that Megatron-Core's
 schedules call, `loss_func` as what it returns. They read the run's arguments from
-`flagscale.train.global_vars`.
+`flagscale.megatron.global_vars`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import StragglerDetector, unwrap_model
 
+from flagscale.megatron.dualpipev import dualpipev_layout
+from flagscale.megatron.global_vars import get_args, get_timers
+from flagscale.megatron.gpt_builder import build_gpt_model, build_legacy_gpt_model
+from flagscale.megatron.loss_checks import check_loss
+from flagscale.megatron.memory_history import record_memory_history
 from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.loss_func import loss_func as loss_func_modelopt
 from flagscale.post_training.model_provider import model_provider as model_provider_modelopt
 from flagscale.train.batches import Batch, get_batch
-from flagscale.train.dualpipev import dualpipev_layout
-from flagscale.train.global_vars import get_args, get_timers
-from flagscale.train.gpt_builder import build_gpt_model, build_legacy_gpt_model
-from flagscale.train.loss_checks import check_loss
-from flagscale.train.memory_history import record_memory_history
 
 if TYPE_CHECKING:
     import megatron.legacy.model

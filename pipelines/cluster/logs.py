@@ -22,7 +22,7 @@ from pipelines.cluster.steps import Step
 
 _LAST_LINES = 20
 _NONE = "there is none"
-_OURS = re.compile(r"\d\d:\d\d:\d\d (.*)")  # as flagscale.steps.logs writes
+_OURS = re.compile(r"\d\d:\d\d:\d\d (.*)")  # as flagscale.execution.logs writes
 # What KFP's launcher (klog) and Argo's emissary write after the step's own last word.
 _PUBLISHED = re.compile(r"\S+ is at ")  # a step's last word when all went well
 _OF_LAUNCHER = re.compile(r"[EF]\d{4} (?!.*exit status)")  # an error that is not the step's

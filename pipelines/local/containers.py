@@ -24,7 +24,8 @@ from kfp import local
 from kfp.dsl.base_component import BaseComponent
 
 from flagscale.errors import UserError
-from flagscale.processes import FOLDER_VARIABLE, this_process
+from flagscale.execution.notes import FOLDER_VARIABLE
+from flagscale.processes import this_process
 from flagscale.recipe import Recipe
 from pipelines.local.step_cache import Observer
 from pipelines.local.stopping import Stopper

@@ -18,7 +18,7 @@ from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.data import CorpusRecipe
 
 if TYPE_CHECKING:
-    from flagscale.models.shape import ModelShape
+    from flagscale.megatron.shape import ModelShape
 
 _PACKAGE = "package:"
 _LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
@@ -113,7 +113,7 @@ def check_sources(recipe: Recipe) -> None:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
             supported, the student does not fit it, or one of them cannot be divided over the ranks.
     """
-    from flagscale.models.shape import from_hf_config
+    from flagscale.megatron.shape import from_hf_config
     from flagscale.models.source import load_hf_config
 
     teacher = from_hf_config(load_hf_config(recipe.teacher.source, recipe.teacher.revision))
@@ -132,7 +132,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
-    from flagscale.models.layout import check_intermediate_layers, check_layout
+    from flagscale.megatron.layout import check_intermediate_layers, check_layout
     from flagscale.models.student_shape import student_shape
 
     student = student_shape(teacher, recipe.student)

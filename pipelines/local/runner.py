@@ -104,7 +104,7 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
 
 def _forget(checkpoints: Path) -> list[Path]:
     """Delete a recipe's checkpoints; gives those of trainings that another run is at."""
-    from flagscale.steps.exclusive import delete_unless_held
+    from flagscale.execution.exclusive import delete_unless_held
 
     names = sorted({path.name.partition(".")[0] for path in checkpoints.glob("*")})
     held = [checkpoints / name for name in names if not delete_unless_held(checkpoints / name)]

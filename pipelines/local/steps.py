@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from kfp.dsl.base_component import BaseComponent
 
 from flagscale.artifacts import write_json
-from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from pipelines.local.stopping import Stopped, Stopper
 from pipelines.outcome import StepFailed, duration
 
@@ -227,7 +227,7 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
 
 def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:
     """The figures in a step's output of metrics, whose name ends so."""
-    from flagscale.steps.metrics_file import read_metrics
+    from flagscale.execution.metrics_file import read_metrics
 
     found: dict[str, float] = {}
     for output, path in outputs.items():

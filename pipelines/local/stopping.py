@@ -18,7 +18,8 @@ from types import FrameType
 import psutil
 
 from flagscale.errors import Interrupted
-from flagscale.processes import is_alive, read_process
+from flagscale.execution.notes import read_process
+from flagscale.processes import is_alive
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from components.__main__ import all_components
-from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import load_recipe
 
 RECIPE = load_recipe("recipes/tiny.yaml").model_dump(mode="json", exclude_none=True)

@@ -12,7 +12,7 @@ import psutil
 from engine import ROOT, Engine
 from servers import PostgreSQL
 
-from flagscale.processes import read_process
+from flagscale.execution.notes import read_process
 
 TRAINED = "distil-student"
 

@@ -111,12 +111,12 @@ def test_files_targets_and_objects_that_it_names_exist(
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", 14), ("fp32", 12)])
 def test_bytes_a_parameter(page: str, precision: str, expected: int) -> None:
     """The checkpoint of a model large enough for headers not to count."""
-    from flagscale import platform
-    from flagscale.checkpoint import TrainingCheckpoints, TrainingState
-    from flagscale.models.shape import ModelShape
+    from flagscale.megatron import platform
+    from flagscale.megatron.arguments import training_arguments
+    from flagscale.megatron.global_vars import use_args
+    from flagscale.megatron.shape import ModelShape
     from flagscale.recipe import TrainingRecipe
-    from flagscale.train.arguments import training_arguments
-    from flagscale.train.global_vars import use_args
+    from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
     from flagscale.train.setup import build_model_chunks, setup_training
 
     shape = ModelShape(

@@ -23,7 +23,7 @@ from manifests import (
 )
 
 from components.image import VERSION
-from flagscale.ranks.rights import RULES
+from flagscale.execution.trainjob.rights import RULES
 from flagscale.recipe import load_recipe
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, load_platform

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from flagscale.errors import Interrupted, UserError
+from flagscale.execution.signals import signals_raise
 from flagscale.patience import is_away, patiently, pauses, resumed
-from flagscale.steps.signals import deferred_stop, signals_raise
+from flagscale.stop import deferred_stop
 from tests.flagscale.web_server import HANGS_UP, WebServer
 
 SHORT = (0.01, 0.02, 0.04)

@@ -86,7 +86,7 @@ class LayoutRuns:
         inputs = {**self._inputs, **more, "cases": names}
         (folder / "inputs.json").write_text(json.dumps(inputs))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # As flagscale.ranks.launch starts ranks.
+        # As flagscale.execution.launch starts ranks.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         try:
             done = subprocess.run(

@@ -14,10 +14,10 @@ from layout_cases import CASES, GROUPED, KINDS, Case
 from layout_runs import FP8_CASES, FP8_RECIPES, LayoutRuns, cases_of
 from layout_worker import MODELS
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import build_model
-from flagscale.models.shape import ModelShape
 
 pytestmark = [
     pytest.mark.skipif(not platform.HAS_GPU, reason="no GPU on this machine"),

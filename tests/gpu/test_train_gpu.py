@@ -15,7 +15,7 @@ import torch
 from megatron.core.utils import StragglerDetector
 from resume_worker import STEPS, Task
 
-from flagscale import platform
+from flagscale.megatron import platform
 from flagscale.post_training.kl_divergence import forward_kl
 
 pytestmark = [
@@ -33,7 +33,7 @@ OUT_OF_MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from flagscale.train.memory_history import record_memory_history
+from flagscale.megatron.memory_history import record_memory_history
 record_memory_history(Path(sys.argv[1]))
 held = torch.empty(2**20, device="cuda")
 torch.empty(2**50, dtype=torch.uint8, device="cuda")

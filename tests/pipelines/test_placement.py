@@ -11,7 +11,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.image import VERSION
 from flagscale.errors import UserError
-from flagscale.ranks.nodes import NodePods
+from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement
 from pipelines.compiling import compile_recipe

@@ -1,6 +1,6 @@
 """The smallest model that the tests of checkpoints save."""
 
-from flagscale.models.shape import ModelShape
+from flagscale.megatron.shape import ModelShape
 
 SHAPE = ModelShape(
     model_type="llama",

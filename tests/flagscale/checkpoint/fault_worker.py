@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights, save_weights
+from flagscale.checkpoint import load_weights, save_weights
 from flagscale.checkpoint.agreement import same_outcome
 from flagscale.errors import Interrupted
+from flagscale.execution.signals import signals_raise
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import build_model
-from flagscale.models.shape import ModelShape
 from flagscale.recipe import TrainingRecipe
-from flagscale.steps.signals import signals_raise
-from flagscale.train.arguments import training_arguments
-from flagscale.train.global_vars import use_args
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.setup import build_model_chunks, setup_training
 
 

@@ -17,13 +17,14 @@ import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState
-from flagscale.models.shape import ModelShape
+from flagscale.execution.step_process import step_process
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import TrainingRecipe
-from flagscale.steps.step_process import deferred_stop, step_process
-from flagscale.train.arguments import training_arguments
-from flagscale.train.global_vars import use_args
+from flagscale.stop import deferred_stop
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.setup import build_model_chunks, setup_training
 
 KILLS = 8

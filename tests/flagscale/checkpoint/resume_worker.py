@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, load_weights, save_weights
+from flagscale.checkpoint import load_weights, save_weights
 from flagscale.errors import Interrupted
-from flagscale.models.shape import ModelShape
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
-from flagscale.train.arguments import training_arguments, with_teacher
-from flagscale.train.global_vars import use_args
+from flagscale.train.checkpoints import TrainingCheckpoints
 from flagscale.train.loop import train
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training

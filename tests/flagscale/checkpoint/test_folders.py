@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from flagscale.checkpoint.folders import CheckpointFolders
 from flagscale.errors import UserError
+from flagscale.train.checkpoints.folders import CheckpointFolders
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flagscale.checkpoint import mirror
-from flagscale.checkpoint.folders import STATE, CheckpointFolders
-from flagscale.checkpoint.mirror import Mirror
 from flagscale.errors import UserError
 from flagscale.shared.store import ObjectStore
+from flagscale.train.checkpoints import mirror
+from flagscale.train.checkpoints.folders import STATE, CheckpointFolders
+from flagscale.train.checkpoints.mirror import Mirror
 
 
 @pytest.fixture

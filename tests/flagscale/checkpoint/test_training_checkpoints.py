@@ -16,12 +16,12 @@ from checkpoint_shape import SHAPE
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from flagscale import platform
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments
+from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import TrainingRecipe
-from flagscale.train.arguments import training_arguments
-from flagscale.train.global_vars import use_args
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.setup import build_model_chunks, setup_training
 
 HERE = Path(__file__).parent

@@ -8,19 +8,19 @@ import pytest
 import torch
 from checkpoint_shape import SHAPE
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights, save_weights
 from flagscale.errors import UserError
+from flagscale.megatron import platform
 from flagscale.models.megatron import build_model
 
 ON_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from flagscale import platform
+from flagscale.megatron import platform
 from flagscale.checkpoint import save_weights
 from flagscale.errors import UserError
 from flagscale.models.megatron import build_model
-from flagscale.models.shape import ModelShape
+from flagscale.megatron.shape import ModelShape
 
 if __name__ == "__main__":
     shape = ModelShape.load(Path(sys.argv[1]))

@@ -16,7 +16,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from transformers import PreTrainedTokenizerFast
 
-from flagscale import platform
 from flagscale.artifacts import hash_files, new_artifact
 from flagscale.data.counts import SplitCounts, add_up
 from flagscale.data.encoder import SPLITS, Encoder
@@ -31,6 +30,7 @@ from flagscale.data.loader import (
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
+from flagscale.megatron import platform
 
 SEQ_LENGTH = 16
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flagscale import platform
+from flagscale.megatron import platform
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True},

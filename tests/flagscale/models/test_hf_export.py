@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flagscale.megatron.shape import from_hf_config, hf_config_for
 from flagscale.models.hf_export import export_to_hf, reload_in_fresh_process, round_weights
 from flagscale.models.hf_import import import_from_hf
 from flagscale.models.megatron import logits
 from flagscale.models.parity import compare_logits, hf_logits
-from flagscale.models.shape import from_hf_config, hf_config_for
 from flagscale.models.source import load_hf_model, load_tokenizer
 
 FAMILIES = (

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from flagscale.megatron.shape import from_hf_config
 from flagscale.models.hf_import import import_from_hf
 from flagscale.models.parity import check_weights, count_parameters, logit_difference
-from flagscale.models.shape import from_hf_config
 from flagscale.models.source import load_hf_model
 
 FAMILIES = (

@@ -14,13 +14,13 @@ from transformers import (
 )
 
 from flagscale.errors import UserError
-from flagscale.models.parity import count_parameters
-from flagscale.models.shape import (
+from flagscale.megatron.shape import (
     ModelShape,
     from_hf_config,
     hf_config_for,
     pad_vocab_size,
 )
+from flagscale.models.parity import count_parameters
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 

@@ -16,8 +16,8 @@ import s3fs  # noqa: F401 - once, not in each child
 from kfp import dsl
 
 from flagscale.artifacts import new_artifact, open_artifact
+from flagscale.execution.step_process import step_process
 from flagscale.shared import fetch, read_pointer
-from flagscale.steps.step_process import step_process
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "open", "os.link", "shutil.rmtree")
 

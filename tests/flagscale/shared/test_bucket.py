@@ -9,10 +9,10 @@ from kfp import dsl
 
 from flagscale.artifacts import MANIFEST, Manifest, new_artifact, open_artifact
 from flagscale.errors import UserError
-from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.execution.notes import FOLDER_VARIABLE, read_error
+from flagscale.execution.step_process import step_process
 from flagscale.shared import damage, fetch, read_pointer
 from flagscale.shared.store import ObjectStore
-from flagscale.steps.step_process import step_process
 
 HERE = Path(__file__).parent
 FILES = {"weights/0": b"w" * 3_000_000, "weights/empty": b"", "model.json": b"{}"}

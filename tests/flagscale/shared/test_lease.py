@@ -17,12 +17,12 @@ import pytest
 from moto.s3.responses import S3Response
 
 from flagscale.errors import Interrupted, UserError
+from flagscale.execution.exclusive import exclusively
+from flagscale.execution.step_process import keep_exclusive, step_process
 from flagscale.shared import lease
 from flagscale.shared.lease import leased
 from flagscale.shared.store import ObjectStore
 from flagscale.shared.versions import VersionedObject
-from flagscale.steps.exclusive import exclusively
-from flagscale.steps.step_process import keep_exclusive, step_process
 
 PATIENCE = 300  # seconds: far more than is needed, on a machine with much else to do
 

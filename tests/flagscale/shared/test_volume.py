@@ -12,10 +12,10 @@ from kfp import dsl
 
 from flagscale.artifacts import MANIFEST, Manifest, new_artifact, open_artifact
 from flagscale.errors import UserError
-from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.execution.notes import FOLDER_VARIABLE, read_error
+from flagscale.execution.step_process import step_process, when_published
 from flagscale.shared import damage, fetch, read_pointer, shared_place
 from flagscale.shared.volume import Volume
-from flagscale.steps.step_process import step_process, when_published
 
 HERE = Path(__file__).parent
 

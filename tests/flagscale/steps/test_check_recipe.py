@@ -11,7 +11,7 @@ import pytest
 
 from components.check_recipe.component import check_recipe
 from flagscale.errors import UserError
-from flagscale.processes import FOLDER_VARIABLE, read_error
+from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster.package import make_package
 from pipelines.cluster.run_parameters import read_parameters

@@ -4,18 +4,18 @@ import shutil
 import pytest
 import torch
 
-from flagscale import platform
 from flagscale.artifacts import open_artifact
 from flagscale.data.loader import validation_batches
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import model_arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
+from flagscale.models.distillation_proof import prove_distillation
 from flagscale.models.megatron import build_model, load_model
-from flagscale.models.shape import ModelShape
 from flagscale.models.student import copy_from_teacher
-from flagscale.post_training.proofs import prove_distillation
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
-from flagscale.train.arguments import model_arguments
-from flagscale.train.global_vars import use_args
 
 
 def layer(model, index):

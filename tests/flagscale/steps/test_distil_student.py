@@ -9,8 +9,8 @@ import mlflow
 import pytest
 import torch
 
-from flagscale import platform
 from flagscale.artifacts import open_artifact
+from flagscale.megatron import platform
 from flagscale.models.megatron import load_model, logits
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
-from flagscale.steps.step_process import step_process
+from flagscale.execution.step_process import step_process
 
 if __name__ == "__main__":
     training = TrainingRecipe.model_validate_json(sys.argv[1])

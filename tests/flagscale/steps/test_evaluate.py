@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flagscale import platform
 from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.checkpoint import save_weights
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.compare import compare
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.shape import ModelShape
 from flagscale.models.student import copy_from_teacher
 from flagscale.models.student_shape import student_shape
 from flagscale.recipe import DataRecipe, EvaluationRecipe, StudentRecipe, TeacherRecipe

@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flagscale import platform
 from flagscale.artifacts import MANIFEST, hash_files, open_artifact, write_json
 from flagscale.checkpoint import save_weights
 from flagscale.errors import UserError
+from flagscale.megatron import platform
 from flagscale.models.hf_export import round_weights
 from flagscale.models.megatron import load_model, logits
 from flagscale.models.parity import compare_logits, hf_logits

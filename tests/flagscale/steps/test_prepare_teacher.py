@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flagscale import platform
 from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import load_model
 from flagscale.models.parity import hf_logits, logit_difference
-from flagscale.models.shape import ModelShape
 from flagscale.models.source import load_hf_model, load_tokenizer
 from flagscale.recipe import DataRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data

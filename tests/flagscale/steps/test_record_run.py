@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from flagscale.artifacts import new_artifact, write_json
-from flagscale.steps.metrics_file import read_metrics, write_metrics
+from flagscale.execution.metrics_file import read_metrics, write_metrics
 from flagscale.steps.record_run import record_run
 from flagscale.steps.record_sweep import record_sweep
 from flagscale.tracking import CACHED_TAG, kfp_run

@@ -270,7 +270,7 @@ def test_a_step_that_is_refused_its_inputs_fails_the_pipelines_run(
     do("prepare-data")
     code = f"""
 from flagscale.errors import UserError
-from flagscale.steps.step_process import step_process
+from flagscale.execution.step_process import step_process
 with step_process("evaluate", experiment="{EXPERIMENT}"):
     raise UserError("no dataset here")
 """

@@ -34,7 +34,7 @@ import logging, os, sys, urllib3, warnings
 from pathlib import Path
 from flagscale import tracking
 from flagscale.artifacts import new_artifact
-from flagscale.steps.step_process import step_process
+from flagscale.execution.step_process import step_process
 
 secrets = [os.environ[name] for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DEPLOY_PRIVATE_KEY")]
 uri = os.environ["MLFLOW_TRACKING_URI"]

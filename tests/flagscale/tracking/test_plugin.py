@@ -10,7 +10,7 @@ import pytest
 
 from flagscale import tracking
 from flagscale.errors import Interrupted
-from flagscale.steps.metrics_file import write_metrics
+from flagscale.execution.metrics_file import write_metrics
 from flagscale.steps.record_run import record_run
 from flagscale.tracking import kfp_run
 from tests.flagscale.tracking.kfp_plugin import NoPlugin, Plugin, below, pod, roots, tree

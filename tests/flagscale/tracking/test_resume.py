@@ -9,10 +9,10 @@ import mlflow
 import pytest
 
 from flagscale import tracking
-from flagscale.checkpoint import TrainingState
 from flagscale.errors import Interrupted
 from flagscale.steps.observers import observer
 from flagscale.tracking import kfp_run
+from flagscale.train.checkpoints import TrainingState
 
 PARAMS = {"training": {"lr": 0.1, "betas": [0.9, 0.95]}}
 _NUMBERS = count()

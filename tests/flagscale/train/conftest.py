@@ -7,10 +7,10 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from transformers import AutoModelForCausalLM
 
-from flagscale import platform
 from flagscale.data.loader import train_iterator
-from flagscale.models.shape import ModelShape
-from flagscale.train.arguments import Arguments
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.shape import ModelShape
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,15 @@ import torch
 from layout_cases import CASES, GROUPED, KINDS, Case
 from megatron.core.utils import unwrap_model
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights, save_weights
 from flagscale.errors import UserError
-from flagscale.models.shape import ModelShape
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import training_arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
-from flagscale.train.arguments import training_arguments, with_teacher
-from flagscale.train.global_vars import use_args
 from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training

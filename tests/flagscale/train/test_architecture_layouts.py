@@ -17,12 +17,12 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights, save_weights
-from flagscale.models.shape import ModelShape
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ArchitectureRecipe, ParallelismRecipe
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import use_args
 from flagscale.train.train_gpt import model_provider
 
 SHAPE = ModelShape(

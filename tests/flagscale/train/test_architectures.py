@@ -15,11 +15,11 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import build_model, logits
-from flagscale.models.shape import ModelShape
 from flagscale.recipe import ArchitectureRecipe
-from flagscale.train.arguments import Arguments
-from flagscale.train.global_vars import use_args
 from flagscale.train.train_gpt import model_provider
 
 SHAPE = ModelShape(

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 
 from flagscale.checkpoint import load_weights
+from flagscale.megatron.arguments import with_teacher
+from flagscale.megatron.global_vars import get_timers, use_args
 from flagscale.recipe import DistillationRecipe
-from flagscale.train.arguments import with_teacher
-from flagscale.train.global_vars import get_timers, use_args
 from flagscale.train.train_gpt import forward_step, loss_func, model_provider
 
 

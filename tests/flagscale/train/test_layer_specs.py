@@ -13,13 +13,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from flagscale.errors import UserError
+from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.attention import SDPACoreAttention
+from flagscale.megatron.gpt_builder import build_gpt_model
+from flagscale.megatron.layer_specs import custom_spec, replace_modules
+from flagscale.megatron.norm import RMSNorm
+from flagscale.megatron.transformer_config import transformer_config
 from flagscale.recipe import ArchitectureRecipe
-from flagscale.train.arguments import Arguments
-from flagscale.train.attention import SDPACoreAttention
-from flagscale.train.gpt_builder import build_gpt_model
-from flagscale.train.layer_specs import custom_spec, replace_modules
-from flagscale.train.norm import RMSNorm
-from flagscale.train.transformer_config import transformer_config
 
 SPECS = """
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -14,10 +14,10 @@ import torch
 from layout_cases import CASES, KINDS, Case
 from layout_worker import MODELS
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import build_model
-from flagscale.models.shape import ModelShape
 from flagscale.recipe import DataRecipe
 from flagscale.steps.prepare_data import prepare_data
 

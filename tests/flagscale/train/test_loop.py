@@ -13,12 +13,13 @@ from megatron.core.rerun_state_machine import (
     initialize_rerun_state_machine,
 )
 
-from flagscale.checkpoint import TrainingCheckpoints, TrainingState, load_weights
+from flagscale.checkpoint import load_weights
 from flagscale.data.loader import train_iterator
 from flagscale.errors import Interrupted, UserError
+from flagscale.megatron.arguments import training_arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
-from flagscale.train.arguments import training_arguments, with_teacher
-from flagscale.train.global_vars import use_args
+from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.loop import (
     SuspiciousResultError,
     evaluate_loss,

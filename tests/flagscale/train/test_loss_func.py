@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from flagscale.checkpoint import load_weights
+from flagscale.megatron.arguments import with_teacher
+from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import DistillationRecipe
-from flagscale.train.arguments import with_teacher
-from flagscale.train.global_vars import use_args
 from flagscale.train.train_gpt import forward_step, loss_func, model_provider
 
 RELATIVE = 1e-5  # fp32 against float64
@@ -157,7 +157,7 @@ def test_intermediate_loss_equals_float64(args, student, teacher, batch, referen
 
 
 def test_student_equal_to_teacher_has_no_kd_loss(args, teacher, batch):
-    from flagscale.models.shape import ModelShape
+    from flagscale.megatron.shape import ModelShape
 
     same = replace(args, shape=ModelShape.load(teacher))
     loss, *_ = run(with_teacher(same, teacher, DistillationRecipe()), teacher, batch)

@@ -12,19 +12,19 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from flagscale import platform
 from flagscale.checkpoint import load_weights
 from flagscale.errors import UserError
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import with_teacher
+from flagscale.megatron.global_vars import get_args, get_timers, use_args
+from flagscale.megatron.layer_specs import layer_spec
+from flagscale.megatron.shape import ModelShape
+from flagscale.megatron.transformer_config import transformer_config
 from flagscale.models.megatron import build_model, logits
-from flagscale.models.shape import ModelShape
 from flagscale.post_training.model_provider import _build_teacher
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, ParallelismRecipe
 from flagscale.train import train_gpt
-from flagscale.train.arguments import with_teacher
-from flagscale.train.global_vars import get_args, get_timers, use_args
-from flagscale.train.layer_specs import layer_spec
 from flagscale.train.train_gpt import model_provider
-from flagscale.train.transformer_config import transformer_config
 
 
 def test_signature_is_the_contract():

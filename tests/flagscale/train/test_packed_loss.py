@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flagscale.checkpoint import load_weights
+from flagscale.megatron.arguments import with_teacher
+from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import DistillationRecipe
-from flagscale.train.arguments import with_teacher
-from flagscale.train.global_vars import use_args
 from flagscale.train.train_gpt import forward_step, model_provider
 
 ROWS, LENGTH = 2, 64

@@ -32,7 +32,7 @@ def test_the_steps_own_error_is_its_last_word(before: str, after: str) -> None:
 def test_what_a_real_step_ends_with() -> None:
     code = """
 from flagscale.errors import UserError
-from flagscale.steps.step_process import step_process
+from flagscale.execution.step_process import step_process
 
 with step_process("distil-student"):
     raise UserError("student.source: no such folder\\nnor is there one like it")

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from components.__main__ import all_components
-from flagscale.processes import read_process
+from flagscale.execution.notes import read_process
 from flagscale.recipe import DistillationRecipe, load_recipe
 from flagscale.tracking import CACHED_TAG, RESUMED_TAG
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from mlflow.entities import Run
 
-from flagscale.processes import read_process
+from flagscale.execution.notes import read_process
 
 TOY = Path(__file__).with_name("toy.py")
 QUICK = {"steps": 2, "seconds": 0.05}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
+from flagscale.execution.exclusive import exclusively
 from flagscale.recipe import ParallelismRecipe, Recipe
-from flagscale.steps.exclusive import exclusively
 from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
 from pipelines.local.runner import _forget, checkpoint_folder, run_recipe
 
@@ -200,7 +200,7 @@ def test_a_place_that_is_no_folder_for_runs(tmp_path: Path, name: str) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from flagscale.steps.exclusive import exclusively
+from flagscale.execution.exclusive import exclusively
 with exclusively(sys.argv[1]):
     Path(sys.argv[1]).mkdir()
     print("held", flush=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from flagscale.artifacts import new_artifact
+from flagscale.execution.step_process import step_process
 from flagscale.shared import read_pointer
-from flagscale.steps.step_process import step_process
 from pipelines.local.step_cache import _damage
 
 

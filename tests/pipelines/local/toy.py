@@ -14,7 +14,7 @@ from pipelines.local.summary import summary
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
 def make(fail: str, text: dsl.Output[dsl.Dataset], text_metrics: dsl.Output[dsl.Metrics]) -> None:
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("make") as step:
         from pathlib import Path
@@ -43,7 +43,7 @@ def train(
     model: dsl.Output[dsl.Model],
     model_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    from flagscale.steps.step_process import keep_exclusive, step_process
+    from flagscale.execution.step_process import keep_exclusive, step_process
 
     with step_process("train") as step:
         keep_exclusive(checkpoints)
@@ -54,7 +54,7 @@ def train(
         from flagscale import tracking
         from flagscale.artifacts import new_artifact
         from flagscale.errors import Interrupted, UserError
-        from flagscale.steps.step_process import deferred_stop, stop_requested
+        from flagscale.stop import deferred_stop, stop_requested
 
         if options.get("fail"):
             raise UserError("options.fail: must be false")
@@ -82,7 +82,7 @@ def toy(options: dict, checkpoints: str, fail: str = "") -> None:
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)
 def choose(models: dsl.Input[list[dsl.Model]], choice_metrics: dsl.Output[dsl.Metrics]) -> None:
-    from flagscale.steps.step_process import step_process
+    from flagscale.execution.step_process import step_process
 
     with step_process("choose") as step:
         step.report({"models": len(models)}, choice_metrics)

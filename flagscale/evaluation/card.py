@@ -1,0 +1,147 @@
+"""The model card of an exported student: what it is, what it was taught, how well it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from flagscale.evaluation.fidelity import TEACHER
+from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN
+from flagscale.megatron.shape import ModelShape
+from flagscale.models.origin import Origin
+
+_ROWS = {TEACHER: "Teacher", BEFORE: "Before training", AFTER: "This model"}
+
+
+def model_card(
+    name: str,
+    origin: Origin,
+    shape: ModelShape,
+    training: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    export_format: str = "huggingface",
+) -> str:
+    """The text of README.md: YAML front matter that the Hugging Face hub reads, then Markdown.
+
+    Args:
+        name: title.
+        origin: of the teacher.
+        shape: of the student.
+        training: sections `distillation` and `training` of the recipe.
+        metrics: of the evaluation artifact.
+        export_format: `huggingface` or `megatron`.
+    """
+    teacher = origin.base_model or origin.source
+    sections = [
+        f"---\n{yaml.safe_dump(_front_matter(origin, export_format), sort_keys=False)}---",
+        f"# {name}",
+        f"A {_kind(shape)} model of {shape.num_layers} layers and "
+        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher)}",
+        f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
+        f"## How it was trained\n\n{_training(training)}",
+        f"## How to use it\n\n{_USAGE[export_format]}",
+        f"## Licence\n\n{_license(origin, teacher)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_USAGE = {
+    "huggingface": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
+```""",
+    "megatron": """A Megatron-Core distributed checkpoint; no class of transformers loads it. With
+FlagScale distillation:
+
+```python
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from flagscale.megatron import platform
+from flagscale.models.megatron import load_model, logits
+
+folder = Path("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+tokens = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
+with platform.runtime():
+    model = load_model(folder, seq_length=tokens.size(1))
+    print(tokenizer.decode(logits(model, tokens)[0, -1].argmax()))
+```""",
+}
+
+
+def _kind(shape: ModelShape) -> str:
+    if shape.architecture.is_default:
+        return shape.model_type
+    values = shape.architecture.model_dump(mode="json", exclude_defaults=True)
+    named = ", ".join(
+        name if isinstance(value, dict) else f"{name}={value}" for name, value in values.items()
+    )
+    return f"Megatron-Core GPT ({named})"
+
+
+def _front_matter(origin: Origin, export_format: str) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "library_name": "transformers" if export_format == "huggingface" else "megatron-core",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "megatron-core", "modelopt"],
+    }
+    if origin.license:
+        values["license"] = origin.license
+    if origin.base_model:
+        values["base_model"] = origin.base_model
+    return values
+
+
+def _made(training: Mapping[str, Mapping[str, Any]], teacher: str) -> str:
+    if training["distillation"]["loss"] == "none":
+        return f"made from `{teacher}` and trained, without a teacher, with Megatron-Core."
+    return f"distilled from `{teacher}` with Megatron-Core and NVIDIA ModelOpt."
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    lines = [
+        "| | " + " | ".join(figure.label for figure in SHOWN.values()) + " |",
+        "|---|" + "---:|" * len(SHOWN),
+    ]
+    for model, label in _ROWS.items():
+        found = metrics["models"][model]
+        cells = [
+            f"{figure.text(found[key]['value'])} "
+            f"[{figure.text(found[key]['low'])}, {figure.text(found[key]['high'])}]"
+            for key, figure in SHOWN.items()
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _note(metrics: Mapping[str, Any]) -> str:
+    meanings = " ".join(f"{figure.label}: {figure.meaning}" for figure in SHOWN.values())
+    return (
+        f"Measured on {metrics['documents']} held-out documents ({metrics['tokens']:,} tokens, "
+        f"windows of {metrics['seq_length']}), with {100 * metrics['confidence']:g}% bootstrap "
+        f"intervals over documents. {meanings}"
+    )
+
+
+def _training(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| setting | value |", "|---|---|"]
+    for section, values in sections.items():
+        for key, value in values.items():
+            if value is not None and value != []:
+                lines.append(f"| `{section}.{key}` | {value} |")
+    return "\n".join(lines)
+
+
+def _license(origin: Origin, teacher: str) -> str:
+    known = f"`{origin.license}`, that" if origin.license else "Not known: it is that"
+    return f"{known} of `{teacher}`, from which this model is derived."

@@ -1,0 +1,243 @@
+"""The process of a step: logging, signals, the error it ends with, its figures.
+
+A component's body runs inside `step_process`, on a laptop and on a cluster alike:
+
+    with step_process("prepare-data") as step:
+        from flagscale.steps.prepare_data import prepare_data
+
+        step.report(prepare_data(step.section(DataRecipe, data), output), metrics)
+
+SIGTERM (and Ctrl-C) raise `Interrupted` in the main thread. A loop that can save its state first
+runs inside `deferred_stop` and asks `stop_requested` once a step (`flagscale.stop`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from flagscale.errors import Interrupted, UserError
+from flagscale.execution.exclusive import exclusively
+from flagscale.execution.logs import configure_logging
+from flagscale.execution.metrics_file import write_metrics
+from flagscale.execution.notes import note_error, note_process
+from flagscale.execution.signals import end_with_runner, signals_raise
+from flagscale.recipe import SectionT, parse_section
+from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
+from flagscale.stop import deferred_stop
+from flagscale.tracking import step_failed
+
+logger = logging.getLogger(__name__)
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 143
+
+
+class Metrics(Protocol):
+    """What KFP's `Metrics` artifact offers."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+class Input(Protocol):
+    """What KFP's input artifacts offer."""
+
+    path: str
+    uri: str
+
+
+class Step:
+    """The running step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._place: Place | None = None
+        self._folders = ExitStack()
+        self._outputs: list[tuple[Path, Path]] = []
+        self._afterwards: list[Callable[[], object]] = []
+
+    def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
+        """A section of the recipe, checked again: KFP hands over its numbers as floats.
+
+        Raises:
+            UserError: a field is unknown or has a wrong value.
+        """
+        return parse_section(kind, values, where=self.name)
+
+    def input(self, name: str, artifact: Input) -> Path:
+        """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
+
+        KFP's launcher says nothing where it found nothing to download.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
+        Raises:
+            UserError: nothing is there, or something else than what was pointed to.
+        """
+        path = Path(artifact.path)
+        if not path.is_dir() or not any(path.iterdir()):
+            raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
+        try:
+            pointer = read_pointer(path)
+            if pointer is None:
+                return path
+            folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
+            return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
+        except UserError as error:
+            raise UserError(f"input {name}: {error}") from error
+
+    def output(self, path: str) -> Path:
+        """The folder to write an output artifact to.
+
+        With a shared place that is a folder there, or on the way there: when the step's body has
+        succeeded, the artifact is published and a pointer to it stands at `path`.
+
+        Raises:
+            UserError: the shared place cannot be written.
+        """
+        self._place = self._place or shared_place()
+        if self._place is None:
+            return Path(path)
+        if not self._outputs:
+            self._folders.enter_context(self._place)
+        staged = self._place.stage(self.name)
+        self._outputs.append((staged, Path(path)))
+        return staged
+
+    def copy(self, source: Path, target: str) -> None:
+        """Copy a file to where an output artifact of KFP is to be.
+
+        Raises:
+            FileNotFoundError: the step wrote no such file.
+        """
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+    def report(self, figures: Mapping[str, float], metrics: Metrics) -> None:
+        """Hand the figures to KFP: into the UI and, as a file, into what its cache looks for.
+
+        Args:
+            figures: name -> value; values that JSON cannot hold (NaN, infinity) are left out.
+            metrics: the component's `Output[Metrics]`.
+        """
+        metrics.metadata.update(write_metrics(Path(metrics.path), figures))
+
+    def publish(self) -> None:
+        """Put the outputs in place, then do what waits for that.
+
+        Raises:
+            UserError: the shared place cannot be written, or the step wrote no artifact.
+        """
+        for staged, path in self._outputs:
+            assert self._place is not None
+            pointer = self._place.publish(staged)
+            write_pointer(pointer, path)
+            logger.info("%s: %s is at %s", self.name, pointer.kind, pointer.location)
+        for do in self._afterwards:
+            do()
+
+    def close(self) -> None:
+        """Remove folders that were the step's own."""
+        self._folders.close()
+
+    def when_published(self, do: Callable[[], object]) -> None:
+        """See `when_published`."""
+        self._afterwards.append(do)
+
+    def keep_exclusive(self, place: str) -> None:
+        """See `keep_exclusive`."""
+        self._folders.enter_context(exclusively(place))
+
+
+_running: list[Step] = []
+
+
+def when_published(do: Callable[[], object]) -> None:
+    """Do something once the running step's outputs are where the next step finds them.
+
+    Outside a step process that is at once.
+
+    Args:
+        do: must not raise.
+    """
+    if _running:
+        _running[-1].when_published(do)
+    else:
+        do()
+
+
+def keep_exclusive(place: str) -> None:
+    """Keep other processes out of a place until the running step's outputs are published.
+
+    An earlier process that is still ending is waited for. Outside a step process nobody is kept
+    out.
+
+    Args:
+        place: a folder or a URL, e.g. of one training's checkpoints.
+
+    Raises:
+        UserError: another process stays there.
+    """
+    if _running:
+        _running[-1].keep_exclusive(place)
+
+
+@contextmanager
+def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iterator[Step]:
+    """Run a step's work as the whole of this process.
+
+    Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
+    last line of the log, and no traceback where it is the user's to put right.
+
+    Args:
+        name: of the step.
+        experiment: MLflow's, where the environment does not name one.
+        is_rank: another process started this one, and will tell its error.
+
+    Raises:
+        SystemExit: the step failed or was interrupted.
+    """
+    configure_logging()
+    if experiment:
+        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", experiment)
+    with signals_raise():
+        try:
+            note_process()
+            end_with_runner()
+            step = Step(name)
+            _running.append(step)
+            try:
+                yield step
+                step.publish()
+            finally:
+                _running.remove(step)
+                step.close()
+        except (Interrupted, KeyboardInterrupt) as error:
+            _fail(name, "interrupted: " + (str(error) or "stopped by a signal"), is_rank)
+            sys.exit(EXIT_INTERRUPTED)
+        except UserError as error:
+            _fail(name, str(error), is_rank)
+            sys.exit(EXIT_ERROR)
+        except Exception as error:
+            logger.error("%s", traceback.format_exc().rstrip())
+            _fail(name, f"{type(error).__name__}: {error}", is_rank)
+            sys.exit(EXIT_ERROR)
+
+
+def _fail(name: str, message: str, is_rank: bool) -> None:
+    with deferred_stop():  # there is nothing left to stop
+        note_error(name, message)
+        if not is_rank:
+            logger.error("%s: %s", name, message)
+            step_failed(name, "KILLED" if message.startswith("interrupted: ") else "FAILED")

@@ -1,0 +1,1 @@
+"""Ranks in pods of their own, as a TrainJob of Kubeflow Trainer."""

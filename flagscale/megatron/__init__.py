@@ -1,0 +1,1 @@
+"""A Megatron-Core model from arguments, on the devices that there are."""

@@ -1,0 +1,110 @@
+"""The run-wide arguments that `get_args()` gives: derived from the recipe, named as in Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from flagscale.megatron import platform
+from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the core functions and the training loop need to know.
+
+    Attributes:
+        shape: of the model; Megatron's model arguments.
+        seq_length: tokens a sample.
+        micro_batch_size: sequences a forward pass of one data-parallel rank.
+        global_batch_size: sequences an optimiser step.
+        params_dtype: of the parameters.
+        transformer_impl: `local` or `transformer_engine`.
+        parallelism: sizes of the process groups that the model is built for.
+        recompute_granularity: `none`, `selective` (core attention) or `full` (whole layers).
+        fp8: `none`, `e4m3` or `hybrid`.
+        fp8_recipe: how transformer-engine scales.
+        gradient_accumulation_fusion: weights' gradients are added in place to those before; needs
+            Megatron-Core's data-parallel wrapper around the model.
+        reset_attention_mask: samples are packed: documents do not see one another.
+        use_dualpipev: chunks are placed in DualPipeV's V.
+        overlap_moe_expert_parallel_comm: the schedule asks for schedule plans.
+        seed: of weights, data order and dropout.
+        use_legacy_models: build Megatron-LM's legacy model.
+        timing_log_level: 0: no timers; 1, 2: of a step's parts, coarse or fine.
+        log_straggler: compare the ranks' speed.
+        record_memory_history: write a snapshot when the GPU's memory runs out.
+        memory_snapshot_path: where to.
+        check_for_nan_in_loss_and_grad: stop at the first NaN or infinite loss.
+        check_for_spiky_loss: warn of a loss far above all before.
+        export_kd_teacher_load: the teacher's artifact; where set, the model is distilled.
+        export_kd_cfg: the distillation, if so.
+    """
+
+    shape: ModelShape
+    seq_length: int
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    params_dtype: torch.dtype = torch.float32
+    transformer_impl: str = "local"
+    parallelism: ParallelismRecipe = field(default_factory=ParallelismRecipe)
+    recompute_granularity: str = "none"
+    fp8: str = "none"
+    fp8_recipe: str = "delayed"
+    gradient_accumulation_fusion: bool = False
+    reset_attention_mask: bool = False
+    use_dualpipev: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
+    seed: int = 1234
+    use_legacy_models: bool = False
+    timing_log_level: int = 0
+    log_straggler: bool = False
+    record_memory_history: bool = False
+    memory_snapshot_path: Path = Path("memory-snapshot.pickle")
+    check_for_nan_in_loss_and_grad: bool = True
+    check_for_spiky_loss: bool = False
+    export_kd_teacher_load: Path | None = None
+    export_kd_cfg: DistillationRecipe | None = None
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes an optimiser step of one data-parallel rank."""
+        data_parallel_size = parallel_state.get_data_parallel_world_size()
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
+
+
+def model_arguments(shape: ModelShape, seq_length: int, micro_batch_size: int = 1) -> Arguments:
+    """Arguments for running a model in fp32 with the implementation that is exact everywhere."""
+    return Arguments(shape=shape, seq_length=seq_length, micro_batch_size=micro_batch_size)
+
+
+def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRecipe) -> Arguments:
+    """Arguments for training a standard model as the recipe says."""
+    return Arguments(
+        shape=shape,
+        seq_length=seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        params_dtype=platform.training_dtype(training.precision),
+        transformer_impl=platform.transformer_impl(training.transformer_impl),
+        parallelism=training.parallelism,
+        recompute_granularity=training.recompute_granularity,
+        fp8=training.fp8,
+        fp8_recipe=training.fp8_recipe,
+        gradient_accumulation_fusion=platform.has_gradient_accumulation_fusion(),
+        reset_attention_mask=training.reset_attention_mask,
+        seed=training.seed,
+        timing_log_level=training.timing_log_level,
+        log_straggler=training.log_straggler,
+        record_memory_history=training.record_memory_history,
+        check_for_spiky_loss=True,
+    )
+
+
+def with_teacher(args: Arguments, teacher: Path, distillation: DistillationRecipe) -> Arguments:
+    """The same arguments for the model converted for distillation from the teacher's artifact."""
+    return replace(args, export_kd_teacher_load=teacher, export_kd_cfg=distillation)

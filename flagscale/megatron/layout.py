@@ -1,0 +1,91 @@
+"""Whether a model's sizes can be divided over the ranks that the recipe asks for."""
+
+from __future__ import annotations
+
+import re
+
+from flagscale.errors import UserError
+from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import DistillationRecipe, ParallelismRecipe
+
+_MODULES = ("embedding", "decoder", "output_layer")
+
+
+def check_layout(
+    shape: ModelShape, sizes: ParallelismRecipe, seq_length: int, chunks_per_stage: int = 1
+) -> None:
+    """Refuse what would fail in an assertion deep inside Megatron-Core.
+
+    Args:
+        shape: of the student or the teacher: both are divided in the same way.
+        sizes: of the process groups.
+        seq_length: tokens a sample.
+        chunks_per_stage: of the model, on each pipeline rank.
+
+    Raises:
+        UserError: which size is not divisible by which.
+    """
+    tensor, context = sizes.tensor_model_parallel_size, sizes.context_parallel_size
+    chunks = sizes.pipeline_model_parallel_size * chunks_per_stage
+    parts = tensor * context if sizes.sequence_parallel else 1
+    halves = 2 * context if context > 1 else 1
+    of_tensor = f"tensor_model_parallel_size={tensor}"
+    wanted = [
+        ("num_layers", shape.num_layers, f"the pipeline's {chunks} chunks", chunks),
+        ("num_attention_heads", shape.num_attention_heads, of_tensor, tensor),
+        ("ffn_hidden_size", shape.ffn_hidden_size, of_tensor, tensor),
+        ("padded_vocab_size", shape.padded_vocab_size, of_tensor, tensor),
+        ("seq_length", seq_length, f"2 x context_parallel_size={halves}", halves),
+        ("seq_length", seq_length, f"the {parts} tensor x context parallel ranks", parts),
+    ]
+    for name, value, by, size in wanted:
+        if value % size:
+            raise UserError(
+                f"training.parallelism: {name}={value} (of the model with {shape.num_layers} "
+                f"layers) is not divisible by {by}"
+            )
+    groups = shape.num_query_groups
+    if groups % tensor and tensor % groups:
+        raise UserError(
+            f"training.parallelism: num_query_groups={groups} is neither a multiple nor a divisor "
+            f"of {of_tensor}"
+        )
+    further_tokens = shape.architecture.mtp_num_layers
+    if further_tokens and chunks > 1 and not shape.untie_embeddings_and_output_weights:
+        raise UserError(
+            f"architecture.mtp_num_layers={further_tokens} with pipeline_model_parallel_size="
+            f"{sizes.pipeline_model_parallel_size} and tied embeddings: Megatron-Core cannot save "
+            "the last stage's copy of the embedding; leave one of the three out"
+        )
+
+
+def check_intermediate_layers(
+    distillation: DistillationRecipe,
+    student: ModelShape,
+    teacher: ModelShape,
+    sizes: ParallelismRecipe,
+) -> None:
+    """Refuse pairs of layers that do not exist, or not where losses are computed.
+
+    Raises:
+        UserError: which layer, of which model, and the layers to choose from.
+    """
+    stages = sizes.pipeline_model_parallel_size
+    for student_layer, teacher_layer, *_ in distillation.intermediate_layer_pairs:
+        for who, shape, name in (
+            ("student", student, student_layer),
+            ("teacher", teacher, teacher_layer),
+        ):
+            where = f"distillation.intermediate_layer_pairs: {name!r} of the {who}"
+            first = shape.num_layers - shape.num_layers // stages
+            layer = re.match(r"decoder\.layers\.(\d+)(?:\.|$)", name)
+            if name.split(".")[0] not in _MODULES:
+                raise UserError(f"{where}: must begin with one of {', '.join(_MODULES)}")
+            if layer and int(layer[1]) >= shape.num_layers:
+                raise UserError(f"{where}: it has layers 0 to {shape.num_layers - 1}")
+            if (name.startswith("embedding") and stages > 1) or (layer and int(layer[1]) < first):
+                raise UserError(
+                    f"{where}: not on the last of {stages} pipeline stages, which holds layers "
+                    f"{first} to {shape.num_layers - 1} and is where losses are computed; pair "
+                    "those, or use fewer stages"
+                )

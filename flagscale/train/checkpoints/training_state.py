@@ -1,0 +1,228 @@
+"""What a training checkpoint holds, in a form that another layout can read.
+
+Tensors (weights, projections of the distillation loss, the optimiser's moments) are stored under
+their place in the whole model. Of the optimiser's parameter groups only the step is stored: how
+parameters are grouped depends on the layout, and the rest is the recipe's or the scheduler's.
+Random states are each rank's own; another layout keeps its freshly seeded ones, and draws other
+dropout masks.
+
+ModelOpt's mode `kd_loss` is not stored: a resumed training builds it anew from its recipe, and only
+its projections are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from flagscale.checkpoint.agreement import is_first_rank
+from flagscale.checkpoint.reading import load
+from flagscale.checkpoint.weights import by_chunk, load_chunks, sharded_model
+from flagscale.train.checkpoints import torch_adam
+
+if TYPE_CHECKING:
+    from flagscale.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_RNG = "rng_state"
+_SHARDING_TYPE = "param_state_sharding_type"  # which a distributed optimiser tells itself
+# A distributed optimiser's state in the form of a plain one's, which any layout can read.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass
+class TrainingState:
+    """Where training stands, beside the tensors.
+
+    Attributes:
+        step: optimiser steps done; the position in the data follows from it.
+        training: one record a step.
+        validation: one record a validation.
+    """
+
+    step: int = 0
+    training: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+def layout() -> dict[str, int]:
+    """Sizes of the process groups."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def sharded_state(trainer: Trainer) -> dict[str, Any]:
+    """What to save. All ranks call it."""
+    weights = by_chunk(trainer.chunks, sharded_model)
+    optimizer = trainer.optimizer.sharded_state_dict(weights, metadata=_METADATA)
+    steps = [_detach_groups(part) for part in _parts(trainer.optimizer, optimizer)]
+    return {
+        **weights,
+        "optimizer": optimizer,
+        "optimizer_steps": steps[0],
+        "opt_param_scheduler": trainer.scheduler.state_dict(),
+        "large_losses": _large_losses(),
+        _RNG: _sharded_rng(_rng_state()),
+    }
+
+
+def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> None:
+    """Read what `sharded_state` gave. All ranks call it.
+
+    Args:
+        trainer: of the same training, on any layout.
+        folder: of the checkpoint.
+        written_on: the `layout` that wrote it.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another training.
+    """
+    weights = by_chunk(trainer.chunks, sharded_model)
+    torch_adam.begin(trainer.optimizer)
+    optimizer = trainer.optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
+    for part in _parts(trainer.optimizer, optimizer):
+        _detach_groups(part)
+    asked = {**weights, "optimizer": optimizer}
+    same_ranks = written_on == layout()
+    if same_ranks:
+        asked[_RNG] = _sharded_rng(None)
+    loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
+    load_chunks(trainer.chunks, loaded, strict=True)
+    parts = _parts(trainer.optimizer, loaded["optimizer"])
+    for part in parts:
+        _attach_steps(part, loaded["optimizer_steps"])
+    with torch_adam.step_apart(trainer.optimizer):
+        state = parts[0] if len(parts) == 1 else dict(enumerate(parts))
+        trainer.optimizer.load_state_dict(state)
+    trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    _set_large_losses(loaded["large_losses"])
+    if same_ranks:
+        _set_rng_state(loaded[_RNG])
+    elif is_first_rank():
+        logger.info(
+            "the checkpoint was written on another layout (%s): random states start anew",
+            ", ".join(f"{name} {size}" for name, size in written_on.items()),
+        )
+
+
+def load_best_weights(trainer: Trainer, folder: Path) -> None:
+    """Read the weights alone, into a trainer that will not go on. All ranks call it.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another training.
+    """
+    weights = by_chunk(trainer.chunks, sharded_model)
+    loaded = load(weights, folder, lambda name: name == _RNG or name.startswith("optimizer."))
+    load_chunks(trainer.chunks, loaded, strict=True)
+
+
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The states of the optimisers inside: of dense parameters, and of experts over EP ranks."""
+    if isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1:
+        return [state[index] for index in range(len(optimizer.chained_optimizers))]
+    return [state]
+
+
+def _of_torch(part: dict[str, Any]) -> dict[str, Any]:
+    """Of one such state, the part that is torch's, as in its `Optimizer.state_dict`."""
+    inner: dict[str, Any] = part.get("optimizer", part)
+    return inner
+
+
+def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
+    """Keep what depends on the layout, parameter groups, out of the checkpoint, in place.
+
+    Returns:
+        The step, where torch's optimiser keeps it with the parameters, and where transformer-engine
+        keeps it with the groups; None where it is not kept so.
+    """
+    inner = _of_torch(part)
+    groups = inner["param_groups"]
+    for group in groups:
+        if isinstance(group.get("params"), LocalNonpersistentObject):
+            group["params"] = group["params"].unwrap()
+    inner["param_groups"] = LocalNonpersistentObject(groups)
+    if _SHARDING_TYPE in part:
+        part[_SHARDING_TYPE] = LocalNonpersistentObject(part[_SHARDING_TYPE])
+    return {
+        "of parameters": inner.get("state", {}).pop("common_step", None),
+        "of groups": next((group["step"] for group in groups if "step" in group), None),
+    }
+
+
+def _attach_steps(part: dict[str, Any], steps: dict[str, Any]) -> None:
+    inner = _of_torch(part)
+    if steps["of parameters"] is not None:
+        inner["state"]["common_step"] = steps["of parameters"]
+    if steps["of groups"] is not None:
+        for group in inner["param_groups"]:
+            group["step"] = steps["of groups"]
+
+
+def _rng_state() -> dict[str, Any]:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    return states
+
+
+def _set_rng_state(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    """Every rank's own."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ShardedObject(_RNG, state, global_shape=(world_size,), global_offset=(rank,))
+
+
+def _large_losses() -> dict[str, dict[str, float]]:
+    """What the rerun state machine compares a loss with: the largest that any rank has seen.
+
+    Nothing else of it outlives a step.
+    """
+    machine = get_rerun_state_machine()
+    mine = {"counts": dict(machine.large_value_counts), "values": dict(machine.max_values)}
+    told: list[dict[str, dict[str, float]]] = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, mine)
+    return {
+        kind: {
+            name: max(one[kind][name] for one in told if name in one[kind])
+            for name in sorted({name for one in told for name in one[kind]})
+        }
+        for kind in mine
+    }
+
+
+def _set_large_losses(large: dict[str, dict[str, Any]]) -> None:
+    machine = get_rerun_state_machine()
+    machine.large_value_counts = dict(large["counts"])
+    machine.max_values = dict(large["values"])

@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flagscale.megatron import platform
+
+pytestmark = pytest.mark.skipif(
+    platform.HAS_GPU, reason="the adapter is for machines without a GPU"
+)
+
+
+def test_cuda_tensors_land_on_the_cpu():
+    with platform.runtime():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2, device=torch.cuda.current_device()).device.type == "cpu"
+        assert torch.ones(1).cuda().device.type == "cpu"
+        assert torch.ones(1).to("cuda").device.type == "cpu"
+        assert torch.ones(1).to(device="cuda").device.type == "cpu"
+        assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+        assert not torch.empty(1, pin_memory=True).is_pinned()
+
+
+def test_everything_is_put_back():
+    names = ("current_device", "Stream", "Event", "synchronize", "get_rng_state")
+    before = [getattr(torch.cuda, name) for name in names]
+    with platform.runtime():
+        assert [getattr(torch.cuda, name) for name in names] != before
+        assert torch.distributed.is_initialized()
+    assert [getattr(torch.cuda, name) for name in names] == before
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    assert not torch.distributed.is_initialized()
+
+
+def test_is_put_back_after_an_error_too():
+    class BoomError(Exception):
+        pass
+
+    with pytest.raises(BoomError), platform.runtime():
+        raise BoomError
+    assert not torch.distributed.is_initialized()
+    with platform.runtime():
+        pass
+
+
+def test_seed_decides_the_random_numbers():
+    def draw(seed):
+        with platform.runtime(seed):
+            return torch.rand(3)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_precision_and_implementation_of_a_cpu():
+    assert platform.training_dtype("auto") == torch.float32
+    assert platform.training_dtype("bf16") == torch.bfloat16
+    assert platform.transformer_impl("auto") == "local"
+    assert platform.device() == torch.device("cpu")
+
+
+def test_compiler_still_imports_under_the_adapter():
+    """torch._dynamo maps functions to names at import: two patches must not be one object."""
+    code = (
+        "from flagscale import platform\n"
+        "with platform.runtime():\n"
+        "    import torch._dynamo, torch._inductor\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
