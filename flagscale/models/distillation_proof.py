@@ -7,8 +7,8 @@ from megatron.core.models.gpt import GPTModel
 
 from flagscale.errors import UserError
 from flagscale.models.megatron import without_multi_token_prediction
+from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.post_training.loss_func import loss_func
-from flagscale.post_training.model_provider import convert_for_distillation
 from flagscale.recipe import DistillationRecipe
 
 # A model's own logits give exactly 0; what else comes is a wrong loss, nats a token.

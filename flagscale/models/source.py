@@ -12,16 +12,13 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -29,6 +26,10 @@ from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
 from flagscale.patience import patiently
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +85,23 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
 
 
 def load_hf_model(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode and unquantised.
+
+    Args:
+        source: see `load_tokenizer`.
+        revision: see there.
+        dtype: of its weights; default: float32.
 
     Raises:
         UserError: it is missing, corrupt, or lacks weights that its configuration asks for.
     """
+    import torch  # `prepare-data` only wants the tokenizer
+    from transformers import AutoModelForCausalLM
+
     place = _locate(source, revision)
+    dtype = dtype or torch.float32
     model, report = _load(
         AutoModelForCausalLM, source, "model", place, dtype=dtype, output_loading_info=True
     )
@@ -185,6 +195,9 @@ def _load(kind: Any, source: str | Path, what: str, place: _Location, **options:
 
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers does not take for a quantised one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = model.config
     del config.quantization_config
     logger.info("dequantised %s to %s", config.model_type, model.dtype)
