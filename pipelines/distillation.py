@@ -72,7 +72,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         export_recipe=values["export"],
         distilled_student=distilled,
         evaluation=evaluation,
-        **always(values),
+        **always(values, "models"),
     )
     placed.place(exported, "models", "Export student")
     if placed.on_a_cluster:

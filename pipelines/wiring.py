@@ -51,12 +51,16 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     return {**values, **{name: checked.outputs[name] for name in outputs}}
 
 
-def always(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What every step is given."""
-    return {
+def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
+    """What every step is given, and what those are that run models: how many accelerators."""
+    given = {
         "code_version": values["where_code_version"],
         "experiment": values["tracking_experiment"],
     }
+    if kind != "data":  # on this machine nobody says how many there are
+        # KFP has an input `accelerator_count` of its own for tasks with a limit.
+        given["accelerators"] = values.get(f"where_{kind}_accelerator_count", "0")
+    return given
 
 
 def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
@@ -64,7 +68,9 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     text = prepare_data(data_recipe=values["data"], **always(values))
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
 
-    source = prepare_teacher(teacher_recipe=values["teacher"], dataset=dataset, **always(values))
+    source = prepare_teacher(
+        teacher_recipe=values["teacher"], dataset=dataset, **always(values, "models")
+    )
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
@@ -76,7 +82,10 @@ def teach(
 ) -> tuple[Any, Any]:
     """The steps of one student: channels of the distilled student and its evaluation."""
     conversion = convert_student(
-        student_recipe=values["student"], teacher=teacher, dataset=dataset, **always(values)
+        student_recipe=values["student"],
+        teacher=teacher,
+        dataset=dataset,
+        **always(values, "models"),
     )
     student = placed.place(conversion, "models", "Convert student").outputs["student"]
 
@@ -88,7 +97,7 @@ def teach(
         student=student,
         distilled_student=distilled,
         dataset=dataset,
-        **always(values),
+        **always(values, "models"),
     )
     return distilled, placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
@@ -97,15 +106,16 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     """The training, in its pod or in those that its pod starts: a channel of its student."""
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
-    given |= models_and_data | always(values)
+    given |= models_and_data
     if not placed.uses_trainjob:
-        trained = distil_student(**given)
+        trained = distil_student(**given, **always(values, "training"))
         return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
     started = distil_student_on_nodes(
         nodes=placed.nodes,
         accelerator_count=values["where_training_accelerator_count"],
         pods=placed.node_pods,
         **given,
+        **always(values),
     )
     title = f"Distil student on {placed.nodes} node{'s' * (placed.nodes > 1)}"
     placed.place(started, "training", title, small=True)

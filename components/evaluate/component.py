@@ -10,6 +10,7 @@ def evaluate(
     evaluation_recipe: dict,
     code_version: str,
     experiment: str,
+    accelerators: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     distilled_student: dsl.Input[dsl.Model],
@@ -24,6 +25,7 @@ def evaluate(
         evaluation_recipe: the recipe's section `evaluation`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         teacher: from prepare-teacher.
         student: from convert-student: before training.
         distilled_student: from distil-student: after training.
@@ -34,7 +36,7 @@ def evaluate(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("evaluate", experiment=experiment) as step:
+    with step_process("evaluate", experiment, accelerators) as step:
         from pathlib import Path
 
         from flagscale.recipe import EvaluationRecipe

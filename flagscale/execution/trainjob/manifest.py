@@ -97,7 +97,7 @@ def train_job(
             "image": main["image"],
             "command": command[:1],
             "args": command[1:],
-            "env": _environment(main, environment, defaults),
+            "env": _environment(main, _told(nodes) | dict(environment), defaults),
             "numNodes": nodes.count,
             "numProcPerNode": nodes.processes,
             "resourcesPerNode": _resources(nodes),
@@ -166,6 +166,12 @@ def _main(pod: dict[str, Any]) -> dict[str, Any]:
     containers: list[dict[str, Any]] = pod["spec"]["containers"]
     named = [container for container in containers if container["name"] == _CONTAINER]
     return (named or containers)[0]
+
+
+def _told(nodes: Nodes) -> dict[str, str]:
+    """The launcher's pod has no accelerators, and is told of none."""
+    count = nodes.accelerator_count
+    return {variables.ACCELERATORS: str(count)} if count else {}
 
 
 def _environment(

@@ -103,6 +103,7 @@ def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
     )
     assert {one.pop("name"): one for one in trainer["env"]} == {
         "OMP_NUM_THREADS": {"value": "24"},
+        "FLAGSCALE_ACCELERATOR_COUNT": {"value": "8"},
         "NCCL_DEBUG": {"value": "WARN"},
         "FLAGSCALE_SHARED": {"value": str(tmp_path)},
         "KFP_RUN_ID": {"value": "run-1"},
