@@ -13,7 +13,7 @@ from components.image import VERSION
 from flagscale.errors import UserError
 from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
-from pipelines import placement
+from pipelines import placement, where
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, Shared, Trainer, load_platform
 from pipelines.pods import Pods
@@ -301,14 +301,14 @@ def test_a_wrong_image_of_the_environment_is_refused(
     with pytest.raises(
         UserError, match=f"of FLAGSCALE_CPU_IMAGE or .*{IMAGE_VARIABLES[0]}"
     ) as error:
-        placement.parameters(load_platform("cpu-only"), load_recipe(RECIPES["tiny"]))
+        where.parameters(load_platform("cpu-only"), load_recipe(RECIPES["tiny"]))
     assert "planted" not in str(error.value)
 
 
 def test_an_empty_variable_names_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in IMAGE_VARIABLES:
         monkeypatch.setenv(name, "")
-    found = placement.parameters(load_platform("gke-h100"), load_recipe(RECIPES["tiny"]))
+    found = where.parameters(load_platform("gke-h100"), load_recipe(RECIPES["tiny"]))
     images = {p.default for p in found if p.name.endswith("_image")}
     assert images == {f"flagscale-distillation:{VERSION}-{kind}" for kind in ("cpu", "gpu")}
 
