@@ -69,7 +69,10 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
 
     source = prepare_teacher(
-        teacher_recipe=values["teacher"], dataset=dataset, **always(values, "models")
+        teacher_recipe=values["teacher"],
+        models_recipe=values["models"],
+        dataset=dataset,
+        **always(values, "models"),
     )
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
@@ -83,6 +86,7 @@ def teach(
     """The steps of one student: channels of the distilled student and its evaluation."""
     conversion = convert_student(
         student_recipe=values["student"],
+        models_recipe=values["models"],
         teacher=teacher,
         dataset=dataset,
         **always(values, "models"),
@@ -93,6 +97,7 @@ def teach(
 
     measured = evaluate(
         evaluation_recipe=values["evaluation"],
+        models_recipe=values["models"],
         teacher=teacher,
         student=student,
         distilled_student=distilled,

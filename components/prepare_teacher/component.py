@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def prepare_teacher(
     teacher_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     accelerators: str,
@@ -19,6 +20,7 @@ def prepare_teacher(
 
     Args:
         teacher_recipe: the recipe's section `teacher`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
@@ -29,10 +31,13 @@ def prepare_teacher(
     from flagscale.execution.step_process import step_process
 
     with step_process("prepare-teacher", experiment, accelerators) as step:
-        from flagscale.recipe import TeacherRecipe
+        from flagscale.recipe import ModelsRecipe, TeacherRecipe
         from flagscale.steps.prepare_teacher import prepare_teacher
 
-        section = step.section(TeacherRecipe, teacher_recipe)
-        source = step.input("dataset", dataset)
-        figures = prepare_teacher(section, source, step.output(teacher.path))
+        figures = prepare_teacher(
+            step.section(TeacherRecipe, teacher_recipe),
+            dataset=step.input("dataset", dataset),
+            output=step.output(teacher.path),
+            models=step.section(ModelsRecipe, models_recipe),
+        )
         step.report(figures, teacher_metrics)
