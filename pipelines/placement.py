@@ -111,8 +111,11 @@ class Placement:
         pods = pods_of(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
-        runtime, restarts = self._platform.trainer.runtime, pods.retries.count
-        return {**told, "runtime": runtime, "restarts": restarts}
+        trainer = self._platform.trainer
+        told |= {"runtime": trainer.runtime, "restarts": pods.retries.count}
+        network = trainer.network.model_dump(mode="json", exclude_defaults=True)
+        more = {"annotations": dict(pods.annotations), "network": network}
+        return told | {name: value for name, value in more.items() if value}
 
     def create_volume(self, after: dsl.PipelineTask) -> None:
         """Make the run's own volume, where the platform says so, for the tasks placed from here on.
@@ -179,6 +182,8 @@ class Placement:
         kubernetes.add_toleration_json(task, self._values[f"where_{kind}_tolerations"])
         for key, value in pods.all_labels.items():
             kubernetes.add_pod_label(task, key, value)
+        for key, value in pods.annotations.items():
+            kubernetes.add_pod_annotation(task, key, value)
 
     def _scratch(self, task: dsl.PipelineTask, pods: Pods) -> None:
         kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root may be read-only
