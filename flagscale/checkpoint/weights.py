@@ -24,7 +24,7 @@ def save_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     Raises:
         UserError: a rank cannot write, e.g. because the disk is full.
     """
-    save(by_chunk(chunks, _weights), folder)
+    save(by_chunk(chunks, sharded_weights), folder)
 
 
 def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
@@ -35,9 +35,9 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     Raises:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
-    state = load(by_chunk(chunks, _weights), folder)
-    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
-    # against the checkpoint.
+    state = load(by_chunk(chunks, sharded_weights), folder)
+    # Not strict because of what `sharded_weights` leaves out; that all the rest is there has been
+    # checked against the checkpoint.
     load_chunks(chunks, state, strict=False)
 
 
@@ -73,7 +73,7 @@ def sharded_model(model: GPTModel) -> dict[str, Any]:
     return state
 
 
-def _weights(model: GPTModel) -> dict[str, Any]:
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
     """The sharded tensors that are the model, whatever its layers are implemented with.
 
     Without transformer-engine's extra states (FP8 scales), which a model of local layers lacks, and
