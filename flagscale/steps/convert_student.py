@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import model_arguments, with_teacher
+from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
@@ -30,8 +30,9 @@ from flagscale.models.distillation_proof import (
     prove_no_loss_when_equal,
 )
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model, sizes_for
+from flagscale.models.random_weights import with_random_weights
 from flagscale.models.student_shape import layers_to_keep, student_shape
-from flagscale.recipe import ModelsRecipe, ParallelismRecipe, StudentRecipe
+from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ def convert_on_rank(
     parents = _parents(teacher, dataset, check_files=False)
     shape = student_shape(ModelShape.load(teacher), student)
     seq_length = parents["dataset"].facts["seq_length"]
-    args = model_arguments(shape, seq_length, parallelism=models.sizes)
+    stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
+    dtype = platform.inference_dtype(stored)
+    args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     recipe = {"student": student.model_dump(mode="json")}
     with (
         tracked("convert-student", recipe, parents=parents) as run,
@@ -100,14 +103,17 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch = _batch(dataset)
+        model = _build(student, shape, teacher, args, stored)
         if student.init != "scratch":
-            kept = layers_to_keep(ModelShape.load(teacher).num_layers, student)
-            staging.facts["keep_layers"] = list(kept)
-        figures, logits_bsv = _make(
-            shape, teacher, staging.facts.get("keep_layers"), batch["tokens"], models, staging.path
-        )
-        figures |= _prove(teacher, staging.path, batch, logits_bsv, models.sizes)
-        staging.facts.update(figures, seq_length=seq_length)
+            staging.facts["keep_layers"] = _kept(student, teacher)
+        figures = _check_shape(model, shape)
+        logits_bsv = forward(model, batch["tokens"])
+        if is_first_rank():
+            _save_description(shape, teacher, staging.path)
+        save_weights(model, staging.path / WEIGHTS, stored)
+        del model  # what is proven is the artifact
+        figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
@@ -144,25 +150,28 @@ def _batch(dataset: Path) -> dict[str, torch.Tensor]:
     return told[0]
 
 
-def _make(
-    shape: ModelShape,
-    teacher: Path,
-    kept: Sequence[int] | None,
-    tokens: torch.Tensor,
-    models: ModelsRecipe,
-    folder: Path,
-) -> tuple[dict[str, float], torch.Tensor | None]:
-    """Write the student; nothing of it stays but its size and this rank's part of its logits."""
-    teacher_shape = ModelShape.load(teacher)
-    model = build_model(shape, tokens.size(1), models.sizes)
-    if kept is not None:
-        logger.info("keeping layers %s of %d", list(kept), teacher_shape.num_layers)
-        load_layers(model, teacher / WEIGHTS, kept, teacher_shape.num_layers)
-    figures = _check_shape(model, shape)
-    if is_first_rank():
-        _save_description(shape, teacher, folder)
-    save_weights(model, folder / WEIGHTS)
-    return figures, forward(model, tokens)
+def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
+    return list(layers_to_keep(ModelShape.load(teacher).num_layers, student))
+
+
+def _build(
+    student: StudentRecipe, shape: ModelShape, teacher: Path, args: Arguments, stored: torch.dtype
+) -> GPTModel:
+    """This rank's part of the student, with weights that lose nothing when they are stored.
+
+    A teacher's own weights do not anyway: the student is stored as the teacher is.
+    """
+    build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
+    if student.init == "scratch":
+        model = with_random_weights(build, student.seed)
+    else:
+        model, kept = build(), _kept(student, teacher)
+        num_layers = ModelShape.load(teacher).num_layers
+        logger.info("keeping layers %s of %d", kept, num_layers)
+        load_layers(model, teacher / WEIGHTS, kept, num_layers)
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.to(stored))
+    return model
 
 
 def _check_shape(model: GPTModel, shape: ModelShape) -> dict[str, float]:
@@ -191,17 +200,25 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
 def _prove(
     teacher: Path,
     student: Path,
+    args: Arguments,
     batch: dict[str, torch.Tensor],
     logits_bsv: torch.Tensor | None,
-    sizes: ParallelismRecipe,
 ) -> dict[str, float]:
-    """The proofs' figures, of models that are loaded one after the other and never held twice."""
-    seq_length = batch["tokens"].size(1)
-    teacher_model = load_model(teacher, seq_length, sizes_for(ModelShape.load(teacher), sizes))
+    """The proofs' figures, of models that are loaded one after the other and never held twice.
+
+    Args:
+        teacher: the artifact.
+        student: the artifact.
+        args: that the student was built with.
+        batch: see `_batch`.
+        logits_bsv: this rank's part of what the student predicted before it was stored.
+    """
+    shape = ModelShape.load(teacher)
+    sizes = sizes_for(shape, args.parallelism)
+    teacher_model = load_model(teacher, args.seq_length, sizes, args.params_dtype)
     when_equal = prove_no_loss_when_equal(teacher_model, batch)
-    model = load_model(student, seq_length, sizes)
+    model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
     difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)
-    del logits_bsv
     return {
         "reload_logit_difference": difference,
         "kd_loss_when_equal": when_equal,

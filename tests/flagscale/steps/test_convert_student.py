@@ -132,10 +132,10 @@ def test_damaged_teacher_is_refused(teacher, dataset, tmp_path, damage):
 
 
 def test_a_student_that_was_saved_wrongly_is_refused(teacher, dataset, tmp_path, monkeypatch):
-    def saved_wrongly(model, folder):
+    def saved_wrongly(model, folder, dtype):
         weight = model.decoder.layers[1].mlp.linear_fc2.weight.data
         weight[0, 0] += 1
-        save_weights(model, folder)
+        save_weights(model, folder, dtype)
         weight[0, 0] -= 1
 
     monkeypatch.setattr("flagscale.steps.convert_student.save_weights", saved_wrongly)
