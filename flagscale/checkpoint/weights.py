@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
@@ -49,6 +50,16 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     # Not strict because of what `sharded_weights` leaves out; that all the rest is there has been
     # checked against the checkpoint.
     load_chunks(chunks, state, strict=False)
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers `save_weights` wrote: of the whole model, shared ones once.
+
+    Args:
+        folder: of a checkpoint that `load_weights` has read.
+    """
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder)).values()
+    return sum(math.prod(tensor.global_shape) for tensor in tensors)
 
 
 def by_chunk(
