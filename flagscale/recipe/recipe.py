@@ -10,6 +10,7 @@ from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.combinations import check_combination
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
@@ -28,6 +29,7 @@ class Recipe(Section):
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    models: ModelsRecipe = ModelsRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()
     sweep: SweepRecipe | None = Field(None, description="Many trainings in one run; default: one")
@@ -84,6 +86,22 @@ class Recipe(Section):
     def _check_ranks(self) -> Recipe:
         self.check_accelerators(0)
         return self
+
+    def check_models(self, accelerator_count: int) -> None:
+        """Refuse a layout of the model steps that their pods could not hold.
+
+        Args:
+            accelerator_count: of one of their pods; 0 on CPUs.
+
+        Raises:
+            ValueError: too few for the processes.
+        """
+        if 0 < accelerator_count < self.models.processes:
+            raise ValueError(
+                f"models.parallelism asks for {self.models.processes} processes, but a pod of "
+                f"the model steps has {accelerator_count} accelerator(s): a process needs one of "
+                "its own"
+            )
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.
