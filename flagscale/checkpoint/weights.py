@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
@@ -39,6 +43,16 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
     # against the checkpoint.
     load_chunks(chunks, state, strict=False)
+
+
+def local_weights(model: GPTModel) -> list[ShardedTensor]:
+    """This rank's tensors as a checkpoint has them; their data is the model's own memory.
+
+    Args:
+        model: one chunk, not wrapped.
+    """
+    sharded, _ = extract_sharded_base(load_preprocess(_weights(model))[0])
+    return list(nested_values(sharded))
 
 
 def by_chunk(

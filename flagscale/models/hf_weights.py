@@ -54,6 +54,14 @@ class Located:
     parts: tuple[Rows, ...]
     offset: tuple[int, ...]
 
+    def heights(self) -> dict[str, int]:
+        """How many rows each Hugging Face tensor has that is part of this one."""
+        heights: dict[str, int] = {}
+        for part in self.parts:
+            if part.name is not None:
+                heights[part.name] = max(part.stop, heights.get(part.name, 0))
+        return heights
+
     def overlaps(self, length: int) -> Iterator[tuple[int, Rows]]:
         """The rows that `length` rows from the offset on are made of.
 
