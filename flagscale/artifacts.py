@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flagscale import processes
 from flagscale.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -103,7 +104,7 @@ def new_artifact(
             facts=staging.facts,
             tokenizer_hash=staging.tokenizer_hash,
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
-            peak_memory=staging.peak_memory,
+            peak_memory=staging.peak_memory or {"host": [processes.peak_memory()]},
         )
         write_json(staging.path / MANIFEST, asdict(manifest))
         shutil.rmtree(output, ignore_errors=True)

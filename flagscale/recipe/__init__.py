@@ -20,8 +20,9 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.sweep import SweepRecipe, Variant
+from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
+from flagscale.recipe.variants import Variant
 
 __all__ = [
     "ArchitectureRecipe",

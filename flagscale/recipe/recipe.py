@@ -14,8 +14,9 @@ from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
-from flagscale.recipe.sweep import SweepRecipe, Variant, variants, with_first_values
+from flagscale.recipe.sweep import SweepRecipe, with_first_values
 from flagscale.recipe.training import TrainingRecipe
+from flagscale.recipe.variants import Variant, variants
 
 
 class Recipe(Section):
@@ -74,13 +75,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sweep(self) -> Recipe:
-        variants(self)
+        if self.sweep is not None:
+            variants(self, self.sweep)
         return self
 
     @property
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[Variant[Recipe]]:
         """The sweep's variants, each a whole recipe; none without a sweep."""
-        return variants(self)
+        return [] if self.sweep is None else variants(self, self.sweep)
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:

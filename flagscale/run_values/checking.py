@@ -17,7 +17,8 @@ from flagscale.recipe import (
     TeacherRecipe,
     parse_section,
 )
-from flagscale.recipe.sweep import VARIED, check_distinct
+from flagscale.recipe.sweep import VARIED
+from flagscale.recipe.variants import check_distinct
 from flagscale.run_values.fields import set_fields
 from flagscale.run_values.made import Made
 from flagscale.run_values.values import check_checkpoints, check_images, check_value

@@ -76,9 +76,7 @@ def written(
         yield Staging(staging_path(output))
         peak_memory()
         return
-    with new_artifact(output, kind, recipe, parents, run.log_artifact) as staging:
+    with new_artifact(output, kind, recipe, parents, run.log_manifest) as staging:
         torch.distributed.barrier()
         yield staging
         staging.peak_memory = peak_memory()
-        most = {place: max(ranks) for place, ranks in staging.peak_memory.items()}
-        run.log_metrics({f"peak {place} memory GB": held / 1e9 for place, held in most.items()})
