@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,10 @@ class HFFolder:
                     f"{first[1]}: give a model in one dtype"
                 )
         return _DTYPES[first[1]]
+
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def read(self, name: str, *slices: slice) -> torch.Tensor:
         """A part of a tensor, and nothing else, in the dtype that it is stored in.

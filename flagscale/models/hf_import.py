@@ -13,7 +13,8 @@ from flagscale.checkpoint.agreement import same_outcome
 from flagscale.checkpoint.weights import local_weights
 from flagscale.errors import UserError
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_weights import EMBEDDING, OUTPUT_LAYER, WeightMap
+from flagscale.models.hf_rules import EMBEDDING, OUTPUT_LAYER
+from flagscale.models.hf_weights import WeightMap
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
-    """transformers' model of a folder, in float32, of which one layer's weights are in memory.
+    """Transformers' model of a folder, in float32, of which one layer's weights are in memory.
 
     It is transformers' code that computes. Each of the embedding, the layers, the last norm and the
     output layer reads its weights when it is called, and drops them afterwards.
@@ -100,7 +100,7 @@ def _load(
 
 
 def whole(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
-    """transformers' model of a folder, in float32.
+    """Transformers' model of a folder, in float32.
 
     Raises:
         ValueError: weights are missing, left over or of another shape.
@@ -135,7 +135,7 @@ def main(folder: str, request: str, answer: str) -> None:
     logits_bsv = model(torch.tensor(values["tokens"]), use_cache=False).logits
     save_file({"logits": logits_bsv.contiguous()}, answer)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = ""
+    text = None
     if values["whole"]:
         prompt = torch.tensor([values["prompt"]])
         written = model.generate(
