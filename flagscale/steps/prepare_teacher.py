@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoConfig, GenerationConfig
@@ -22,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.agreement import on_first_rank
-from flagscale.data.loader import validation_batches
+from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
@@ -223,19 +224,23 @@ def _validation_loss(
         # Data-parallel ranks, which hold other experts, read the same samples.
         global_batch_size=parallel_state.get_data_parallel_world_size(),
     )
-    with tempfile.TemporaryDirectory(prefix="flagscale-teacher-") as cache, use_args(args):
-        batches = None
-        if reads_data(args):
-            batches = iter(
-                validation_batches(
-                    dataset,
-                    Path(cache),
-                    micro_batch_size=1,
-                    global_batch_size=1,
-                    eval_iters=_VALIDATION_SEQUENCES,
-                )
+
+    def read() -> list[dict[str, torch.Tensor]]:
+        with tempfile.TemporaryDirectory(prefix="flagscale-teacher-") as cache:
+            prepare_validation_index(dataset, Path(cache))
+            batches = validation_batches(
+                dataset,
+                Path(cache),
+                micro_batch_size=1,
+                global_batch_size=1,
+                eval_iters=_VALIDATION_SEQUENCES,
             )
-        return evaluate_loss([model], [batches], _VALIDATION_SEQUENCES)["lm loss"]
+            return list(batches)
+
+    batches = on_first_rank(dataset, "could not be read", read)
+    with use_args(args):
+        chunk = iter(batches) if reads_data(args) else None
+        return evaluate_loss([model], [chunk], _VALIDATION_SEQUENCES)["lm loss"]
 
 
 def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
