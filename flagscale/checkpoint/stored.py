@@ -36,6 +36,7 @@ class StoredTensors:
     """What a checkpoint holds, whatever layout wrote it. One rank may read alone.
 
     Attributes:
+        folder: of the checkpoint.
         tensors: by key.
     """
 
@@ -45,7 +46,7 @@ class StoredTensors:
         Raises:
             UserError: there is no checkpoint, or it is damaged.
         """
-        self._folder = folder
+        self.folder = folder
         self._reader = FileSystemReader(folder)
         try:
             metadata = self._reader.read_metadata()
@@ -74,19 +75,19 @@ class StoredTensors:
             UserError: there is no such tensor, or no such part of it, or the file is damaged.
         """
         if key not in self._metadata:
-            raise UserError(f"{self._folder}: the checkpoint cannot be read: it lacks {key}")
+            raise UserError(f"{self.folder}: the checkpoint cannot be read: it lacks {key}")
         wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, self._metadata[key], [wanted])
         part = torch.empty(*sizes, dtype=self.tensors[key].dtype)
         if sum(item.lengths.numel() for item in items) != part.numel():
             raise UserError(
-                f"{self._folder}: the checkpoint cannot be read: {key} of shape "
+                f"{self.folder}: the checkpoint cannot be read: {key} of shape "
                 f"{self.tensors[key].shape} has no part of {tuple(sizes)} at {tuple(offset)}"
             )
         try:
             self._reader.read_data(LoadPlan(items), _Into(part)).wait()
         except (OSError, ValueError, EOFError, RuntimeError) as error:
-            raise UserError(f"{self._folder}: the checkpoint cannot be read: {error}") from error
+            raise UserError(f"{self.folder}: the checkpoint cannot be read: {error}") from error
         return part
 
 

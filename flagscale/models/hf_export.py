@@ -48,8 +48,8 @@ def write_weights(
         UserError: the checkpoint is not of the family's model.
     """
     counterparts = weights.counterparts(stored.tensors)
+    _check_names(counterparts, stored)
     shapes = {name: _shape(one, stored) for name, one in counterparts.items()}
-    _check_all_used(counterparts, stored)
     split = split_state_dict_into_shards_factory(
         shapes,
         get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
@@ -96,16 +96,20 @@ def _shape(made: Counterpart, stored: StoredTensors) -> tuple[int, ...]:
     height, *width = stored.tensors[made.key].shape[len(made.index) :]
     if height != made.height:
         raise UserError(
-            f"the checkpoint's {made.key} has {height} rows, but the model's shape makes it "
-            f"{made.height}"
+            f"{stored.folder}: the checkpoint's {made.key} has {height} rows, but the model's shape "
+            f"makes it {made.height}"
         )
     return (sum(len(part) for _, part in made.pieces), *width)
 
 
-def _check_all_used(counterparts: dict[str, Counterpart], stored: StoredTensors) -> None:
-    left = stored.tensors.keys() - {one.key for one in counterparts.values()}
-    if left:
-        raise UserError(f"the checkpoint's {min(left)} has no counterpart in the family")
+def _check_names(counterparts: dict[str, Counterpart], stored: StoredTensors) -> None:
+    wanted = {made.key for made in counterparts.values()}
+    for what, keys in (
+        ("lacks", wanted - stored.tensors.keys()),
+        ("has, what the family's model has not,", stored.tensors.keys() - wanted),
+    ):
+        if keys:
+            raise UserError(f"{stored.folder}: the checkpoint {what} {min(keys)}")
 
 
 def _write(

@@ -44,8 +44,9 @@ def check_names(source: HFFolder, weights: WeightMap) -> None:
 def _check_tied(source: HFFolder) -> None:
     """An output layer beside a configuration that ties it must be the embedding once more."""
     equal = source.shapes.get(EMBEDDING) == source.shapes[OUTPUT_LAYER]
-    for start in range(0, source.shapes[OUTPUT_LAYER][0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    height = source.shapes[OUTPUT_LAYER][0]
+    for start in range(0, height, _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, height))
         equal = equal and torch.equal(source.read(EMBEDDING, rows), source.read(OUTPUT_LAYER, rows))
     if not equal:
         raise UserError(

@@ -57,7 +57,7 @@ def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
     if config.tie_word_embeddings:
         wrong -= {"lm_head.weight"}
     if wrong:
-        raise ValueError(f"weights are missing or left over: {sorted(wrong)[:3]}")
+        raise ValueError(f"weights are missing, left over or of another shape: {sorted(wrong)[:3]}")
     return model
 
 
