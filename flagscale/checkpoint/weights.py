@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
@@ -60,6 +63,16 @@ def count_parameters(folder: Path) -> int:
     """
     tensors = dist_checkpointing.load_tensors_metadata(str(folder)).values()
     return sum(math.prod(tensor.global_shape) for tensor in tensors)
+
+
+def local_weights(model: GPTModel) -> list[ShardedTensor]:
+    """This rank's tensors as a checkpoint has them; their data is the model's own memory.
+
+    Args:
+        model: one chunk, not wrapped.
+    """
+    sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
+    return list(nested_values(sharded))
 
 
 def by_chunk(
