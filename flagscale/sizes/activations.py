@@ -37,6 +37,8 @@ def stage_activations(
 ) -> int:
     """Bytes that one micro-batch leaves on a rank, the output layer aside.
 
+    Where whole layers are recomputed, that is what goes into each.
+
     Args:
         shape: of the model.
         layers: of the rank's pipeline stage.
@@ -46,10 +48,7 @@ def stage_activations(
     """
     if computation.recompute == "full":
         width = shape.hidden_size * computation.dtype_bytes // _sequence_ranks(layout)
-        kept = tokens * width * len(layers)
-        return kept + max(
-            (layer_activations(shape, i, layout, computation, tokens) for i in layers), default=0
-        )
+        return tokens * width * len(layers)
     return sum(layer_activations(shape, i, layout, computation, tokens) for i in layers)
 
 
@@ -67,6 +66,22 @@ def layer_activations(
     else:
         kept += _mlp(shape.ffn_hidden_size, computation) * size / tensor
     return int(tokens * kept)
+
+
+def backward_transient(
+    shape: ModelShape, index: int, layout: Layout, computation: Computation, tokens: int
+) -> int:
+    """Bytes that the backward pass of a layer needs beside what the forward pass kept.
+
+    Gradients of the MLP's gate, value and product, and of its first weight before that is added to
+    the others.
+    """
+    tensor, size = layout.tensor, computation.dtype_bytes
+    width, copies = shape.ffn_hidden_size / tensor, 1.0
+    if has_experts(shape, index):
+        width = float(expert_width(shape))
+        copies = shape.architecture.moe_router_topk / _sequence_ranks(layout)
+    return int(size * width * (3 * copies * tokens + 2 * shape.hidden_size))
 
 
 def norm_activations(shape: ModelShape, layout: Layout, computation: Computation) -> float:

@@ -8,6 +8,8 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.sizes.activations import (
     FLOAT32,
     Computation,
+    backward_transient,
+    layer_activations,
     norm_activations,
     stage_activations,
 )
@@ -47,7 +49,7 @@ class Training:
 def training_peak(
     student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
 ) -> Parts:
-    """Bytes of one rank while it trains, by what they are for.
+    """Bytes of one rank at its fullest, in a step or a validation, by what they are for.
 
     Args:
         student: its shape.
@@ -57,17 +59,11 @@ def training_peak(
         stage: of the pipeline.
     """
     kept = training_state(student, teacher, training, layout, stage)
-    tokens = training.seq_length * training.micro_batch_size // layout.context
-    in_flight = min(layout.pipeline - stage, training.micro_batches)
-    layers = stage_layers(student, layout, stage)
-    kept["activations"] = in_flight * stage_activations(
-        student, layers, layout, training.computation, tokens
-    )
-    if stage == layout.pipeline - 1:
-        norm = norm_activations(student, layout, training.computation)
-        kept["activations"] += int(tokens * norm)
-        kept["logits"] = _loss(student, teacher, training, layout, tokens)
-    return kept
+    phases = [
+        kept | _step(student, teacher, training, layout, stage),
+        kept | _validation(student, teacher, training, layout, stage),
+    ]
+    return max(phases, key=lambda parts: sum(parts.values()))
 
 
 def training_state(
@@ -76,19 +72,77 @@ def training_state(
     """Bytes of one rank between two steps."""
     count = parameters(student, layout, stage)
     size = training.computation.dtype_bytes
-    master = 0 if size == FLOAT32 else FLOAT32
-    dense, experts = count.dense, count.experts
-    if training.distributed_optimizer:
-        dense = -(-dense // layout.optimizer_ranks)
-        experts = -(-experts // layout.expert_optimizer_ranks)
     kept = {
         "weights": size * count.total,
         "gradients": FLOAT32 * count.total,
-        "optimiser": (master + MOMENTS) * (dense + experts),
+        "optimiser": (_master(size) + MOMENTS) * optimizer_share(student, training, layout, stage),
     }
     if teacher is not None:
         kept["teacher"] = size * parameters(teacher, layout, stage).total
     return kept
+
+
+def optimizer_share(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
+    """Parameters whose optimiser's state a rank has."""
+    count = parameters(student, layout, stage)
+    if not training.distributed_optimizer:
+        return count.total
+    dense, experts = -(-count.dense // layout.optimizer_ranks), count.experts
+    return dense + -(-experts // layout.expert_optimizer_ranks)
+
+
+def saved_bytes(student: ModelShape, training: Training) -> int:
+    """Of a checkpoint of the training: weights, and the optimiser's state."""
+    size = training.computation.dtype_bytes
+    return (size + _master(size) + MOMENTS) * parameters(student).total
+
+
+def _master(dtype_bytes: int) -> int:
+    """Bytes a parameter of the fp32 copy that a step changes, where the model has it in bf16."""
+    return 0 if dtype_bytes == FLOAT32 else FLOAT32
+
+
+def _tokens(training: Training, layout: Layout) -> int:
+    return training.seq_length * training.micro_batch_size // layout.context
+
+
+def _step(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    computation, tokens = training.computation, _tokens(training, layout)
+    layers = stage_layers(student, layout, stage)
+    in_flight = min(layout.pipeline - stage, training.micro_batches)
+    kept = in_flight * stage_activations(student, layers, layout, computation, tokens)
+    again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
+    if computation.recompute == "full":
+        again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)
+    loss = 0
+    if stage == layout.pipeline - 1:
+        kept += int(tokens * norm_activations(student, layout, computation))
+        loss = _loss(student, teacher, training, layout, tokens)
+    # The loss comes and goes before the backward pass reaches the layers.
+    if loss > again:
+        return {"activations": kept, "logits": loss}
+    return {"activations": kept + again}
+
+
+def _validation(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    """One layer at a time, and always the LM loss, which works on an fp32 copy of the logits."""
+    computation, tokens = training.computation, _tokens(training, layout)
+    models = [student] if teacher is None else [student, teacher]
+    layer = max(
+        layer_activations(shape, i, layout, computation, tokens)
+        for shape in models
+        for i in stage_layers(shape, layout, stage)
+    )
+    if stage < layout.pipeline - 1:
+        return {"activations": layer}
+    logits = tokens * student.padded_vocab_size // layout.tensor
+    copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
+    both = len(models) * computation.dtype_bytes * logits + copy
+    return {"logits": both} if both > layer else {"activations": layer}
 
 
 def _loss(

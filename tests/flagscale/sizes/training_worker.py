@@ -4,7 +4,6 @@ FOLDER/cases.json holds a list of cases; of each, every rank leaves FOLDER/<case
 peak of each phase, in bytes.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -13,12 +12,10 @@ from pathlib import Path
 import torch
 from allocations import Allocations
 
-from flagscale.checkpoint import save_weights
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import build_model
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train.batches import reads_data
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
@@ -45,7 +42,11 @@ def run(case, folder: Path, teacher: Path, student: ModelShape) -> dict[str, int
     if distillation.loss != "none":
         args = with_teacher(args, teacher, distillation)
     peaks = {}
-    with platform.runtime(training.seed, training.parallelism), use_args(args), Allocations() as seen:
+    with (
+        platform.runtime(training.seed, training.parallelism),
+        use_args(args),
+        Allocations() as seen,
+    ):
         trainer = setup_training(build_model_chunks(args), args, training)
         peaks["built"] = seen.now
         for chunk in trainer.chunks:
