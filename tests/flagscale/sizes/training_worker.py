@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from allocations import Allocations
@@ -35,12 +36,13 @@ def batches(args):
         }
 
 
-def run(case, folder: Path, teacher: Path, student: ModelShape) -> dict[str, int]:
+def run(case: dict[str, Any], folder: Path) -> dict[str, int]:
     training = TrainingRecipe.model_validate(case["training"])
     distillation = DistillationRecipe.model_validate(case["distillation"])
+    student = ModelShape.load(folder / "student")
     args = training_arguments(student, case["seq_length"], training)
     if distillation.loss != "none":
-        args = with_teacher(args, teacher, distillation)
+        args = with_teacher(args, folder / "teacher", distillation)
     peaks = {}
     with (
         platform.runtime(training.seed, training.parallelism),
@@ -48,7 +50,6 @@ def run(case, folder: Path, teacher: Path, student: ModelShape) -> dict[str, int
         Allocations() as seen,
     ):
         trainer = setup_training(build_model_chunks(args), args, training)
-        peaks["built"] = seen.now
         for chunk in trainer.chunks:
             chunk.train()
         stream = [batches(args) if reads_data(args) else None]
@@ -72,8 +73,7 @@ def main() -> None:
     for case in json.loads((folder / "cases.json").read_text()):
         if case["processes"] != int(os.environ.get("WORLD_SIZE", "1")):
             continue
-        teacher = folder / case["teacher"]
-        peaks = run(case, folder, teacher, ModelShape.load(folder / case["student"]))
+        peaks = run(case, folder)
         rank = os.environ.get("RANK", "0")
         (folder / f"{case['name']}-{rank}.json").write_text(json.dumps(peaks))
 
