@@ -172,14 +172,23 @@ def _nearest_training(job: Job) -> str:
         bigger = replace(job, training=replace(machine, pods=nodes))
         for layout in _training_layouts(bigger):
             if training_step(bigger, layout).lacks is None:
-                on = f"resources.nodes={nodes}: " if nodes != machine.pods else ""
-                return (
-                    f"the nearest layout that fits is {on}training.parallelism="
-                    f"{{tensor_model_parallel_size: {layout.tensor}, "
-                    f"pipeline_model_parallel_size: {layout.pipeline}, "
-                    f"sequence_parallel: {str(layout.sequence_parallel).lower()}}}"
-                )
+                on = f"resources.nodes={nodes}, " if nodes != machine.pods else ""
+                return f"the nearest layout that fits is {on}{_as_fields(layout)}"
     return f"no layout on up to {_MOST_RANKS} nodes has room"
+
+
+def _as_fields(layout: Layout) -> str:
+    """As a recipe says it; sizes of 1 are left out."""
+    fields = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+    }
+    given = [f"{name}: {size}" for name, size in fields.items() if size > 1]
+    if layout.sequence_parallel:
+        given.append("sequence_parallel: true")
+    return f"training.parallelism={{{', '.join(given)}}}"
 
 
 def _more(nodes: int) -> Iterator[int]:
