@@ -53,6 +53,14 @@ def training_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def inference_dtype(stored: torch.dtype) -> torch.dtype:
+    """What a model computes in that is stored in `stored` and only run.
+
+    bf16 stays bf16 on a GPU, where it is fast. fp16 becomes fp32: activations may leave its range.
+    """
+    return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
+
+
 def transformer_impl(choice: str) -> str:
     """Megatron's `transformer_impl` for the recipe's choice (`auto` takes what the machine has).
 
