@@ -54,10 +54,7 @@ def training_dtype(precision: str) -> torch.dtype:
 
 
 def inference_dtype(stored: torch.dtype) -> torch.dtype:
-    """What a model computes in that is stored in `stored` and only run.
-
-    bf16 stays bf16 on a GPU, where it is fast. fp16 becomes fp32: activations may leave its range.
-    """
+    """What a stored model is run in: bf16 where that is fast, else fp32, as fp16 may overflow."""
     return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
 
 
