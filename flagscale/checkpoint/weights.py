@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
@@ -49,6 +53,26 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     # Not strict because of what `sharded_weights` leaves out; that all the rest is there has been
     # checked against the checkpoint.
     load_chunks(chunks, state, strict=False)
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers `save_weights` wrote: of the whole model, shared ones once.
+
+    Args:
+        folder: of a checkpoint that `load_weights` has read.
+    """
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder)).values()
+    return sum(math.prod(tensor.global_shape) for tensor in tensors)
+
+
+def local_weights(model: GPTModel) -> list[ShardedTensor]:
+    """This rank's tensors as a checkpoint has them; their data is the model's own memory.
+
+    Args:
+        model: one chunk, not wrapped.
+    """
+    sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
+    return list(nested_values(sharded))
 
 
 def by_chunk(
