@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.checkpoint import save_weights
+from flagscale.checkpoint import load_layers, save_weights
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.student import copy_from_teacher
+from flagscale.models.megatron import WEIGHTS, build_model
 from flagscale.models.student_shape import student_shape
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
@@ -56,7 +55,7 @@ def write_student(
     with new_artifact(folder, kind, {}, parents) as staging, platform.runtime():
         model = build_model(shape, seq_length)
         if keep:
-            copy_from_teacher(model, load_model(artifacts / "teacher", seq_length), keep)
+            load_layers(model, artifacts / "teacher" / WEIGHTS, keep, teacher.num_layers)
         else:
             _randomise(model)
         save_weights(model, staging.path / WEIGHTS)
