@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
@@ -18,17 +21,24 @@ from flagscale.checkpoint.reading import load
 from flagscale.checkpoint.writing import save
 
 
-def save_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
+def save_weights(
+    chunks: GPTModel | Sequence[GPTModel], folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write a model's weights as a distributed checkpoint. All ranks call it.
 
     Args:
         chunks: this rank's part of the model, wrapped or not.
         folder: is made.
+        dtype: that they are stored in; default: their own.
 
     Raises:
         UserError: a rank cannot write, e.g. because the disk is full.
     """
-    save(by_chunk(chunks, _weights), folder)
+
+    def stored(chunk: GPTModel) -> dict[str, Any]:
+        return {name: _in_dtype(tensor, dtype) for name, tensor in sharded_weights(chunk).items()}
+
+    save(by_chunk(chunks, stored), folder)
 
 
 def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
@@ -39,9 +49,9 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     Raises:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
-    state = load(by_chunk(chunks, _weights), folder)
-    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
-    # against the checkpoint.
+    state = load(by_chunk(chunks, sharded_weights), folder)
+    # Not strict because of what `sharded_weights` leaves out; that all the rest is there has been
+    # checked against the checkpoint.
     load_chunks(chunks, state, strict=False)
 
 
@@ -87,7 +97,7 @@ def sharded_model(model: GPTModel) -> dict[str, Any]:
     return state
 
 
-def _weights(model: GPTModel) -> dict[str, Any]:
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
     """The sharded tensors that are the model, whatever its layers are implemented with.
 
     Without transformer-engine's extra states (FP8 scales), which a model of local layers lacks, and
@@ -99,3 +109,14 @@ def _weights(model: GPTModel) -> dict[str, Any]:
         # Experts in one kernel number theirs: `_extra_state`, `_extra_state1`, ...
         if "_extra_state" not in name and not name.startswith("_loss_modules.")
     }
+
+
+def _in_dtype(
+    tensor: ShardedTensor | ShardedTensorFactory, dtype: torch.dtype | None
+) -> ShardedTensor | ShardedTensorFactory:
+    if dtype is None or tensor.data.dtype == dtype:
+        return tensor
+    data = tensor.data.detach().to(dtype)
+    if isinstance(tensor, ShardedTensorFactory):
+        return replace(tensor, data=data)
+    return replace(tensor, data=data, dtype=dtype)

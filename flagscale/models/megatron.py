@@ -73,6 +73,13 @@ def load_model(
     return model
 
 
+def sizes_for(shape: ModelShape, sizes: ParallelismRecipe) -> ParallelismRecipe:
+    """The sizes for one model of several: to one without experts their ranks are copies."""
+    if shape.architecture.num_experts is not None:
+        return sizes
+    return sizes.model_copy(update={"expert_model_parallel_size": 1})
+
+
 @torch.no_grad()
 def forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
     """What the model predicts after each token, as its last stage computes it. All ranks call it.

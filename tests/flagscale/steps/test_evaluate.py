@@ -13,15 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.checkpoint import save_weights
+from flagscale.checkpoint import load_layers, save_weights
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.compare import compare
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.student import copy_from_teacher
+from flagscale.models.megatron import WEIGHTS, build_model
 from flagscale.models.student_shape import student_shape
 from flagscale.recipe import DataRecipe, EvaluationRecipe, StudentRecipe, TeacherRecipe
 from flagscale.steps.evaluate import evaluate
@@ -57,10 +56,11 @@ def write_student(folder: Path, kind: str, artifacts: Path, keep: tuple[int, ...
         )
     }
     recipe = StudentRecipe(keep_layers=keep)
-    shape = student_shape(ModelShape.load(artifacts / "teacher"), recipe)
+    deeper = ModelShape.load(artifacts / "teacher")
+    shape = student_shape(deeper, recipe)
     with new_artifact(folder, kind, {}, parents) as staging, platform.runtime():
         model = build_model(shape, SEQ_LENGTH)
-        copy_from_teacher(model, load_model(artifacts / "teacher", SEQ_LENGTH), keep)
+        load_layers(model, artifacts / "teacher" / WEIGHTS, keep, deeper.num_layers)
         save_weights(model, staging.path / WEIGHTS)
         shape.save(staging.path)
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
