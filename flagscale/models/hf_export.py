@@ -96,8 +96,8 @@ def _shape(made: Counterpart, stored: StoredTensors) -> tuple[int, ...]:
     height, *width = stored.tensors[made.key].shape[len(made.index) :]
     if height != made.height:
         raise UserError(
-            f"{stored.folder}: the checkpoint's {made.key} has {height} rows, but the model's shape "
-            f"makes it {made.height}"
+            f"{stored.folder}: the checkpoint's {made.key} has {height} rows, but the model's "
+            f"shape makes it {made.height}"
         )
     return (sum(len(part) for _, part in made.pieces), *width)
 

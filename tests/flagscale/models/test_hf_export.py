@@ -134,7 +134,7 @@ def test_the_order_of_safetensors_own_writer(
         (
             "llama tied",
             {"tie_word_embeddings": False},
-            r"the checkpoint lacks output_layer\.weight",
+            r"lacks output_layer\.weight",
         ),
         (
             "llama untied, llama3 rope",
