@@ -61,7 +61,7 @@ def local_weights(model: GPTModel) -> list[ShardedTensor]:
     Args:
         model: one chunk, not wrapped.
     """
-    sharded, _ = extract_sharded_base(load_preprocess(_weights(model))[0])
+    sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
     return list(nested_values(sharded))
 
 
