@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
@@ -60,6 +60,16 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     for name, place in places.items():
         if loaded[name].data_ptr() != place.data_ptr():  # one that another rank has read
             place.copy_(loaded[name])
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers `save_weights` wrote: of the whole model, shared ones once.
+
+    Args:
+        folder: of a checkpoint that `load_weights` has read.
+    """
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder)).values()
+    return sum(math.prod(tensor.global_shape) for tensor in tensors)
 
 
 def local_weights(model: GPTModel) -> list[ShardedTensor]:

@@ -23,8 +23,8 @@ from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.models.megatron import without_multi_token_prediction
+from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.post_training.export import plain_student
-from flagscale.post_training.model_provider import convert_for_distillation
 from flagscale.recipe import DistillationRecipe
 from flagscale.train.auxiliary_losses import forget_auxiliary_losses
 from flagscale.train.batches import reads_data

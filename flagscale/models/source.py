@@ -15,18 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import (
@@ -40,6 +37,10 @@ from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
 from flagscale.patience import patiently
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +96,23 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
 
 
 def load_hf_model(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode and unquantised.
+
+    Args:
+        source: see `load_tokenizer`.
+        revision: see there.
+        dtype: of its weights; default: float32.
 
     Raises:
         UserError: it is missing, corrupt, or lacks weights that its configuration asks for.
     """
+    import torch  # `prepare-data` only wants the tokenizer
+    from transformers import AutoModelForCausalLM
+
     place = _locate(source, revision)
+    dtype = dtype or torch.float32
     model, report = _load(
         AutoModelForCausalLM, source, "model", place, dtype=dtype, output_loading_info=True
     )
@@ -254,6 +264,9 @@ def _reason(error: Exception) -> str:
 
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers does not take for a quantised one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = model.config
     del config.quantization_config
     logger.info("dequantised %s to %s", config.model_type, model.dtype)
