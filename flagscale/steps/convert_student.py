@@ -191,7 +191,7 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
     The configuration goes along too, as the student's, unless none describes the student.
     """
     shape.save(folder)
-    if not shape.architecture.is_default:
+    if not shape.fits_hugging_face:
         configurations = shutil.ignore_patterns("config.json", "generation_config.json")
         shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
         return
