@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from flagscale.recipe import Section
 from flagscale.recipe.section import PositiveInt
-from flagscale.run_values.kubernetes_names import LabelKey, LabelValue
+from flagscale.run_values.kubernetes_names import LabelKey, LabelValue, ResourceName
 from flagscale.run_values.toleration import Toleration
 from flagscale.sizes.machine import ACCELERATORS
-from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName, ResourceName
+from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName
 
 
 def _known_accelerator(name: str) -> str:
@@ -80,6 +80,7 @@ class Pods(Section):
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels of the nodes")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
     labels: dict[LabelKey, LabelValue] = Field({}, description="Of the pods")
+    annotations: dict[LabelKey, str] = Field({}, description="Of the pods")
     queue: QueueName | None = Field(None, description="Kueue's local queue (a label of the pods)")
     priority: QueueName | None = Field(
         None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"

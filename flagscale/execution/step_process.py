@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from flagscale import variables
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution.exclusive import exclusively
 from flagscale.execution.logs import configure_logging
@@ -194,7 +195,9 @@ def keep_exclusive(place: str) -> None:
 
 
 @contextmanager
-def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iterator[Step]:
+def step_process(
+    name: str, experiment: str = "", accelerators: str = "0", is_rank: bool = False
+) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
     Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
@@ -203,6 +206,7 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
     Args:
         name: of the step.
         experiment: MLflow's, where the environment does not name one.
+        accelerators: how many its pod was given; the step fails where torch cannot use them.
         is_rank: another process started this one, and will tell its error.
 
     Raises:
@@ -218,6 +222,7 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
             step = Step(name)
             _running.append(step)
             try:
+                _check_accelerators(accelerators)
                 yield step
                 step.publish()
             finally:
@@ -233,6 +238,15 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
             logger.error("%s", traceback.format_exc().rstrip())
             _fail(name, f"{type(error).__name__}: {error}", is_rank)
             sys.exit(EXIT_ERROR)
+
+
+def _check_accelerators(count: str) -> None:
+    """Before hours of work: whether there are as many as the pod was given; its ranks ask again."""
+    if count != "0":
+        os.environ[variables.ACCELERATORS] = count
+        from flagscale.megatron.accelerators import check_accelerators
+
+        check_accelerators()
 
 
 def _fail(name: str, message: str, is_rank: bool) -> None:

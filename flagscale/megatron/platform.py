@@ -20,6 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flagscale.errors import UserError
+from flagscale.megatron.accelerators import check_accelerators, has_transformer_engine
+from flagscale.megatron.plain_fp32 import plain_fp32
 from flagscale.recipe import ParallelismRecipe
 
 if TYPE_CHECKING:
@@ -51,15 +53,30 @@ def training_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def inference_dtype(stored: torch.dtype) -> torch.dtype:
+    """What a model computes in that is stored in `stored` and only run.
+
+    bf16 stays bf16 on a GPU, where it is fast. fp16 becomes fp32: activations may leave its range.
+    """
+    return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
+
+
 def transformer_impl(choice: str) -> str:
-    """Megatron's `transformer_impl` for the recipe's choice (`auto` takes what the machine has)."""
-    if choice != "auto":
-        return choice
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
+    """Megatron's `transformer_impl` for the recipe's choice (`auto` takes what the machine has).
+
+    Raises:
+        UserError: transformer-engine is installed but does not import, or is chosen but not there.
+            Megatron-Core would go on without it, and say nothing.
+    """
+    if choice == "local" or not HAS_GPU:
+        return choice if choice != "auto" else "local"
+    if has_transformer_engine():
+        return "transformer_engine"
+    if choice == "auto":
         return "local"
-    return "transformer_engine" if HAS_GPU else "local"
+    raise UserError(
+        "training.transformer_impl=transformer_engine, but transformer-engine is not installed"
+    )
 
 
 def processes(parallelism: ParallelismRecipe) -> int:
@@ -100,6 +117,7 @@ def runtime(
     """Start Megatron-Core's process state; take it down on exit.
 
     World size and rank come from torchrun's environment; without it, this is one process alone.
+    Matrix products of fp32 tensors are fp32 inside (`flagscale.megatron.plain_fp32`).
 
     Args:
         seed: of weights and dropout.
@@ -107,10 +125,13 @@ def runtime(
         rerun_mode: of the rerun state machine.
 
     Raises:
-        UserError: the processes cannot be divided so.
+        UserError: the processes cannot be divided so, or the pod has accelerators that cannot be
+            used.
     """
     sizes = parallelism or ParallelismRecipe()
+    check_accelerators()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_fp32())
         if not HAS_GPU:
             stack.enter_context(_cuda_on_cpu())
         _start_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale import variables
 from flagscale.errors import UserError
+from flagscale.imports import without
 from flagscale.secrets import hide_in_urls, split_credentials
 from flagscale.tracking.names import first_line
 
@@ -101,6 +103,9 @@ def make_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
+    if "mlflow" not in sys.modules:
+        with without("pandas"):  # MLflow imports it where it is there, for data sets of its own
+            import mlflow
     import mlflow
 
     for noisy in ("mlflow.store.db.utils", "alembic"):  # a new database tells of its tables

@@ -1,13 +1,20 @@
 """Random tiny models of every family, and Megatron-Core's process state for them."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flagscale.megatron import platform
+from flagscale.megatron.shape import from_hf_config
+from flagscale.models.hf_folder import HFFolder
+from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_weights import WeightMap
+from flagscale.models.megatron import build_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -74,3 +81,18 @@ def make_model() -> Callable[..., PreTrainedModel]:
 def runtime() -> Iterator[None]:
     with platform.runtime():
         yield
+
+
+@pytest.fixture
+def imported() -> Callable[[Path], GPTModel]:
+    """Reads the model of a Hugging Face folder, as prepare-teacher does; within the runtime."""
+
+    def read(folder: Path) -> GPTModel:
+        shape = from_hf_config(AutoConfig.from_pretrained(folder))
+        source, weights = HFFolder(folder), WeightMap(shape)
+        check_names(source, weights)
+        model = build_model(shape, 128, params_dtype=source.dtype())
+        fill(model, source, weights)
+        return model
+
+    return read

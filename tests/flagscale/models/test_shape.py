@@ -20,7 +20,6 @@ from flagscale.megatron.shape import (
     hf_config_for,
     pad_vocab_size,
 )
-from flagscale.models.parity import count_parameters
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
@@ -230,4 +229,4 @@ def test_hf_config_of_a_student(family: str) -> None:
         assert config.layer_types == ["full_attention"] * 2
     model = AutoModelForCausalLM.from_config(config)
     assert len(model.model.layers) == 2
-    assert count_parameters(model) > 0
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0

@@ -12,8 +12,7 @@ from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import load_model
-from flagscale.models.parity import hf_logits, logit_difference
+from flagscale.models.megatron import load_model, logits
 from flagscale.models.source import load_hf_model, load_tokenizer
 from flagscale.recipe import DataRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
@@ -61,6 +60,9 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     output = tmp_path / "teacher"
     figures = prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, output)
     assert figures["max_logit_difference"] <= 1e-5
+    assert figures["max_layer_difference"] <= 1e-5
+    assert figures["kl_divergence"] <= 1e-9
+    assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
     hf_model = load_hf_model(tiny_teacher)
@@ -80,8 +82,11 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert not list((output / "hf").glob("*.safetensors"))
     with platform.runtime():
         tokens = torch.arange(SEQ_LENGTH)[None]
-        parity = logit_difference(load_model(output, SEQ_LENGTH), hf_model, tokens)
-    assert parity.max_abs_difference <= 1e-5
+        found = logits(load_model(output, SEQ_LENGTH), tokens)
+    with torch.no_grad():
+        expected = hf_model(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert manifest.facts["dtype"] == "float32"
     assert load_tokenizer(output / "hf")("a list")["input_ids"]
 
 
@@ -100,7 +105,7 @@ def test_the_loss_is_that_of_transformers(
     )
     losses = [
         torch.nn.functional.cross_entropy(
-            hf_logits(hf_model, batch["tokens"])[0].double(), batch["labels"][0]
+            hf_model(batch["tokens"], use_cache=False).logits[0].double(), batch["labels"][0]
         )
         for batch in batches
     ]
