@@ -58,9 +58,10 @@ test-containers: $(VENV)/.test  ## the CPU image built and the tiny pipeline run
 test-cluster: $(VENV)/.test build/tiny-teacher/config.json  ## the tiny recipe on a KFP server, as a table of checks (KFP_ENDPOINT=... PLATFORM=... TEACHER=...; docs/cluster.md)
 	PLATFORM='$(PLATFORM)' $(BIN)/python -m tests.cluster
 
-lint: $(VENV)/.test  ## style, types, formatting
+lint: $(VENV)/.test  ## style, formatting, which room may import which, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(VENV)/.test  ## mend what ruff can mend

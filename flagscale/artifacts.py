@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flagscale import processes
 from flagscale.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -40,6 +41,7 @@ class Manifest:
         tokenizer_hash: digest of the tokenizer's files, equal wherever vocabularies agree.
         libraries: versions of what wrote it.
         format_version: of this manifest.
+        peak_memory: the most that the step's ranks held, bytes by rank: `host`, `device`.
     """
 
     kind: str
@@ -50,20 +52,22 @@ class Manifest:
     tokenizer_hash: str | None
     libraries: dict[str, str]
     format_version: int = FORMAT_VERSION
+    peak_memory: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Identity of the content: files, facts and origin, not time or place."""
-        return digest(asdict(self))
+        """Identity of the content: files, facts and origin, not time, place or cost."""
+        return digest({k: v for k, v in asdict(self).items() if k != "peak_memory"})
 
 
 @dataclass
 class Staging:
-    """A folder that is being written. Fill `path`, `facts` and `tokenizer_hash`."""
+    """A folder that is being written. Fill `path`, `facts`, `tokenizer_hash`, `peak_memory`."""
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     tokenizer_hash: str | None = None
+    peak_memory: dict[str, list[int]] = field(default_factory=dict)
     manifest: Manifest | None = None
 
 
@@ -100,6 +104,7 @@ def new_artifact(
             facts=staging.facts,
             tokenizer_hash=staging.tokenizer_hash,
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            peak_memory=staging.peak_memory or {"host": [processes.peak_memory()]},
         )
         write_json(staging.path / MANIFEST, asdict(manifest))
         shutil.rmtree(output, ignore_errors=True)

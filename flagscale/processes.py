@@ -1,8 +1,9 @@
-"""Which process is which, on this machine."""
+"""Which process is which on this machine, and what this one took."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import psutil
 
@@ -23,3 +24,13 @@ def is_alive(process: str) -> bool:
         return same and found.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, bytes.
+
+    Not of `getrusage`: its figure is also the one of whoever started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -70,6 +70,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
     distilled, evaluation = teach(values, placed, dataset, teacher)
     exported = export_student(
         export_recipe=values["export"],
+        models_recipe=values["models"],
         distilled_student=distilled,
         evaluation=evaluation,
         **always(values),

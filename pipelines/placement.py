@@ -68,11 +68,12 @@ def check(platform: Platform, recipe: Recipe) -> None:
             f"training pod has {there} here; leave it out to use all of them"
         )
     try:
+        recipe.check_models(platform.steps.models.accelerator_count)
         recipe.check_accelerators(_pods(platform, recipe, "training").accelerator_count)
     except ValueError as error:
         raise UserError(
             f"recipe {recipe.name} on this platform: {error}; resources.accelerator_count makes "
-            "a pod use fewer"
+            "a training pod use fewer"
         ) from error
     if platform.uses_trainjob(recipe.resources.nodes):
         _check_volume(platform, recipe.resources.nodes)

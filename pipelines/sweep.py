@@ -123,6 +123,7 @@ def _wire(
 
     exported = export_winner(
         export_recipe=values["export"],
+        models_recipe=values["models"],
         distilled_students=dsl.Collected(distilled),
         evaluations=dsl.Collected(evaluation),
         leaderboard=table,

@@ -64,7 +64,12 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     text = prepare_data(data_recipe=values["data"], **always(values))
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
 
-    source = prepare_teacher(teacher_recipe=values["teacher"], dataset=dataset, **always(values))
+    source = prepare_teacher(
+        teacher_recipe=values["teacher"],
+        models_recipe=values["models"],
+        dataset=dataset,
+        **always(values),
+    )
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
@@ -76,7 +81,11 @@ def teach(
 ) -> tuple[Any, Any]:
     """The steps of one student: channels of the distilled student and its evaluation."""
     conversion = convert_student(
-        student_recipe=values["student"], teacher=teacher, dataset=dataset, **always(values)
+        student_recipe=values["student"],
+        models_recipe=values["models"],
+        teacher=teacher,
+        dataset=dataset,
+        **always(values),
     )
     student = placed.place(conversion, "models", "Convert student").outputs["student"]
 
@@ -84,6 +93,7 @@ def teach(
 
     measured = evaluate(
         evaluation_recipe=values["evaluation"],
+        models_recipe=values["models"],
         teacher=teacher,
         student=student,
         distilled_student=distilled,

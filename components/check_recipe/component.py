@@ -15,6 +15,7 @@ def check_recipe(
     teacher: dict,
     evaluation: dict,
     export: dict,
+    models: dict,
     data_max_documents: str,
     tracking_experiment: str,
     training_checkpoints: str,
@@ -53,6 +54,7 @@ def check_recipe(
         ("training", dict),
         ("evaluation", dict),
         ("export", dict),
+        ("models", dict),
         ("sweep_variants", list),
     ],
 ):
@@ -64,6 +66,7 @@ def check_recipe(
         teacher: the recipe's section `teacher`.
         evaluation: the recipe's section `evaluation`.
         export: the recipe's section `export`.
+        models: the recipe's section `models`.
         data_max_documents: sets `data.max_documents`; empty: the section's.
         tracking_experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         training_checkpoints: folder or URL of training checkpoints.

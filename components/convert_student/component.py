@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def convert_student(
     student_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     teacher: dsl.Input[dsl.Model],
@@ -19,6 +20,7 @@ def convert_student(
 
     Args:
         student_recipe: the recipe's section `student`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
@@ -29,10 +31,14 @@ def convert_student(
     from flagscale.execution.step_process import step_process
 
     with step_process("convert-student", experiment=experiment) as step:
-        from flagscale.recipe import StudentRecipe
+        from flagscale.recipe import ModelsRecipe, StudentRecipe
         from flagscale.steps.convert_student import convert_student
 
-        section = step.section(StudentRecipe, student_recipe)
-        inputs = (step.input("teacher", teacher), step.input("dataset", dataset))
-        figures = convert_student(section, *inputs, step.output(student.path))
+        figures = convert_student(
+            step.section(StudentRecipe, student_recipe),
+            teacher=step.input("teacher", teacher),
+            dataset=step.input("dataset", dataset),
+            output=step.output(student.path),
+            models=step.section(ModelsRecipe, models_recipe),
+        )
         step.report(figures, student_metrics)

@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def evaluate(
     evaluation_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     teacher: dsl.Input[dsl.Model],
@@ -22,6 +23,7 @@ def evaluate(
 
     Args:
         evaluation_recipe: the recipe's section `evaluation`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         teacher: from prepare-teacher.
@@ -37,7 +39,7 @@ def evaluate(
     with step_process("evaluate", experiment=experiment) as step:
         from pathlib import Path
 
-        from flagscale.recipe import EvaluationRecipe
+        from flagscale.recipe import EvaluationRecipe, ModelsRecipe
         from flagscale.steps.evaluate import evaluate
 
         figures = evaluate(
@@ -47,6 +49,7 @@ def evaluate(
             distilled=step.input("distilled_student", distilled_student),
             dataset=step.input("dataset", dataset),
             output=Path(evaluation.path),
+            models=step.section(ModelsRecipe, models_recipe),
         )
         step.copy(Path(evaluation.path) / "report.html", report.path)
         step.report(figures, evaluation_metrics)

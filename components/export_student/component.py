@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def export_student(
     export_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     distilled_student: dsl.Input[dsl.Model],
@@ -19,6 +20,7 @@ def export_student(
 
     Args:
         export_recipe: the recipe's section `export`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         distilled_student: from distil-student.
@@ -29,13 +31,14 @@ def export_student(
     from flagscale.execution.step_process import step_process
 
     with step_process("export-student", experiment=experiment) as step:
-        from flagscale.recipe import ExportRecipe
+        from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_student import export_student
 
-        section = step.section(ExportRecipe, export_recipe)
-        inputs = (
-            step.input("distilled_student", distilled_student),
-            step.input("evaluation", evaluation),
+        figures = export_student(
+            step.section(ExportRecipe, export_recipe),
+            distilled=step.input("distilled_student", distilled_student),
+            evaluation=step.input("evaluation", evaluation),
+            output=step.output(exported_student.path),
+            models=step.section(ModelsRecipe, models_recipe),
         )
-        figures = export_student(section, *inputs, step.output(exported_student.path))
         step.report(figures, export_metrics)

@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def export_winner(
     export_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     distilled_students: dsl.Input[list[dsl.Model]],
@@ -20,6 +21,7 @@ def export_winner(
 
     Args:
         export_recipe: the recipe's section `export`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         distilled_students: from distil-student, of each variant, in any order.
@@ -31,14 +33,15 @@ def export_winner(
     from flagscale.execution.step_process import step_process
 
     with step_process("export-winner", experiment=experiment) as step:
-        from flagscale.recipe import ExportRecipe
+        from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_winner import export_winner
 
         figures = export_winner(
             step.section(ExportRecipe, export_recipe),
-            models=[step.input("distilled_students", one) for one in distilled_students],
-            results=[step.input("evaluations", one) for one in evaluations],
+            students=[step.input("distilled_students", one) for one in distilled_students],
+            evaluations=[step.input("evaluations", one) for one in evaluations],
             leaderboard=step.input("leaderboard", leaderboard),
             output=step.output(exported_student.path),
+            models=step.section(ModelsRecipe, models_recipe),
         )
         step.report(figures, export_metrics)

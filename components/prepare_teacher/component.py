@@ -8,6 +8,7 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def prepare_teacher(
     teacher_recipe: dict,
+    models_recipe: dict,
     code_version: str,
     experiment: str,
     dataset: dsl.Input[dsl.Dataset],
@@ -18,6 +19,7 @@ def prepare_teacher(
 
     Args:
         teacher_recipe: the recipe's section `teacher`.
+        models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         dataset: from prepare-data: its validation split measures the teacher's loss.
@@ -27,10 +29,13 @@ def prepare_teacher(
     from flagscale.execution.step_process import step_process
 
     with step_process("prepare-teacher", experiment=experiment) as step:
-        from flagscale.recipe import TeacherRecipe
+        from flagscale.recipe import ModelsRecipe, TeacherRecipe
         from flagscale.steps.prepare_teacher import prepare_teacher
 
-        section = step.section(TeacherRecipe, teacher_recipe)
-        source = step.input("dataset", dataset)
-        figures = prepare_teacher(section, source, step.output(teacher.path))
+        figures = prepare_teacher(
+            step.section(TeacherRecipe, teacher_recipe),
+            dataset=step.input("dataset", dataset),
+            output=step.output(teacher.path),
+            models=step.section(ModelsRecipe, models_recipe),
+        )
         step.report(figures, teacher_metrics)

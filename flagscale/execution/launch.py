@@ -18,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+from pydantic import validate_call
+from pydantic_core import to_jsonable_python
 
 from flagscale.execution import heartbeat
 from flagscale.execution.notes import read_process
@@ -31,6 +34,8 @@ from flagscale.processes import RUNNER_VARIABLE, is_alive, this_process
 from flagscale.stop import deferred_stop, stop_requested
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 REQUEST_VARIABLE = "FLAGSCALE_REQUEST"
 _POLL_SECONDS = 0.2
@@ -64,6 +69,33 @@ def rank_environment(cores: float, processes: int) -> dict[str, str]:
         # Communication is then issued before the computation that it overlaps with.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
+
+
+def call_on_ranks(
+    step: str,
+    function: Callable[..., T],
+    processes: int,
+    **arguments: Any,  # noqa: ANN401 - sections, paths and other values that have a JSON form
+) -> T:
+    """Call a function here where one process is enough, else on as many ranks of this machine.
+
+    Args:
+        step: its name, for the log.
+        function: of a module; its annotations tell a rank what to make of the JSON values. It
+            returns a JSON value.
+        processes: how many.
+        arguments: of the function.
+
+    Raises:
+        UserError: see `run_on_ranks`.
+        Interrupted: see there.
+    """
+    if processes == 1:
+        return function(**arguments)
+    request: dict[str, Any] = to_jsonable_python(arguments)
+    name = f"{function.__module__}:{function.__qualname__}"
+    result: T = run_on_ranks(step, name, request, processes)
+    return result
 
 
 def run_on_ranks(
@@ -112,7 +144,8 @@ def _work(step: str, function: str) -> None:
         with step_process(step, is_rank=True):
             heartbeat.heed(ranks.path)
             module, name = function.split(":")
-            result = getattr(importlib.import_module(module), name)(**ranks.request())
+            call = validate_call(getattr(importlib.import_module(module), name))
+            result = call(**ranks.request())
             if is_first_rank():
                 ranks.note_result(result)
     except SystemExit as error:

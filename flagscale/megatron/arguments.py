@@ -77,9 +77,29 @@ class Arguments:
         return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
 
-def model_arguments(shape: ModelShape, seq_length: int, micro_batch_size: int = 1) -> Arguments:
-    """Arguments for running a model in fp32 with the implementation that is exact everywhere."""
-    return Arguments(shape=shape, seq_length=seq_length, micro_batch_size=micro_batch_size)
+def model_arguments(
+    shape: ModelShape,
+    seq_length: int,
+    micro_batch_size: int = 1,
+    parallelism: ParallelismRecipe | None = None,
+    params_dtype: torch.dtype = torch.float32,
+) -> Arguments:
+    """Arguments for running a model with the implementation that is exact everywhere.
+
+    Args:
+        shape: of the model.
+        seq_length: longest sequence that it will see, tokens.
+        micro_batch_size: samples a forward pass.
+        parallelism: sizes of the process groups; default: 1 each.
+        params_dtype: that weights and activations have.
+    """
+    return Arguments(
+        shape=shape,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        parallelism=parallelism or ParallelismRecipe(),
+        params_dtype=params_dtype,
+    )
 
 
 def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRecipe) -> Arguments:

@@ -1,13 +1,18 @@
-"""Model artifacts as Megatron-Core models that compute logits."""
+"""Model artifacts as Megatron-Core models that compute logits, on any layout."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights
@@ -15,49 +20,120 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import ParallelismRecipe
 from flagscale.train.train_gpt import model_provider
 
 WEIGHTS = "weights"
 
 
-def build_model(shape: ModelShape, seq_length: int) -> GPTModel:
-    """An fp32 model of `shape` with random weights, on the device, in evaluation mode."""
-    with use_args(model_arguments(shape, seq_length)):
-        return model_provider().to(platform.device()).eval()
+def build_model(
+    shape: ModelShape,
+    seq_length: int,
+    parallelism: ParallelismRecipe | None = None,
+    params_dtype: torch.dtype = torch.float32,
+) -> GPTModel:
+    """This rank's part of a model with random weights, on the device, in evaluation mode.
+
+    Args:
+        shape: of the model.
+        seq_length: longest sequence that it will see, tokens.
+        parallelism: that the runtime was started with; default: 1 each.
+        params_dtype: of its weights.
+
+    Raises:
+        UserError: the model cannot be divided so.
+    """
+    args = model_arguments(shape, seq_length, parallelism=parallelism, params_dtype=params_dtype)
+    with use_args(args):
+        model = model_provider(
+            pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
+        )
+    return model.to(platform.device()).eval()
 
 
-def load_model(artifact: Path, seq_length: int) -> GPTModel:
-    """The model of a `teacher`, `student` or `distilled-student` artifact, in evaluation mode.
+def load_model(
+    artifact: Path,
+    seq_length: int,
+    parallelism: ParallelismRecipe | None = None,
+    params_dtype: torch.dtype = torch.float32,
+) -> GPTModel:
+    """This rank's part of the model of a `teacher`, `student` or `distilled-student` artifact.
 
     Args:
         artifact: its folder, already checked with `open_artifact`.
-        seq_length: longest sequence that the model will see, tokens.
+        seq_length: see `build_model`.
+        parallelism: see there.
+        params_dtype: that the weights are turned into.
 
     Raises:
-        UserError: the weights cannot be read.
+        UserError: the weights cannot be read, or the model cannot be divided so.
     """
-    model = build_model(ModelShape.load(artifact), seq_length)
+    model = build_model(ModelShape.load(artifact), seq_length, parallelism, params_dtype)
     load_weights(model, artifact / WEIGHTS)
     return model
 
 
 @torch.no_grad()
-def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
-    """What the model predicts after each token.
+def forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What the model predicts after each token, as its last stage computes it. All ranks call it.
 
     Args:
-        model: from `load_model`, or wrapped for training.
-        tokens: int64 [b, s].
+        model: from `build_model`, or wrapped for training.
+        tokens: int64 [b, s], the same on every rank.
+
+    Returns:
+        On ranks of the last pipeline stage [b, s, padded vocabulary / TP] in the model's dtype:
+        this rank's slice of the vocabulary; None on the others.
+    """
+    tokens = tokens.to(platform.device())
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+
+    def step(_batches: Any, chunk: GPTModel) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:  # noqa: ANN401
+        output = chunk(tokens, positions, None)
+        return output, lambda output, non_loss_data=False: output
+
+    with without_multi_token_prediction(unwrap_model(model)):
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[None],
+            model=[model],
+            num_microbatches=1,
+            seq_length=tokens.size(1),
+            micro_batch_size=tokens.size(0),
+            decoder_seq_length=tokens.size(1),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    logits_bsv: torch.Tensor | None = outputs[0] if is_pipeline_last_stage() else None
+    return logits_bsv
+
+
+def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """What the model predicts after each token, whole and on every rank: for a few tokens.
+
+    Args:
+        model: see `forward`.
+        tokens: see there.
 
     Returns:
         float32 [b, s, vocabulary], without the columns of the padded vocabulary.
     """
-    tokens = tokens.to(platform.device())
-    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    with without_multi_token_prediction(unwrap_model(model)):
-        logits_bsv = model(tokens, positions, None)
-    vocab_size = unwrap_model(model).unpadded_vocab_size
-    return logits_bsv[..., :vocab_size].float()
+    part_bsv = forward(model, tokens)
+    unwrapped = unwrap_model(model)
+    vocab_size = unwrapped.unpadded_vocab_size
+    if part_bsv is not None:
+        whole_bsv = gather_from_tensor_model_parallel_region(part_bsv)
+        logits_bsv = whole_bsv[..., :vocab_size].float()
+    else:
+        logits_bsv = torch.empty(*tokens.shape, vocab_size, device=platform.device())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        logits_bsv = logits_bsv.contiguous()
+        torch.distributed.broadcast(
+            logits_bsv,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return logits_bsv
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ changing the temperature does not repeat the data preparation).
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
@@ -19,8 +20,9 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.sweep import SweepRecipe, Variant
+from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
+from flagscale.recipe.variants import Variant
 
 __all__ = [
     "ArchitectureRecipe",
@@ -28,6 +30,8 @@ __all__ = [
     "DistillationRecipe",
     "EvaluationRecipe",
     "ExportRecipe",
+    "LayoutRecipe",
+    "ModelsRecipe",
     "ParallelismRecipe",
     "Recipe",
     "ResourcesRecipe",

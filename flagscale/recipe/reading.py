@@ -40,7 +40,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     changes = [_apply(values, override) for override in overrides]
     recipe = parse_section(Recipe, values, where=f"recipe {path}")
     for override, change in zip(overrides, changes, strict=True):
-        field = set_in_vain(recipe, *change)
+        field = set_in_vain(recipe.sweep, *change)
         if field is not None:
             raise UserError(
                 f"override {override!r}: the sweep varies {field}, and its values replace this "

@@ -10,11 +10,13 @@ from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.combinations import check_combination
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import StudentRecipe, TeacherRecipe
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
-from flagscale.recipe.sweep import SweepRecipe, Variant, variants, with_first_values
+from flagscale.recipe.sweep import SweepRecipe, with_first_values
 from flagscale.recipe.training import TrainingRecipe
+from flagscale.recipe.variants import Variant, variants
 
 
 class Recipe(Section):
@@ -28,6 +30,7 @@ class Recipe(Section):
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    models: ModelsRecipe = ModelsRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()
     sweep: SweepRecipe | None = Field(None, description="Many trainings in one run; default: one")
@@ -72,18 +75,35 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sweep(self) -> Recipe:
-        variants(self)
+        if self.sweep is not None:
+            variants(self, self.sweep)
         return self
 
     @property
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[Variant[Recipe]]:
         """The sweep's variants, each a whole recipe; none without a sweep."""
-        return variants(self)
+        return [] if self.sweep is None else variants(self, self.sweep)
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:
         self.check_accelerators(0)
         return self
+
+    def check_models(self, accelerator_count: int) -> None:
+        """Refuse a layout of the model steps that their pods could not hold.
+
+        Args:
+            accelerator_count: of one of their pods; 0 on CPUs.
+
+        Raises:
+            ValueError: too few for the processes.
+        """
+        if 0 < accelerator_count < self.models.processes:
+            raise ValueError(
+                f"models.parallelism asks for {self.models.processes} processes, but a pod of "
+                f"the model steps has {accelerator_count} accelerator(s): a process needs one of "
+                "its own"
+            )
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.

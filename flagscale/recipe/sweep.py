@@ -1,29 +1,19 @@
-"""Section `sweep`: one recipe, many trainings, which share data and teacher.
-
-Each combination of the varied values is a variant: a whole recipe of its own, validated as one
-when the recipe is read, so that no variant fails after hours for what could be seen at once.
-"""
+"""Section `sweep`: which fields of a recipe vary; variants.py makes the trainings of it."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from flagscale.recipe.distillation import DistillationRecipe
-from flagscale.recipe.explaining import explain
 from flagscale.recipe.models import StudentRecipe
 from flagscale.recipe.section import PositiveInt, Section
-from flagscale.recipe.training import TrainingRecipe, decisive
-
-if TYPE_CHECKING:
-    from flagscale.recipe.recipe import Recipe
+from flagscale.recipe.training import TrainingRecipe
 
 MOST_VARIANTS = 64
 VARIED: dict[str, type[Section]] = {
@@ -68,77 +58,10 @@ class SweepRecipe(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One training of a sweep.
-
-    Attributes:
-        name: the fields with several values, and this one's: `temperature=2.0 num_layers=3`.
-        changes: `section.field` -> value, as validated.
-        recipe: the whole recipe of this variant alone.
-    """
-
-    name: str
-    changes: dict[str, Any]
-    recipe: Recipe
-
-    @property
-    def sections(self) -> dict[str, Any]:
-        """What a pipeline's loop is given: the name and the sections that may vary."""
-        names = {*VARIED}
-        return {
-            "name": self.name,
-            **self.recipe.model_dump(mode="json", include=names, exclude_none=True),
-        }
-
-
-def variants(recipe: Recipe) -> list[Variant]:
-    """The sweep's variants, in the order of `vary`, the last field fastest; none without a sweep.
-
-    Raises:
-        ValueError: a combination is no valid recipe, or the same training as another.
-    """
-    if recipe.sweep is None:
-        return []
-    paths = list(recipe.sweep.vary)
-    base = recipe.model_dump(mode="json", exclude={"sweep"})
-    found = [
-        _variant(recipe, base, dict(zip(paths, values, strict=True)))
-        for values in itertools.product(*recipe.sweep.vary.values())
-    ]
-    check_distinct("sweep.vary", ((variant.name, variant.recipe) for variant in found))
-    return found
-
-
-def check_distinct(where: str, variants: Iterable[tuple[str, Recipe]]) -> None:
-    """Refuse two variants that are one training: they would share checkpoints, job and MLflow run.
-
-    Args:
-        where: opens the error message.
-        variants: name and recipe of each.
-
-    Raises:
-        ValueError: which two, and why.
-    """
-    known: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, recipe in variants:
-        sections = recipe.model_dump(mode="json", include={*VARIED})
-        training = sections["training"]
-        content = json.dumps({**sections, "training": decisive(training)}, sort_keys=True)
-        other, its = known.setdefault(content, (name, training))
-        if its is training:
-            continue
-        fields = " or ".join(f"training.{key}" for key in training if training[key] != its[key])
-        why = f", because no result depends on {fields}, but for rounding" if fields else ""
-        raise ValueError(
-            f"{where}: {name!r} and {other!r} are the same training{why}; leave one of them out"
-        )
-
-
-def set_in_vain(recipe: Recipe, path: str, value: Any) -> str | None:  # noqa: ANN401 - of YAML
+def set_in_vain(sweep: SweepRecipe | None, path: str, value: Any) -> str | None:  # noqa: ANN401
     """The varied field that setting `path` would set, to no effect; None if there is none."""
     fields = _fields(path, value)
-    for varied in recipe.sweep.vary if recipe.sweep else ():
+    for varied in sweep.vary if sweep else ():
         if any(field == varied or field.startswith(f"{varied}.") for field in fields):
             return varied
     return None
@@ -156,7 +79,7 @@ def with_first_values(values: dict[str, Any]) -> dict[str, Any]:
         section, _, field = str(path).partition(".")
         given = values.setdefault(section, {}) if section in VARIED else None
         if isinstance(given, dict) and isinstance(choices, list | tuple) and choices:
-            values[section] = _changed(given, field, choices[0], keep=True)
+            values[section] = changed(given, field, choices[0], keep=True)
     return values
 
 
@@ -169,25 +92,7 @@ def describe(changes: Mapping[str, Any]) -> str:
     )
 
 
-def _variant(recipe: Recipe, base: Mapping[str, Any], changes: dict[str, Any]) -> Variant:
-    values = dict(base)
-    for path, value in changes.items():
-        section, _, field = path.partition(".")
-        values[section] = _changed(values[section], field, value)
-    kind = type(recipe)
-    try:
-        whole = kind.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(line.strip() for line in explain(kind, error))
-        raise ValueError(f"sweep.vary: the variant {describe(changes)!r}: {problems}") from None
-    dumped = whole.model_dump(mode="json")
-    validated = {path: _at(dumped, path) for path in changes}
-    assert recipe.sweep is not None
-    telling = {p: value for p, value in validated.items() if len(recipe.sweep.vary[p]) > 1}
-    return Variant(describe(telling), validated, whole)
-
-
-def _changed(
+def changed(
     values: Mapping[str, Any],
     path: str,
     value: Any,  # noqa: ANN401 - any JSON value
@@ -198,7 +103,7 @@ def _changed(
     old = values.get(name)
     if rest:
         inner = old if isinstance(old, Mapping) else {}
-        return {**values, name: _changed(inner, rest, value, keep)}
+        return {**values, name: changed(inner, rest, value, keep)}
     return {**values, name: old if keep and name in values else value}
 
 
@@ -206,12 +111,6 @@ def _fields(path: str, value: Any) -> list[str]:  # noqa: ANN401 - any YAML valu
     """The path, and those of all fields in a section that is its value."""
     inner = value.items() if isinstance(value, Mapping) else ()
     return [path, *(field for name, part in inner for field in _fields(f"{path}.{name}", part))]
-
-
-def _at(values: Any, path: str) -> Any:  # noqa: ANN401 - any JSON value
-    for name in path.split("."):
-        values = values[name]
-    return values
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value

@@ -11,17 +11,28 @@ from flagscale.recipe import (
     DataRecipe,
     EvaluationRecipe,
     ExportRecipe,
+    ModelsRecipe,
     Recipe,
     Section,
     TeacherRecipe,
     parse_section,
 )
-from flagscale.recipe.sweep import VARIED, check_distinct
+from flagscale.recipe.sweep import VARIED
+from flagscale.recipe.variants import check_distinct
 from flagscale.run_values.fields import set_fields
 from flagscale.run_values.made import Made
 from flagscale.run_values.values import check_checkpoints, check_images, check_value
 
-SECTIONS = ("data", "teacher", "student", "distillation", "training", "evaluation", "export")
+SECTIONS = (
+    "data",
+    "teacher",
+    "student",
+    "distillation",
+    "training",
+    "evaluation",
+    "export",
+    "models",
+)
 _WHOLE = "the recipe with this run's parameters"
 
 
@@ -32,6 +43,7 @@ class _Shared(Section):
     teacher: TeacherRecipe
     evaluation: EvaluationRecipe
     export: ExportRecipe
+    models: ModelsRecipe
 
 
 def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +72,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
         recipes = _variants(values["sweep_variants"], whole)
     else:
         recipes = {_WHOLE: parse_section(Recipe, whole, where=_WHOLE)}
-    _check_accelerators(recipes, int(values.get("where_training_accelerator_count", 0)))
+    _check_accelerators(recipes, values)
     return _resolved(values, list(recipes.values()))
 
 
@@ -103,10 +115,14 @@ def _variants(given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
     return found
 
 
-def _check_accelerators(recipes: Mapping[str, Recipe], count: int) -> None:
+def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]) -> None:
+    of_models, of_training = (
+        int(values.get(f"where_{kind}_accelerator_count", 0)) for kind in ("models", "training")
+    )
     for name, recipe in recipes.items():
         try:
-            recipe.check_accelerators(count)
+            recipe.check_models(of_models)
+            recipe.check_accelerators(of_training)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
 

@@ -24,13 +24,17 @@ from flagscale.models.distillation_proof import prove_distillation
 from flagscale.models.megatron import WEIGHTS, build_model, load_model, logits
 from flagscale.models.student import copy_from_teacher
 from flagscale.models.student_shape import layers_to_keep, student_shape
-from flagscale.recipe import StudentRecipe
+from flagscale.recipe import ModelsRecipe, StudentRecipe
 
 logger = logging.getLogger(__name__)
 
 
 def convert_student(
-    student: StudentRecipe, teacher: Path, dataset: Path, output: Path
+    student: StudentRecipe,
+    teacher: Path,
+    dataset: Path,
+    output: Path,
+    models: ModelsRecipe = ModelsRecipe(),
 ) -> dict[str, float]:
     """Make the student and prove ModelOpt's distillation conversion of it.
 
@@ -39,6 +43,7 @@ def convert_student(
         teacher: a `teacher` artifact.
         dataset: a `dataset` artifact; one validation sample serves the proofs.
         output: the `student` artifact to write.
+        models: how the step is spread over processes.
 
     Returns:
         Layers, parameters, and the proofs' figures.
@@ -61,7 +66,7 @@ def convert_student(
     recipe = {"student": student.model_dump(mode="json")}
     with (
         tracking.step_run("convert-student", recipe, parents=parents) as run,
-        platform.runtime(student.seed),
+        platform.runtime(student.seed, models.sizes),
         use_args(model_arguments(shape, seq_length)),
         new_artifact(output, "student", recipe, parents, run.log_artifact) as staging,
     ):

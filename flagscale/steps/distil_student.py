@@ -5,22 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
 
-from flagscale import tracking
-from flagscale.artifacts import (
-    Manifest,
-    Staging,
-    new_artifact,
-    open_artifact,
-    staging_path,
-)
+from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
@@ -30,9 +21,10 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
-from flagscale.recipe import DistillationRecipe, TrainingRecipe, parse_section
+from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
+from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror
@@ -44,7 +36,7 @@ from flagscale.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-class _Paths(NamedTuple):
+class Paths(NamedTuple):
     """The arguments of `distil_student` that are places."""
 
     teacher: Path
@@ -86,36 +78,27 @@ def distil_student(
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
     processes = platform.processes(training.parallelism)
-    paths = _Paths(teacher, student, dataset, str(checkpoints), output)
+    paths = Paths(teacher, student, dataset, str(checkpoints), output)
     check_training(distillation, training, student, processes)
     name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
     # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
     keep_exclusive(f"{paths.checkpoints}/{name}")
-    figures = _run(distillation, training, paths, processes)
+    figures = launch.call_on_ranks(
+        "distil-student",
+        distil_on_rank,
+        processes,
+        distillation=distillation,
+        training=training,
+        paths=paths,
+    )
     when_published(lambda: mirror.forget(paths.checkpoints, name))
     return figures
 
 
-def _run(
-    distillation: DistillationRecipe, training: TrainingRecipe, paths: _Paths, processes: int
+def distil_on_rank(
+    distillation: DistillationRecipe, training: TrainingRecipe, paths: Paths
 ) -> dict[str, float]:
-    """Train in this process, or in as many others."""
-    if processes == 1:
-        return _train(distillation, training, paths)
-    request = {
-        **sections(distillation, training),
-        **{name: str(path) for name, path in paths._asdict().items()},
-    }
-    figures: dict[str, float] = launch.run_on_ranks(
-        "distil-student", f"{__name__}:run_rank", request, processes
-    )
-    return figures
-
-
-def _train(
-    distillation: DistillationRecipe, training: TrainingRecipe, paths: _Paths
-) -> dict[str, float]:
-    """The work of one rank, or of the only process."""
+    """The work of one rank, or of the only process; see `distil_student`."""
     parents = _parents(paths, check_files=launch.is_first_rank())
     recipe = sections(distillation, training)
     folder, remote = mirror.place(paths.checkpoints, fingerprint(recipe, parents))
@@ -124,7 +107,7 @@ def _train(
     if distillation.loss != "none":
         args = with_teacher(args, paths.teacher, distillation)
     with (
-        _tracked(recipe, f"{paths.checkpoints}/{folder.name}") as run,
+        tracked("distil-student", recipe, f"{paths.checkpoints}/{folder.name}") as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
     ):
@@ -152,7 +135,7 @@ def _train(
             )
         step = saved.restore_best(trainer) if training.keep_weights == "best" else state.step
         figures = _figures(state, step)
-        with _written(paths.output, recipe, parents, run) as staging:
+        with written(paths.output, "distilled-student", recipe, parents, run) as staging:
             _save(trainer, state, paths.student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
             staging.tokenizer_hash = parents["student"].tokenizer_hash
@@ -161,39 +144,11 @@ def _train(
     return figures
 
 
-def _parents(paths: _Paths, *, check_files: bool) -> dict[str, Manifest]:
+def _parents(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
     return {
         name: open_artifact(getattr(paths, name), name, check_files)
         for name in ("teacher", "student", "dataset")
     }
-
-
-@contextmanager
-def _tracked(recipe: dict[str, dict[str, object]], training: str) -> Iterator[tracking.StepRun]:
-    """The step's run on the first rank; elsewhere one that tells nobody."""
-    if not launch.is_first_rank():
-        yield tracking.StepRun(None, None)
-        return
-    with tracking.step_run("distil-student", recipe, training) as run:
-        yield run
-
-
-@contextmanager
-def _written(
-    output: Path,
-    recipe: dict[str, dict[str, object]],
-    parents: dict[str, Manifest],
-    run: tracking.StepRun,
-) -> Iterator[Staging]:
-    """The artifact: the first rank's, into whose folder the others write their weights."""
-    if launch.is_first_rank():
-        kind = "distilled-student"
-        with new_artifact(output, kind, recipe, parents, run.log_artifact) as staging:
-            torch.distributed.barrier()
-            yield staging
-    else:
-        torch.distributed.barrier()
-        yield Staging(staging_path(output))
 
 
 def _trainer(args: Arguments, training: TrainingRecipe, student: Path) -> Trainer:
@@ -256,15 +211,3 @@ def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -
     for name, records in (("training", state.training), ("validation", state.validation)):
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def run_rank(distillation: dict[str, Any], training: dict[str, Any], **paths: str) -> Any:  # noqa: ANN401
-    """`distil_student` on one of several ranks, from JSON values."""
-    return _train(
-        parse_section(DistillationRecipe, distillation, where="distil-student"),
-        parse_section(TrainingRecipe, training, where="distil-student"),
-        _Paths(
-            checkpoints=paths.pop("checkpoints"),
-            **{name: Path(path) for name, path in paths.items()},
-        ),
-    )

@@ -59,8 +59,8 @@ def distil_student_on_nodes(
     keep_exclusive(f"{checkpoints}/{name}")
     figures: dict[str, float] = run_on_nodes(
         _STEP,
-        "flagscale.steps.distil_student:run_rank",
-        {**recipe, **{place: str(path) for place, path in paths.items()}},
+        "flagscale.steps.distil_student:distil_on_rank",
+        {**recipe, "paths": {place: str(path) for place, path in paths.items()}},
         Nodes(nodes, processes, accelerator_count, pods),
         shared,
         job_name(_STEP, [name, str(checkpoints)]),

@@ -25,7 +25,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import load_model, logits
 from flagscale.models.source import load_tokenizer
-from flagscale.recipe import EvaluationRecipe
+from flagscale.recipe import EvaluationRecipe, ModelsRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def evaluate(
     distilled: Path,
     dataset: Path,
     output: Path,
+    models: ModelsRecipe = ModelsRecipe(),
 ) -> dict[str, float]:
     """Compare the student, before and after distillation, with its teacher.
 
@@ -56,6 +57,7 @@ def evaluate(
         dataset: the `dataset` artifact whose test split is measured on.
         output: folder of the `evaluation` artifact: report.html, metrics.json, and
             per_document.jsonl for `flagscale.evaluation.compare`.
+        models: how the step is spread over processes.
 
     Returns:
         `<model>/<figure>` for each figure of `flagscale.evaluation.figures.SHOWN`,
@@ -79,7 +81,7 @@ def evaluate(
         stop_ids = {int(manifests["dataset"].facts["eod_id"]), tokenizer.eos_token_id}
         seq_length = int(manifests["dataset"].facts["seq_length"])
         fidelity, written, parameters = _run_models(
-            evaluation, folders, documents, prompts, stop_ids, seq_length
+            evaluation, folders, documents, prompts, stop_ids, seq_length, models
         )
         metrics = summarise(
             fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
@@ -161,9 +163,10 @@ def _run_models(
     prompts: Sequence[Sequence[int]],
     stop_ids: set[int],
     seq_length: int,
+    layout: ModelsRecipe,
 ) -> tuple[Fidelity, dict[str, list[list[int]]], dict[str, int]]:
     """Load and run the models: figures, continuations and parameter counts of each."""
-    with platform.runtime():
+    with platform.runtime(parallelism=layout.sizes):
         models = {m: load_model(folders[m], seq_length) for m in (TEACHER, BEFORE, AFTER)}
         functions = {name: partial(logits, model) for name, model in models.items()}
         fidelity = measure(

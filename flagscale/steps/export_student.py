@@ -36,7 +36,7 @@ from flagscale.models.parity import (
     fixed_tokens,
 )
 from flagscale.models.source import load_tokenizer
-from flagscale.recipe import ExportRecipe
+from flagscale.recipe import ExportRecipe, ModelsRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export_student(
-    export: ExportRecipe, distilled: Path, evaluation: Path, output: Path
+    export: ExportRecipe,
+    distilled: Path,
+    evaluation: Path,
+    output: Path,
+    models: ModelsRecipe = ModelsRecipe(),
 ) -> dict[str, float]:
     """Write the student in the recipe's format, prove that it loads, and register it in MLflow.
 
@@ -55,6 +59,7 @@ def export_student(
         evaluation: the `evaluation` artifact of that student; its figures go into the model card.
         output: folder of the `export` artifact, which `AutoModelForCausalLM` loads; in the format
             `megatron` it holds `weights/`, `model.json` and `tokenizer/`.
+        models: how the step is spread over processes.
 
     Returns:
         `bytes` of the weights; of a Hugging Face folder also `max_logit_difference` and
@@ -77,7 +82,7 @@ def export_student(
     with tracking.step_run("export-student", recipe, parents=parents) as run:
         with new_artifact(output, "export", recipe, parents, run.log_artifact) as staging:
             write = _copy_megatron if export.format == "megatron" else _export
-            figures, facts = write(export, distilled, staging.path)
+            figures, facts = write(export, models, distilled, staging.path)
             card = model_card(
                 export.registered_model_name or "Distilled student",
                 Origin.load(distilled / "hf"),
@@ -110,7 +115,7 @@ def _metrics_of(evaluation: Path, parents: dict[str, Manifest]) -> dict[str, Any
 
 
 def _export(
-    export: ExportRecipe, distilled: Path, folder: Path
+    export: ExportRecipe, models: ModelsRecipe, distilled: Path, folder: Path
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Write the folder; compare what transformers makes of it with the model it came from.
 
@@ -120,7 +125,7 @@ def _export(
     shape, template = ModelShape.load(distilled), distilled / "hf"
     dtype = _DTYPES[export.dtype]
     tokens = fixed_tokens(load_tokenizer(template), shape.max_position_embeddings)
-    with platform.runtime():
+    with platform.runtime(parallelism=models.sizes):
         model = load_model(distilled, tokens.size(1))
         check_weights(model, f"student {distilled}")
         export_to_hf(model, shape, template, folder, dtype)
@@ -147,7 +152,7 @@ def _export(
 
 
 def _copy_megatron(
-    export: ExportRecipe, distilled: Path, folder: Path
+    export: ExportRecipe, models: ModelsRecipe, distilled: Path, folder: Path
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Pass the distributed checkpoint on, with what is needed to load it.
 
@@ -158,7 +163,7 @@ def _copy_megatron(
     shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
     shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
     load_tokenizer(distilled / "hf").save_pretrained(folder / "tokenizer")
-    with platform.runtime():
+    with platform.runtime(parallelism=models.sizes):
         shape = ModelShape.load(folder)
         check_weights(load_model(folder, shape.max_position_embeddings), f"student {distilled}")
     return {"bytes": _bytes((folder / WEIGHTS).iterdir())}, {"dtype": "float32"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
-from flagscale.recipe import ExportRecipe
+from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.export_student import export_student
 
 logger = logging.getLogger(__name__)
@@ -18,19 +18,21 @@ _KINDS = {"distilled": "distilled-student", "evaluation": "evaluation"}
 
 def export_winner(
     export: ExportRecipe,
-    models: Sequence[Path],
-    results: Sequence[Path],
+    students: Sequence[Path],
+    evaluations: Sequence[Path],
     leaderboard: Path,
     output: Path,
+    models: ModelsRecipe = ModelsRecipe(),
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
 
     Args:
         export: the recipe's section.
-        models: the `distilled-student` artifacts of the sweep, in any order.
-        results: their `evaluation` artifacts, in any order.
+        students: the `distilled-student` artifacts of the sweep, in any order.
+        evaluations: their `evaluation` artifacts, in any order.
         leaderboard: the `leaderboard` artifact of the sweep.
         output: folder of the `export` artifact.
+        models: how the step is spread over processes.
 
     Returns:
         The figures of `export_student`.
@@ -42,9 +44,9 @@ def export_winner(
     logger.info("exporting the winner, %s", facts["winner"])
     distilled, evaluation = (
         _find(paths, name, facts["digests"][name])
-        for name, paths in (("distilled", models), ("evaluation", results))
+        for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    return export_student(export, distilled, evaluation, output)
+    return export_student(export, distilled, evaluation, output, models)
 
 
 def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:

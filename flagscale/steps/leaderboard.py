@@ -57,7 +57,7 @@ def rank_variants(
     parents = {name: manifest for name, (_, manifest) in evaluations.items()}
     with (
         tracking.step_run("leaderboard", {"sweep": {"metric": metric}}, parents=parents) as run,
-        new_artifact(output, "leaderboard", recipe, parents, run.log_artifact) as staging,
+        new_artifact(output, "leaderboard", recipe, parents, run.log_manifest) as staging,
     ):
         changes = _changes(wanted)
         candidates = [

@@ -51,7 +51,7 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         eod_id = find_eod(tokenizer, data.eod_token)
         corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
         start = time.monotonic()
-        with new_artifact(output, "dataset", params, log=run.log_artifact) as staging:
+        with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
             facts = _facts(data, corpora, counts, eod_id)

@@ -39,7 +39,7 @@ from flagscale.models.source import (
     load_tokenizer,
     tokenizer_hash,
 )
-from flagscale.recipe import TeacherRecipe
+from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.train.loop import evaluate_loss
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,16 @@ logger = logging.getLogger(__name__)
 _VALIDATION_SEQUENCES = 8
 
 
-def prepare_teacher(teacher: TeacherRecipe, dataset: Path, output: Path) -> dict[str, float]:
+def prepare_teacher(
+    teacher: TeacherRecipe, dataset: Path, output: Path, models: ModelsRecipe = ModelsRecipe()
+) -> dict[str, float]:
     """Import the teacher into Megatron-Core and prove the import.
 
     Args:
         teacher: the recipe's section.
         dataset: a `dataset` artifact, tokenised with the teacher's tokenizer.
         output: folder of the `teacher` artifact.
+        models: how the step is spread over processes.
 
     Returns:
         `max_logit_difference` and `mean_logit_difference` to transformers, `top1_agreement` with
@@ -75,7 +78,7 @@ def prepare_teacher(teacher: TeacherRecipe, dataset: Path, output: Path) -> dict
         check_weights(hf_model, f"teacher {teacher.source}")
         with (
             new_artifact(output, "teacher", recipe, parents, run.log_artifact) as staging,
-            platform.runtime(),
+            platform.runtime(parallelism=models.sizes),
         ):
             seq_length = parents["dataset"].facts["seq_length"]
             model = import_from_hf(hf_model, shape, seq_length, staging.path)

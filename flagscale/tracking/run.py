@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -102,6 +103,17 @@ class StepRun:
         """Record parameters; nested ones are flattened to `a.b.c`, long values are cut."""
         flat = {metric_name(name): parameter(value) for name, value in flatten(params).items()}
         self._call("parameters", lambda client: send_params(client, self._id, flat))
+
+    def log_manifest(self, path: Path) -> None:
+        """Upload an artifact's manifest; the most memory that a process held becomes a figure.
+
+        Args:
+            path: of the manifest.
+        """
+        self.log_artifact(path)
+        held = json.loads(path.read_text(encoding="utf-8"))["peak_memory"]
+        peaks = {f"peak {place} memory GB": max(ranks) / 1e9 for place, ranks in held.items()}
+        self.log_metrics(peaks)
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Store a file, or a folder's content, with the run (below `artifact_path`)."""

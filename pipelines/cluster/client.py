@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import kfp
 import kfp_server_api
 import urllib3
 
 from pipelines.cluster.access import TokenFile
+from pipelines.cluster.connection import Connection
 from pipelines.cluster.connection_errors import NotKfp
-
-if TYPE_CHECKING:
-    from pipelines.cluster.connection import Connection
 
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, to answer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import kfp_server_api
 import urllib3
@@ -11,9 +10,7 @@ from google.auth.exceptions import GoogleAuthError
 
 from flagscale.errors import UserError
 from flagscale.secrets import HIDDEN, mask
-
-if TYPE_CHECKING:
-    from pipelines.cluster.connection import Connection
+from pipelines.cluster.connection import Connection
 
 _AWAY = (429, 502, 503, 504)
 _LONGEST_MESSAGE = 600

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import TIMEOUT_SECONDS, Server
+from pipelines.cluster.client import TIMEOUT_SECONDS
+from pipelines.cluster.server import Server
 
 _BY_DRIVER = "argostub/"  # images that KFP never pulls
 _OF_A_LOOP = "iteration"  # KFP puts nodes of this name between a loop and its tasks

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import Server
 from pipelines.cluster.following import State
 from pipelines.cluster.logs import last_pod, last_words, read_log
 from pipelines.cluster.retry_policy import RetryPolicy, read_retry_policy
+from pipelines.cluster.server import Server
 from pipelines.cluster.steps import Attempt, Step
 from pipelines.cluster.tracked_end import end_in_mlflow
 from pipelines.outcome import StepFailed, duration

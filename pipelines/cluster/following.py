@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
+from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.connection_errors import BrokenAnswer, StoppedWaiting, is_passing
 from pipelines.cluster.definition import Definition, read_definition
+from pipelines.cluster.server import Server, say
 from pipelines.cluster.steps import Step, read_steps, seconds_between
 from pipelines.cluster.workflow_nodes import time_of
 from pipelines.outcome import duration

@@ -15,9 +15,10 @@ import re
 from dataclasses import dataclass
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import TIMEOUT_SECONDS, Server
+from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.connection_errors import NotKfp
 from pipelines.cluster.following import State
+from pipelines.cluster.server import Server
 from pipelines.cluster.steps import Step
 
 _LAST_LINES = 20

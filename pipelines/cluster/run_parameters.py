@@ -114,7 +114,7 @@ def _unknown(
 ) -> str:
     section = key.partition(".")[0]
     if section in Recipe.model_fields and section not in definitions:
-        varied = set_in_vain(recipe, key, read_yaml(key, text))
+        varied = set_in_vain(recipe.sweep, key, read_yaml(key, text))
         if varied is not None:
             return (
                 f"parameter {key}: the sweep varies {varied}; change it with "

@@ -14,8 +14,9 @@ import kfp_server_api
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from pipelines.cluster.connection import TIMEOUT_SECONDS, Server, say
+from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.package import Package
+from pipelines.cluster.server import Server, say
 
 _EQUALS = 1  # of KFP's filters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import say
+from pipelines.cluster.server import say
 
 _BADLY = ("FAILED", "CANCELED")
 

@@ -15,10 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.run_values.kubernetes_names import Name
-from pipelines.cluster.connection import Connection, Server, say
+from pipelines.cluster.connection import Connection
 from pipelines.cluster.package import Package, make_package
 from pipelines.cluster.retry_policy import read_retry_policy, warning
 from pipelines.cluster.run_parameters import read_parameters
+from pipelines.cluster.server import Server, say
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
 from pipelines.platform import load_platform

@@ -3,10 +3,10 @@
 import argparse
 
 from flagscale.errors import UserError
-from pipelines.cluster.connection import Server, say
 from pipelines.cluster.ending import check_ended
 from pipelines.cluster.following import follow, look
 from pipelines.cluster.logs import step_log
+from pipelines.cluster.server import Server, say
 from pipelines.commands.arguments import new_command
 from pipelines.commands.cluster import (
     POLL_SECONDS,

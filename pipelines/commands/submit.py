@@ -4,9 +4,9 @@ import argparse
 from dataclasses import replace
 from datetime import datetime
 
-from pipelines.cluster.connection import say
 from pipelines.cluster.ending import check_ended
 from pipelines.cluster.following import follow
+from pipelines.cluster.server import say
 from pipelines.cluster.submission import start_run
 from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command

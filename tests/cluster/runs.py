@@ -14,7 +14,8 @@ from datetime import datetime
 from typing import Any
 
 from pipelines.__main__ import _parser, main
-from pipelines.cluster.connection import TIMEOUT_SECONDS, Server
+from pipelines.cluster.client import TIMEOUT_SECONDS
+from pipelines.cluster.server import Server
 from pipelines.commands.cluster import connection
 from tests.cluster.settings import Settings
 from tests.cluster.table import Failed

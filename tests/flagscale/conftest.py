@@ -1,4 +1,4 @@
-"""Servers: an object store, moto's, which speaks S3's own protocol; a web server with troubles."""
+"""Megatron-Core running; an object store (moto's, which speaks S3); a web server with troubles."""
 
 import logging
 import threading
@@ -9,6 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.flagscale.web_server import WebServer
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[None]:
+    """Megatron-Core with its process groups, of this process alone."""
+    from flagscale.megatron import platform
+
+    with platform.runtime():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_the_digest_tells_content_and_origin_apart(tmp_path: Path) -> None:
     assert one.digest == same.digest
     assert len({one.digest, other.digest, child.digest, cousin.digest}) == 4
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+def test_the_most_memory_held_is_told_and_no_part_of_the_identity(tmp_path: Path) -> None:
+    one = write(tmp_path / "a")
+    assert 2**20 < one.peak_memory["host"][0] < 2**40
+    other = replace(one, peak_memory={"host": [1, 2], "device": [3, 4]})
+    assert other.digest == one.digest
 
 
 def test_an_error_leaves_nothing_and_keeps_what_stood_there(tmp_path: Path) -> None:

@@ -65,11 +65,11 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
     assert sections == {
         "check-recipe": set(),
         "prepare-data": {"data_recipe"},
-        "prepare-teacher": {"teacher_recipe"},
-        "convert-student": {"student_recipe"},
+        "prepare-teacher": {"models_recipe", "teacher_recipe"},
+        "convert-student": {"models_recipe", "student_recipe"},
         "distil-student": {"distillation_recipe", "training_recipe"},
-        "evaluate": {"evaluation_recipe"},
-        "export-student": {"export_recipe"},
+        "evaluate": {"models_recipe", "evaluation_recipe"},
+        "export-student": {"models_recipe", "export_recipe"},
         "record-run": set(),
     }
     depends = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint_shape import SHAPE
 
 from flagscale.checkpoint import load_weights, save_weights
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.models.megatron import build_model
+from tests.flagscale.checkpoint.checkpoint_shape import SHAPE
 
 ON_A_FULL_DISK = """
 import sys

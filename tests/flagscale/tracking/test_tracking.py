@@ -1,5 +1,6 @@
 """Tracking against a real SQLite store, a real `mlflow server`, and servers that fail."""
 
+import json
 import os
 import socket
 import socketserver
@@ -73,6 +74,21 @@ def test_parent_and_child(runs: Path, client: mlflow.MlflowClient, tmp_path: Pat
     text = client.download_artifacts(parent.run_id, "recipe.yaml", str(tmp_path))
     assert Path(text).read_text() == tracking.recipe_yaml(RECIPE)
     assert not os.environ.get("MLFLOW_RUN_ID") or mlflow.active_run() is None
+
+
+def test_a_manifest_comes_with_the_most_memory_a_rank_held(
+    runs: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "manifest.json"
+    held = {"host": [1_000_000_000, 3_000_000_000], "device": [5_000_000_000, 4_000_000_000]}
+    manifest.write_text(json.dumps({"peak_memory": held}))
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        os.environ.update(parent.environment)
+        with tracking.step_run("evaluate", {}) as step:
+            step.log_manifest(manifest)
+        child = child_of(client, parent, "evaluate")
+    assert child.data.metrics == {"peak host memory GB": 3.0, "peak device memory GB": 5.0}
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A running Megatron-Core, one batch, and float64 references from transformers."""
+"""One batch, and float64 references from transformers."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from transformers import AutoModelForCausalLM
 
 from flagscale.data.loader import train_iterator
-from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.shape import ModelShape
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with platform.runtime():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from kfp_server_api import ApiException
 
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
-from pipelines.cluster.connection import Connection, Server
+from pipelines.cluster.connection import Connection
 from pipelines.cluster.connection_errors import StoppedWaiting
+from pipelines.cluster.server import Server
 from pipelines.compiling import compile_recipe
 from pipelines.platform import load_platform
 from tests.pipelines.cluster.argo_nodes import tasks

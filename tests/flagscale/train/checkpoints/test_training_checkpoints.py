@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_shape import SHAPE
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -23,6 +22,7 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.setup import build_model_chunks, setup_training
+from tests.flagscale.checkpoint.checkpoint_shape import SHAPE
 
 HERE = Path(__file__).parent
 
@@ -168,7 +168,7 @@ def test_of_another_training_is_refused(trainer, checkpoints):
 
 def start(folder, *command):
     SHAPE.save(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[3])}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command), str(folder)], env=environment
     )
