@@ -22,6 +22,7 @@ from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
@@ -44,6 +45,11 @@ class Paths(NamedTuple):
     dataset: Path
     checkpoints: str
     output: Path
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The artifacts that are read, by kind."""
+        return {"teacher": self.teacher, "student": self.student, "dataset": self.dataset}
 
 
 def distil_student(
@@ -80,7 +86,7 @@ def distil_student(
     processes = platform.processes(training.parallelism)
     paths = Paths(teacher, student, dataset, str(checkpoints), output)
     check_training(distillation, training, student, processes)
-    name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
+    name = fingerprint(sections(distillation, training), _parents(paths))
     # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
     keep_exclusive(f"{paths.checkpoints}/{name}")
     figures = launch.call_on_ranks(
@@ -99,7 +105,7 @@ def distil_on_rank(
     distillation: DistillationRecipe, training: TrainingRecipe, paths: Paths
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `distil_student`."""
-    parents = _parents(paths, check_files=launch.is_first_rank())
+    parents = _parents(paths)
     recipe = sections(distillation, training)
     folder, remote = mirror.place(paths.checkpoints, fingerprint(recipe, parents))
     seq_length = parents["dataset"].facts["seq_length"]
@@ -107,6 +113,7 @@ def distil_on_rank(
     if distillation.loss != "none":
         args = with_teacher(args, paths.teacher, distillation)
     with (
+        files_checked(paths.inputs, parents) as files_are_right,
         tracked("distil-student", recipe, f"{paths.checkpoints}/{folder.name}") as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
@@ -121,6 +128,7 @@ def distil_on_rank(
             may_be_best=training.saves_at,
         )
         state = _restore(trainer, saved)
+        files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         with observer(run, state, training.train_iters) as told, deferred_stop():
             train(
@@ -144,10 +152,9 @@ def distil_on_rank(
     return figures
 
 
-def _parents(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
+def _parents(paths: Paths) -> dict[str, Manifest]:
     return {
-        name: open_artifact(getattr(paths, name), name, check_files)
-        for name in ("teacher", "student", "dataset")
+        name: open_artifact(path, name, check_files=False) for name, path in paths.inputs.items()
     }
 
 

@@ -3,8 +3,8 @@
 Tensors (weights, projections of the distillation loss, the optimiser's moments) are stored under
 their place in the whole model (see `sharded_optimizer`). Of the optimiser's parameter groups only
 the step is stored: how parameters are grouped depends on the layout, and the rest is the recipe's
-or the scheduler's. Random states are each rank's own; another layout keeps its freshly seeded ones, and draws other
-dropout masks.
+or the scheduler's. Random states are each rank's own; another layout keeps its freshly seeded ones,
+and draws other dropout masks.
 
 ModelOpt's mode `kd_loss` is not stored: a resumed training builds it anew from its recipe, and only
 its projections are read.
