@@ -83,7 +83,7 @@ def use_distributed_optimizer(choice: bool | None) -> bool:
     return HAS_GPU if choice is None else choice
 
 
-def has_gradient_accumulation_fusion() -> bool:
+def has_apex_gradient_accumulation() -> bool:
     """Whether Apex's kernel that adds a weight's gradient to the one before can be used."""
     return HAS_GPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 

@@ -18,6 +18,7 @@ from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.performance import resolved
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
@@ -106,11 +107,13 @@ def distil_on_rank(
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `distil_student`."""
     parents = _parents(paths)
+    shape, distilled = ModelShape.load(paths.student), distillation.loss != "none"
+    training = resolved(training, shape, distilled=distilled)
     recipe = sections(distillation, training)
     folder, remote = mirror.place(paths.checkpoints, fingerprint(recipe, parents))
     seq_length = parents["dataset"].facts["seq_length"]
-    args = training_arguments(ModelShape.load(paths.student), seq_length, training)
-    if distillation.loss != "none":
+    args = training_arguments(shape, seq_length, training)
+    if distilled:
         args = with_teacher(args, paths.teacher, distillation)
     with (
         files_checked(paths.inputs, parents) as files_are_right,
@@ -123,7 +126,7 @@ def distil_on_rank(
             folder,
             training.keep_checkpoints,
             training.async_save,
-            best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
+            best_by="logits distillation loss" if distilled else "lm loss",
             mirror=remote,
             may_be_best=training.saves_at,
         )
