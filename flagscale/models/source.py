@@ -160,8 +160,9 @@ def _download(source: str, revision: str | None) -> Path:
 
         return Path(patiently(download, f"fetch {name} of {source}", is_hub_away))
 
+    name = CONFIG_NAME
     try:
-        folder = fetch(CONFIG_NAME).parent
+        folder = fetch(name).parent
         with suppress(EntryNotFoundError):
             fetch(GENERATION_CONFIG_NAME)
         try:
@@ -171,6 +172,11 @@ def _download(source: str, revision: str | None) -> Path:
             files = [SAFE_WEIGHTS_NAME]
         for name in files:
             fetch(name)
+    except EntryNotFoundError as error:
+        raise UserError(
+            f"model {source}: {name} is not on the hub; give a model that transformers' "
+            "save_pretrained wrote"
+        ) from error
     except _UNREADABLE as error:
         raise _not_fetched("model", source, error) from error
     return folder
