@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
@@ -113,7 +113,7 @@ def prepare_on_rank(
     parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
     facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    shape = from_hf_config(AutoConfig.from_pretrained(folder))
+    shape = from_hf_config(load_hf_config(folder))
     _check_fits(shape, facts)
     source = HFFolder(folder, teacher.source)
     with tracked("prepare-teacher", recipe, parents=parents) as run:
@@ -262,7 +262,7 @@ def _describe(
 ) -> None:
     """What is no weights: configurations, tokenizer, origin."""
     folder = staging.path / "hf"
-    config = hf_config_for(shape, AutoConfig.from_pretrained(source.path))
+    config = hf_config_for(shape, load_hf_config(source.path))
     config.dtype = source.dtype()
     config.save_pretrained(folder)
     if (source.path / GENERATION_CONFIG_NAME).exists():
