@@ -81,9 +81,10 @@ format: $(VENV)/.test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML
+docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML, the table of docs/models.md
 	$(BIN)/python -m components
 	$(BIN)/python -m pipelines.golden
+	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/models/test_families.py -k documentation
 
 parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of docs/parallelism.md
 	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/train/test_layouts.py

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,9 @@ if not HAS_GPU:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 _CPU = torch.device("cpu")
+# How long a rank waits for another in a collective. The first one prepares the index of the data
+# meanwhile, or hashes the largest file: NCCL's 10 minutes are too few for that.
+_TIMEOUT = timedelta(hours=1)
 _starts = itertools.count()
 
 
@@ -54,10 +58,7 @@ def training_dtype(precision: str) -> torch.dtype:
 
 
 def inference_dtype(stored: torch.dtype) -> torch.dtype:
-    """What a model computes in that is stored in `stored` and only run.
-
-    bf16 stays bf16 on a GPU, where it is fast. fp16 becomes fp32: activations may leave its range.
-    """
+    """What a stored model is run in: bf16 where that is fast, else fp32, as fp16 may overflow."""
     return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
 
 
@@ -96,7 +97,7 @@ def use_distributed_optimizer(choice: bool | None) -> bool:
     return HAS_GPU if choice is None else choice
 
 
-def has_gradient_accumulation_fusion() -> bool:
+def has_apex_gradient_accumulation() -> bool:
     """Whether Apex's kernel that adds a weight's gradient to the one before can be used."""
     return HAS_GPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
@@ -155,6 +156,7 @@ def runtime(
             expert_model_parallel_size=sizes.expert_model_parallel_size,
             # Each expert is whole on its rank: small matrices gain nothing from being cut.
             expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=int(_TIMEOUT.total_seconds() / 60),
         )
         stack.callback(parallel_state.destroy_model_parallel)
         torch.manual_seed(seed)
@@ -184,7 +186,9 @@ def _start_process_group() -> None:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         # What an earlier start of this process left in the store must not be taken for this one's.
         store = torch.distributed.PrefixStore(f"start {next(_starts)}", store)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
         return
     # No port to collide on: a lone process needs no rendezvous.
     store = torch.distributed.HashStore()

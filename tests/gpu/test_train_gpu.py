@@ -161,10 +161,10 @@ def test_memory_that_runs_out_leaves_a_snapshot(tmp_path):
 
 
 def test_fused_gradient_accumulation_changes_rounding_alone(tmp_path, inputs, choose, monkeypatch):
-    if not platform.has_gradient_accumulation_fusion():
+    if not platform.has_apex_gradient_accumulation():
         pytest.skip("Apex's fused_weight_gradient_mlp_cuda is not installed")
     choose(**BF16)
     fused = train(Task("fused", "distillation", 1), tmp_path, inputs)
-    monkeypatch.setattr(platform, "has_gradient_accumulation_fusion", lambda: False)
+    monkeypatch.setattr(platform, "has_apex_gradient_accumulation", lambda: False)
     plain = train(Task("plain", "distillation", 1), tmp_path, inputs)
     assert_same_curve(fused, plain, RELATIVE["bf16"])
