@@ -229,7 +229,7 @@ def _metrics(
 
 
 def _generations(
-    evaluation: EvaluationRecipe, paths: Paths, texts: Mapping[str, Sequence[Sequence[int]]]
+    evaluation: EvaluationRecipe, paths: Paths, texts: Mapping[str, Sequence[list[int]]]
 ) -> list[dict[str, str]]:
     """Each prompt with the models' continuations."""
     tokenizer = load_tokenizer(paths.dataset / "tokenizer")
