@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -80,7 +81,8 @@ def local_weights(model: GPTModel) -> list[ShardedTensor]:
     """
     sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
     tensors = list(nested_values(sharded))
-    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = itertools.chain(model.parameters(), model.buffers())
+    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
     for tensor in tensors:
         if tensor.data.untyped_storage().data_ptr() not in owned:
             raise RuntimeError(f"Megatron-Core's {tensor.key} is a copy of the model's weights")

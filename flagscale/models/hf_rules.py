@@ -57,7 +57,7 @@ def attention(shape: ModelShape) -> Table:
     queries = shape.num_attention_heads // shape.num_query_groups * width
     own = LAYERS + "self_attention."
     theirs = _HF_LAYER + "self_attn."
-    table = {
+    table: Table = {
         own + "linear_qkv.layer_norm_weight": (
             Rows(_HF_LAYER + "input_layernorm.weight", 0, shape.hidden_size),
         ),
