@@ -152,25 +152,6 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
                 "(architecture.num_experts); leave them out"
             )
         return {}
-    if experts % expert_ranks:
-        raise UserError(
-            f"architecture.num_experts={experts} is not divisible by "
-            f"expert_model_parallel_size={expert_ranks}"
-        )
-    if sizes.tensor_model_parallel_size > 1 and not sizes.sequence_parallel:
-        raise UserError(
-            f"architecture.num_experts={experts} with tensor_model_parallel_size="
-            f"{sizes.tensor_model_parallel_size}: Megatron-Core trains experts on tensor-parallel "
-            "ranks with sequence_parallel=true only"
-        )
-    if sizes.tensor_model_parallel_size > 1 and expert_ranks == 1:
-        # Each rank holds whole experts (see platform.runtime) and sees its share of the tokens.
-        raise UserError(
-            f"architecture.num_experts={experts} with tensor_model_parallel_size="
-            f"{sizes.tensor_model_parallel_size} and expert_model_parallel_size=1: Megatron-Core "
-            "would not add up the experts' gradients of tensor-parallel ranks; set "
-            "expert_model_parallel_size above 1"
-        )
     if architecture.moe_grouped_gemm and not _has_transformer_engine(args):
         raise UserError(
             "architecture.moe_grouped_gemm=true needs training.transformer_impl="

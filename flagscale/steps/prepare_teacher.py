@@ -29,6 +29,7 @@ from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
 from flagscale.models.hf_folder import HFFolder
@@ -84,7 +85,9 @@ def prepare_teacher(
     facts = open_artifact(dataset, "dataset", check_files=False).facts
     _check_tokenizer(teacher, dataset)
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-        _check_fits(from_hf_config(load_hf_config(teacher.source, teacher.revision)), facts)
+        shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
+        _check_fits(shape, facts)
+        check_layout(shape, models.sizes, facts["seq_length"])
     with weights_folder(teacher.source, teacher.revision) as folder:
         return call_on_ranks(
             "prepare-teacher",
