@@ -66,22 +66,35 @@ class ModelSteps:
 def prepare_teacher(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     """The teacher as its source has it; then as it computes, with a validation sample.
 
-    The proof's streamed layers are never more than that: a table and a layer in fp32.
+    On a CPU also the proof, on the first rank: see `proof_bytes`.
     """
-    computation = Computation(steps.computed_bytes)
-    weights = steps.computed_bytes * parameters(steps.teacher, layout, stage).total
+    shape, size = steps.teacher, steps.computed_bytes
+    weights = {"weights": size * parameters(shape, layout, stage).total}
+    layer = _layer(shape, layout, stage, Computation(size), steps.seq_length)
     phases = [
-        _loaded(steps.teacher, layout, stage, steps.source_bytes),
-        _loaded(steps.teacher, layout, stage, steps.computed_bytes),
-        {"weights": weights, "activations": _layer(steps.teacher, layout, stage, computation,
-                                                   steps.seq_length)},
-    ]  # fmt: skip
+        _loaded(shape, layout, stage, steps.source_bytes),
+        _loaded(shape, layout, stage, size),
+        weights | {"activations": layer},
+        weights | {"logits": _gathered(shape, steps, layout, stage) + _hidden(shape, steps)},
+    ]
     if stage == layout.pipeline - 1:
-        logits = steps.seq_length * steps.teacher.padded_vocab_size // layout.tensor
-        widened = 0 if steps.computed_bytes == FLOAT32 else FLOAT32 * logits
-        held = steps.computed_bytes * logits + widened
-        phases.append({"weights": weights, "logits": held})
+        logits = steps.seq_length * shape.padded_vocab_size // layout.tensor
+        widened = 0 if size == FLOAT32 else FLOAT32 * logits
+        phases.append(weights | {"logits": size * logits + widened})
+    if stage == 0 and steps.device == "cpu":
+        phases.append({"logits": proof_bytes(shape, steps)})
     return _fullest(phases)
+
+
+def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
+    """Bytes of the host where the first rank compares a model with transformers' own.
+
+    transformers' layers come one by one, in fp32 beside what is read of the file; the largest is a
+    table. Then two models' logits are compared: they, their logarithms, and what is made of them.
+    """
+    logits = FLOAT32 * steps.proof_tokens * shape.padded_vocab_size
+    table = (FLOAT32 + steps.source_bytes) * shape.padded_vocab_size * shape.hidden_size
+    return max(7 * logits, table + 2 * logits) + 2 * _hidden(shape, steps)
 
 
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
@@ -146,20 +159,28 @@ def export_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     largest = max(student.table, 2 * steps.student.hidden_size * steps.student.ffn_hidden_size
                   // layout.tensor)  # fmt: skip
     looked_at = (size + 3) * largest  # is each value finite? Its magnitude, and three answers
-    tokens = steps.proof_tokens
-    computation = Computation(size)
-    proof = {"activations": _layer(steps.student, layout, stage, computation, tokens)}
-    if stage == layout.pipeline - 1:
-        proof = {"logits": 3 * FLOAT32 * tokens * steps.student.padded_vocab_size}
+    layer = _layer(steps.student, layout, stage, Computation(size), steps.proof_tokens)
     weights = {"weights": size * student.total}
     return _fullest(
         [
             {"save": shard},
             _loaded(steps.student, layout, stage, size),
             weights | {"save": looked_at},
-            weights | proof,
+            weights | {"activations": layer},
+            weights | {"logits": _gathered(steps.student, steps, layout, stage)},
         ]
     )
+
+
+def _gathered(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> int:
+    """Bytes of the fixed text's logits, which every rank gets; the last stage makes them."""
+    copies = 2.5 if stage == layout.pipeline - 1 else 1.5
+    return int(copies * FLOAT32 * steps.proof_tokens * shape.padded_vocab_size)
+
+
+def _hidden(shape: ModelShape, steps: ModelSteps) -> int:
+    """Bytes of what every layer makes of the fixed text."""
+    return FLOAT32 * steps.proof_tokens * shape.hidden_size * (shape.num_layers + 1)
 
 
 def _loaded(shape: ModelShape, layout: Layout, stage: int, dtype_bytes: int) -> Parts:

@@ -125,6 +125,9 @@ def model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
     reads, writes, flops = _model_work(job, step)
     if machine.device == "cuda":
         host += writes if step != "export-student" else 2 * models.SHARD
+        host += models.proof_bytes(job.teacher.shape, setup) if step == "prepare-teacher" else 0
+    if step == "export-student":  # transformers loads the model in a process of its own
+        host += PROCESS["cpu"] + models.proof_bytes(job.student, setup)
     return StepPlan(
         step=step,
         machine=machine,
