@@ -84,9 +84,9 @@ def main() -> None:
         folder = options.folder / size
         prepare(folder, *_SIZES[size])
         for step in _OUTPUTS:
-            if step in options.steps or not (folder / _OUTPUTS[step]).exists():
+            if step in options.steps:
                 peaks[size, step] = measure(options, size, step)
-            if step == "convert-student":
+            if step == "convert-student" and step in options.steps:
                 distil(folder)
     held = sizes(options.folder / options.size)
     for step in options.steps:

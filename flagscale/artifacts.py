@@ -131,7 +131,7 @@ def open_artifact(path: Path, kind: str, check_files: bool = True) -> Manifest:
     Args:
         path: its folder.
         kind: what it must be.
-        check_files: compare every file's hash; of several processes one is enough.
+        check_files: compare every file's hash.
 
     Raises:
         UserError: no such folder, an unfinished or changed one, or one of another kind.
@@ -139,11 +139,36 @@ def open_artifact(path: Path, kind: str, check_files: bool = True) -> Manifest:
     manifest = read_manifest(path, kind)
     if manifest.kind != kind:
         raise UserError(f"{path}: is a {manifest.kind!r}, but a {kind!r} is needed")
-    found = hash_files(path) if check_files else manifest.files
-    if found != manifest.files:
-        changed = sorted(set(found.items()) ^ set(manifest.files.items()))
-        raise UserError(f"{path}: {changed[0][0]} is missing or changed; make the {kind} anew")
+    if check_files:
+        check_names(path, manifest)
+        for file in manifest.files:
+            check_file(path, manifest, file)
     return manifest
+
+
+def check_names(path: Path, manifest: Manifest) -> None:
+    """Make sure that an artifact has the files of its manifest, and no others.
+
+    Raises:
+        UserError: which it lacks, or has.
+    """
+    changed = {file.relative_to(path).as_posix() for file in _files(path)} ^ set(manifest.files)
+    if changed:
+        raise _changed(path, manifest, min(changed))
+
+
+def check_file(path: Path, manifest: Manifest, file: str) -> None:
+    """Compare one file of an artifact with its manifest.
+
+    Raises:
+        UserError: it is another.
+    """
+    if _hash(path / file) != manifest.files[file]:
+        raise _changed(path, manifest, file)
+
+
+def _changed(path: Path, manifest: Manifest, file: str) -> UserError:
+    return UserError(f"{path}: {file} is missing or changed; make the {manifest.kind} anew")
 
 
 def read_manifest(path: Path, kind: str = "artifact") -> Manifest:
@@ -173,13 +198,16 @@ def read_manifest(path: Path, kind: str = "artifact") -> Manifest:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Relative path -> `sha256:<hex>` of every file below `folder` but the manifest."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    hashes = {}
-    for path in files:
-        with path.open("rb") as stream:
-            value = hashlib.file_digest(stream, "sha256").hexdigest()
-        hashes[path.relative_to(folder).as_posix()] = f"sha256:{value}"
-    return hashes
+    return {path.relative_to(folder).as_posix(): _hash(path) for path in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value

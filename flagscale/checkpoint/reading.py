@@ -1,4 +1,8 @@
-"""Reads a distributed checkpoint, on the layout that wrote it or on another."""
+"""Reads a distributed checkpoint, on the layout that wrote it or on another.
+
+Ranks that need the same read it once between them: each of a data-parallel group reads a share, and
+hands it on.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    load_sharded_metadata,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import FileSystemReader
@@ -50,7 +60,13 @@ def load(
     with same_outcome(folder, _READING):
         try:
             state, unread, _ = dist_checkpointing.load(
-                sharded_state, str(folder), strict=StrictHandling.RETURN_ALL
+                sharded_state,
+                str(folder),
+                sharded_strategy=FullyParallelLoadStrategyWrapper(
+                    get_default_load_sharded_strategy(str(folder)),
+                    parallel_state.get_data_parallel_group(with_context_parallel=True),
+                ),
+                strict=StrictHandling.RETURN_ALL,
             )
         except (CheckpointingException, RuntimeError, ValueError, EOFError) as error:
             raise UserError(f"{folder}: the checkpoint {_READING}: {last_line(error)}") from error

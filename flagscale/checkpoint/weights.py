@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,10 +50,17 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     Raises:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
-    state = load(by_chunk(chunks, sharded_weights), folder)
-    # Not strict because of what `sharded_weights` leaves out; that all the rest is there has been
-    # checked against the checkpoint.
-    load_chunks(chunks, state, strict=False)
+    # Not in the state's own form: Megatron-Core would put gate and up together in new memory.
+    asked = {
+        f"{name} {number}": tensor
+        for name, chunk in named_chunks(chunks).items()
+        for number, tensor in enumerate(local_weights(unwrap_model(chunk)))
+    }
+    places = {name: tensor.data.detach() for name, tensor in asked.items()}
+    loaded = load(asked, folder)
+    for name, place in places.items():
+        if loaded[name].data_ptr() != place.data_ptr():  # one that another rank has read
+            place.copy_(loaded[name])
 
 
 def count_parameters(folder: Path) -> int:
@@ -72,7 +80,13 @@ def local_weights(model: GPTModel) -> list[ShardedTensor]:
         model: one chunk, not wrapped.
     """
     sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
-    return list(nested_values(sharded))
+    tensors = list(nested_values(sharded))
+    own = itertools.chain(model.parameters(), model.buffers())
+    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
+    for tensor in tensors:
+        if tensor.data.untyped_storage().data_ptr() not in owned:
+            raise RuntimeError(f"Megatron-Core's {tensor.key} is a copy of the model's weights")
+    return tensors
 
 
 def by_chunk(

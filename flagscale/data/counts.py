@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flagscale.data.encoder import SPLITS, EncodedDocument
 from flagscale.data.indexed import sequence_lengths
-from flagscale.data.layout import Part, parts_of
+from flagscale.data.layout import SPLITS, Part, parts_of
 from flagscale.data.packing import pack
 from flagscale.errors import UserError
+
+if TYPE_CHECKING:
+    from flagscale.data.encoder import EncodedDocument
 
 
 @dataclass

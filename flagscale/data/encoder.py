@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from flagscale.data.indexed import token_type
 from flagscale.data.sources import Document
 from flagscale.errors import UserError
 
-SPLITS = ("train", "validation", "test")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 EOD_TOKEN = "<|endoftext|>"  # noqa: S105 - not a secret
 
 

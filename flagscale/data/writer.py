@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from flagscale.data.counts import Counts
-from flagscale.data.encoder import SPLITS, Encode, EncodedDocument
+from flagscale.data.encoder import Encode, EncodedDocument
 from flagscale.data.indexed import IndexedWriter
-from flagscale.data.layout import corpus_file, mask_file
+from flagscale.data.layout import SPLITS, corpus_file, mask_file
 from flagscale.data.sources import Document
 
 logger = logging.getLogger(__name__)

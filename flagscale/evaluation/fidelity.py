@@ -11,6 +11,7 @@ student's logits are computed some hundred tokens at a time: no more of them is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,45 +85,58 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> Fidelity:
     )
 
 
-def measure(
-    name: str, model: Model, teacher: KeptTeacher, batches: Sequence[Batch], documents: int
-) -> np.ndarray:
-    """Compare a model with its teacher; or the teacher with itself, which keeps it for the others.
-
-    All ranks call it.
+def keep(teacher: Model, kept: KeptTeacher, batches: Sequence[Batch]) -> None:
+    """Run the teacher, and keep what it predicts for `measure`. All ranks call it.
 
     Args:
-        name: of the model; `teacher` is the teacher.
-        model: with the teacher's vocabulary.
-        teacher: what is kept, with all batches where the model is not the teacher.
+        teacher: whose output layer is kept.
+        kept: where to.
+        batches: the text.
+    """
+    progress = _Progress(TEACHER, batches)
+    with torch.inference_mode():
+        for index, batch in enumerate(batches):
+            hidden_bsh = teacher.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and teacher.output_layer is not None:
+                kept.keep(index, batch.unpadded(hidden_bsh), teacher.output_layer)
+            progress.advance(batch)
+
+
+def measure(
+    name: str, student: Model, teacher: KeptTeacher, batches: Sequence[Batch], documents: int
+) -> np.ndarray:
+    """Compare a student with its teacher. All ranks call it.
+
+    Args:
+        name: of the student, for the log.
+        student: with the teacher's vocabulary.
+        teacher: what is kept of it, of the same batches.
         batches: the text.
         documents: how many.
 
     Returns:
-        Sums of `FIGURES` per document (float64 [4, documents]), the KL the forward one,
-        KL(teacher || model), over the full vocabulary at temperature 1. 0 on ranks that do not have
-        the output layer.
+        Sums of `FIGURES` per document (float64 [2, 4, documents]), the teacher's and the student's.
+        The KL is the forward one, KL(teacher || student), over the full vocabulary at temperature
+        1. All 0 on ranks that do not have the output layer.
 
     Raises:
-        UserError: the model's logits are not finite.
+        UserError: a model's logits are not finite.
     """
-    sums_fd = np.zeros((len(FIGURES), documents))
-    progress = _Progress(name, sum(sum(batch.lengths) for batch in batches))
+    sums_mfd = np.zeros((2, len(FIGURES), documents))
+    progress = _Progress(name, batches)
     with torch.inference_mode():
         for index, batch in enumerate(batches):
-            hidden_bsh = model.hidden_states(batch.inputs_bs)
-            if hidden_bsh is not None and model.output_layer is not None:
+            hidden_bsh = student.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and student.output_layer is not None:
                 hidden_nh = batch.unpadded(hidden_bsh)
-                if name == TEACHER:
-                    teacher.keep(index, hidden_nh, model.output_layer)
-                    reference = model.output_layer, hidden_nh
-                else:
-                    reference = teacher.kept(index, hidden_nh.device)
-                labels_n = batch.labels_n.to(hidden_nh.device)
-                figures_fn = _figures(reference, (model.output_layer, hidden_nh), labels_n)
-                _add(sums_fd, batch, figures_fn.cpu().numpy(), name)
-            progress.advance(sum(batch.lengths))
-    return sums_fd
+                figures_mfn = _figures(
+                    teacher.kept(index, hidden_nh.device),
+                    (student.output_layer, hidden_nh),
+                    batch.labels_n.to(hidden_nh.device),
+                )
+                _add(sums_mfd, batch, figures_mfn.cpu().numpy(), name)
+            progress.advance(batch)
+    return sums_mfd
 
 
 def document_hash(document: np.ndarray) -> str:
@@ -135,52 +149,55 @@ def _figures(
     student: tuple[OutputLayer, torch.Tensor],
     labels_n: torch.Tensor,
 ) -> torch.Tensor:
-    """`FIGURES` of n tokens, [4, n], from output layers and hidden states [n, h]."""
+    """`token_figures` [2, 4, n] from output layers and hidden states [n, h]."""
     (teacher_layer, teacher_nh), (student_layer, student_nh) = teacher, student
     rows = max(1, _CHUNK_ELEMENTS[teacher_nh.device.type] // teacher_layer.size)
     found = []
     for teacher_rh, student_rh, labels_r in zip(
         *(x.split(rows) for x in (teacher_nh, student_nh, labels_n)), strict=True
     ):
-        teacher_rv = teacher_layer(teacher_rh)
-        # The teacher against itself is one and the same.
-        student_rv = teacher_rv if student_layer is teacher_layer else student_layer(student_rh)
         found.append(
             token_figures(
-                teacher_rv, student_rv, labels_r, teacher_layer.first_token, teacher_layer.group
+                teacher_layer(teacher_rh),
+                student_layer(student_rh),
+                labels_r,
+                teacher_layer.first_token,
+                teacher_layer.group,
             )
         )
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=-1)
 
 
-def _add(sums_fd: np.ndarray, batch: Batch, figures_fn: np.ndarray, name: str) -> None:
+def _add(sums_mfd: np.ndarray, batch: Batch, figures_mfn: np.ndarray, name: str) -> None:
     """Add the figures of a batch's tokens to the sums of its documents."""
-    if not np.isfinite(figures_fn).all():
-        raise UserError(
-            f"the {name} model's logits are not finite on the test split: its training "
-            "diverged (a lower training.lr may help) or its weights are broken"
-        )
+    for model, figures_fn in zip((TEACHER, name), figures_mfn, strict=True):
+        if not np.isfinite(figures_fn).all():
+            raise UserError(
+                f"the {model} model's logits are not finite on the test split: its training "
+                "diverged (a lower training.lr may help) or its weights are broken"
+            )
     borders = np.cumsum([0, *batch.lengths])
-    for window, start, end in zip(batch, borders, borders[1:], strict=False):
-        sums_fd[:, window.document] += figures_fn[:, start:end].sum(axis=1)
+    for window, (start, end) in zip(batch, itertools.pairwise(borders), strict=True):
+        sums_mfd[..., window.document] += figures_mfn[..., start:end].sum(axis=-1)
 
 
 class _Progress:
     """A line every few seconds, with the time left."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total, self._done = name, total, 0
+    def __init__(self, name: str, batches: Sequence[Batch]) -> None:
+        self._name, self._done = name, 0
+        self._total = sum(sum(batch.lengths) for batch in batches)
         self._start = self._last = time.monotonic()
 
-    def advance(self, tokens: int) -> None:
-        self._done += tokens
+    def advance(self, batch: Batch) -> None:
+        self._done += sum(batch.lengths)
         now = time.monotonic()
         if now - self._last < _PROGRESS_SECONDS and self._done < self._total:
             return
         self._last, spent = now, now - self._start
         left = spent * (self._total - self._done) / self._done
         logger.info(
-            "%s model: measured %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
+            "%s model: run on %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
             self._name,
             self._done,
             self._total,

@@ -5,7 +5,7 @@ elementwise work is in float32: the sums and their logarithms are in float64, be
 logsumexps would drown a small KL. Relative error: 1e-9 at a KL of 3, 1e-5 at 3e-6.
 
 Where tensor-parallel ranks hold slices of the vocabulary, each sums up its own, shifted by its own
-maximum. Nine numbers a token are exchanged and put together in float64.
+maximum. Ten numbers a token are exchanged and put together in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def token_figures(
     first_token: int = 0,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """`FIGURES` of n tokens, float64 [4, n], in nats and ones.
+    """`FIGURES` of n tokens, float64 [2, 4, n], in nats and ones: the teacher's, the student's.
+
+    The teacher's are those of a student that is its teacher: no divergence, full agreement.
 
     Args:
         teacher_nv: logits of this rank's slice of the vocabulary, any float dtype.
@@ -34,11 +36,11 @@ def token_figures(
         first_token: of the slice.
         group: the ranks that share the vocabulary, all of which call this; None: it is whole.
     """
-    sums_9n = slice_sums(teacher_nv, student_nv, labels_n, first_token)
+    sums_10n = slice_sums(teacher_nv, student_nv, labels_n, first_token)
     if group is None or group.size() == 1:
-        return merge(sums_9n.unsqueeze(0), labels_n)
-    gathered = [torch.empty_like(sums_9n) for _ in range(group.size())]
-    torch.distributed.all_gather(gathered, sums_9n, group=group)
+        return merge(sums_10n.unsqueeze(0), labels_n)
+    gathered = [torch.empty_like(sums_10n) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, sums_10n, group=group)
     return merge(torch.stack(gathered), labels_n)
 
 
@@ -49,37 +51,42 @@ def slice_sums(
 
     Of the teacher and of the student the largest logit, its token, and the mass, that is the sum of
     exp(z); then sum(exp(z_t) * (z_t - z_s)); and whether the label is in the slice, with the
-    student's z of it. z are logits less the slice's largest.
+    teacher's and the student's z of it. z are logits less the slice's largest.
     """
     rows = max(1, _CHUNK_ELEMENTS[teacher_nv.device.type] // teacher_nv.shape[-1])
     chunks = (x.split(rows) for x in (teacher_nv, student_nv, labels_n - first_token))
-    sums_9n = torch.cat([_slice_sums(*chunk) for chunk in zip(*chunks, strict=True)], dim=1)
-    sums_9n[[1, 4]] += first_token
-    return sums_9n
+    sums_10n = torch.cat([_slice_sums(*chunk) for chunk in zip(*chunks, strict=True)], dim=1)
+    sums_10n[[1, 4]] += first_token
+    return sums_10n
 
 
-def merge(sums_s9n: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
-    """`FIGURES` of n tokens, float64 [4, n], from the `slice_sums` of all s slices, in order."""
-    top_t, token_t, mass_t, top_s, token_s, mass_s, products, is_here, label_z = sums_s9n.unbind(1)
+def merge(sums_s10n: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+    """`token_figures` from the `slice_sums` of all s slices, in order."""
+    top_t, token_t, mass_t, top_s, token_s, mass_s, products, is_here, label_t, label_s = (
+        sums_s10n.unbind(1)
+    )
     # The slices' z become those of the whole vocabulary.
     lower_t, lower_s = top_t - top_t.amax(0), top_s - top_s.amax(0)
-    scale_t = lower_t.exp()
-    log_mass_t = (mass_t * scale_t).sum(0).log()
-    log_mass_s = (mass_s * lower_s.exp()).sum(0).log()
-    products = scale_t * (products + mass_t * (lower_t - lower_s))
-    expected = products.sum(0) / (mass_t * scale_t).sum(0)
+    mass_t, mass_s = mass_t * lower_t.exp(), mass_s * lower_s.exp()
+    products = products * lower_t.exp() + mass_t * (lower_t - lower_s)
+    log_mass_t, log_mass_s = mass_t.sum(0).log(), mass_s.sum(0).log()
     guess_t, guess_s = (
         token.gather(0, top.argmax(0, keepdim=True)).squeeze(0)
         for token, top in ((token_t, top_t), (token_s, top_s))
     )
-    return torch.stack(
-        [
-            log_mass_s - (is_here * (label_z + lower_s)).sum(0),
-            expected - log_mass_t + log_mass_s,
-            (guess_t == guess_s).double(),
-            (guess_s == labels_n).double(),
-        ]
+    teacher = (
+        log_mass_t - (is_here * (label_t + lower_t)).sum(0),
+        torch.zeros_like(log_mass_t),
+        torch.ones_like(log_mass_t),
+        guess_t == labels_n,
     )
+    student = (
+        log_mass_s - (is_here * (label_s + lower_s)).sum(0),
+        products.sum(0) / mass_t.sum(0) - log_mass_t + log_mass_s,
+        guess_t == guess_s,
+        guess_s == labels_n,
+    )
+    return torch.stack([torch.stack([x.double() for x in model]) for model in (teacher, student)])
 
 
 def _slice_sums(
@@ -91,7 +98,7 @@ def _slice_sums(
     top_s, token_s = student_rv.max(dim=-1, keepdim=True)
     z_t, z_s = teacher_rv - top_t, student_rv - top_s
     is_here_r = (labels_r >= 0) & (labels_r < z_s.size(-1))
-    label_z_r = z_s.gather(-1, labels_r.where(is_here_r, 0)[:, None])
+    label_t, label_s = (z.gather(-1, labels_r.where(is_here_r, 0)[:, None]) for z in (z_t, z_s))
     difference_rv = z_t - z_s
     p_t = z_t.exp_()
     sums = (
@@ -103,6 +110,7 @@ def _slice_sums(
         z_s.exp_().sum(dim=-1, dtype=torch.float64),
         p_t.mul_(difference_rv).sum(dim=-1, dtype=torch.float64),
         is_here_r,
-        label_z_r,
+        label_t,
+        label_s,
     )
     return torch.stack([x.reshape(-1).double() for x in sums])

@@ -30,6 +30,7 @@ from flagscale.execution import heartbeat
 from flagscale.execution.notes import read_process
 from flagscale.execution.rank_folder import RankFolder
 from flagscale.execution.step_process import step_process
+from flagscale.imports import uncollected
 from flagscale.processes import RUNNER_VARIABLE, is_alive, this_process
 from flagscale.stop import deferred_stop, stop_requested
 
@@ -146,7 +147,8 @@ def _work(step: str, function: str) -> None:
         with step_process(step, is_rank=True):
             heartbeat.heed(ranks.path)
             module, name = function.split(":")
-            call = validate_call(getattr(importlib.import_module(module), name))
+            with uncollected():
+                call = validate_call(getattr(importlib.import_module(module), name))
             result = call(**ranks.request())
             if is_first_rank():
                 ranks.note_result(result)

@@ -31,6 +31,7 @@ from flagscale.execution.logs import configure_logging
 from flagscale.execution.metrics_file import write_metrics
 from flagscale.execution.notes import note_error, note_process
 from flagscale.execution.signals import end_with_runner, signals_raise
+from flagscale.imports import uncollected
 from flagscale.recipe import SectionT, parse_section
 from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
 from flagscale.stop import deferred_stop
@@ -65,6 +66,11 @@ class Step:
         self._folders = ExitStack()
         self._outputs: list[tuple[Path, Path]] = []
         self._afterwards: list[Callable[[], object]] = []
+        self._importing = ExitStack()
+
+    def import_first(self) -> None:
+        """Collect no garbage until the body has imported what it runs: its next calls are these."""
+        self._importing.enter_context(uncollected())
 
     def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
         """A section of the recipe, checked again: KFP hands over its numbers as floats.
@@ -72,6 +78,7 @@ class Step:
         Raises:
             UserError: a field is unknown or has a wrong value.
         """
+        self._importing.close()
         return parse_section(kind, values, where=self.name)
 
     def input(self, name: str, artifact: Input) -> Path:
@@ -86,6 +93,7 @@ class Step:
         Raises:
             UserError: nothing is there, or something else than what was pointed to.
         """
+        self._importing.close()
         path = Path(artifact.path)
         if not path.is_dir() or not any(path.iterdir()):
             raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
@@ -107,6 +115,7 @@ class Step:
         Raises:
             UserError: the shared place cannot be written.
         """
+        self._importing.close()
         self._place = self._place or shared_place()
         if self._place is None:
             return Path(path)
@@ -150,6 +159,7 @@ class Step:
 
     def close(self) -> None:
         """Remove folders that were the step's own."""
+        self._importing.close()
         self._folders.close()
 
     def when_published(self, do: Callable[[], object]) -> None:
@@ -221,6 +231,8 @@ def step_process(
             end_with_runner()
             step = Step(name)
             _running.append(step)
+            if not is_rank:
+                step.import_first()
             try:
                 _check_accelerators(accelerators)
                 yield step

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from flagscale.megatron import platform
+from flagscale.megatron.performance import resolved
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
 
@@ -25,7 +26,15 @@ class Arguments:
         params_dtype: of the parameters.
         transformer_impl: `local` or `transformer_engine`.
         parallelism: sizes of the process groups that the model is built for.
-        recompute_granularity: `none`, `selective` (core attention) or `full` (whole layers).
+        recompute_granularity: `none`, `selective` (some modules) or `full` (whole layers).
+        recompute_modules: which, if `selective`; None: core attention.
+        overlap_grad_reduce: of data-parallel ranks, with the backward pass.
+        overlap_param_gather: of data-parallel ranks, with the forward pass.
+        ddp_bucket_size: parameters that these two communicate at once; None: Megatron-Core's.
+        apply_rope_fusion: transformer-engine's kernel for positions.
+        bias_activation_fusion: one kernel for SwiGLU.
+        bias_dropout_fusion: one kernel for residuals.
+        cross_entropy_loss_fusion: transformer-engine's cross entropy.
         fp8: `none`, `e4m3` or `hybrid`.
         fp8_recipe: how transformer-engine scales.
         gradient_accumulation_fusion: weights' gradients are added in place to those before; needs
@@ -53,6 +62,14 @@ class Arguments:
     transformer_impl: str = "local"
     parallelism: ParallelismRecipe = field(default_factory=ParallelismRecipe)
     recompute_granularity: str = "none"
+    recompute_modules: tuple[str, ...] | None = None
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    ddp_bucket_size: int | None = None
+    apply_rope_fusion: bool = False
+    bias_activation_fusion: bool = False
+    bias_dropout_fusion: bool = False
+    cross_entropy_loss_fusion: bool = False
     fp8: str = "none"
     fp8_recipe: str = "delayed"
     gradient_accumulation_fusion: bool = False
@@ -104,6 +121,7 @@ def model_arguments(
 
 def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRecipe) -> Arguments:
     """Arguments for training a standard model as the recipe says."""
+    training = resolved(training, shape)
     return Arguments(
         shape=shape,
         seq_length=seq_length,
@@ -113,9 +131,17 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         transformer_impl=platform.transformer_impl(training.transformer_impl),
         parallelism=training.parallelism,
         recompute_granularity=training.recompute_granularity,
+        recompute_modules=training.recompute_modules,
+        overlap_grad_reduce=bool(training.overlap_grad_reduce),
+        overlap_param_gather=bool(training.overlap_param_gather),
+        ddp_bucket_size=training.ddp_bucket_size,
+        apply_rope_fusion=bool(training.apply_rope_fusion),
+        bias_activation_fusion=bool(training.bias_activation_fusion),
+        bias_dropout_fusion=bool(training.bias_dropout_fusion),
+        cross_entropy_loss_fusion=bool(training.cross_entropy_loss_fusion),
         fp8=training.fp8,
         fp8_recipe=training.fp8_recipe,
-        gradient_accumulation_fusion=platform.has_gradient_accumulation_fusion(),
+        gradient_accumulation_fusion=bool(training.gradient_accumulation_fusion),
         reset_attention_mask=training.reset_attention_mask,
         seed=training.seed,
         timing_log_level=training.timing_log_level,
@@ -126,5 +152,13 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
 
 
 def with_teacher(args: Arguments, teacher: Path, distillation: DistillationRecipe) -> Arguments:
-    """The same arguments for the model converted for distillation from the teacher's artifact."""
-    return replace(args, export_kd_teacher_load=teacher, export_kd_cfg=distillation)
+    """The same arguments for the model converted for distillation from the teacher's artifact.
+
+    Without transformer-engine's cross entropy, which would overwrite the logits that are compared.
+    """
+    return replace(
+        args,
+        export_kd_teacher_load=teacher,
+        export_kd_cfg=distillation,
+        cross_entropy_loss_fusion=False,
+    )

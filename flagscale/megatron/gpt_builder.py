@@ -62,6 +62,10 @@ def build_gpt_model(
         vp_stage=vp_stage,
     )
     model.unpadded_vocab_size = shape.vocab_size
+    if args.gradient_accumulation_fusion and not config.gradient_accumulation_fusion:
+        for module in model.modules():  # transformer-engine's, which need no Apex
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     if post_process and shape.padded_vocab_size > shape.vocab_size:
         _mask_padded_vocabulary(model, shape.vocab_size)
     return model

@@ -1,12 +1,13 @@
-"""Checks of every loss, through Megatron-Core's rerun state machine."""
+"""Checks of losses and gradients, through Megatron-Core's rerun state machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
 # Ten times the largest loss seen so far is no noise (Megatron's factor).
 SPIKY_LOSS_FACTOR = 10
@@ -23,14 +24,10 @@ def check_loss(args: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - Argumen
         RuntimeError: the loss is NaN or infinite, and is not computed again to find out why.
     """
     machine = get_rerun_state_machine()
+    # Read once: every check of a value on a GPU would wait for the GPU.
+    loss = loss.detach().cpu()
     if args.check_for_nan_in_loss_and_grad:
-        for rejection_func, message in (
-            (torch.isnan, "found NaN in local forward loss calculation"),
-            (torch.isinf, "found Inf in local forward loss calculation"),
-        ):
-            machine.validate_result(
-                result=loss, rejection_func=rejection_func, message=message, fatal=True
-            )
+        _check_finite(loss, "in local forward loss calculation")
     if args.check_for_spiky_loss:
         machine.validate_result(
             result=loss,
@@ -39,4 +36,36 @@ def check_loss(args: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - Argumen
             ),
             message="spiky loss",
             fatal=False,
+        )
+
+
+def check_gradients(buffers: Sequence[torch.Tensor]) -> None:
+    """Look for NaN and infinity in all gradients at once, after the backward pass.
+
+    Megatron-Core looks at each bucket by itself, twice, in the midst of the backward pass.
+
+    Args:
+        buffers: gradients of this rank, any shapes.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    norms = torch.stack([buffer.norm() for buffer in buffers])
+    _check_finite(norms.norm().cpu(), "in the norm of the local gradients")
+
+
+def reruns() -> bool:
+    """Whether the rerun state machine computes again what looks wrong."""
+    return get_rerun_state_machine().mode != RerunMode.DISABLED
+
+
+def _check_finite(result: torch.Tensor, where: str) -> None:
+    """Let the machine look at a number on the host."""
+    machine = get_rerun_state_machine()
+    for rejection_func, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        machine.validate_result(
+            result=result,
+            rejection_func=rejection_func,
+            message=f"found {what} {where}",
+            fatal=True,
         )

@@ -13,14 +13,15 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from flagscale.errors import UserError
 from flagscale.megatron.accelerators import check_accelerators, has_transformer_engine
+from flagscale.megatron.cuda_on_cpu import cuda_on_cpu
 from flagscale.megatron.plain_fp32 import plain_fp32
 from flagscale.recipe import ParallelismRecipe
 
@@ -34,6 +35,9 @@ if not HAS_GPU:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 _CPU = torch.device("cpu")
+# How long a rank waits for another in a collective. The first one prepares the index of the data
+# meanwhile, or hashes the largest file: NCCL's 10 minutes are too few for that.
+_TIMEOUT = timedelta(hours=1)
 _starts = itertools.count()
 
 
@@ -54,10 +58,7 @@ def training_dtype(precision: str) -> torch.dtype:
 
 
 def inference_dtype(stored: torch.dtype) -> torch.dtype:
-    """What a model computes in that is stored in `stored` and only run.
-
-    bf16 stays bf16 on a GPU, where it is fast. fp16 becomes fp32: activations may leave its range.
-    """
+    """What a stored model is run in: bf16 where that is fast, else fp32, as fp16 may overflow."""
     return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
 
 
@@ -96,7 +97,7 @@ def use_distributed_optimizer(choice: bool | None) -> bool:
     return HAS_GPU if choice is None else choice
 
 
-def has_gradient_accumulation_fusion() -> bool:
+def has_apex_gradient_accumulation() -> bool:
     """Whether Apex's kernel that adds a weight's gradient to the one before can be used."""
     return HAS_GPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
@@ -133,7 +134,7 @@ def runtime(
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_fp32())
         if not HAS_GPU:
-            stack.enter_context(_cuda_on_cpu())
+            stack.enter_context(cuda_on_cpu())
         _start_process_group()
         stack.callback(torch.distributed.destroy_process_group)
         from megatron.core import parallel_state, tensor_parallel
@@ -155,6 +156,7 @@ def runtime(
             expert_model_parallel_size=sizes.expert_model_parallel_size,
             # Each expert is whole on its rank: small matrices gain nothing from being cut.
             expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=int(_TIMEOUT.total_seconds() / 60),
         )
         stack.callback(parallel_state.destroy_model_parallel)
         torch.manual_seed(seed)
@@ -184,118 +186,10 @@ def _start_process_group() -> None:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         # What an earlier start of this process left in the store must not be taken for this one's.
         store = torch.distributed.PrefixStore(f"start {next(_starts)}", store)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
         return
     # No port to collide on: a lone process needs no rendezvous.
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
-class _CudaToCpu(TorchFunctionMode):
-    """Redirects tensors that are asked for on a CUDA device to the CPU."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimiser sorts parameters by the names of CUDA's tensor types.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        return func(*args, **kwargs)
-
-
-def _is_cuda(value: object) -> bool:
-    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
-
-
-def _with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes split sizes as tensors: the expert dispatcher makes numpy arrays only off a GPU."""
-
-    def with_lists(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
-        return all_to_all_single(*args, **kwargs)
-
-    return with_lists
-
-
-class _NoStream:
-    """A stream or event of a device on which all work is already in order."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
-        return lambda *args, **kwargs: self
-
-
-@contextlib.contextmanager
-def _cuda_on_cpu() -> Iterator[None]:
-    import megatron.core.tensor_parallel.random as mcore_random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
-
-    # It warns at every step that the CPU's random state changed within a GPU random context.
-    logging.getLogger(mcore_random.__name__).setLevel(logging.ERROR)
-    cuda: dict[str, Any] = {
-        "current_device": lambda: _CPU,
-        "device_count": lambda: 1,
-        "set_device": lambda device: None,
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "manual_seed": lambda seed: torch.manual_seed(seed),
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "Stream": type("Stream", (_NoStream,), {}),
-        "Event": type("Event", (_NoStream,), {}),
-        "current_stream": lambda device=None: _NoStream(),
-        "default_stream": lambda device=None: _NoStream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-    }
-    rng: dict[str, Any] = {
-        "_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-        "_set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-    }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(torch.cuda, cuda))
-        stack.enter_context(_replaced(mcore_random, rng))
-        dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
-        stack.enter_context(_replaced(torch.distributed, dispatch))
-        if not hasattr(moe_utils, "te_general_gemm"):
-            # Megatron-Core 0.16.1 names it without transformer-engine too.
-            stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
-        if not isinstance(multi_latent_attention.TELinear, type):
-            # It asks whether its layers are transformer-engine's, which is not there to be asked.
-            stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
-        stack.enter_context(_CudaToCpu())
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, values: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    missing = object()
-    before = {name: getattr(module, name, missing) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is missing:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)

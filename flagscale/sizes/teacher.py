@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from flagscale.errors import UserError
+from flagscale.megatron.families import family_of
 from flagscale.megatron.shape import ModelShape, pad_vocab_size
 from flagscale.recipe import ArchitectureRecipe, TeacherRecipe
 
@@ -74,16 +75,17 @@ def known_models() -> dict[str, Any]:
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The sizes in a Hugging Face configuration, of any family that has Llama's names for them.
+    """The sizes in a Hugging Face configuration.
 
     Raises:
+        UserError: its family is not supported.
         UnknownSizeError: it lacks one of them.
     """
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        family = config["model_type"]
+        family = family_of(config["model_type"])
         return ModelShape(
-            model_type=family,
+            model_type=config["model_type"],
             num_layers=config["num_hidden_layers"],
             hidden_size=hidden,
             ffn_hidden_size=config["intermediate_size"],
@@ -95,24 +97,20 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             max_position_embeddings=config.get("max_position_embeddings", 0),
             norm_epsilon=config.get("rms_norm_eps", 1e-6),
             rotary_base=config.get("rope_theta", 1e4),
-            qk_layernorm=family.startswith("qwen3"),
-            add_qkv_bias=family.startswith("qwen2"),
+            qk_layernorm=family.qk_layernorm,
+            add_qkv_bias=family.add_qkv_bias,
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            architecture=_architecture(config),
+            architecture=_experts(config) if family.has_experts else ArchitectureRecipe(),
         )
     except KeyError as error:
         raise UnknownSizeError(f"its configuration has no {error}") from error
 
 
-def _architecture(config: Mapping[str, Any]) -> ArchitectureRecipe:
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    if not experts:
-        return ArchitectureRecipe()
+def _experts(config: Mapping[str, Any]) -> ArchitectureRecipe:
     return ArchitectureRecipe(
-        num_experts=experts,
+        num_experts=config["num_experts"],
         moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config.get("moe_intermediate_size") or config["intermediate_size"],
-        moe_layer_freq=config.get("decoder_sparse_step") or 1,
+        moe_ffn_hidden_size=config["moe_intermediate_size"],
     )
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_pipeline_model_parallel_group
 from transformers import AutoConfig
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_layers, save_weights
+from flagscale.checkpoint.weights import count_parameters
 from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
@@ -23,7 +25,6 @@ from flagscale.megatron.arguments import Arguments, model_arguments, with_teache
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
-from flagscale.models.counting import count_layers, count_parameters
 from flagscale.models.distillation_proof import (
     PROOF_LOSS,
     prove_every_parameter_learns,
@@ -106,11 +107,12 @@ def convert_on_rank(
         model = _build(student, shape, teacher, args, stored)
         if student.init != "scratch":
             staging.facts["keep_layers"] = _kept(student, teacher)
-        figures = _check_shape(model, shape)
+        figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
         if is_first_rank():
             _save_description(shape, teacher, staging.path)
         save_weights(model, staging.path / WEIGHTS, stored)
+        figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
@@ -174,12 +176,13 @@ def _build(
     return model
 
 
-def _check_shape(model: GPTModel, shape: ModelShape) -> dict[str, float]:
-    """What was built must be what the recipe says, counted from the tensors."""
-    layers, parameters = count_layers(model), count_parameters(model)
+def _check_layers(model: GPTModel, shape: ModelShape) -> float:
+    """What was built must be what the recipe says; all stages of the pipeline know how many."""
+    layers = torch.tensor(float(len(model.decoder.layers)), device=platform.device())
+    torch.distributed.all_reduce(layers, group=get_pipeline_model_parallel_group())
     if layers != shape.num_layers:
-        raise UserError(f"the student has {layers} layers, but must have {shape.num_layers}")
-    return {"layers": float(layers), "parameters": float(parameters)}
+        raise UserError(f"the student has {layers:.0f} layers, but must have {shape.num_layers}")
+    return layers.item()
 
 
 def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
@@ -188,7 +191,7 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
     The configuration goes along too, as the student's, unless none describes the student.
     """
     shape.save(folder)
-    if not shape.architecture.is_default:
+    if not shape.fits_hugging_face:
         configurations = shutil.ignore_patterns("config.json", "generation_config.json")
         shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
         return

@@ -18,10 +18,12 @@ from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.performance import resolved
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
@@ -44,6 +46,11 @@ class Paths(NamedTuple):
     dataset: Path
     checkpoints: str
     output: Path
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The artifacts that are read, by kind."""
+        return {"teacher": self.teacher, "student": self.student, "dataset": self.dataset}
 
 
 def distil_student(
@@ -80,7 +87,7 @@ def distil_student(
     processes = platform.processes(training.parallelism)
     paths = Paths(teacher, student, dataset, str(checkpoints), output)
     check_training(distillation, training, student, processes)
-    name = fingerprint(sections(distillation, training), _parents(paths, check_files=False))
+    name = fingerprint(sections(distillation, training), _parents(paths))
     # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
     keep_exclusive(f"{paths.checkpoints}/{name}")
     figures = launch.call_on_ranks(
@@ -99,14 +106,17 @@ def distil_on_rank(
     distillation: DistillationRecipe, training: TrainingRecipe, paths: Paths
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `distil_student`."""
-    parents = _parents(paths, check_files=launch.is_first_rank())
+    parents = _parents(paths)
+    shape, distilled = ModelShape.load(paths.student), distillation.loss != "none"
+    training = resolved(training, shape, distilled=distilled)
     recipe = sections(distillation, training)
     folder, remote = mirror.place(paths.checkpoints, fingerprint(recipe, parents))
     seq_length = parents["dataset"].facts["seq_length"]
-    args = training_arguments(ModelShape.load(paths.student), seq_length, training)
-    if distillation.loss != "none":
+    args = training_arguments(shape, seq_length, training)
+    if distilled:
         args = with_teacher(args, paths.teacher, distillation)
     with (
+        files_checked(paths.inputs, parents) as files_are_right,
         tracked("distil-student", recipe, f"{paths.checkpoints}/{folder.name}") as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
@@ -116,11 +126,12 @@ def distil_on_rank(
             folder,
             training.keep_checkpoints,
             training.async_save,
-            best_by="lm loss" if distillation.loss == "none" else "logits distillation loss",
+            best_by="logits distillation loss" if distilled else "lm loss",
             mirror=remote,
             may_be_best=training.saves_at,
         )
         state = _restore(trainer, saved)
+        files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         with observer(run, state, training.train_iters) as told, deferred_stop():
             train(
@@ -144,10 +155,9 @@ def distil_on_rank(
     return figures
 
 
-def _parents(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
+def _parents(paths: Paths) -> dict[str, Manifest]:
     return {
-        name: open_artifact(getattr(paths, name), name, check_files)
-        for name in ("teacher", "student", "dataset")
+        name: open_artifact(path, name, check_files=False) for name, path in paths.inputs.items()
     }
 
 

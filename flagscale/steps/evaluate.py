@@ -18,7 +18,7 @@ from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
-from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, measure
+from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, keep, measure
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.report import ReportData, headline, render
@@ -188,8 +188,12 @@ def _run_models(
     sums, texts = {}, {}
     for name in _MODELS:
         model = _load(getattr(paths, name), seq_length, layout)
-        measured_fd = torch.from_numpy(measure(name, model, kept, text, len(documents)))
-        sums[name] = from_last_stage(measured_fd.to(platform.device())).cpu().numpy()
+        if name == TEACHER:
+            keep(model, kept, text)
+        else:
+            sums_mfd = torch.from_numpy(measure(name, model, kept, text, len(documents)))
+            sums_mfd = from_last_stage(sums_mfd.to(platform.device())).cpu()
+            sums[TEACHER], sums[name] = sums_mfd.numpy()
         logger.info("writing %d continuations with the %s model", len(prompts), name)
         new_tokens = evaluation.max_new_tokens
         texts[name] = continuations(model, prompts, new_tokens, stop_ids, seq_length)

@@ -30,6 +30,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
+from flagscale.models.gguf import is_gguf
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.hf_import import check_names, fill
 from flagscale.models.hf_weights import WeightMap
@@ -44,7 +45,6 @@ from flagscale.models.parity import (
     layer_differences,
 )
 from flagscale.models.source import (
-    is_gguf,
     load_hf_config,
     load_tokenizer,
     tokenizer_hash,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -110,21 +110,53 @@ def _needs_batch(args: Arguments, vp_stage: int | None) -> bool:
 def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> dict[str, Any]:
     if values is not None and values.get("attention_mask") is not None:
         raise ValueError("attention_mask: is not sent to other tensor-parallel ranks; pack instead")
-    integers = [*_INTEGERS, "cu_seqlens"] if args.reset_attention_mask else list(_INTEGERS)
-    data = None
+    device, size = platform.device(), args.micro_batch_size * args.seq_length
+    # One message of a size that all know: with a GPU nobody waits for what is in it.
+    message = torch.empty(4 * size, dtype=torch.int64, device=device)
     if values is not None:
-        data = {**values}
-        if args.reset_attention_mask:
-            data["cu_seqlens"] = data["cu_seqlens"].long()
-    received: dict[str, Any] = tensor_parallel.broadcast_data(integers, data, torch.int64)
-    received |= tensor_parallel.broadcast_data(["loss_mask"], data, torch.float32)
+        rows = [values[name].reshape(-1) for name in _INTEGERS]
+        mask = values["loss_mask"].reshape(-1).double().view(torch.int64)
+        message.copy_(_pinned(torch.cat([*rows, mask])), non_blocking=True)
+    _broadcast(message)
+    shape = (args.micro_batch_size, args.seq_length)
+    *rows, mask = (part.view(shape) for part in message.split(size))
+    received: dict[str, Any] = dict(zip(_INTEGERS, rows, strict=True))
+    received["loss_mask"] = mask.view(torch.float64).float()
+    if args.reset_attention_mask:
+        received |= _borders_from_first_tensor_rank(values, size)
     return received
+
+
+def _borders_from_first_tensor_rank(values: dict[str, Any] | None, size: int) -> dict[str, Any]:
+    """How many borders there are is in the message too; who gets it has to read that much of it."""
+    message = torch.zeros(size + 3, dtype=torch.int32, device=platform.device())
+    if values is not None:
+        borders = values["cu_seqlens"].int()
+        head = torch.tensor([borders.numel(), values["max_seqlen"]], dtype=torch.int32)
+        message[: 2 + borders.numel()].copy_(_pinned(torch.cat([head, borders])), non_blocking=True)
+    _broadcast(message)
+    if values is not None:
+        count, longest = values["cu_seqlens"].numel(), values["max_seqlen"]
+    else:
+        count, longest = message[:2].tolist()
+    return {"cu_seqlens": message[2 : 2 + count], "max_seqlen": longest}
+
+
+def _broadcast(message: torch.Tensor) -> None:
+    torch.distributed.broadcast(
+        message,
+        parallel_state.get_tensor_model_parallel_src_rank(),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if platform.HAS_GPU else tensor
 
 
 def _packed(values: dict[str, Any]) -> Batch:
     """The rows as one, with the borders of their documents."""
-    borders = values["cu_seqlens"].int()
-    longest = int((borders[1:] - borders[:-1]).max())
+    borders, longest = values["cu_seqlens"].int(), values["max_seqlen"]
     flat = {name: values[name].reshape(1, -1) for name in (*_INTEGERS, "loss_mask")}
     return Batch(
         flat["tokens"],

@@ -85,11 +85,16 @@ def train(
     timer = SaveTimer(training.save_interval_minutes, clock)
 
     def validate() -> None:
-        losses = evaluate_loss(trainer.chunks, validation_batches(), training.eval_iters)
+        with trainer.whole_parameters():
+            losses = evaluate_loss(trainer.chunks, validation_batches(), training.eval_iters)
         before = state.validation[-1]["step"] if state.validation else 0
         state.validation.append({"step": state.step, **losses})
         observer.validated(state.validation[-1])
         diagnostics.report(state.step - int(before))
+
+    def save() -> None:
+        with trainer.whole_parameters():
+            checkpoints.save(state, trainer)
 
     if state.step == 0:
         validate()
@@ -97,7 +102,7 @@ def train(
         try:
             record = train_step(trainer, train_batches)
         except SuspiciousResultError:
-            checkpoints.save(state, trainer)
+            save()
             checkpoints.wait()
             raise
         state.step += 1
@@ -110,7 +115,7 @@ def train(
         stop, due = _any_rank(stop_requested(), timer.due())
         if stop or due or training.saves_at(state.step):
             timer.restart()
-            checkpoints.save(state, trainer)
+            save()
         if stop and not finished:
             checkpoints.wait()
             raise Interrupted(f"stopped after step {state.step} of {training.train_iters}")
@@ -241,10 +246,13 @@ def reduce_reports(
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     means = dict(others or {})
-    for name in reports[0] if reports else ():
-        total = torch.stack([report[name].double() for report in reports]).sum(dim=0)
-        torch.distributed.all_reduce(total, group=group)
-        means[name] = float(total[0] / total[1].clamp(min=1))
+    if reports:
+        # One collective, and one wait for the GPU, for all losses.
+        losses = [torch.stack(list(report.values())).double() for report in reports]
+        totals = torch.stack(losses).sum(dim=0)
+        torch.distributed.all_reduce(totals, group=group)
+        mean = totals[:, 0] / totals[:, 1].clamp(min=1)
+        means |= dict(zip(reports[0], mean.tolist(), strict=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         told = [means]
         torch.distributed.broadcast_object_list(

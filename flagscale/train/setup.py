@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +24,7 @@ from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.global_vars import get_timers
+from flagscale.megatron.loss_checks import check_gradients, reruns
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.train_gpt import model_provider
 from flagscale.train.trainer import Trainer
@@ -65,16 +68,22 @@ def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRe
     training.check_ranks(parallel_state.get_data_parallel_world_size())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
+        # With reruns, gradients are checked before they are added up, to find the faulty rank.
+        check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad and reruns(),
         use_distributed_optimizer=_distributed_optimizer(args),
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        bucket_size=args.ddp_bucket_size,
     )
-    wrapped = [_wrap(chunk, args, ddp_config) for chunk in chunks]
+    wrapped = [
+        _wrap(chunk, args, ddp_config, first=number == 0) for number, chunk in enumerate(chunks)
+    ]
     optimizer = get_megatron_optimizer(_optimizer_config(args, training), wrapped)
     platform.tune_optimizer(optimizer)
     no_sync = [chunk.no_sync for chunk in wrapped]
     for chunk in wrapped:
         config = get_model_config(chunk)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = partial(_finalize, args)
         config.grad_scale_func = optimizer.scale_loss
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.timers = get_timers()
@@ -82,13 +91,27 @@ def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRe
 
 
 def _wrap(
-    chunk: GPTModel, args: Arguments, ddp_config: DistributedDataParallelConfig
+    chunk: GPTModel, args: Arguments, ddp_config: DistributedDataParallelConfig, *, first: bool
 ) -> DistributedDataParallel:
     config = get_model_config(chunk)
     chunk = chunk.to(platform.device())
     if args.params_dtype == torch.bfloat16:
         chunk = Float16Module(config, chunk)
-    return DistributedDataParallel(config, ddp_config, chunk)
+    # As Megatron's training does: the communication of later chunks is hidden anyway.
+    return DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=not first)
+
+
+def _finalize(
+    args: Arguments,
+    chunks: list[DistributedDataParallel],
+    *rest: Any,  # noqa: ANN401 - Megatron-Core's
+    **named: Any,  # noqa: ANN401
+) -> None:
+    """Megatron-Core's end of the backward pass, and one look at all gradients."""
+    finalize_model_grads(chunks, *rest, **named)
+    if args.check_for_nan_in_loss_and_grad and not reruns():
+        buffers = [b for chunk in chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+        check_gradients([buffer.grad_data for buffer in buffers])
 
 
 def _distributed_optimizer(args: Arguments) -> bool:
@@ -109,6 +132,7 @@ def _optimizer_config(args: Arguments, training: TrainingRecipe) -> OptimizerCon
         bf16=args.params_dtype == torch.bfloat16,
         params_dtype=args.params_dtype,
         use_distributed_optimizer=_distributed_optimizer(args),
+        overlap_param_gather=args.overlap_param_gather,
     )
 
 

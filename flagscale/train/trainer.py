@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
@@ -22,3 +24,17 @@ class Trainer:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Every rank has the newest parameters, for what is no training step. All ranks call it.
+
+        With `overlap_param_gather` a rank gathers what the others have stepped in the next forward
+        pass, layer by layer; till then its own copy is old.
+        """
+        chunks = [chunk for chunk in self.chunks if chunk.use_forward_hook]
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in chunks:
+            chunk.enable_forward_pre_hook()

@@ -1,10 +1,10 @@
 """What a training checkpoint holds, in a form that another layout can read.
 
 Tensors (weights, projections of the distillation loss, the optimiser's moments) are stored under
-their place in the whole model. Of the optimiser's parameter groups only the step is stored: how
-parameters are grouped depends on the layout, and the rest is the recipe's or the scheduler's.
-Random states are each rank's own; another layout keeps its freshly seeded ones, and draws other
-dropout masks.
+their place in the whole model (see `sharded_optimizer`). Of the optimiser's parameter groups only
+the step is stored: how parameters are grouped depends on the layout, and the rest is the recipe's
+or the scheduler's. Random states are each rank's own; another layout keeps its freshly seeded ones,
+and draws other dropout masks.
 
 ModelOpt's mode `kd_loss` is not stored: a resumed training builds it anew from its recipe, and only
 its projections are read.
@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from flagscale.checkpoint.agreement import is_first_rank
 from flagscale.checkpoint.reading import load
 from flagscale.checkpoint.weights import by_chunk, load_chunks, sharded_model
-from flagscale.train.checkpoints import torch_adam
+from flagscale.train.checkpoints import sharded_optimizer, torch_adam
 
 if TYPE_CHECKING:
     from flagscale.train.trainer import Trainer
@@ -37,12 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RNG = "rng_state"
-_SHARDING_TYPE = "param_state_sharding_type"  # which a distributed optimiser tells itself
-# A distributed optimiser's state in the form of a plain one's, which any layout can read.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @dataclass
@@ -74,11 +67,11 @@ def layout() -> dict[str, int]:
 def sharded_state(trainer: Trainer) -> dict[str, Any]:
     """What to save. All ranks call it."""
     weights = by_chunk(trainer.chunks, sharded_model)
-    optimizer = trainer.optimizer.sharded_state_dict(weights, metadata=_METADATA)
-    steps = [_detach_groups(part) for part in _parts(trainer.optimizer, optimizer)]
+    optimizer = sharded_optimizer.sharded_state(trainer.optimizer, weights)
+    steps = [_detach_groups(part) for part in optimizer]
     return {
         **weights,
-        "optimizer": optimizer,
+        "optimizer": _named(optimizer),
         "optimizer_steps": steps[0],
         "opt_param_scheduler": trainer.scheduler.state_dict(),
         "large_losses": _large_losses(),
@@ -99,21 +92,20 @@ def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> No
     """
     weights = by_chunk(trainer.chunks, sharded_model)
     torch_adam.begin(trainer.optimizer)
-    optimizer = trainer.optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
-    for part in _parts(trainer.optimizer, optimizer):
+    optimizer = sharded_optimizer.sharded_state(trainer.optimizer, weights, is_loading=True)
+    for part in optimizer:
         _detach_groups(part)
-    asked = {**weights, "optimizer": optimizer}
+    asked = {**weights, "optimizer": _named(optimizer)}
     same_ranks = written_on == layout()
     if same_ranks:
         asked[_RNG] = _sharded_rng(None)
     loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
     load_chunks(trainer.chunks, loaded, strict=True)
-    parts = _parts(trainer.optimizer, loaded["optimizer"])
+    parts = [loaded["optimizer"][name] for name in _named(optimizer)]
     for part in parts:
         _attach_steps(part, loaded["optimizer_steps"])
     with torch_adam.step_apart(trainer.optimizer):
-        state = parts[0] if len(parts) == 1 else dict(enumerate(parts))
-        trainer.optimizer.load_state_dict(state)
+        sharded_optimizer.load(trainer.optimizer, parts)
     trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     _set_large_losses(loaded["large_losses"])
     if same_ranks:
@@ -136,11 +128,9 @@ def load_best_weights(trainer: Trainer, folder: Path) -> None:
     load_chunks(trainer.chunks, loaded, strict=True)
 
 
-def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """The states of the optimisers inside: of dense parameters, and of experts over EP ranks."""
-    if isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1:
-        return [state[index] for index in range(len(optimizer.chained_optimizers))]
-    return [state]
+def _named(optimizers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """States of the optimisers inside under names of this state; the tensors have their own."""
+    return {str(number): one for number, one in enumerate(optimizers)}
 
 
 def _of_torch(part: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +152,6 @@ def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
         if isinstance(group.get("params"), LocalNonpersistentObject):
             group["params"] = group["params"].unwrap()
     inner["param_groups"] = LocalNonpersistentObject(groups)
-    if _SHARDING_TYPE in part:
-        part[_SHARDING_TYPE] = LocalNonpersistentObject(part[_SHARDING_TYPE])
     return {
         "of parameters": inner.get("state", {}).pop("common_step", None),
         "of groups": next((group["step"] for group in groups if "step" in group), None),

@@ -84,10 +84,10 @@ def measure(
     text = batches(documents, seq_length, micro_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         kept = KeptTeacher(Path(folder), writes=True)
-        sums = {
-            name: fidelity.measure(name, model, kept, text, len(documents))
-            for name, model in {TEACHER: teacher, **students}.items()
-        }
+        fidelity.keep(teacher, kept, text)
+        sums = {}
+        for name, model in students.items():
+            sums[TEACHER], sums[name] = fidelity.measure(name, model, kept, text, len(documents))
     return Fidelity(
         documents=tuple(document_hash(document) for document in documents),
         tokens_d=np.array([len(document) - 1 for document in documents]),
@@ -186,7 +186,7 @@ def test_batching_and_padding_change_nothing(
 def test_every_token_but_the_first_is_predicted_once() -> None:
     uniform = Fixed(0.0)
     document = np.arange(1, 24)
-    result = measure(uniform, {}, [document], seq_length=5, micro_batch_size=2)
+    result = measure(uniform, {"a": Fixed(1.0)}, [document], seq_length=5, micro_batch_size=2)
     seen = torch.cat([tokens_bs.flatten() for tokens_bs in uniform.seen]).tolist()
     assert sorted(token for token in seen if token) == list(range(1, 23))
     assert result.sums["teacher"]["lm_loss"][0] == pytest.approx(22 * np.log(VOCAB), rel=1e-7)
@@ -220,6 +220,12 @@ def test_logits_are_computed_in_pieces(
 def test_diverged_model_is_named(teacher: LlamaForCausalLM) -> None:
     with pytest.raises(UserError, match="the distilled model's logits are not finite"):
         measure(Halves(teacher), {"distilled": Fixed(float("nan"))}, make_documents([5]), 8, 2)
+
+
+def test_broken_teacher_is_named(student: LlamaForCausalLM) -> None:
+    students = {"student": Halves(student)}
+    with pytest.raises(UserError, match="the teacher model's logits are not finite"):
+        measure(Fixed(float("nan")), students, make_documents([5]), 8, 2)
 
 
 def test_students_come_after_their_teacher(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from variants import VARIANTS
 
 from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.stored import StoredTensors
@@ -15,14 +16,6 @@ from flagscale.models import hf_export
 from flagscale.models.hf_export import round_weights, write_weights
 from flagscale.models.hf_weights import WeightMap
 
-FAMILIES = (
-    "llama tied",
-    "llama untied, llama3 rope",
-    "qwen2 tied",
-    "qwen2 untied",
-    "qwen3 tied, wide heads",
-    "qwen3 untied",
-)
 FILE = "model.safetensors"
 
 
@@ -49,7 +42,7 @@ def _checkpoint(
 
 
 @pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_the_round_trip_gives_back_every_byte(
     make_model: Callable[..., PreTrainedModel],
     imported: Callable[[Path], GPTModel],

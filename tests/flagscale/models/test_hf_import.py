@@ -5,31 +5,28 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from modelopt_import import imported_by_modelopt
+from modelopt_import import imported_by_modelopt, knows
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
+from variants import VARIANTS
 
 from flagscale.errors import UserError
+from flagscale.megatron.families import FAMILIES
 from flagscale.megatron.shape import ModelShape, from_hf_config
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.hf_import import check_names, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, logits
 
-FAMILIES = (
-    "llama tied",
-    "llama untied, llama3 rope",
-    "qwen2 tied",
-    "qwen2 untied",
-    "qwen3 tied, wide heads",
-    "qwen3 untied",
-)
 TOKENS = torch.randint(300, (2, 128), generator=torch.Generator().manual_seed(0))
 FILE = "model.safetensors"
 
 
 @pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name for name, values in VARIANTS.items() if knows(FAMILIES[values["model_type"]])],
+)
 def test_weights_are_those_of_modelopt_s_importer(
     make_model: Callable[..., PreTrainedModel],
     imported: Callable[[Path], GPTModel],
@@ -49,7 +46,7 @@ def test_weights_are_those_of_modelopt_s_importer(
 
 
 @pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_logits_are_those_of_transformers(
     make_model: Callable[..., PreTrainedModel],
     imported: Callable[[Path], GPTModel],
@@ -99,7 +96,7 @@ def test_the_source_s_dtype_is_kept(
     assert torch.equal(model.decoder.layers[2].mlp.linear_fc2.weight, projection)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_slices_of_ranks_make_up_the_whole(
     make_model: Callable[..., PreTrainedModel], family: str, ranks: int

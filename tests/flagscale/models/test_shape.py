@@ -68,7 +68,7 @@ def test_families_differ_where_they_do(make_model: Callable[..., PreTrainedModel
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), r"model_type='gpt2' is not supported; supported: llama, qwen2, qwen3"),
+        (GPT2Config(), r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2"),
         (LlamaConfig(attention_bias=True), "attention_bias=True is not supported"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act='gelu' is not supported, 'silu' is"),
         (

@@ -1,16 +1,18 @@
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flagscale.artifacts import open_artifact
+from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.checkpoint import save_weights
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import build_model, load_model
+from flagscale.models.megatron import WEIGHTS, build_model, load_model
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
 
@@ -129,6 +131,29 @@ def test_damaged_teacher_is_refused(teacher, dataset, tmp_path, damage):
             stream.write(" ")
     with pytest.raises(UserError, match=r"manifest\.json is missing|model\.json is missing or ch"):
         convert_student(StudentRecipe(num_layers=2), broken, dataset, tmp_path / "student")
+
+
+@pytest.mark.parametrize("recipe", [{"num_layers": 2}, {"init": "scratch", "num_layers": 1}])
+def test_student_is_stored_in_its_teachers_dtype(teacher, dataset, tmp_path, recipe):
+    half = tmp_path / "teacher"
+    manifest = open_artifact(teacher, "teacher")
+    with new_artifact(half, "teacher", {}, {}) as staging:
+        for name in ("hf", "model.json"):
+            copy = shutil.copytree if (teacher / name).is_dir() else shutil.copy
+            copy(teacher / name, staging.path / name)
+        with platform.runtime():
+            save_weights(load_model(teacher, 64), staging.path / WEIGHTS, torch.bfloat16)
+        staging.facts = {**manifest.facts, "dtype": "bfloat16"}
+        staging.tokenizer_hash = manifest.tokenizer_hash
+    figures = convert_student(StudentRecipe(**recipe), half, dataset, tmp_path / "student")
+    assert figures["reload_logit_difference"] == 0
+    assert open_artifact(tmp_path / "student", "student").facts["dtype"] == "bfloat16"
+    stored = StoredTensors(tmp_path / "student" / WEIGHTS).tensors.values()
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+    assert figures["parameters"] == sum(math.prod(tensor.shape) for tensor in stored)
+    with platform.runtime():
+        parameters = list(load_model(tmp_path / "student", 64).parameters())
+    assert figures["parameters"] == sum(parameter.numel() for parameter in parameters)
 
 
 def test_a_student_that_was_saved_wrongly_is_refused(teacher, dataset, tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ from flagscale.recipe import (
     DistillationRecipe,
     EvaluationRecipe,
     ExportRecipe,
+    LayoutRecipe,
+    ModelsRecipe,
     StudentRecipe,
     TeacherRecipe,
     TrainingRecipe,
@@ -157,6 +159,17 @@ def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
         expected = logits(rounded, TOKENS)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_ranks_write_the_same_folder(run: Run, exported: Exported, tmp_path: Path) -> None:
+    layout = LayoutRecipe(tensor_model_parallel_size=2)
+    output = tmp_path / "export"
+    export = ExportRecipe(registered_model_name="tiny-student")
+    figures = export_student(
+        export, run.distilled, run.evaluation, output, ModelsRecipe(parallelism=layout)
+    )
+    assert figures == pytest.approx(exported.figures, abs=1e-5)
+    assert open_artifact(output, "export").files == open_artifact(exported.folder, "export").files
 
 
 def test_model_card(run: Run, exported: Exported) -> None:
