@@ -13,7 +13,7 @@ from flagscale.sizes.activations import (
     FLOAT32,
     Computation,
     backward_transient,
-    layer_activations,
+    forward_transient,
     stage_activations,
 )
 from flagscale.sizes.layout import Layout
@@ -72,8 +72,8 @@ def prepare_teacher(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     weights = {"weights": size * parameters(shape, layout, stage).total}
     layer = _layer(shape, layout, stage, Computation(size), steps.seq_length)
     phases = [
-        _loaded(shape, layout, stage, steps.source_bytes),
-        _loaded(shape, layout, stage, size),
+        _saved(shape, steps, layout, stage),
+        _loaded(shape, steps, layout, stage),
         weights | {"activations": layer},
         weights | {"logits": _gathered(shape, steps, layout, stage) + _hidden(shape, steps)},
     ]
@@ -116,8 +116,7 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
             for index in layers
         )
     }
-    loading = {"save": size * _first_projections(steps.student, layout, stage)}
-    phases = [held | step, held | loading]
+    phases = [held | step]
     if stage == layout.pipeline - 1:
         logits = steps.seq_length * steps.student.padded_vocab_size // layout.tensor
         chunks = KD_BUFFERS * FLOAT32 * min(logits, KD_CHUNK[steps.device])
@@ -138,7 +137,7 @@ def evaluate(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
         held = {"weights": size * parameters(shape, layout, stage).total}
         if is_student and last:
             held["teacher"] = size * parameters(steps.teacher, layout, stage).table
-        loading = {"save": size * _first_projections(shape, layout, stage)}
+        loading = {"save": _loaded(shape, steps, layout, stage)["save"]}
         running = {"activations": _layer(shape, layout, stage, computation, tokens)}
         phases += [held | loading, held | running]
         if last:
@@ -156,15 +155,14 @@ def export_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     size = steps.computed_bytes
     student = parameters(steps.student, layout, stage)
     shard = min(int(SHARD), steps.export_bytes * parameters(steps.student).total)
-    largest = max(student.table, 2 * steps.student.hidden_size * steps.student.ffn_hidden_size
-                  // layout.tensor)  # fmt: skip
+    largest = max(student.table, _matrix(steps.student, layout))
     looked_at = (size + 3) * largest  # is each value finite? Its magnitude, and three answers
     layer = _layer(steps.student, layout, stage, Computation(size), steps.proof_tokens)
     weights = {"weights": size * student.total}
     return _fullest(
         [
             {"save": shard},
-            _loaded(steps.student, layout, stage, size),
+            _loaded(steps.student, steps, layout, stage),
             weights | {"save": looked_at},
             weights | {"activations": layer},
             weights | {"logits": _gathered(steps.student, steps, layout, stage)},
@@ -183,27 +181,36 @@ def _hidden(shape: ModelShape, steps: ModelSteps) -> int:
     return FLOAT32 * steps.proof_tokens * shape.hidden_size * (shape.num_layers + 1)
 
 
-def _loaded(shape: ModelShape, layout: Layout, stage: int, dtype_bytes: int) -> Parts:
-    """A model while its weights are read, or written."""
+def _loaded(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    """A model while its weights are read, one stored tensor at a time."""
+    count = parameters(shape, layout, stage)
     return {
-        "weights": dtype_bytes * parameters(shape, layout, stage).total,
-        "save": dtype_bytes * _first_projections(shape, layout, stage),
+        "weights": steps.computed_bytes * count.total,
+        "save": steps.source_bytes * max(count.table, _matrix(shape, layout)),
     }
 
 
-def _first_projections(shape: ModelShape, layout: Layout, stage: int) -> int:
-    """Numbers of the MLPs' gates and values, of which a checkpoint has two tensors.
+def _saved(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    """A model in its source's dtype while it is written.
 
-    Megatron-Core copies all layers' at once to make one of the two, or two of the one.
+    A checkpoint has the MLPs' gates and values apart, and Megatron-Core copies all layers' at once.
     """
-    count = 0
+    first = 0
     for index in stage_layers(shape, layout, stage):
         if has_experts(shape, index):
             experts = (shape.architecture.num_experts or 0) // layout.expert
-            count += experts * 2 * shape.hidden_size * expert_width(shape)
+            first += experts * 2 * shape.hidden_size * expert_width(shape)
         else:
-            count += 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
-    return count
+            first += 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
+    return {
+        "weights": steps.source_bytes * parameters(shape, layout, stage).total,
+        "save": steps.source_bytes * first,
+    }
+
+
+def _matrix(shape: ModelShape, layout: Layout) -> int:
+    """Numbers of a layer's largest weight."""
+    return 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
 
 
 def _layer(
@@ -211,7 +218,7 @@ def _layer(
 ) -> int:
     """Bytes of the layer that needs most, of those that a rank has, while it runs."""
     return max(
-        layer_activations(shape, index, layout, computation, tokens)
+        forward_transient(shape, index, layout, computation, tokens)
         for index in stage_layers(shape, layout, stage)
     )
 

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+from document import renew
 from shapes import STUDENT, TEACHER
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +63,15 @@ def measured(tmp_path_factory, tiny_teacher):
             env=environment,
             cwd=folder,
         )
+    renew("model steps", rows(folder))
     return folder
+
+
+def rows(folder: Path) -> Iterator[tuple[str, int, int]]:
+    for step in MODEL_STEPS:
+        for name, stage in STAGES:
+            what = f"{step}, {name}" + f", stage {stage}" * (name == "PP2")
+            yield what, held(folder, step, name, stage), estimated(folder, step, name, stage)
 
 
 def make_source(folder: Path, tokenizer: Path) -> None:
