@@ -160,11 +160,9 @@ def test_memory_that_runs_out_leaves_a_snapshot(tmp_path):
     assert any(block["size"] >= 2**22 for block in held)
 
 
-def test_fused_gradient_accumulation_changes_rounding_alone(tmp_path, inputs, choose, monkeypatch):
-    if not platform.has_apex_gradient_accumulation():
-        pytest.skip("Apex's fused_weight_gradient_mlp_cuda is not installed")
+def test_fused_gradient_accumulation_changes_rounding_alone(tmp_path, inputs, choose):
     choose(**BF16)
     fused = train(Task("fused", "distillation", 1), tmp_path, inputs)
-    monkeypatch.setattr(platform, "has_apex_gradient_accumulation", lambda: False)
+    choose(**BF16, gradient_accumulation_fusion=False)
     plain = train(Task("plain", "distillation", 1), tmp_path, inputs)
     assert_same_curve(fused, plain, RELATIVE["bf16"])
