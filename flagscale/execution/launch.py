@@ -68,6 +68,8 @@ def rank_environment(cores: float, processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, int(cores / processes))),
         # Communication is then issued before the computation that it overlaps with.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # Samples of many lengths, and buffers of many sizes, else leave holes in the GPU's memory.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
 
 

@@ -248,21 +248,45 @@ def _check_fp8(args: Arguments) -> None:
             f"training.fp8={args.fp8} needs training.transformer_impl=transformer_engine on a GPU, "
             f"but it is {args.transformer_impl} on {platform.device()}; set training.fp8=none"
         )
+    check_fp8_device(args, torch.cuda.get_device_capability())
     check_fp8_sizes(args)
+
+
+def check_fp8_device(args: Arguments, capability: tuple[int, int]) -> None:
+    """Make sure of a GPU that has the format, which transformer-engine asks for at the first batch.
+
+    Args:
+        args: with FP8.
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: it is too old.
+    """
+    least = {"mxfp8": (10, 0), "blockwise": (9, 0)}.get(args.fp8_recipe, (8, 9))
+    if capability < least:
+        needed, found = (".".join(map(str, one)) for one in (least, capability))
+        raise UserError(
+            f"training.fp8_recipe={args.fp8_recipe} needs a GPU of compute capability {needed} "
+            f"(Ada 8.9, Hopper 9.0, Blackwell 10.0), but this one has {found}; take delayed or "
+            "tensorwise, or set training.fp8=none"
+        )
 
 
 def check_fp8_sizes(args: Arguments) -> None:
     """Make sure of what transformer-engine asserts deep inside a matrix product.
 
     Its kernels want the columns of every operand to be a multiple of 16 and the rows of 8; blocks
-    of `mxfp8` are 32 wide.
+    of `mxfp8` are 32 wide, those of `blockwise` 128 wherever they are gathered, which is with
+    sequence parallelism.
 
     Raises:
         UserError: which size is no such multiple.
     """
     shape, sizes = args.shape, args.parallelism
     tensor = sizes.tensor_model_parallel_size
-    columns, rows = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
+    columns, rows = {"mxfp8": (32, 32)}.get(args.fp8_recipe, (16, 8))
+    if args.fp8_recipe == "blockwise" and sizes.sequence_parallel:
+        columns, rows = 128, 128
     shares = sizes.context_parallel_size * (tensor if sizes.sequence_parallel else 1)
     heads = shape.kv_channels * shape.num_attention_heads
     wanted = [

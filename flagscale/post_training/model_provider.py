@@ -131,7 +131,9 @@ def _criteria(
         _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the same projection on every layout
+        # The same projection on every layout; the GPU's generator, which is not forked, stays as
+        # it is.
+        torch.default_generator.manual_seed(seed)
         projection = ProjectionLayer(student.config, teacher.config)  # shared by all pairs
     for student_layer, teacher_layer, *kind in distillation.intermediate_layer_pairs:
         loss = _INTERMEDIATE_LOSSES[kind[0] if kind else "cosine"]
