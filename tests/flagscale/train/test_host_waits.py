@@ -1,6 +1,6 @@
 """How often a training step waits for the device: counted where it asks for a value of a tensor."""
 
-from dataclasses import replace
+import traceback
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from flagscale.train.setup import build_model_chunks, setup_training
 ASKING = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
+STAND_IN = "local_multi_tensor_applier"
+
+
 class OnHost(torch.Tensor):
     """What has been brought to the host already, and what is computed of it there."""
 
@@ -30,7 +33,9 @@ def waits(monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def asking(self, *args, _name=name, _original=original):
-            if isinstance(self, OnHost):
+            # Only once where the CPU's adapter calls on, and not in what stands in there for a kernel.
+            callers = [frame.name for frame in traceback.extract_stack()]
+            if callers.count("asking") > 1 or isinstance(self, OnHost) or STAND_IN in callers:
                 return _original(self, *args)
             found.append(_name)
             result = _original(self, *args)
@@ -61,7 +66,7 @@ def test_one_wait_a_micro_batch(waits, teacher, student, dataset, tmp_path):
         count(waits, number, teacher, student, dataset, tmp_path / "data") for number in (2, 4)
     )
     assert (four - two) / 2 == 1, waits
-    assert two - 2 <= 6, waits  # a step's own
+    assert two - 2 == 4, waits  # a step's own
 
 
 def test_packed_samples_bring_their_longest_along(waits, student, dataset, tmp_path):
@@ -69,7 +74,7 @@ def test_packed_samples_bring_their_longest_along(waits, student, dataset, tmp_p
     from flagscale.train.batches import get_batch
 
     training = TrainingRecipe(train_iters=1, lr=1e-3, reset_attention_mask=True)
-    args = replace(training_arguments(ModelShape.load(student), 64, training))
+    args = training_arguments(ModelShape.load(student), 64, training)
     with platform.runtime(), use_args(args):
         (batches,) = RankBatches(dataset, tmp_path / "data", args, training).train(0)
         waits.clear()
