@@ -16,12 +16,14 @@ REGISTRY ?=
 BASE_IMAGE ?=
 GPU_BASE_IMAGE ?=
 BUILD_OPTIONS ?=
+# Of `make gpu-bundle`: the GPU machine's.
+BUNDLE_PYTHON ?= 3.12
 
 BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile images test test-gpu test-containers test-cluster lint format docs parallelism lock bench clean
+.PHONY: help run baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -49,8 +51,19 @@ images: $(VENV)/.run  ## container images (IMAGES='cpu gpu mlflow', REGISTRY=...
 test: $(VENV)/.test  ## all tests, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# A bundle of `make gpu-bundle` has packages/ beside the sources, and takes torch from the machine.
+ifneq ($(wildcard packages/lib),)
+test-gpu:
+	@there=$$($(PYTHON) -c 'import sys, torch, transformers; print("python%d.%d" % sys.version_info[:2])'); \
+		test -d packages/lib/$$there || { echo "this bundle is for $$(ls packages/lib), and $(PYTHON) is $$there: make PYTHON=..." >&2; exit 1; }
+	PYTHONPATH=$(CURDIR):$(firstword $(wildcard $(CURDIR)/packages/lib/*/site-packages)) $(PYTHON) -m pytest tests/gpu $(ARGS)
+else
 test-gpu: $(VENV)/.test  ## the tests that need a GPU; they skip themselves where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+endif
+
+gpu-bundle: $(VENV)/.test  ## sources and packages in one file, for make test-gpu on a GPU machine without a network (BUNDLE_PYTHON=3.12)
+	$(BIN)/python tests/gpu/bundle.py --python $(BUNDLE_PYTHON)
 
 test-containers: $(VENV)/.test  ## the CPU image built and the tiny pipeline run in containers; as root, with podman
 	TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers $(ARGS)
@@ -68,9 +81,10 @@ format: $(VENV)/.test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML
+docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the compiled YAML, the table of docs/models.md
 	$(BIN)/python -m components
 	$(BIN)/python -m pipelines.golden
+	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/models/test_families.py -k documentation
 
 parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of docs/parallelism.md
 	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/train/test_layouts.py

@@ -42,6 +42,8 @@ RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --no-create-home --home-
 USER 1000:1000
 WORKDIR /tmp
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp USER=distil
+# The base lets cuBLAS compute fp32 in TF32; the second is for transformer-engine, which asks for it.
+ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 NVIDIA_TF32_OVERRIDE=0
 ARG VERSION=""
 ARG SOURCES=""
 LABEL org.opencontainers.image.title="flagscale-distillation, steps on NVIDIA GPUs" \

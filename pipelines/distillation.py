@@ -73,7 +73,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         models_recipe=values["models"],
         distilled_student=distilled,
         evaluation=evaluation,
-        **always(values),
+        **always(values, "models"),
     )
     placed.place(exported, "models", "Export student")
     if placed.on_a_cluster:

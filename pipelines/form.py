@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED
 from flagscale.run_values import FIELDS, SECTIONS, Field, Made, PlatformFacts
-from pipelines import placement
+from pipelines import where
 from pipelines.parameters import Parameter
 from pipelines.platform import Platform
 
@@ -29,14 +29,14 @@ def parameters(
         more: of this kind of pipeline.
     """
     sections = [name for name in SECTIONS if recipe.sweep is None or name not in VARIED]
-    folder = f"{placement.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
+    folder = f"{where.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
     found = [
         *(_section(recipe, name) for name in sections),
         *(_field(field) for field in FIELDS if field.section in sections),
         Parameter("training_checkpoints", folder, "of trainings; an interrupted run goes on there"),
         Parameter("tracking_experiment", recipe.tracking.experiment, "MLflow's experiment"),
         Parameter("where_code_version", code_version, "changes when the code does"),
-        *(placement.parameters(platform, recipe) if platform else []),
+        *(where.parameters(platform, recipe) if platform else []),
         *more,
     ]
     return sorted(found, key=lambda parameter: parameter.name)
@@ -71,8 +71,8 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
 
 
 def _facts(platform: Platform, recipe: Recipe) -> PlatformFacts:
-    values = {p.name: p.default for p in placement.parameters(platform, recipe)}
-    kinds = [k for k in placement.KINDS if f"where_{k}_accelerator_count" in values]
+    values = {p.name: p.default for p in where.parameters(platform, recipe)}
+    kinds = [k for k in where.KINDS if f"where_{k}_accelerator_count" in values]
     shared = platform.shared
     return PlatformFacts(
         mount_path=shared.mount_path if shared and shared.url is None else None,

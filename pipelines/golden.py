@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flagscale.recipe import load_recipe
 from pipelines.compiling import compile_manifests, compile_recipe
+from pipelines.planning import fitted
 from pipelines.platform import load_platform
 
 _ROOT = Path(__file__).parents[1]
@@ -35,12 +36,14 @@ def write(folder: Path) -> list[Path]:
         recipe = load_recipe(_ROOT / "recipes" / f"{recipe_name}.yaml")
         for name in platforms:
             output = folder / f"{recipe_name}-{name}.yaml"
-            written.append(compile_recipe(recipe, load_platform(name), output))
+            platform = load_platform(name)
+            written.append(compile_recipe(fitted(recipe, platform)[0], platform, output))
     for recipe_name, platforms in MANIFESTS.items():
         recipe = load_recipe(_ROOT / "recipes" / f"{recipe_name}.yaml")
         for name in platforms:
             output = folder / f"{recipe_name}-{name}-kubernetes.yaml"
-            written.append(compile_manifests(recipe, load_platform(name), output))
+            platform = load_platform(name)
+            written.append(compile_manifests(fitted(recipe, platform)[0], platform, output))
     return written
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from kubernetes.utils import parse_quantity
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flagscale.run_values.kubernetes_names import DOMAIN, LABEL
+from flagscale.run_values.kubernetes_names import DOMAIN
 
 # Where the pipeline, and KFP's own volumes, are mounted; what an image's programs need.
 _TAKEN_PATHS: tuple[str, ...] = ("/tmp", "/dev", "/kfp-launcher")  # noqa: S108
@@ -39,7 +39,12 @@ def _enough(quantity: str) -> str:
     return quantity
 
 
-def _free(path: str) -> str:
+def free(path: str) -> str:
+    """The path, if pods have nothing there.
+
+    Raises:
+        ValueError: what it must be like.
+    """
     if path.startswith("//") or path != posixpath.normpath(path):
         raise ValueError("must be written without //, . and ..")
     mount = PurePosixPath(path)
@@ -63,14 +68,12 @@ Quantity = Annotated[
     AfterValidator(_enough),
 ]
 QueueName = Annotated[str, Field(pattern=rf"^{DOMAIN}$", max_length=63, examples=["my-queue"])]
-ResourceName = Annotated[str, Field(pattern=rf"^{DOMAIN}/{LABEL}$", examples=["nvidia.com/gpu"])]
 SecretKey = Annotated[
     str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253, examples=["access-key"])
 ]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", examples=["HF_TOKEN"])]
 MountPath = Annotated[
     str,
     Field(pattern=r"^/[^:]*[^:/]$", examples=["/mnt/flagscale"]),
-    AfterValidator(_free),
+    AfterValidator(free),
 ]
 Duration = Annotated[str, Field(pattern=r"^[0-9]+s$", examples=["300s"])]

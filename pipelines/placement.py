@@ -1,8 +1,8 @@
 """Puts a pipeline's tasks where a platform says: nodes, volumes, secrets, retries.
 
 What KFP can take at run time becomes a parameter of the pipeline whose default is the platform's
-(`parameters`); the rest is written into the compiled file. Without a platform, on this machine,
-there is nothing to place.
+(`pipelines.where`); the rest is written into the compiled file. Without a platform, on this
+machine, there is nothing to place.
 """
 
 from __future__ import annotations
@@ -12,47 +12,12 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from components.image import image
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.run_values.kubernetes_names import check_image
-from flagscale.secrets import hide_in_urls
-from pipelines.parameters import Parameter
 from pipelines.platform import MLFLOW_VARIABLES, Platform, Shared
 from pipelines.pods import Pods
-
-KINDS = ("data", "models", "training")
-
-
-def parameters(platform: Platform, recipe: Recipe) -> list[Parameter]:
-    """What a run may change of a platform.
-
-    Raises:
-        UserError: an image's name, of the environment, is wrong.
-    """
-    found = []
-    for kind in KINDS:
-        pods = _pods(platform, recipe, kind)
-        steps = type(platform.steps).model_fields[kind].description
-        found.append(Parameter(f"where_{kind}_image", _image(platform, pods), f"image of {steps}"))
-        if kind != "data":
-            # As text: KFP's driver takes an integer for nothing, and the pod gets no accelerators.
-            count = str(pods.accelerator_count)
-            text = f"{pods.accelerator_type} a pod of {steps}"
-            found.append(Parameter(f"where_{kind}_accelerator_count", count, text))
-        text = 'labels of the nodes, e.g. {"pool": "h100"}, of ' + str(steps)
-        found.append(Parameter(f"where_{kind}_node_selector", dict(pods.node_selector), text))
-        tolerations = [t.model_dump(exclude_none=True) for t in pods.tolerations]
-        text = f"taints, as in Kubernetes, of {steps}"
-        found.append(Parameter(f"where_{kind}_tolerations", tolerations, text))
-    if platform.shared is not None and platform.shared.claim is not None:
-        text = f"PersistentVolumeClaim mounted at {platform.shared.mount_path}"
-        found.append(Parameter("where_volume_claim", platform.shared.claim, text))
-    if platform.mlflow.secret is not None:
-        text = "Secret with keys tracking-uri and, if the server asks, username and password"
-        found.append(Parameter("where_mlflow_secret", platform.mlflow.secret, text))
-    return found
+from pipelines.where import pods_of
 
 
 def check(platform: Platform, recipe: Recipe) -> None:
@@ -69,7 +34,7 @@ def check(platform: Platform, recipe: Recipe) -> None:
         )
     try:
         recipe.check_models(platform.steps.models.accelerator_count)
-        recipe.check_accelerators(_pods(platform, recipe, "training").accelerator_count)
+        recipe.check_accelerators(pods_of(platform, recipe, "training").accelerator_count)
     except ValueError as error:
         raise UserError(
             f"recipe {recipe.name} on this platform: {error}; resources.accelerator_count makes "
@@ -100,11 +65,6 @@ def _check_volume(platform: Platform, nodes: int) -> None:
             f"shared.create.access_modes={list(shared.create.access_modes)}: must have "
             "ReadWriteMany"
         )
-
-
-def location(platform: Platform | None) -> str | None:
-    """Folder or URL that steps share; None where there is none."""
-    return platform.shared.location if platform and platform.shared else None
 
 
 class Placement:
@@ -148,11 +108,14 @@ class Placement:
     def node_pods(self) -> dict[str, Any]:
         """What a TrainJob's launcher is told of its pods (`NodePods` there)."""
         assert self._platform is not None
-        pods = _pods(self._platform, self._recipe, "training")
+        pods = pods_of(self._platform, self._recipe, "training")
         names = {"cpu", "memory", "accelerator_type", "timeout_seconds"}
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
-        runtime, restarts = self._platform.trainer.runtime, pods.retries.count
-        return {**told, "runtime": runtime, "restarts": restarts}
+        trainer = self._platform.trainer
+        told |= {"runtime": trainer.runtime, "restarts": pods.retries.count}
+        network = trainer.network.model_dump(mode="json", exclude_defaults=True)
+        more = {"annotations": dict(pods.annotations), "network": network}
+        return told | {name: value for name, value in more.items() if value}
 
     def create_volume(self, after: dsl.PipelineTask) -> None:
         """Make the run's own volume, where the platform says so, for the tasks placed from here on.
@@ -185,7 +148,7 @@ class Placement:
         platform = self._platform
         if platform is None:
             return task
-        pods = _pods(platform, self._recipe, kind)
+        pods = pods_of(platform, self._recipe, kind)
         self._resources(task, kind, pods, small)
         self._nodes(task, kind, pods)
         self._scratch(task, pods)
@@ -219,6 +182,8 @@ class Placement:
         kubernetes.add_toleration_json(task, self._values[f"where_{kind}_tolerations"])
         for key, value in pods.all_labels.items():
             kubernetes.add_pod_label(task, key, value)
+        for key, value in pods.annotations.items():
+            kubernetes.add_pod_annotation(task, key, value)
 
     def _scratch(self, task: dsl.PipelineTask, pods: Pods) -> None:
         kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108 - the root may be read-only
@@ -265,29 +230,6 @@ class Placement:
             task.set_env_variable(variables.SECRETS, ",".join(names))
         for name, value in platform.env.items():
             task.set_env_variable(name, value)
-
-
-def _pods(platform: Platform, recipe: Recipe, kind: str) -> Pods:
-    pods: Pods = getattr(platform.steps, kind)
-    wanted = recipe.resources.accelerator_count
-    if kind != "training" or wanted is None:
-        return pods
-    return pods.model_copy(update={"accelerator_count": min(wanted, pods.accelerator_count)})
-
-
-def _image(platform: Platform, pods: Pods) -> str:
-    given = platform.images.gpu if pods.accelerator_count else platform.images.cpu
-    if given is not None:
-        return given
-    name = image(pods.accelerator_count)
-    kind = "GPU" if pods.accelerator_count else "CPU"
-    try:
-        return check_image(name)
-    except ValueError as error:
-        raise UserError(
-            f"image {hide_in_urls(name)!r}, of FLAGSCALE_{kind}_IMAGE or FLAGSCALE_REGISTRY: "
-            f"{error}"
-        ) from None
 
 
 def _new_volume(platform: Platform, after: dsl.PipelineTask) -> Any:  # noqa: ANN401 - KFP's channel

@@ -17,9 +17,10 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.strict_yaml import load
-from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name
+from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Variable
+from flagscale.run_values.network import Network
 from flagscale.secrets import has_credentials, is_secret_name
-from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, Variable
+from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, free
 from pipelines.pods import Pods
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
@@ -134,6 +135,15 @@ class Trainer(Section):
         description="`resources.nodes` from which on a training is a TrainJob; 1: always, so that "
         "one that is asked to stop saves at once",
     )
+    network: Network = Network()
+
+    @field_validator("network")
+    @classmethod
+    def _check_network(cls, network: Network) -> Network:
+        _without_secrets(network.env)
+        for path in network.host_folders.values():
+            free(path)
+        return network
 
 
 class Platform(Section):
@@ -160,14 +170,7 @@ class Platform(Section):
     @field_validator("env")
     @classmethod
     def _no_secrets_in_env(cls, env: dict[str, str]) -> dict[str, str]:
-        """What is written here stands in every compiled pipeline."""
-        for name, value in env.items():
-            if is_secret_name(name) or has_credentials(value):
-                raise ValueError(
-                    f"{name} looks like a secret, which would stand in every compiled pipeline; "
-                    "put it into a Kubernetes Secret and name that in `secrets`",
-                )
-        return env
+        return _without_secrets(env)
 
     @model_validator(mode="after")
     def _each_variable_once(self) -> Platform:
@@ -179,13 +182,50 @@ class Platform(Section):
             in_its_place = [name.removeprefix("FLAGSCALE_") for name in given_by_it]
             givers |= dict.fromkeys([*given_by_it, *in_its_place], "mlflow.secret")
         given = [(v, f"secret {s.name}") for s in self.secrets for v in s.env.values()]
-        for variable, giver in [*given, *((name, "env") for name in self.env)]:
+        given += [(name, "env") for name in self.env]
+        given += [(name, "trainer.network.env") for name in self.trainer.network.env]
+        for variable, giver in given:
             if variable in givers:
                 raise ValueError(
                     f"{variable} is set by {giver} and by {givers[variable]}: leave one of them out"
                 )
             givers[variable] = giver
         return self
+
+    @model_validator(mode="after")
+    def _network_of_trainjobs(self) -> Platform:
+        """What only a TrainJob's pods can have must be possible there, and said once."""
+        network, training = self.trainer.network, self.steps.training
+        if network == Network():
+            return self
+        if self.shared is None or self.shared.url:
+            raise ValueError(
+                "trainer.network is for TrainJobs, which need a volume: set shared.claim or "
+                "shared.create, or leave it out"
+            )
+        if training.accelerator_type in network.resources:
+            raise ValueError(
+                f"trainer.network.resources.{training.accelerator_type}: "
+                "steps.training.accelerator_count says how many"
+            )
+        for name in network.annotations:
+            if name in training.annotations:
+                raise ValueError(
+                    f"annotation {name} is set by trainer.network and by steps.training: leave "
+                    "one of them out"
+                )
+        return self
+
+
+def _without_secrets(env: dict[str, str]) -> dict[str, str]:
+    """What is written here stands in every compiled pipeline."""
+    for name, value in env.items():
+        if is_secret_name(name) or has_credentials(value):
+            raise ValueError(
+                f"{name} looks like a secret, which would stand in every compiled pipeline; "
+                "put it into a Kubernetes Secret and name that in `secrets`",
+            )
+    return env
 
 
 def load_platform(name: str | Path) -> Platform:

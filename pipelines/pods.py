@@ -5,13 +5,26 @@ from __future__ import annotations
 from typing import Annotated
 
 from kubernetes.utils import parse_quantity
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from flagscale.recipe import Section
 from flagscale.recipe.section import PositiveInt
-from flagscale.run_values.kubernetes_names import LabelKey, LabelValue
+from flagscale.run_values.kubernetes_names import LabelKey, LabelValue, ResourceName
 from flagscale.run_values.toleration import Toleration
-from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName, ResourceName
+from flagscale.sizes.machine import ACCELERATORS
+from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName
+
+
+def _known_accelerator(name: str) -> str:
+    if name not in ACCELERATORS:
+        raise ValueError(
+            f"{name!r} is none of {', '.join(ACCELERATORS)}; give accelerator_memory and "
+            "accelerator_tflops instead"
+        )
+    return name
+
+
+AcceleratorName = Annotated[str, AfterValidator(_known_accelerator)]
 
 
 class Retries(Section):
@@ -47,6 +60,18 @@ class Pods(Section):
 
     accelerator_type: ResourceName = Field("nvidia.com/gpu", description="Kubernetes resource name")
     accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
+    accelerator: AcceleratorName | None = Field(
+        None, description="Its model, whose memory and speed `plan` knows, e.g. H100-80GB"
+    )
+    accelerator_memory: Quantity | None = Field(
+        None, description="Of one accelerator, where `accelerator` does not say it"
+    )
+    accelerator_tflops: PositiveFloat | None = Field(
+        None, description="Its dense bf16 speed at most; ditto"
+    )
+    price_per_hour: PositiveFloat | None = Field(
+        None, description="Of one pod, in any currency; for `plan`"
+    )
     cpu: CpuQuantity = Field("2", description="Kubernetes CPU quantity, requested")
     memory: Quantity = Field("8Gi", description="Kubernetes memory quantity, request and limit")
     shared_memory: Quantity | None = Field(
@@ -55,6 +80,7 @@ class Pods(Section):
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels of the nodes")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
     labels: dict[LabelKey, LabelValue] = Field({}, description="Of the pods")
+    annotations: dict[LabelKey, str] = Field({}, description="Of the pods")
     queue: QueueName | None = Field(None, description="Kueue's local queue (a label of the pods)")
     priority: QueueName | None = Field(
         None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.image import release
 from flagscale.recipe import Recipe
-from pipelines import placement
+from pipelines import where
 from pipelines.platform import Platform
 
 _FILE_URL = re.compile("(file|local)://")
@@ -72,7 +72,7 @@ def _images(recipe: Recipe, platform: Platform, given: Collection[str]) -> Itera
     """The images that nobody has named: the release's, as `make images` names them here."""
     used = {
         parameter.default
-        for parameter in placement.parameters(platform, recipe)
+        for parameter in where.parameters(platform, recipe)
         if parameter.name.endswith("_image") and parameter.name not in given
     }
     images = {"cpu": platform.images.cpu, "gpu": platform.images.gpu}

@@ -127,7 +127,7 @@ def _wire(
         distilled_students=dsl.Collected(distilled),
         evaluations=dsl.Collected(evaluation),
         leaderboard=table,
-        **always(values),
+        **always(values, "models"),
     )
     placed.place(exported, "models", "Export winner")
     if placed.on_a_cluster:

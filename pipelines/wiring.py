@@ -51,12 +51,16 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     return {**values, **{name: checked.outputs[name] for name in outputs}}
 
 
-def always(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What every step is given."""
-    return {
+def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
+    """What every step is given, and what those are that run models: how many accelerators."""
+    given = {
         "code_version": values["where_code_version"],
         "experiment": values["tracking_experiment"],
     }
+    if kind != "data":  # on this machine nobody says how many there are
+        # KFP has an input `accelerator_count` of its own for tasks with a limit.
+        given["accelerators"] = values.get(f"where_{kind}_accelerator_count", "0")
+    return given
 
 
 def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
@@ -68,7 +72,7 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
         teacher_recipe=values["teacher"],
         models_recipe=values["models"],
         dataset=dataset,
-        **always(values),
+        **always(values, "models"),
     )
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
@@ -85,7 +89,7 @@ def teach(
         models_recipe=values["models"],
         teacher=teacher,
         dataset=dataset,
-        **always(values),
+        **always(values, "models"),
     )
     student = placed.place(conversion, "models", "Convert student").outputs["student"]
 
@@ -98,7 +102,7 @@ def teach(
         student=student,
         distilled_student=distilled,
         dataset=dataset,
-        **always(values),
+        **always(values, "models"),
     )
     return distilled, placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
@@ -107,15 +111,16 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     """The training, in its pod or in those that its pod starts: a channel of its student."""
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
-    given |= models_and_data | always(values)
+    given |= models_and_data
     if not placed.uses_trainjob:
-        trained = distil_student(**given)
+        trained = distil_student(**given, **always(values, "training"))
         return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
     started = distil_student_on_nodes(
         nodes=placed.nodes,
         accelerator_count=values["where_training_accelerator_count"],
         pods=placed.node_pods,
         **given,
+        **always(values),
     )
     title = f"Distil student on {placed.nodes} node{'s' * (placed.nodes > 1)}"
     placed.place(started, "training", title, small=True)

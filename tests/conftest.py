@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import hypothesis
-import kfp.dsl.pipeline_task
 import pytest
 
 from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
@@ -20,15 +18,27 @@ from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
 # Before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# CI tries the same examples every time; people's runs look for new ones.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("people", deadline=None)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "people")
 
-# KFP asks for its caller's name with `inspect.stack()` at each setting of each task. That reads the
-# source of every frame, and looks through all modules for that of pytest-xdist's, which is in no
-# file: seconds a pipeline once torch is loaded. Names are enough.
-kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0))
+def is_installed(name: str) -> bool:
+    """All is, but on a GPU machine with the bundle of `make gpu-bundle` alone."""
+    return importlib.util.find_spec(name) is not None
+
+
+if is_installed("hypothesis"):
+    import hypothesis
+
+    # CI tries the same examples every time; people's runs look for new ones.
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+    hypothesis.settings.register_profile("people", deadline=None)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "people")
+
+if is_installed("kfp"):
+    import kfp.dsl.pipeline_task
+
+    # KFP asks for its caller's name with `inspect.stack()` at each setting of each task. That reads
+    # the source of every frame, and looks through all modules for that of pytest-xdist's, which is
+    # in no file: seconds a pipeline once torch is loaded. Names are enough.
+    kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0))
 
 SEQ_LENGTH = 64
 

@@ -11,6 +11,7 @@ def convert_student(
     models_recipe: dict,
     code_version: str,
     experiment: str,
+    accelerators: str,
     teacher: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     student: dsl.Output[dsl.Model],
@@ -23,6 +24,7 @@ def convert_student(
         models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         teacher: from prepare-teacher.
         dataset: from prepare-data: text for the proofs.
         student: the student before training, as a Megatron-Core distributed checkpoint.
@@ -30,7 +32,7 @@ def convert_student(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("convert-student", experiment=experiment) as step:
+    with step_process("convert-student", experiment, accelerators) as step:
         from flagscale.recipe import ModelsRecipe, StudentRecipe
         from flagscale.steps.convert_student import convert_student
 

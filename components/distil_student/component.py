@@ -12,6 +12,7 @@ def distil_student(
     checkpoints: str,
     code_version: str,
     experiment: str,
+    accelerators: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -26,6 +27,7 @@ def distil_student(
         checkpoints: folder or URL of training checkpoints; the same one resumes a stopped run.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
@@ -34,7 +36,7 @@ def distil_student(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("distil-student", experiment=experiment) as step:
+    with step_process("distil-student", experiment, accelerators) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student import distil_student
 

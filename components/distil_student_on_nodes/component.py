@@ -33,8 +33,8 @@ def distil_student_on_nodes(
         nodes: pods that train together.
         accelerator_count: of each of them, a number as text: KFP gives pods no other.
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
-            runtime, timeout_seconds, restarts; image, volumes, node selector and secrets are the
-            launcher's.
+            runtime, timeout_seconds, restarts, annotations, network; image, volumes, node selector
+            and secrets are the launcher's.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.

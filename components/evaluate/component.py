@@ -11,6 +11,7 @@ def evaluate(
     models_recipe: dict,
     code_version: str,
     experiment: str,
+    accelerators: str,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     distilled_student: dsl.Input[dsl.Model],
@@ -26,6 +27,7 @@ def evaluate(
         models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         teacher: from prepare-teacher.
         student: from convert-student: before training.
         distilled_student: from distil-student: after training.
@@ -36,7 +38,7 @@ def evaluate(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("evaluate", experiment=experiment) as step:
+    with step_process("evaluate", experiment, accelerators) as step:
         from pathlib import Path
 
         from flagscale.recipe import EvaluationRecipe, ModelsRecipe

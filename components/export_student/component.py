@@ -11,6 +11,7 @@ def export_student(
     models_recipe: dict,
     code_version: str,
     experiment: str,
+    accelerators: str,
     distilled_student: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     exported_student: dsl.Output[dsl.Model],
@@ -23,6 +24,7 @@ def export_student(
         models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         distilled_student: from distil-student.
         evaluation: from evaluate: the figures of the model card.
         exported_student: config, safetensors, tokenizer and model card.
@@ -30,7 +32,7 @@ def export_student(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("export-student", experiment=experiment) as step:
+    with step_process("export-student", experiment, accelerators) as step:
         from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_student import export_student
 

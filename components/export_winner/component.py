@@ -11,6 +11,7 @@ def export_winner(
     models_recipe: dict,
     code_version: str,
     experiment: str,
+    accelerators: str,
     distilled_students: dsl.Input[list[dsl.Model]],
     evaluations: dsl.Input[list[dsl.Artifact]],
     leaderboard: dsl.Input[dsl.Artifact],
@@ -24,6 +25,7 @@ def export_winner(
         models_recipe: the recipe's section `models`.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
+        accelerators: number of those the pod was given, as text; it fails if it cannot use them.
         distilled_students: from distil-student, of each variant, in any order.
         evaluations: from evaluate, of each variant, in any order.
         leaderboard: from leaderboard: says which is the winner.
@@ -32,7 +34,7 @@ def export_winner(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("export-winner", experiment=experiment) as step:
+    with step_process("export-winner", experiment, accelerators) as step:
         from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_winner import export_winner
 

@@ -26,7 +26,7 @@ def prepare_data(
 
     with step_process("prepare-data", experiment=experiment) as step:
         from flagscale.recipe import DataRecipe
-        from flagscale.steps.prepare_data import prepare_data
+        from flagscale.steps.prepare_data_alone import prepare_data_alone
 
-        figures = prepare_data(step.section(DataRecipe, data_recipe), step.output(dataset.path))
-        step.report(figures, dataset_metrics)
+        data = step.section(DataRecipe, data_recipe)
+        step.report(prepare_data_alone(data, step.output(dataset.path)), dataset_metrics)

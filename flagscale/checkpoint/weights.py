@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
@@ -14,17 +22,24 @@ from flagscale.checkpoint.reading import load
 from flagscale.checkpoint.writing import save
 
 
-def save_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
+def save_weights(
+    chunks: GPTModel | Sequence[GPTModel], folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write a model's weights as a distributed checkpoint. All ranks call it.
 
     Args:
         chunks: this rank's part of the model, wrapped or not.
         folder: is made.
+        dtype: that they are stored in; default: their own.
 
     Raises:
         UserError: a rank cannot write, e.g. because the disk is full.
     """
-    save(by_chunk(chunks, _weights), folder)
+
+    def stored(chunk: GPTModel) -> dict[str, Any]:
+        return {name: _in_dtype(tensor, dtype) for name, tensor in sharded_weights(chunk).items()}
+
+    save(by_chunk(chunks, stored), folder)
 
 
 def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
@@ -35,10 +50,43 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
     Raises:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
-    state = load(by_chunk(chunks, _weights), folder)
-    # Not strict because of what `_weights` leaves out; that all the rest is there has been checked
-    # against the checkpoint.
-    load_chunks(chunks, state, strict=False)
+    # Not in the state's own form: Megatron-Core would put gate and up together in new memory.
+    asked = {
+        f"{name} {number}": tensor
+        for name, chunk in named_chunks(chunks).items()
+        for number, tensor in enumerate(local_weights(unwrap_model(chunk)))
+    }
+    places = {name: tensor.data.detach() for name, tensor in asked.items()}
+    loaded = load(asked, folder)
+    for name, place in places.items():
+        if loaded[name].data_ptr() != place.data_ptr():  # one that another rank has read
+            place.copy_(loaded[name])
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers `save_weights` wrote: of the whole model, shared ones once.
+
+    Args:
+        folder: of a checkpoint that `load_weights` has read.
+    """
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder)).values()
+    return sum(math.prod(tensor.global_shape) for tensor in tensors)
+
+
+def local_weights(model: GPTModel) -> list[ShardedTensor]:
+    """This rank's tensors as a checkpoint has them; their data is the model's own memory.
+
+    Args:
+        model: one chunk, not wrapped.
+    """
+    sharded, _ = extract_sharded_base(load_preprocess(sharded_weights(model))[0])
+    tensors = list(nested_values(sharded))
+    own = itertools.chain(model.parameters(), model.buffers())
+    owned = {tensor.untyped_storage().data_ptr() for tensor in own}
+    for tensor in tensors:
+        if tensor.data.untyped_storage().data_ptr() not in owned:
+            raise RuntimeError(f"Megatron-Core's {tensor.key} is a copy of the model's weights")
+    return tensors
 
 
 def by_chunk(
@@ -73,7 +121,7 @@ def sharded_model(model: GPTModel) -> dict[str, Any]:
     return state
 
 
-def _weights(model: GPTModel) -> dict[str, Any]:
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
     """The sharded tensors that are the model, whatever its layers are implemented with.
 
     Without transformer-engine's extra states (FP8 scales), which a model of local layers lacks, and
@@ -85,3 +133,14 @@ def _weights(model: GPTModel) -> dict[str, Any]:
         # Experts in one kernel number theirs: `_extra_state`, `_extra_state1`, ...
         if "_extra_state" not in name and not name.startswith("_loss_modules.")
     }
+
+
+def _in_dtype(
+    tensor: ShardedTensor | ShardedTensorFactory, dtype: torch.dtype | None
+) -> ShardedTensor | ShardedTensorFactory:
+    if dtype is None or tensor.data.dtype == dtype:
+        return tensor
+    data = tensor.data.detach().to(dtype)
+    if isinstance(tensor, ShardedTensorFactory):
+        return replace(tensor, data=data)
+    return replace(tensor, data=data, dtype=dtype)

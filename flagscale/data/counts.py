@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from flagscale.data.encoder import SPLITS, EncodedDocument
-from flagscale.data.layout import Part, parts_of
+from flagscale.data.indexed import sequence_lengths
+from flagscale.data.layout import SPLITS, Part, parts_of
 from flagscale.data.packing import pack
 from flagscale.errors import UserError
+
+if TYPE_CHECKING:
+    from flagscale.data.encoder import EncodedDocument
 
 
 @dataclass
@@ -162,6 +164,5 @@ def measure_epoch(dataset: Path, facts: dict[str, Any], split: str) -> Epoch:
 
 def part_lengths(dataset: Path, part: Part) -> np.ndarray:
     """Tokens of each document of a part."""
-    indexed = IndexedDataset(str(dataset / part.file))
-    lengths = indexed.sequence_lengths  # mapped into memory that is gone with `indexed`
+    lengths = sequence_lengths(dataset / part.file)
     return np.concatenate([lengths[r.start : r.stop] for r in part.documents])

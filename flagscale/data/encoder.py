@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
 
+from flagscale.data.indexed import token_type
 from flagscale.data.sources import Document
 from flagscale.errors import UserError
 
-SPLITS = ("train", "validation", "test")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 EOD_TOKEN = "<|endoftext|>"  # noqa: S105 - not a secret
 
 
@@ -53,7 +54,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type[np.number[Any]]:
     """The smallest type of an indexed dataset that holds every id."""
-    return DType.optimal_dtype(vocabulary_size(tokenizer))
+    return token_type(vocabulary_size(tokenizer))
 
 
 def find_eod(tokenizer: PreTrainedTokenizerFast, eod_token: str | None) -> int:

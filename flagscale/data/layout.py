@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.artifacts import MANIFEST
-from flagscale.data.encoder import SPLITS
 from flagscale.errors import UserError
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,11 @@ def prepare_index(dataset: Path, cache: Path, seed: int) -> None:
         UserError: the artifact is unusable, or a split does not fill one sample.
     """
     Index(dataset, cache, "train", seed).build()
+    prepare_validation_index(dataset, cache)
+
+
+def prepare_validation_index(dataset: Path, cache: Path) -> None:
+    """`prepare_index` of what `validation_batches` alone reads."""
     Index(dataset, cache, "validation", VALIDATION_SEED).build()
 
 

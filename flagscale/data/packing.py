@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flagscale.data.borders import Sample
 
@@ -104,6 +103,9 @@ class ChatSamples:
         seq_length: int,
         eod_id: int,
     ) -> None:
+        # Only training reads rows; `prepare-data`, which counts them, needs no Megatron-Core.
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
         self._tokens = IndexedDataset(str(tokens))
         self._mask = IndexedDataset(str(mask))
         self._documents = documents

@@ -20,8 +20,7 @@ from megatron.core.datasets.utils import Split
 from flagscale.artifacts import digest
 from flagscale.data.borders import Sample, starts_after
 from flagscale.data.counts import part_lengths
-from flagscale.data.encoder import SPLITS
-from flagscale.data.layout import Part, mask_file, parts_of, read_manifest
+from flagscale.data.layout import SPLITS, Part, mask_file, parts_of, read_manifest
 from flagscale.data.packing import ChatSamples, load_packing, pack, save_packing
 from flagscale.errors import UserError
 

@@ -20,9 +20,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from flagscale.data.files import File, first_line, is_glob, list_files
 from flagscale.data.messages import dump_messages
 from flagscale.data.python_docs import python_documents
@@ -44,7 +41,7 @@ _SUFFIXES = {
 }
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _PASSAGE = 4_000  # characters of a document cut from a single text file
 _LONGEST = 1_000_000  # characters of a document cut from one text file of several
@@ -230,16 +227,22 @@ def _jsonl(file: File, column: _Column) -> Iterator[Document]:
 
 
 def _parquet(file: File, column: _Column) -> Iterator[Document]:
-    with file.open(compression=None) as stream:
-        table = pq.ParquetFile(stream)
-        names = table.schema_arrow.names
-        if column.field not in names:
-            raise UserError(column.missing(file.path, names))
-        row = 0
-        for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[column.field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield column.document({column.field: value}, f"{file.path}: row {row}")
+    import pyarrow as pa  # half a second, and 50 MB to install: no other format needs it
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open(compression=None) as stream:
+            table = pq.ParquetFile(stream)
+            names = table.schema_arrow.names
+            if column.field not in names:
+                raise UserError(column.missing(file.path, names))
+            row = 0
+            for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[column.field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield column.document({column.field: value}, f"{file.path}: row {row}")
+    except pa.ArrowException as error:
+        raise UserError(f"{file.path}: cannot be read: {first_line(error)}") from error
 
 
 _STRUCTURED: dict[str, Callable[[File, _Column], Iterator[Document]]] = {

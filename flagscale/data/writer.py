@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from flagscale.data.counts import Counts
-from flagscale.data.encoder import SPLITS, Encode, EncodedDocument
-from flagscale.data.layout import corpus_file, mask_file
+from flagscale.data.encoder import Encode, EncodedDocument
+from flagscale.data.indexed import IndexedWriter
+from flagscale.data.layout import SPLITS, corpus_file, mask_file
 from flagscale.data.sources import Document
 
 logger = logging.getLogger(__name__)
@@ -124,33 +124,29 @@ class _Writer:
     """An indexed dataset, and one of masks if wanted; finished when the context is left."""
 
     def __init__(self, path: Path, dtype: type[np.number[Any]], masked: bool) -> None:
-        self._path = path
         types = {path.name: dtype}
         if masked:
             types[mask_file(path.name)] = np.uint8
-        self._builders = {
-            name: IndexedDatasetBuilder(str(path.with_name(f"{name}.bin")), dtype=kind)
-            for name, kind in types.items()
-        }
+        self._files = [IndexedWriter(path.with_name(name), dtype) for name, dtype in types.items()]
 
     def add(self, document: EncodedDocument) -> None:
         """Append a document."""
         mask = document.mask
         if mask is None:
             mask = np.ones(len(document.ids), np.uint8)
-        for builder, values in zip(self._builders.values(), (document.ids, mask), strict=False):
-            builder.add_document(values, [len(values)])
+        for file, values in zip(self._files, (document.ids, mask), strict=False):
+            file.add(values)
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for name, builder in self._builders.items():
+        for file in self._files:
             if kind is None:
-                builder.finalize(str(self._path.with_name(f"{name}.idx")))
+                file.finish()
             else:
                 with contextlib.suppress(OSError):  # a full disk fails again when flushed
-                    builder.data_file.close()
+                    file.abandon()
 
 
 @contextlib.contextmanager

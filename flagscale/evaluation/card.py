@@ -80,9 +80,13 @@ with platform.runtime():
 
 
 def _kind(shape: ModelShape) -> str:
-    if shape.architecture.is_default:
+    architecture = shape.architecture
+    if shape.fits_hugging_face and architecture.num_experts is not None:
+        chosen = architecture.moe_router_topk
+        return f"{shape.model_type} ({architecture.num_experts} experts, {chosen} a token)"
+    if shape.fits_hugging_face:
         return shape.model_type
-    values = shape.architecture.model_dump(mode="json", exclude_defaults=True)
+    values = architecture.model_dump(mode="json", exclude_defaults=True)
     named = ", ".join(
         name if isinstance(value, dict) else f"{name}={value}" for name, value in values.items()
     )

@@ -4,34 +4,47 @@
 documents: that is what the bootstrap (flagscale/evaluation/bootstrap.py) resamples, and what two
 evaluations of the same documents are compared by (flagscale/evaluation/compare.py).
 
-A document of n tokens, its end-of-document token included, is cut into windows of `seq_length`
-inputs that do not overlap. The last input of a window predicts the first token of the next, so
-each token but the document's first is predicted exactly once, and never across documents.
+One model is measured at a time, the teacher first (flagscale/evaluation/teacher.py). Its and the
+student's logits are computed some hundred tokens at a time: no more of them is ever held.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from flagscale.errors import UserError
+from flagscale.evaluation.teacher import KeptTeacher, OutputLayer
+from flagscale.evaluation.token_figures import FIGURES, token_figures
+from flagscale.evaluation.windows import Batch
 
 logger = logging.getLogger(__name__)
 
 TEACHER = "teacher"
-FIGURES = ("lm_loss", "kl", "top1_agreement", "accuracy")
-LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
 
 _PROGRESS_SECONDS = 5.0
-# Vocabulary-sized buffers stay in a core's cache on a CPU; a GPU wants large launches.
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+# Logits of one model: 32 MiB in fp32, 128 MiB in bf16. Fewer rows would read the output layer's
+# weights more often than they multiply with them.
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+
+
+class Model(Protocol):
+    """A model in two halves."""
+
+    @property
+    def output_layer(self) -> OutputLayer | None:
+        """None on ranks that do not have it."""
+
+    def hidden_states(self, tokens_bs: torch.Tensor, /) -> torch.Tensor | None:
+        """Causal: [b, s, h] for int64, right-padded [b, s]; None where there is no layer."""
 
 
 @dataclass(frozen=True)
@@ -72,146 +85,120 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> Fidelity:
     )
 
 
-@dataclass(frozen=True)
-class _Window:
-    document: int
-    tokens: np.ndarray  # inputs and, shifted by one, labels
+def keep(teacher: Model, kept: KeptTeacher, batches: Sequence[Batch]) -> None:
+    """Run the teacher, and keep what it predicts for `measure`. All ranks call it.
 
-    @property
-    def length(self) -> int:
-        return len(self.tokens) - 1
+    Args:
+        teacher: whose output layer is kept.
+        kept: where to.
+        batches: the text.
+    """
+    progress = _Progress(TEACHER, batches)
+    with torch.inference_mode():
+        for index, batch in enumerate(batches):
+            hidden_bsh = teacher.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and teacher.output_layer is not None:
+                kept.keep(index, batch.unpadded(hidden_bsh), teacher.output_layer)
+            progress.advance(batch)
 
 
 def measure(
-    teacher: LogitsFunction,
-    students: Mapping[str, LogitsFunction],
-    documents: Sequence[np.ndarray],
-    seq_length: int,
-    micro_batch_size: int,
-) -> Fidelity:
-    """Compare students with their teacher on the same tokens.
+    name: str, student: Model, teacher: KeptTeacher, batches: Sequence[Batch], documents: int
+) -> np.ndarray:
+    """Compare a student with its teacher. All ranks call it.
 
     Args:
-        teacher: tokens [b, s] (int64, right-padded) -> logits [b, s, V] (float32), causal.
-        students: name -> such a function, with the same vocabulary.
-        documents: token ids of each document, at least 2, the end-of-document token included.
-        seq_length: tokens a window.
-        micro_batch_size: windows a forward pass.
+        name: of the student, for the log.
+        student: with the teacher's vocabulary.
+        teacher: what is kept of it, of the same batches.
+        batches: the text.
+        documents: how many.
 
     Returns:
-        Sums for `teacher` (compared with itself) and each student. The KL is the forward one,
-        KL(teacher || student), over the full vocabulary at temperature 1.
+        Sums of `FIGURES` per document (float64 [2, 4, documents]), the teacher's and the student's.
+        The KL is the forward one, KL(teacher || student), over the full vocabulary at temperature
+        1. All 0 on ranks that do not have the output layer.
 
     Raises:
         UserError: a model's logits are not finite.
     """
-    windows = list(_windows(documents, seq_length))
-    sums = {m: np.zeros((len(FIGURES), len(documents))) for m in (TEACHER, *students)}
-    progress = _Progress(sum(window.length for window in windows))
+    sums_mfd = np.zeros((2, len(FIGURES), documents))
+    progress = _Progress(name, batches)
     with torch.inference_mode():
-        # Like lengths together waste no padding; the largest first, so that memory fails early.
-        windows.sort(key=lambda window: -window.length)
-        for start in range(0, len(windows), micro_batch_size):
-            batch = windows[start : start + micro_batch_size]
-            tokens_bs = _pad(batch)
-            teacher_bsv = teacher(tokens_bs)
-            _add(sums[TEACHER], batch, teacher_bsv, teacher_bsv, TEACHER)
-            for name, student in students.items():
-                _add(sums[name], batch, teacher_bsv, student(tokens_bs), name)
-            progress.advance(sum(window.length for window in batch))
-    return Fidelity(
-        documents=tuple(_hash(document) for document in documents),
-        tokens_d=np.array([len(document) - 1 for document in documents], dtype=np.int64),
-        sums={name: dict(zip(FIGURES, values, strict=True)) for name, values in sums.items()},
-    )
+        for index, batch in enumerate(batches):
+            hidden_bsh = student.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and student.output_layer is not None:
+                hidden_nh = batch.unpadded(hidden_bsh)
+                figures_mfn = _figures(
+                    teacher.kept(index, hidden_nh.device),
+                    (student.output_layer, hidden_nh),
+                    batch.labels_n.to(hidden_nh.device),
+                )
+                _add(sums_mfd, batch, figures_mfn.cpu().numpy(), name)
+            progress.advance(batch)
+    return sums_mfd
 
 
-def _hash(document: np.ndarray) -> str:
+def document_hash(document: np.ndarray) -> str:
+    """`sha256:<hex>` of its tokens."""
     return f"sha256:{hashlib.sha256(document.astype('<i8').tobytes()).hexdigest()}"
 
 
-def _windows(documents: Sequence[np.ndarray], seq_length: int) -> Iterator[_Window]:
-    for index, document in enumerate(documents):
-        for start in range(0, len(document) - 1, seq_length):
-            yield _Window(index, document[start : start + seq_length + 1].astype(np.int64))
+def _figures(
+    teacher: tuple[OutputLayer, torch.Tensor],
+    student: tuple[OutputLayer, torch.Tensor],
+    labels_n: torch.Tensor,
+) -> torch.Tensor:
+    """`token_figures` [2, 4, n] from output layers and hidden states [n, h]."""
+    (teacher_layer, teacher_nh), (student_layer, student_nh) = teacher, student
+    rows = max(1, _CHUNK_ELEMENTS[teacher_nh.device.type] // teacher_layer.size)
+    found = []
+    for teacher_rh, student_rh, labels_r in zip(
+        *(x.split(rows) for x in (teacher_nh, student_nh, labels_n)), strict=True
+    ):
+        found.append(
+            token_figures(
+                teacher_layer(teacher_rh),
+                student_layer(student_rh),
+                labels_r,
+                teacher_layer.first_token,
+                teacher_layer.group,
+            )
+        )
+    return torch.cat(found, dim=-1)
 
 
-def _pad(batch: Sequence[_Window]) -> torch.Tensor:
-    """Inputs [b, s], right-padded: causal models do not see what comes after."""
-    tokens_bs = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.int64)
-    for row, window in enumerate(batch):
-        tokens_bs[row, : window.length] = torch.from_numpy(window.tokens[:-1])
-    return tokens_bs
-
-
-def _add(
-    sums_fd: np.ndarray,
-    batch: Sequence[_Window],
-    teacher_bsv: torch.Tensor,
-    student_bsv: torch.Tensor,
-    name: str,
-) -> None:
-    """Add the figures of a batch to the sums of its documents; padding is never read."""
-    for teacher_sv, student_sv, window in zip(teacher_bsv, student_bsv, batch, strict=True):
-        n = window.length
-        labels_n = torch.from_numpy(window.tokens[1:]).to(teacher_sv.device)
-        figures_f = compare_rows(teacher_sv[:n], student_sv[:n], labels_n).cpu().numpy()
-        if not np.isfinite(figures_f).all():
+def _add(sums_mfd: np.ndarray, batch: Batch, figures_mfn: np.ndarray, name: str) -> None:
+    """Add the figures of a batch's tokens to the sums of its documents."""
+    for model, figures_fn in zip((TEACHER, name), figures_mfn, strict=True):
+        if not np.isfinite(figures_fn).all():
             raise UserError(
-                f"the {name} model's logits are not finite on the test split: its training "
+                f"the {model} model's logits are not finite on the test split: its training "
                 "diverged (a lower training.lr may help) or its weights are broken"
             )
-        sums_fd[:, window.document] += figures_f
-
-
-def compare_rows(
-    teacher_nv: torch.Tensor, student_nv: torch.Tensor, labels_n: torch.Tensor
-) -> torch.Tensor:
-    """Sums over n rows of `FIGURES`, float64 [4].
-
-    With logits shifted by their maximum, KL = sum(p_t * (z_t - z_s)) - lse_t + lse_s. Only the
-    elementwise work is in float32: the sums and their logarithms are in float64, because rounded
-    logsumexps would drown a small KL. Relative error: 1e-9 at a KL of 3, 1e-5 at 3e-6.
-    """
-    rows = max(1, _CHUNK_ELEMENTS[teacher_nv.device.type] // teacher_nv.shape[-1])
-    totals_f = torch.zeros(len(FIGURES), dtype=torch.float64, device=teacher_nv.device)
-    chunks = (x.split(rows) for x in (teacher_nv, student_nv, labels_n))
-    for teacher_rv, student_rv, labels_r in zip(*chunks, strict=True):
-        top_t, guess_t_r = teacher_rv.max(dim=-1, keepdim=True)
-        top_s, guess_s_r = student_rv.max(dim=-1, keepdim=True)
-        z_t, z_s = teacher_rv - top_t, student_rv - top_s
-        label_z_r = z_s.gather(-1, labels_r[:, None]).squeeze(-1).double()
-        difference_rv = z_t - z_s
-        p_t = z_t.exp_()
-        mass_t = p_t.sum(dim=-1, dtype=torch.float64)
-        log_mass_s = z_s.exp_().sum(dim=-1, dtype=torch.float64).log()
-        expected = p_t.mul_(difference_rv).sum(dim=-1, dtype=torch.float64) / mass_t
-        figures = (
-            log_mass_s - label_z_r,
-            expected - mass_t.log() + log_mass_s,
-            (guess_t_r == guess_s_r).double(),
-            (guess_s_r.squeeze(-1) == labels_r).double(),
-        )
-        totals_f += torch.stack([figure.sum() for figure in figures])
-    return totals_f
+    borders = np.cumsum([0, *batch.lengths])
+    for window, (start, end) in zip(batch, itertools.pairwise(borders), strict=True):
+        sums_mfd[..., window.document] += figures_mfn[..., start:end].sum(axis=-1)
 
 
 class _Progress:
     """A line every few seconds, with the time left."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, name: str, batches: Sequence[Batch]) -> None:
+        self._name, self._done = name, 0
+        self._total = sum(sum(batch.lengths) for batch in batches)
         self._start = self._last = time.monotonic()
 
-    def advance(self, tokens: int) -> None:
-        self._done += tokens
+    def advance(self, batch: Batch) -> None:
+        self._done += sum(batch.lengths)
         now = time.monotonic()
         if now - self._last < _PROGRESS_SECONDS and self._done < self._total:
             return
         self._last, spent = now, now - self._start
         left = spent * (self._total - self._done) / self._done
         logger.info(
-            "measured %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
+            "%s model: run on %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
+            self._name,
             self._done,
             self._total,
             100 * self._done / self._total,

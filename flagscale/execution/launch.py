@@ -30,6 +30,7 @@ from flagscale.execution import heartbeat
 from flagscale.execution.notes import read_process
 from flagscale.execution.rank_folder import RankFolder
 from flagscale.execution.step_process import step_process
+from flagscale.imports import uncollected
 from flagscale.processes import RUNNER_VARIABLE, is_alive, this_process
 from flagscale.stop import deferred_stop, stop_requested
 
@@ -70,6 +71,8 @@ def rank_environment(cores: float, processes: int) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # Samples of many lengths, and buffers of many sizes, else leave holes in the GPU's memory.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # See flagscale.megatron.plain_fp32: NVIDIA's libraries read it when they are loaded.
+        "NVIDIA_TF32_OVERRIDE": "0",
     }
 
 
@@ -146,7 +149,8 @@ def _work(step: str, function: str) -> None:
         with step_process(step, is_rank=True):
             heartbeat.heed(ranks.path)
             module, name = function.split(":")
-            call = validate_call(getattr(importlib.import_module(module), name))
+            with uncollected():
+                call = validate_call(getattr(importlib.import_module(module), name))
             result = call(**ranks.request())
             if is_first_rank():
                 ranks.note_result(result)

@@ -24,12 +24,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from flagscale import variables
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution.exclusive import exclusively
 from flagscale.execution.logs import configure_logging
 from flagscale.execution.metrics_file import write_metrics
 from flagscale.execution.notes import note_error, note_process
 from flagscale.execution.signals import end_with_runner, signals_raise
+from flagscale.imports import uncollected
 from flagscale.recipe import SectionT, parse_section
 from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
 from flagscale.stop import deferred_stop
@@ -64,6 +66,11 @@ class Step:
         self._folders = ExitStack()
         self._outputs: list[tuple[Path, Path]] = []
         self._afterwards: list[Callable[[], object]] = []
+        self._importing = ExitStack()
+
+    def import_first(self) -> None:
+        """Collect no garbage until the body has imported what it runs: its next calls are these."""
+        self._importing.enter_context(uncollected())
 
     def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
         """A section of the recipe, checked again: KFP hands over its numbers as floats.
@@ -71,6 +78,7 @@ class Step:
         Raises:
             UserError: a field is unknown or has a wrong value.
         """
+        self._importing.close()
         return parse_section(kind, values, where=self.name)
 
     def input(self, name: str, artifact: Input) -> Path:
@@ -85,6 +93,7 @@ class Step:
         Raises:
             UserError: nothing is there, or something else than what was pointed to.
         """
+        self._importing.close()
         path = Path(artifact.path)
         if not path.is_dir() or not any(path.iterdir()):
             raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
@@ -106,6 +115,7 @@ class Step:
         Raises:
             UserError: the shared place cannot be written.
         """
+        self._importing.close()
         self._place = self._place or shared_place()
         if self._place is None:
             return Path(path)
@@ -149,6 +159,7 @@ class Step:
 
     def close(self) -> None:
         """Remove folders that were the step's own."""
+        self._importing.close()
         self._folders.close()
 
     def when_published(self, do: Callable[[], object]) -> None:
@@ -194,7 +205,9 @@ def keep_exclusive(place: str) -> None:
 
 
 @contextmanager
-def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iterator[Step]:
+def step_process(
+    name: str, experiment: str = "", accelerators: str = "0", is_rank: bool = False
+) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
     Errors end the process (exit code 1, or 143 when interrupted) with the error's text as the
@@ -203,6 +216,7 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
     Args:
         name: of the step.
         experiment: MLflow's, where the environment does not name one.
+        accelerators: how many its pod was given; the step fails where torch cannot use them.
         is_rank: another process started this one, and will tell its error.
 
     Raises:
@@ -217,7 +231,10 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
             end_with_runner()
             step = Step(name)
             _running.append(step)
+            if not is_rank:
+                step.import_first()
             try:
+                _check_accelerators(accelerators)
                 yield step
                 step.publish()
             finally:
@@ -233,6 +250,15 @@ def step_process(name: str, experiment: str = "", is_rank: bool = False) -> Iter
             logger.error("%s", traceback.format_exc().rstrip())
             _fail(name, f"{type(error).__name__}: {error}", is_rank)
             sys.exit(EXIT_ERROR)
+
+
+def _check_accelerators(count: str) -> None:
+    """Before hours of work: whether there are as many as the pod was given; its ranks ask again."""
+    if count != "0":
+        os.environ[variables.ACCELERATORS] = count
+        from flagscale.megatron.accelerators import check_accelerators
+
+        check_accelerators()
 
 
 def _fail(name: str, message: str, is_rank: bool) -> None:

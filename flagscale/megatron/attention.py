@@ -80,12 +80,14 @@ class SDPACoreAttention(MegatronModule):
 
         Args:
             query: [s, b, heads, channels]; packed: [t, heads, channels].
-            key: as `query`, with groups for heads.
+            key: as `query`, with groups for heads. It may be longer, where what came before is in a
+                key-value cache: the queries are then the last positions.
             value: as `key`; its channels may differ.
             attention_mask: None for causal, or [b or 1, 1, s, s] with True where attention is
                 forbidden (Megatron's convention), causality included. With context parallelism
                 its rows are this rank's positions and its columns the whole sequence's.
-            attn_mask_type: None or causal.
+            attn_mask_type: without effect: attention is causal. Megatron-Core says `no_mask` of
+                one query behind a cache, which may see all keys, as the last position does.
             attention_bias: must be None.
             packed_seq_params: `thd`: documents one after the other, which do not see one another.
 
@@ -112,7 +114,11 @@ class SDPACoreAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params)
         if self._cp_group is not None:
             return self._context_parallel(query, key, value, attention_mask, self._cp_group)
-        return self._attend(query, key, value, None if attention_mask is None else ~attention_mask)
+        if attention_mask is not None:
+            return self._attend(query, key, value, ~attention_mask)
+        if query.size(0) == key.size(0):
+            return self._attend(query, key, value, None)
+        return self._attend(query, key, value, _last_positions(query.size(0), key))
 
     def _attend(
         self,
@@ -190,12 +196,28 @@ class SDPACoreAttention(MegatronModule):
         for half, index in enumerate((rank, 2 * size - 1 - rank)):
             here, end = slice(half * chunk, (half + 1) * chunk), (index + 1) * chunk
             if attention_mask is None:
-                positions = torch.arange(end, device=query.device)
-                allowed = positions[end - chunk :, None] >= positions
+                allowed = _last_positions(chunk, key[:end])
             else:
                 allowed = ~attention_mask[..., here, :end]
             contexts.append(self._attend(query[here], key[:end], value[:end], allowed))
         return torch.cat(contexts)
+
+
+def _last_positions(queries: int, key: torch.Tensor) -> torch.Tensor:
+    """What the last positions see of a sequence: bool [queries, keys], True where allowed.
+
+    Args:
+        queries: how many.
+        key: [s, ...], of the whole sequence.
+
+    Raises:
+        ValueError: there are more queries than keys.
+    """
+    keys = key.size(0)
+    if queries > keys:
+        raise ValueError(f"{queries} queries with {keys} keys: must be their last positions")
+    positions = torch.arange(keys, device=key.device)
+    return positions[keys - queries :, None] >= positions
 
 
 def document_borders(packed: PackedSeqParams, query: torch.Tensor) -> list[int]:

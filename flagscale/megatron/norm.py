@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.RMSNorm):
             hidden_size: of the last dimension, which is normalised.
             eps: added to the mean square.
         """
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark(self, config)
 
 
@@ -40,7 +40,7 @@ class LayerNorm(torch.nn.LayerNorm):
             hidden_size: of the last dimension, which is normalised.
             eps: added to the variance.
         """
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark(self, config)
 
 

@@ -13,14 +13,16 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from flagscale.errors import UserError
+from flagscale.megatron.accelerators import check_accelerators, has_transformer_engine
+from flagscale.megatron.cuda_on_cpu import cuda_on_cpu
+from flagscale.megatron.plain_fp32 import plain_fp32
 from flagscale.recipe import ParallelismRecipe
 
 if TYPE_CHECKING:
@@ -55,15 +57,27 @@ def training_dtype(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def inference_dtype(stored: torch.dtype) -> torch.dtype:
+    """What a stored model is run in: bf16 where that is fast, else fp32, as fp16 may overflow."""
+    return torch.bfloat16 if HAS_GPU and stored == torch.bfloat16 else torch.float32
+
+
 def transformer_impl(choice: str) -> str:
-    """Megatron's `transformer_impl` for the recipe's choice (`auto` takes what the machine has)."""
-    if choice != "auto":
-        return choice
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
+    """Megatron's `transformer_impl` for the recipe's choice (`auto` takes what the machine has).
+
+    Raises:
+        UserError: transformer-engine is installed but does not import, or is chosen but not there.
+            Megatron-Core would go on without it, and say nothing.
+    """
+    if choice == "local" or not HAS_GPU:
+        return choice if choice != "auto" else "local"
+    if has_transformer_engine():
+        return "transformer_engine"
+    if choice == "auto":
         return "local"
-    return "transformer_engine" if HAS_GPU else "local"
+    raise UserError(
+        "training.transformer_impl=transformer_engine, but transformer-engine is not installed"
+    )
 
 
 def processes(parallelism: ParallelismRecipe) -> int:
@@ -105,6 +119,7 @@ def runtime(
     """Start Megatron-Core's process state; take it down on exit.
 
     World size and rank come from torchrun's environment; without it, this is one process alone.
+    Matrix products of fp32 tensors are fp32 inside (`flagscale.megatron.plain_fp32`).
 
     Args:
         seed: of weights and dropout.
@@ -112,12 +127,15 @@ def runtime(
         rerun_mode: of the rerun state machine.
 
     Raises:
-        UserError: the processes cannot be divided so.
+        UserError: the processes cannot be divided so, or the pod has accelerators that cannot be
+            used.
     """
     sizes = parallelism or ParallelismRecipe()
+    check_accelerators()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_fp32())
         if not HAS_GPU:
-            stack.enter_context(_cuda_on_cpu())
+            stack.enter_context(cuda_on_cpu())
         _start_process_group()
         stack.callback(torch.distributed.destroy_process_group)
         from megatron.core import parallel_state, tensor_parallel
@@ -176,113 +194,3 @@ def _start_process_group() -> None:
     # No port to collide on: a lone process needs no rendezvous.
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
-class _CudaToCpu(TorchFunctionMode):
-    """Redirects tensors that are asked for on a CUDA device to the CPU."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimiser sorts parameters by the names of CUDA's tensor types.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        return func(*args, **kwargs)
-
-
-def _is_cuda(value: object) -> bool:
-    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
-
-
-def _with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes split sizes as tensors: the expert dispatcher makes numpy arrays only off a GPU."""
-
-    def with_lists(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
-        return all_to_all_single(*args, **kwargs)
-
-    return with_lists
-
-
-class _NoStream:
-    """A stream or event of a device on which all work is already in order."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
-        return lambda *args, **kwargs: self
-
-
-@contextlib.contextmanager
-def _cuda_on_cpu() -> Iterator[None]:
-    import megatron.core.tensor_parallel.random as mcore_random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
-
-    # It warns at every step that the CPU's random state changed within a GPU random context.
-    logging.getLogger(mcore_random.__name__).setLevel(logging.ERROR)
-    cuda: dict[str, Any] = {
-        "current_device": lambda: _CPU,
-        "device_count": lambda: 1,
-        "set_device": lambda device: None,
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "manual_seed": lambda seed: torch.manual_seed(seed),
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "Stream": type("Stream", (_NoStream,), {}),
-        "Event": type("Event", (_NoStream,), {}),
-        "current_stream": lambda device=None: _NoStream(),
-        "default_stream": lambda device=None: _NoStream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-    }
-    rng: dict[str, Any] = {
-        "_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-        "_set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-    }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(torch.cuda, cuda))
-        stack.enter_context(_replaced(mcore_random, rng))
-        dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
-        stack.enter_context(_replaced(torch.distributed, dispatch))
-        if not hasattr(moe_utils, "te_general_gemm"):
-            # Megatron-Core 0.16.1 names it without transformer-engine too.
-            stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
-        if not isinstance(multi_latent_attention.TELinear, type):
-            # It asks whether its layers are transformer-engine's, which is not there to be asked.
-            stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
-        stack.enter_context(_CudaToCpu())
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, values: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    missing = object()
-    before = {name: getattr(module, name, missing) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is missing:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)

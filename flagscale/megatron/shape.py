@@ -1,7 +1,7 @@
 """The shape of a model: what `model.json` of an artifact holds, under Megatron's argument names.
 
-`from_hf_config` reads it off a Hugging Face configuration (Llama, Qwen2 and Qwen3 families), and
-`hf_config_for` turns it back into one. `flagscale.models.student_shape` derives the student's.
+`from_hf_config` reads it off a Hugging Face configuration of one of `flagscale.megatron.families`,
+and `hf_config_for` turns it back into one. `flagscale.models.student_shape` derives the student's.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale.artifacts import write_json
 from flagscale.errors import UserError
+from flagscale.megatron.families import Family, family_of, read_experts, write_experts
 from flagscale.recipe import ArchitectureRecipe, parse_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_JSON = "model.json"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 # Megatron-Core has Llama 3's RoPE scaling with these constants; only the factor can be chosen.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -38,7 +34,7 @@ class ModelShape:
     """Everything that fixes a GPT model but its weights.
 
     Attributes:
-        model_type: Hugging Face family: `llama`, `qwen2` or `qwen3`.
+        model_type: Hugging Face family, see `flagscale.megatron.families`.
         num_layers: transformer layers.
         hidden_size: width of the residual stream.
         ffn_hidden_size: width inside the gated MLP.
@@ -56,8 +52,7 @@ class ModelShape:
         qk_layernorm: norm on every query and key head; with latent attention, on the latents.
         add_qkv_bias: bias on the query, key and value projections.
         untie_embeddings_and_output_weights: whether the output layer has weights of its own.
-        architecture: what it has beyond its family; where that is nothing, the model can be
-            written as a Hugging Face model of the family.
+        architecture: what it has beyond attention and one MLP a layer.
     """
 
     model_type: str
@@ -105,13 +100,18 @@ class ModelShape:
         )
         return cls(**values)
 
+    @property
+    def fits_hugging_face(self) -> bool:
+        """Whether a Hugging Face configuration of its family describes the model."""
+        return family_of(self.model_type).holds(self.architecture)
+
     def check_fits_hugging_face(self) -> None:
         """Refuse a model that its family's Hugging Face configuration cannot describe.
 
         Raises:
             UserError: what does not fit, and the format to export in.
         """
-        if not self.architecture.is_default:
+        if not self.fits_hugging_face:
             changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
             raise UserError(
                 f"student.architecture={changed}: no {self.model_type} configuration of Hugging "
@@ -128,17 +128,15 @@ def from_hf_config(config: PreTrainedConfig, make_vocab_size_divisible_by: int =
     """Read the shape off a Hugging Face configuration.
 
     Args:
-        config: of a Llama, Qwen2 or Qwen3 causal language model.
+        config: of a causal language model.
         make_vocab_size_divisible_by: the embedding gets padding rows up to a multiple of this.
 
     Raises:
         UserError: another family, or a feature that the Megatron-Core model would not honour.
     """
-    family = getattr(config, "model_type", None)
-    if family not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"teacher: model_type={family!r} is not supported; supported: {known}")
-    _refuse_unsupported(config, family)
+    family = config.model_type
+    entry = family_of(family)
+    _refuse_unsupported(config, entry)
     use_scaling, factor, base = _rope(config, family)
     heads = config.num_attention_heads
     if not getattr(config, "head_dim", None):
@@ -164,9 +162,10 @@ def from_hf_config(config: PreTrainedConfig, make_vocab_size_divisible_by: int =
         rotary_base=base,
         use_rope_scaling=use_scaling,
         rope_scaling_factor=factor,
-        qk_layernorm=family == "qwen3",
-        add_qkv_bias=family == "qwen2",
+        qk_layernorm=entry.qk_layernorm,
+        add_qkv_bias=entry.add_qkv_bias,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        architecture=read_experts(config) if entry.has_experts else ArchitectureRecipe(),
     )
 
 
@@ -179,10 +178,11 @@ def hf_config_for(shape: ModelShape, template: PreTrainedConfig) -> PreTrainedCo
         UserError: the family has no such model.
     """
     shape.check_fits_hugging_face()
+    family = family_of(shape.model_type)
     config = copy.deepcopy(template)
     for stale in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(stale, None)
-    config.architectures = [ARCHITECTURES[shape.model_type]]
+    config.architectures = [family.causal_lm]
     config.num_hidden_layers = shape.num_layers
     config.hidden_size = shape.hidden_size
     config.intermediate_size = shape.ffn_hidden_size
@@ -195,6 +195,8 @@ def hf_config_for(shape: ModelShape, template: PreTrainedConfig) -> PreTrainedCo
         config.layer_types = ["full_attention"] * shape.num_layers
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = shape.num_layers
+    if family.has_experts:
+        write_experts(config, shape.architecture, shape.ffn_hidden_size)
     return config
 
 
@@ -208,22 +210,20 @@ def check_divides(where: str, name: str, value: int, heads: int) -> None:
         raise UserError(f"{where}: {name}={value} is not divisible by num_attention_heads={heads}")
 
 
-def _refuse_unsupported(config: PreTrainedConfig, family: str) -> None:
+def _refuse_unsupported(config: PreTrainedConfig, entry: Family) -> None:
     """Refuse what would be silently wrong."""
-    expected: dict[str, tuple[Any, ...]] = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "hidden_act": ("silu",),
-        "attention_dropout": (0, 0.0, None),
-    }
-    for name, allowed in expected.items():
+    family = config.model_type
+    for name, allowed in entry.expected.items():
         value = getattr(config, name, None)
         if value not in allowed:
             raise UserError(
                 f"{family} teacher: {name}={value!r} is not supported, {allowed[0]!r} is"
             )
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
     windowed = [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"]
-    if windowed or (getattr(config, "use_sliding_window", False) and config.sliding_window):
+    if windowed or window is not None:
         raise UserError(
             f"{family} teacher: sliding-window attention (sliding_window="
             f"{getattr(config, 'sliding_window', None)}) is not supported, full attention is"

@@ -180,8 +180,7 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
     return {
         "num_moe_experts": experts,
         "moe_router_topk": architecture.moe_router_topk,
-        # With one expert a token, the softmax over the chosen would always be 1.
-        "moe_router_pre_softmax": architecture.moe_router_topk == 1,
+        "moe_router_pre_softmax": architecture.is_softmax_first,
         "moe_router_dtype": "fp32",
         "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size or args.shape.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": architecture.moe_shared_expert_intermediate_size,

@@ -1,84 +1,83 @@
-"""Megatron-Core -> Hugging Face folder, by ModelOpt's exporter, and proof that it loads."""
+"""Megatron-Core's checkpoint -> a Hugging Face folder, tensor by tensor and without a model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_state_dict_into_shards_factory
 from megatron.core.models.gpt import GPTModel
-from modelopt.torch.export import export_mcore_gpt_to_hf
-from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from flagscale.megatron.shape import ModelShape
-from flagscale.models import reload_hf
-from flagscale.models.hf_import import EMBEDDING, OUTPUT_LAYER
-from flagscale.models.origin import ORIGIN_JSON
+from flagscale.artifacts import write_json
+from flagscale.checkpoint.stored import StoredTensors
+from flagscale.errors import UserError
+from flagscale.models.hf_weights import Counterpart, WeightMap
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reloaded:
-    """What transformers makes of an exported folder.
-
-    Attributes:
-        logits_bsv: float32 [b, s, vocabulary].
-        text: greedy continuation of the prompt.
-    """
-
-    logits_bsv: torch.Tensor
-    text: str
+_MAX_SHARD_SIZE = "5GB"
+_FILE_NAMES = "model{suffix}.safetensors"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def export_to_hf(
-    model: GPTModel,
-    shape: ModelShape,
-    template: Path,
+def write_weights(
+    stored: StoredTensors,
+    weights: WeightMap,
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Write a whole (not tensor-parallel) model as a Hugging Face folder.
+    """Write safetensors of at most 5 GB each, and an index if they are several.
 
-    Rows of the padded vocabulary are dropped. Call within `platform.runtime()`.
+    Rows of the padded vocabulary are dropped. No more than two of the checkpoint's layers' tensors
+    are in memory. Each rank writes some of the files.
 
     Args:
-        model: plain, without a teacher.
-        shape: of the model.
-        template: `hf/` of its artifact: the model's own configuration, and the tokenizer.
+        stored: the checkpoint.
+        weights: the map of the model's family.
         folder: existing folder to write into.
         dtype: of the weights on disk.
+        rank: of this process.
+        world_size: how many processes share the work.
+
+    Raises:
+        UserError: the checkpoint is not of the family's model.
     """
-    shutil.copytree(
-        template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ORIGIN_JSON)
+    counterparts = weights.counterparts(stored.tensors)
+    _check_names(counterparts, stored)
+    shapes = {name: _shape(one, stored) for name, one in counterparts.items()}
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        filename_pattern=_FILE_NAMES,
+        max_shard_size=_MAX_SHARD_SIZE,
     )
-    config = AutoConfig.from_pretrained(template)
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            export_mcore_gpt_to_hf(model, str(template), dtype=dtype, export_dir=name)
-        state: dict[str, torch.Tensor] = {}
-        for shard in sorted(Path(name).glob("*.safetensors")):  # one a layer
-            state |= {key: value.to(dtype) for key, value in load_file(shard).items()}
-    for key in (EMBEDDING, OUTPUT_LAYER):
-        if key in state:
-            state[key] = state[key][: shape.vocab_size].clone()
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    for path in folder.glob("*.safetensors"):  # written readable by its owner alone
-        shutil.copymode(folder / "config.json", path)
+
+    @lru_cache(maxsize=2)  # a layer's keys, output projection, queries and values follow each other
+    def whole(key: str, index: tuple[int, ...]) -> torch.Tensor:
+        size = stored.tensors[key].shape[len(index) :]
+        part = stored.read(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size))
+        return part.view(size)
+
+    def tensor(name: str) -> torch.Tensor:
+        made = counterparts[name]
+        rows = whole(made.key, made.index)
+        parts = [rows[at : at + len(part)] for at, part in made.pieces]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+    for number, (file_name, names) in enumerate(split.filename_to_tensors.items()):
+        if number % world_size == rank:
+            # In the order that safetensors' own writer has.
+            _write(
+                folder / file_name, {name: shapes[name] for name in sorted(names)}, dtype, tensor
+            )
+    if split.is_sharded and rank == 0:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
 @torch.no_grad()
@@ -92,37 +91,47 @@ def round_weights(model: GPTModel, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def reload_in_fresh_process(folder: Path, tokens: torch.Tensor, prompt: Sequence[int]) -> Reloaded:
-    """Load an exported folder with transformers alone, in a process of its own.
-
-    The process gets neither this project's environment variables nor its packages' start-up code:
-    what it loads is what anybody would load. It runs on the CPU, in float32.
-
-    Args:
-        folder: the exported folder.
-        tokens: int64 [b, s].
-        prompt: tokens to continue.
-
-    Raises:
-        RuntimeError: the process failed; its last words are in the message.
-    """
-    with tempfile.TemporaryDirectory(prefix="flagscale-reload-") as name:
-        request, answer = Path(name, "request.json"), Path(name, "answer.safetensors")
-        request.write_text(json.dumps({"tokens": tokens.tolist(), "prompt": list(prompt)}))
-        done = subprocess.run(  # noqa: S603 - our own script
-            [sys.executable, "-I", reload_hf.__file__, str(folder), str(request), str(answer)],
-            env={**_loader_path(), "PATH": os.defpath, "HOME": name, "HF_HUB_OFFLINE": "1"},
-            cwd=name,
-            capture_output=True,
-            text=True,
-            check=False,
+def _shape(made: Counterpart, stored: StoredTensors) -> tuple[int, ...]:
+    """Of the Hugging Face tensor; the Megatron-Core tensor must be as the map says."""
+    height, *width = stored.tensors[made.key].shape[len(made.index) :]
+    if height != made.height:
+        raise UserError(
+            f"{stored.folder}: the checkpoint's {made.key} has {height} rows, but the model's "
+            f"shape makes it {made.height}"
         )
-        if done.returncode != 0:
-            last_words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(f"transformers cannot load the exported {folder}: {last_words}")
-        return Reloaded(logits_bsv=load_file(answer)["logits"], text=json.loads(done.stdout))
+    return (sum(len(part) for _, part in made.pieces), *width)
 
 
-def _loader_path() -> dict[str, str]:
-    """Where the system finds shared libraries: in some images torch does not load without it."""
-    return {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
+def _check_names(counterparts: dict[str, Counterpart], stored: StoredTensors) -> None:
+    wanted = {made.key for made in counterparts.values()}
+    for what, keys in (
+        ("lacks", wanted - stored.tensors.keys()),
+        ("has, what the family's model has not,", stored.tensors.keys() - wanted),
+    ):
+        if keys:
+            raise UserError(f"{stored.folder}: the checkpoint {what} {min(keys)}")
+
+
+def _write(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensor: Callable[[str], torch.Tensor],
+) -> None:
+    """Write a safetensors file without holding it: its writer wants all tensors at once.
+
+    The format (https://huggingface.co/docs/safetensors): the header's length, the header as JSON,
+    then the tensors' bytes one after the other.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            stream.write(tensor(name).contiguous().view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -73,6 +74,13 @@ def load_model(
     return model
 
 
+def sizes_for(shape: ModelShape, sizes: ParallelismRecipe) -> ParallelismRecipe:
+    """The sizes for one model of several: to one without experts their ranks are copies."""
+    if shape.architecture.num_experts is not None:
+        return sizes
+    return sizes.model_copy(update={"expert_model_parallel_size": 1})
+
+
 @torch.no_grad()
 def forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
     """What the model predicts after each token, as its last stage computes it. All ranks call it.
@@ -85,27 +93,65 @@ def forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         On ranks of the last pipeline stage [b, s, padded vocabulary / TP] in the model's dtype:
         this rank's slice of the vocabulary; None on the others.
     """
+    with without_multi_token_prediction(unwrap_model(model)):
+        return _last_stage(model, tokens)
+
+
+@torch.no_grad()
+def hidden_states(
+    model: GPTModel, tokens: torch.Tensor, cache: StaticInferenceContext | None = None
+) -> torch.Tensor | None:
+    """What the model's output layer is given. All ranks call it.
+
+    Args:
+        model: see `forward`.
+        tokens: see there.
+        cache: keys and values of the tokens before these, of which it holds `sequence_len_offset`;
+            it takes up those of these too.
+
+    Returns:
+        On ranks of the last pipeline stage [s, b, h], the same on all of them, in the model's
+        dtype; None on the others.
+    """
+    unwrapped = unwrap_model(model)
+    # A stage that does not compute the output layer returns what goes into it.
+    before, unwrapped.post_process = unwrapped.post_process, False
+    try:
+        with without_multi_token_prediction(unwrapped):
+            return _last_stage(model, tokens, cache)
+    finally:
+        unwrapped.post_process = before
+
+
+def _last_stage(
+    model: GPTModel, tokens: torch.Tensor, cache: StaticInferenceContext | None = None
+) -> torch.Tensor | None:
+    """What the model's last stage returns, there; None on other stages."""
     tokens = tokens.to(platform.device())
-    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    start = 0 if cache is None else cache.sequence_len_offset
+    positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+    # Megatron-Core refuses a cache without gathered logits; nothing is gathered of hidden states.
+    named: dict[str, Any] = (
+        {} if cache is None else {"inference_context": cache, "runtime_gather_output": True}
+    )
 
     def step(_batches: Any, chunk: GPTModel) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:  # noqa: ANN401
-        output = chunk(tokens, positions, None)
+        output = chunk(tokens, positions.expand_as(tokens), None, **named)
         return output, lambda output, non_loss_data=False: output
 
-    with without_multi_token_prediction(unwrap_model(model)):
-        outputs = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[None],
-            model=[model],
-            num_microbatches=1,
-            seq_length=tokens.size(1),
-            micro_batch_size=tokens.size(0),
-            decoder_seq_length=tokens.size(1),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    logits_bsv: torch.Tensor | None = outputs[0] if is_pipeline_last_stage() else None
-    return logits_bsv
+    outputs = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[None],
+        model=[model],
+        num_microbatches=1,
+        seq_length=tokens.size(1),
+        micro_batch_size=tokens.size(0),
+        decoder_seq_length=tokens.size(1),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    output: torch.Tensor | None = outputs[0] if is_pipeline_last_stage() else None
+    return output
 
 
 def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -126,14 +172,19 @@ def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
         logits_bsv = whole_bsv[..., :vocab_size].float()
     else:
         logits_bsv = torch.empty(*tokens.shape, vocab_size, device=platform.device())
+    return from_last_stage(logits_bsv)
+
+
+def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as the last pipeline stage has it. All ranks call it, with one shape and dtype."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        logits_bsv = logits_bsv.contiguous()
+        tensor = tensor.contiguous()
         torch.distributed.broadcast(
-            logits_bsv,
+            tensor,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return logits_bsv
+    return tensor
 
 
 @contextlib.contextmanager

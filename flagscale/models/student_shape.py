@@ -40,7 +40,8 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
 
     Heads keep the teacher's width if that is independent of the hidden size (Qwen3); else it
     follows from the student's hidden size and heads. Latent attention has neither key/value groups
-    nor biases, and rotary embeddings of its own, without Llama 3's scaling.
+    nor biases, and rotary embeddings of its own, without Llama 3's scaling. A teacher's experts
+    are the student's, unless the recipe gives an architecture.
 
     Raises:
         UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
@@ -75,7 +76,16 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
         num_query_groups=groups,
         kv_channels=kv_channels,
     )
-    return _with_architecture(shape, student.architecture or ArchitectureRecipe())
+    if student.architecture is not None:
+        return _with_architecture(shape, student.architecture)
+    width = teacher.architecture.moe_ffn_hidden_size
+    if student.ffn_hidden_size is not None and width is not None:
+        raise UserError(
+            f"student.ffn_hidden_size={student.ffn_hidden_size} has no effect: the teacher has "
+            f"experts of width {width}; give student.architecture with num_experts, "
+            "moe_router_topk and moe_ffn_hidden_size"
+        )
+    return shape
 
 
 def _with_architecture(shape: ModelShape, architecture: ArchitectureRecipe) -> ModelShape:

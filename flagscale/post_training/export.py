@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import modelopt.torch.distill as mtd
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
+
+from flagscale.post_training.upstream import mtd
 
 # ModelOpt's adaptation to Megatron-Core sets these on the instance, and its export leaves them.
 _INSTANCE_METHODS = (

@@ -10,7 +10,8 @@ from megatron.core.utils import unwrap_model
 
 from flagscale.megatron.global_vars import get_args
 from flagscale.megatron.loss_checks import check_loss
-from flagscale.post_training.losses import CriterionOutput
+
+CriterionOutput = tuple[torch.Tensor, bool, bool]  # of ModelOpt's criteria; see `masked_sum`
 
 
 def loss_func(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import modelopt.torch.distill as mtd
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from modelopt.torch.distill.plugins import megatron as upstream
-from modelopt.torch.distill.plugins.megatron import BaseLoss
 
 from flagscale.post_training.kl_divergence import forward_kl
+from flagscale.post_training.loss_func import CriterionOutput
+from flagscale.post_training.upstream import mtd, mtd_megatron
 
-CriterionOutput = tuple[torch.Tensor, bool, bool]
 
-
-class LogitsKLLoss(BaseLoss):
+class LogitsKLLoss(mtd_megatron.BaseLoss):
     """Forward KL of the student's logits to the teacher's, per token, times `T^2`.
 
     Takes the place of ModelOpt's class of the same name, whose value lacks the `T^2` and whose
@@ -53,7 +50,7 @@ class LogitsKLLoss(BaseLoss):
         return result
 
 
-class _InFloat32(BaseLoss):
+class _InFloat32(mtd_megatron.BaseLoss):
     """Compares hidden states in fp32, whatever the models compute in."""
 
     def pre_forward(
@@ -64,7 +61,7 @@ class _InFloat32(BaseLoss):
         return predictions.float(), targets.float()
 
 
-class HiddenStateCosineLoss(_InFloat32, upstream.HiddenStateCosineLoss):
+class HiddenStateCosineLoss(_InFloat32, mtd_megatron.HiddenStateCosineLoss):
     """1 - cosine of hidden states, per token: ModelOpt's, in fp32.
 
     In bf16 a cosine near 1 is a multiple of 2^-8, and the gradient, a difference of nearly equal
@@ -72,7 +69,7 @@ class HiddenStateCosineLoss(_InFloat32, upstream.HiddenStateCosineLoss):
     """
 
 
-class MSELoss(_InFloat32, upstream.MSELoss):
+class MSELoss(_InFloat32, mtd_megatron.MSELoss):
     """Mean squared difference of hidden states, per token: ModelOpt's, in fp32."""
 
 

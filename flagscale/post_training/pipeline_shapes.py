@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from modelopt.torch.distill.plugins.megatron import get_tensor_shapes_adjust_fn_for_distillation
+
+from flagscale.post_training.upstream import mtd_megatron
 
 Shapes = list[tuple[int, ...]]
 
@@ -21,6 +22,6 @@ def adjust_tensor_shapes_fn(
         sizes: the schedule's `seq_length`, `micro_batch_size` and `decoder_seq_length`.
     """
     adjust: Callable[[Shapes, Shapes], tuple[Shapes, Shapes]] | None = (
-        get_tensor_shapes_adjust_fn_for_distillation(list(chunks), **sizes)
+        mtd_megatron.get_tensor_shapes_adjust_fn_for_distillation(list(chunks), **sizes)
     )
     return adjust

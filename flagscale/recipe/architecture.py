@@ -1,4 +1,8 @@
-"""Section `student.architecture`: what a student from scratch has beyond its teacher's family."""
+"""Section `student.architecture`: what a model has beyond layers of attention and one MLP each.
+
+A student from scratch gets it from its recipe; a teacher with experts, and what is pruned from it,
+has it too.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,21 @@ from flagscale.recipe.section import PositiveInt, Section
 
 _MOE = (
     "moe_router_topk",
+    "moe_router_pre_softmax",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
     "moe_layer_freq",
     "moe_grouped_gemm",
     "moe_aux_loss_coeff",
 )
+# Training and kernels aside, what a Hugging Face configuration of experts says.
+_EXPERTS = {"num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size"}
+_NOT_OF_THE_MODEL = {"moe_grouped_gemm", "moe_aux_loss_coeff"}
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
 class ArchitectureRecipe(Section):
-    """Megatron's model arguments that no Llama or Qwen configuration holds."""
+    """Megatron's model arguments that a plain Llama or Qwen lacks."""
 
     spec: str | None = Field(
         None,
@@ -33,6 +41,11 @@ class ArchitectureRecipe(Section):
     )
     num_experts: PositiveInt | None = Field(None, description="Experts a layer (MoE)")
     moe_router_topk: PositiveInt = Field(2, description="Experts a token")
+    moe_router_pre_softmax: bool | None = Field(
+        None,
+        description="Weigh the chosen experts by a softmax over all, not over the chosen; default: "
+        "with one expert a token only",
+    )
     moe_ffn_hidden_size: PositiveInt | None = Field(
         None, description="Width of an expert; default: ffn_hidden_size"
     )
@@ -69,6 +82,11 @@ class ArchitectureRecipe(Section):
         elif self.moe_router_topk > self.num_experts:
             raise ValueError(
                 f"moe_router_topk={self.moe_router_topk} is above num_experts={self.num_experts}"
+            )
+        elif self.moe_router_topk == 1 and self.moe_router_pre_softmax is False:
+            raise ValueError(
+                "moe_router_pre_softmax=false with moe_router_topk=1: a softmax over one expert is "
+                "always 1, and the router would not learn; leave it out"
             )
         if not self.multi_latent_attention:
             self._check_unused(_MLA, "multi_latent_attention: true")
@@ -122,9 +140,22 @@ class ArchitectureRecipe(Section):
         return any(part.get("replace_with_linear") for block in blocks for part in block.values())
 
     @property
+    def is_softmax_first(self) -> bool:
+        """Whether the chosen experts are weighed by a softmax over all of them."""
+        if self.moe_router_pre_softmax is None:
+            return self.moe_router_topk == 1
+        return self.moe_router_pre_softmax
+
+    @property
     def is_default(self) -> bool:
-        """Whether nothing here is set: the model is one of the teacher's family."""
+        """Whether nothing here is set: layers of attention and one MLP each."""
         return self == type(self)()
+
+    @property
+    def has_only_experts(self) -> bool:
+        """Whether every layer is attention and experts, and nothing else is set."""
+        changed = self.model_dump(exclude_defaults=True).keys()
+        return self.num_experts is not None and changed <= _EXPERTS | _NOT_OF_THE_MODEL
 
 
 def _check_block(number: int, block: Any) -> None:  # noqa: ANN401 - whatever YAML held

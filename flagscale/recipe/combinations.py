@@ -35,31 +35,35 @@ class TrainingOptions(Protocol):
 
 
 def check_combination(
-    distillation: DistillationRecipe, training: TrainingOptions, architecture: ArchitectureRecipe
+    distillation: DistillationRecipe,
+    training: TrainingOptions,
+    architecture: ArchitectureRecipe | None,
 ) -> None:
     """Refuse options that would not be honoured together.
 
     Args:
         distillation: the recipe's section.
         training: the recipe's section, or a run's arguments.
-        architecture: the student's.
+        architecture: the student's; None while it is not known, because it is the teacher's.
 
     Raises:
         ValueError: both options with their values, and what would be right.
     """
+    known = architecture or ArchitectureRecipe()
     if distillation.loss != "none":
-        _check_distillation(distillation, training, architecture)
+        _check_distillation(distillation, training, known)
     if _is_legacy(training):
-        _check_legacy(training, architecture)
+        _check_legacy(training, known)
     if training.transformer_impl == "local":
-        _check_local(training, architecture)
+        _check_local(training, known)
     ranks = training.parallelism.context_parallel_size
     if training.reset_attention_mask and ranks > 1:
         raise ValueError(
             "training.reset_attention_mask=true with training.parallelism.context_parallel_size="
             f"{ranks}: ranks hold halves of a sample, not of each document; set one of the two back"
         )
-    _check_layout(training.parallelism, architecture)
+    if architecture is not None:
+        _check_layout(training.parallelism, architecture)
 
 
 def _is_legacy(training: TrainingOptions) -> bool:
@@ -157,12 +161,12 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
     experts = architecture.num_experts
     if ranks > 1 and (experts is None or experts % ranks):
         raise ValueError(
-            f"{where}.expert_model_parallel_size={ranks} with student.architecture.num_experts="
-            f"{experts}: must divide the experts; without experts it must be 1"
+            f"{where}.expert_model_parallel_size={ranks} with num_experts={experts} of the "
+            "student: must divide the experts; without experts it must be 1"
         )
     if experts is not None and tensor > 1 and ranks == 1:
         raise ValueError(
-            f"student.architecture.num_experts={experts} with {where}.tensor_model_parallel_size="
+            f"num_experts={experts} of the student with {where}.tensor_model_parallel_size="
             f"{tensor}: needs {where}.expert_model_parallel_size above 1, or experts' gradients "
             "would not be added up over tensor-parallel ranks"
         )
@@ -173,7 +177,7 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
         ):
             if value:
                 raise ValueError(
-                    f"student.architecture.{option}={value} with {where}."
+                    f"{option}={value} of the student with {where}."
                     f"tensor_model_parallel_size={tensor}: needs {where}.sequence_parallel=true"
                 )
     if architecture.has_linear_block and parallelism.sequence_parallel:

@@ -21,7 +21,10 @@ class TeacherRecipe(Section):
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
     max_logit_difference: float = Field(
-        1e-3, gt=0, description="Largest |logit| difference to transformers that is accepted"
+        1e-3,
+        gt=0,
+        description="Largest |logit| difference to transformers that is accepted in float32, as a "
+        "share of the logits' standard deviation, and of a layer, as a share of what it adds",
     )
     max_validation_loss: float | None = Field(
         None, gt=0, description="Highest plausible LM loss, nats a token; default: ln(vocabulary)"

@@ -56,13 +56,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         """Refuse what its sections ask for together and would not get."""
+        # Without one it is the teacher's, which is known when that has been fetched.
+        check_combination(self.distillation, self.training, self.student.architecture)
         architecture = self.student.architecture or ArchitectureRecipe()
-        check_combination(self.distillation, self.training, architecture)
         if not architecture.is_default and self.export.format != "megatron":
             changed = architecture.model_dump(mode="json", exclude_defaults=True)
             raise ValueError(
-                f"export.format={self.export.format} with student.architecture={changed}: no Llama "
-                "or Qwen configuration of Hugging Face holds that; set export.format=megatron"
+                f"export.format={self.export.format} with student.architecture={changed}: no "
+                "configuration of Hugging Face is known to hold that; set export.format=megatron"
             )
         if architecture.moe_aux_loss_coeff and any(c.format == "chat" for c in self.data.corpora):
             raise ValueError(

@@ -41,7 +41,8 @@ class ExportRecipe(Section):
     max_logit_difference: float = Field(
         1e-3,
         gt=0,
-        description="Largest |logit| difference after the round trip (in float32); ditto",
+        description="Largest |logit| difference after the round trip that is accepted in float32, "
+        "as a share of the logits' standard deviation; ditto",
     )
     registered_model_name: str | None = Field(
         None, description="Name in the MLflow model registry; default: the recipe's name"

@@ -51,4 +51,6 @@ LabelKey = Annotated[
     str, Field(pattern=rf"^({DOMAIN}/)?{LABEL}$", examples=["pool", "example.com/pool"])
 ]
 LabelValue = Annotated[str, Field(pattern=rf"^({LABEL})?$", examples=["h100"])]
+ResourceName = Annotated[str, Field(pattern=rf"^{DOMAIN}/{LABEL}$", examples=["nvidia.com/gpu"])]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", examples=["HF_TOKEN"])]
 ImageName = Annotated[str, AfterValidator(check_image)]

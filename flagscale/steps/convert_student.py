@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_pipeline_model_parallel_group
 from transformers import AutoConfig
 
-from flagscale import tracking
-from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.checkpoint import save_weights
-from flagscale.data.loader import validation_batches
+from flagscale.artifacts import Manifest, open_artifact
+from flagscale.checkpoint import load_layers, save_weights
+from flagscale.checkpoint.weights import count_parameters
+from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
+from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import model_arguments
+from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
-from flagscale.models.distillation_proof import prove_distillation
-from flagscale.models.megatron import WEIGHTS, build_model, load_model, logits
-from flagscale.models.student import copy_from_teacher
+from flagscale.models.distillation_proof import (
+    PROOF_LOSS,
+    prove_every_parameter_learns,
+    prove_no_loss_when_equal,
+)
+from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model, sizes_for
+from flagscale.models.random_weights import with_random_weights
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +48,9 @@ def convert_student(
 ) -> dict[str, float]:
     """Make the student and prove ModelOpt's distillation conversion of it.
 
+    Its layers are cut out of the teacher's checkpoint; the teacher is there for the proofs alone,
+    beside one student.
+
     Args:
         student: what it looks like and starts from.
         teacher: a `teacher` artifact.
@@ -49,83 +62,136 @@ def convert_student(
         Layers, parameters, and the proofs' figures.
 
     Raises:
-        UserError: the student does not fit the teacher, the tokenizers differ, or a proof failed.
+        UserError: the student does not fit the teacher or the processes, the tokenizers differ, or
+            a proof failed.
     """
-    parents = {
-        "teacher": open_artifact(teacher, "teacher"),
-        "dataset": open_artifact(dataset, "dataset"),
-    }
+    parents = _parents(teacher, dataset, check_files=True)
     if parents["teacher"].tokenizer_hash != parents["dataset"].tokenizer_hash:
         raise UserError(
             f"{dataset} was tokenized with {parents['dataset'].tokenizer_hash}, but the teacher's "
             f"tokenizer is {parents['teacher'].tokenizer_hash}: prepare the data with the latter"
         )
     teacher_shape = ModelShape.load(teacher)
-    shape = student_shape(teacher_shape, student)
+    for shape in (teacher_shape, student_shape(teacher_shape, student)):
+        check_layout(shape, models.sizes, parents["dataset"].facts["seq_length"], 1)
+    return call_on_ranks(
+        "convert-student",
+        convert_on_rank,
+        models.processes,
+        student=student,
+        teacher=teacher,
+        dataset=dataset,
+        output=output,
+        models=models,
+    )
+
+
+def convert_on_rank(
+    student: StudentRecipe, teacher: Path, dataset: Path, output: Path, models: ModelsRecipe
+) -> dict[str, float]:
+    """The work of one rank, or of the only process; see `convert_student`."""
+    parents = _parents(teacher, dataset, check_files=False)
+    shape = student_shape(ModelShape.load(teacher), student)
     seq_length = parents["dataset"].facts["seq_length"]
+    stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
+    dtype = platform.inference_dtype(stored)
+    args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     recipe = {"student": student.model_dump(mode="json")}
     with (
-        tracking.step_run("convert-student", recipe, parents=parents) as run,
+        tracked("convert-student", recipe, parents=parents) as run,
         platform.runtime(student.seed, models.sizes),
-        use_args(model_arguments(shape, seq_length)),
-        new_artifact(output, "student", recipe, parents, run.log_artifact) as staging,
+        use_args(with_teacher(args, teacher, PROOF_LOSS)),
+        written(output, "student", recipe, parents, run) as staging,
     ):
-        teacher_model = load_model(teacher, seq_length)
-        student_model = build_model(shape, seq_length)
-        if student.init != "scratch":
-            kept = layers_to_keep(teacher_shape.num_layers, student)
-            copy_from_teacher(student_model, teacher_model, kept)
-            staging.facts["keep_layers"] = list(kept)
-            logger.info("keeping layers %s of %d", list(kept), teacher_shape.num_layers)
         batch = _batch(dataset)
-        figures = _check_shape(student_model, shape)
-        _save(student_model, shape, teacher, staging.path)
-        reloaded = load_model(staging.path, seq_length)
-        figures["reload_logit_difference"] = _same_logits(student_model, reloaded, batch["tokens"])
-        twin = load_model(teacher, seq_length)
-        figures |= prove_distillation(reloaded, teacher_model, twin, batch)
-        staging.facts.update(figures, seq_length=seq_length)
+        model = _build(student, shape, teacher, args, stored)
+        if student.init != "scratch":
+            staging.facts["keep_layers"] = _kept(student, teacher)
+        figures = {"layers": _check_layers(model, shape)}
+        logits_bsv = forward(model, batch["tokens"])
+        if is_first_rank():
+            _save_description(shape, teacher, staging.path)
+        save_weights(model, staging.path / WEIGHTS, stored)
+        figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
+        del model  # what is proven is the artifact
+        figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
-        logger.info(
-            "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, %.1g "
-            "against itself; every parameter learns; reloads to the same logits",
-            shape.num_layers,
-            figures["parameters"] / 1e6,
-            figures["kd_loss_at_start"],
-            figures["kd_loss_when_equal"],
-        )
+        if is_first_rank():
+            logger.info(
+                "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
+                "%.1g against itself; every parameter learns; reloads to the same logits",
+                shape.num_layers,
+                figures["parameters"] / 1e6,
+                figures["kd_loss_at_start"],
+                figures["kd_loss_when_equal"],
+            )
     return figures
 
 
+def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:
+    return {
+        "teacher": open_artifact(teacher, "teacher", check_files),
+        "dataset": open_artifact(dataset, "dataset", check_files),
+    }
+
+
 def _batch(dataset: Path) -> dict[str, torch.Tensor]:
-    """One validation sample, on the models' device."""
-    with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
-        batches = validation_batches(
-            dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
-        )
-        return {name: value.to(platform.device()) for name, value in next(iter(batches)).items()}
+    """One validation sample, which the first rank reads for all."""
+    told: list[dict[str, torch.Tensor] | None] = [None]
+    if is_first_rank():
+        with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
+            prepare_validation_index(dataset, Path(cache))
+            batches = validation_batches(
+                dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
+            )
+            told = [next(iter(batches))]
+    torch.distributed.broadcast_object_list(told, src=0)
+    assert told[0] is not None, "the first rank is one of them"
+    return told[0]
 
 
-def _check_shape(model: GPTModel, shape: ModelShape) -> dict[str, float]:
-    """What was built must be what the recipe says, counted from the tensors."""
-    embedding = model.embedding.word_embeddings.weight
-    built = (len(model.decoder.layers), tuple(embedding.shape))
-    wanted = (shape.num_layers, (shape.padded_vocab_size, shape.hidden_size))
-    if built != wanted:
-        raise UserError(f"the student has (layers, embedding) {built}, but must have {wanted}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"layers": float(len(model.decoder.layers)), "parameters": float(parameters)}
+def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
+    return list(layers_to_keep(ModelShape.load(teacher).num_layers, student))
 
 
-def _save(model: GPTModel, shape: ModelShape, teacher: Path, folder: Path) -> None:
-    """Write the artifact: the tokenizer and what else the teacher's `hf/` holds go along.
+def _build(
+    student: StudentRecipe, shape: ModelShape, teacher: Path, args: Arguments, stored: torch.dtype
+) -> GPTModel:
+    """This rank's part of the student, with weights that lose nothing when they are stored.
 
-    The configuration does too, as the student's, unless no configuration describes the student.
+    A teacher's own weights do not anyway: the student is stored as the teacher is.
+    """
+    build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
+    if student.init == "scratch":
+        model = with_random_weights(build, student.seed)
+    else:
+        model, kept = build(), _kept(student, teacher)
+        num_layers = ModelShape.load(teacher).num_layers
+        logger.info("keeping layers %s of %d", kept, num_layers)
+        load_layers(model, teacher / WEIGHTS, kept, num_layers)
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.to(stored))
+    return model
+
+
+def _check_layers(model: GPTModel, shape: ModelShape) -> float:
+    """What was built must be what the recipe says; all stages of the pipeline know how many."""
+    layers = torch.tensor(float(len(model.decoder.layers)), device=platform.device())
+    torch.distributed.all_reduce(layers, group=get_pipeline_model_parallel_group())
+    if layers != shape.num_layers:
+        raise UserError(f"the student has {layers:.0f} layers, but must have {shape.num_layers}")
+    return layers.item()
+
+
+def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
+    """All of the artifact but weights: the tokenizer and what else the teacher's `hf/` holds.
+
+    The configuration goes along too, as the student's, unless none describes the student.
     """
     shape.save(folder)
-    save_weights(model, folder / WEIGHTS)
-    if not shape.architecture.is_default:
+    if not shape.fits_hugging_face:
         configurations = shutil.ignore_patterns("config.json", "generation_config.json")
         shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
         return
@@ -134,9 +200,41 @@ def _save(model: GPTModel, shape: ModelShape, teacher: Path, folder: Path) -> No
     hf_config_for(shape, template).save_pretrained(folder / "hf")
 
 
-def _same_logits(model: GPTModel, reloaded: GPTModel, tokens: torch.Tensor) -> float:
-    """Largest difference of the logits; must be none."""
-    largest = (logits(reloaded, tokens) - logits(model, tokens)).abs().max().item()
-    if largest > 0:
+def _prove(
+    teacher: Path,
+    student: Path,
+    args: Arguments,
+    batch: dict[str, torch.Tensor],
+    logits_bsv: torch.Tensor | None,
+) -> dict[str, float]:
+    """The proofs' figures, of models that are loaded one after the other and never held twice.
+
+    Args:
+        teacher: the artifact.
+        student: the artifact.
+        args: that the student was built with.
+        batch: see `_batch`.
+        logits_bsv: this rank's part of what the student predicted before it was stored.
+    """
+    shape = ModelShape.load(teacher)
+    sizes = sizes_for(shape, args.parallelism)
+    teacher_model = load_model(teacher, args.seq_length, sizes, args.params_dtype)
+    when_equal = prove_no_loss_when_equal(teacher_model, batch)
+    model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
+    difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)
+    return {
+        "reload_logit_difference": difference,
+        "kd_loss_when_equal": when_equal,
+        "kd_loss_at_start": prove_every_parameter_learns(model, teacher_model, batch),
+    }
+
+
+def _logit_difference(reloaded: torch.Tensor | None, before: torch.Tensor | None) -> float:
+    """Largest difference of the logits on any rank; must be none."""
+    largest = torch.zeros((), device=platform.device())
+    if reloaded is not None and before is not None:
+        largest = (reloaded - before).abs().max().float().nan_to_num(math.inf)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    if largest.item() > 0:
         raise UserError(f"the saved student's logits differ by {largest:.3g} once loaded, not 0")
-    return largest
+    return largest.item()

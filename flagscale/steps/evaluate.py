@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from flagscale import tracking
-from flagscale.artifacts import Manifest, new_artifact, open_artifact, write_json
+from flagscale.artifacts import Manifest, open_artifact, write_json
+from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
-from flagscale.evaluation.fidelity import TEACHER, Fidelity, measure
+from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, keep, measure
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.report import ReportData, headline, render
+from flagscale.evaluation.teacher import KeptTeacher, check_room
+from flagscale.evaluation.windows import batches
+from flagscale.execution import launch
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import load_model, logits
+from flagscale.models.causal_lm import CausalLM, is_first_replica
+from flagscale.models.megatron import WEIGHTS, from_last_stage, load_model
 from flagscale.models.source import load_tokenizer
 from flagscale.recipe import EvaluationRecipe, ModelsRecipe
+from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +42,18 @@ _KINDS = {
     BEFORE: "student",
     AFTER: "distilled-student",
 }
+_MODELS = (TEACHER, BEFORE, AFTER)
+
+
+class Paths(NamedTuple):
+    """The arguments of `evaluate` that are places, and one for what is only needed meanwhile."""
+
+    teacher: Path
+    student: Path
+    distilled: Path
+    dataset: Path
+    output: Path
+    scratch: Path
 
 
 def evaluate(
@@ -66,63 +84,63 @@ def evaluate(
 
     Raises:
         UserError: the artifacts do not belong together, there are fewer than two test documents,
-            a prompt has no tokens, or a model is broken.
+            a prompt has no tokens, the disk is too small, or a model is broken.
     """
-    folders = {"dataset": dataset, TEACHER: teacher, BEFORE: student, AFTER: distilled}
-    manifests = _open(folders)
-    tokenizer = load_tokenizer(dataset / "tokenizer")
-    prompts = _encode(evaluation.prompts, tokenizer)
-    documents = _documents(dataset, evaluation)
+    with tempfile.TemporaryDirectory(prefix="flagscale-evaluate-") as scratch:
+        paths = Paths(teacher, student, distilled, dataset, output, Path(scratch))
+        _open(paths, check_files=False)
+        _encode(evaluation.prompts, load_tokenizer(dataset / "tokenizer"))
+        tokens = sum(len(document) - 1 for document in _documents(dataset, evaluation))
+        hidden_size = ModelShape.load(teacher).hidden_size
+        check_room(paths.scratch, tokens, hidden_size, platform.training_dtype("auto"))
+        return launch.call_on_ranks(
+            "evaluate",
+            evaluate_on_rank,
+            models.processes,
+            evaluation=evaluation,
+            paths=paths,
+            models=models,
+        )
+
+
+def evaluate_on_rank(
+    evaluation: EvaluationRecipe, paths: Paths, models: ModelsRecipe
+) -> dict[str, float]:
+    """The work of one rank, or of the only process; see `evaluate`."""
+    parents = _open(paths, check_files=launch.is_first_rank())
     recipe = {"evaluation": evaluation.model_dump(mode="json")}
+    figures: dict[str, float] = {}
     with (
-        tracking.step_run("evaluate", recipe, parents=manifests) as run,
-        new_artifact(output, "evaluation", recipe, manifests, run.log_artifact) as staging,
+        tracked("evaluate", recipe, parents=parents) as run,
+        platform.runtime(parallelism=models.sizes),
+        written(paths.output, "evaluation", recipe, parents, run) as staging,
     ):
-        stop_ids = {int(manifests["dataset"].facts["eod_id"]), tokenizer.eos_token_id}
-        seq_length = int(manifests["dataset"].facts["seq_length"])
-        fidelity, written, parameters = _run_models(
-            evaluation, folders, documents, prompts, stop_ids, seq_length, models
-        )
-        metrics = summarise(
-            fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
-        )
-        metrics |= {"seq_length": seq_length, "parameters": parameters}
-        generations = [
-            {"prompt": prompt}
-            | {name: str(tokenizer.decode(new[i])) for name, new in written.items()}
-            for i, prompt in enumerate(evaluation.prompts)
-        ]
-        html = render(
-            ReportData(
-                metrics=metrics,
-                fidelity=fidelity,
-                training=_read_log(distilled / "training.jsonl"),
-                validation=_read_log(distilled / "validation.jsonl"),
-                generations=generations,
-                layers={m: ModelShape.load(folders[m]).num_layers for m in parameters},
-                parameters=parameters,
-                manifests=manifests,
-                evaluation=recipe["evaluation"],
-            )
-        )
-        _write(staging.path, metrics, fidelity, html)
-        staging.tokenizer_hash = manifests["dataset"].tokenizer_hash
-        staging.facts = {
-            "metrics": metrics,
-            "generations": generations,
-            "measured": _measured(manifests),
-        }
-        figures = scalars(metrics)
-        run.log_headline(figures)
-        for name in (REPORT, METRICS, PER_DOCUMENT):
-            run.log_artifact(staging.path / name)
-    logger.info("%s", headline(metrics))
+        fidelity, texts = _run_models(evaluation, paths, parents["dataset"], models)
+        if launch.is_first_rank():
+            metrics = _metrics(evaluation, fidelity, parents["dataset"], paths)
+            generations = _generations(evaluation, paths, texts)
+            html = _report(metrics, fidelity, generations, parents, recipe, paths)
+            _write(staging.path, metrics, fidelity, html)
+            staging.tokenizer_hash = parents["dataset"].tokenizer_hash
+            staging.facts = {
+                "metrics": metrics,
+                "generations": generations,
+                "measured": _measured(parents),
+            }
+            figures = scalars(metrics)
+            run.log_headline(figures)
+            for name in (REPORT, METRICS, PER_DOCUMENT):
+                run.log_artifact(staging.path / name)
+            logger.info("%s", headline(metrics))
     return figures
 
 
-def _open(folders: Mapping[str, Path]) -> dict[str, Manifest]:
-    """Check that the artifacts are whole and were made from one another."""
-    manifests = {name: open_artifact(folders[name], kind) for name, kind in _KINDS.items()}
+def _open(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
+    """Check that the artifacts were made from one another, and that they are whole."""
+    folders = {name: getattr(paths, name) for name in _KINDS}
+    manifests = {
+        name: open_artifact(folders[name], kind, check_files) for name, kind in _KINDS.items()
+    }
     for name, manifest in manifests.items():
         for parent, found in manifest.parents.items():
             if parent in manifests and found != manifests[parent].digest:
@@ -133,7 +151,7 @@ def _open(folders: Mapping[str, Path]) -> dict[str, Manifest]:
         if manifest.tokenizer_hash != manifests["dataset"].tokenizer_hash:
             raise UserError(
                 f"{folders[name]}: its tokenizer ({manifest.tokenizer_hash}) is not that of "
-                f"{folders['dataset']} ({manifests['dataset'].tokenizer_hash})"
+                f"{paths.dataset} ({manifests['dataset'].tokenizer_hash})"
             )
     return manifests
 
@@ -157,33 +175,87 @@ def _documents(dataset: Path, evaluation: EvaluationRecipe) -> list[np.ndarray]:
 
 
 def _run_models(
-    evaluation: EvaluationRecipe,
-    folders: Mapping[str, Path],
-    documents: Sequence[np.ndarray],
-    prompts: Sequence[Sequence[int]],
-    stop_ids: set[int],
-    seq_length: int,
-    layout: ModelsRecipe,
-) -> tuple[Fidelity, dict[str, list[list[int]]], dict[str, int]]:
-    """Load and run the models: figures, continuations and parameter counts of each."""
-    with platform.runtime(parallelism=layout.sizes):
-        models = {m: load_model(folders[m], seq_length) for m in (TEACHER, BEFORE, AFTER)}
-        functions = {name: partial(logits, model) for name, model in models.items()}
-        fidelity = measure(
-            functions[TEACHER],
-            {name: functions[name] for name in (BEFORE, AFTER)},
-            documents,
-            seq_length,
-            evaluation.micro_batch_size,
+    evaluation: EvaluationRecipe, paths: Paths, dataset: Manifest, layout: ModelsRecipe
+) -> tuple[Fidelity, dict[str, list[list[int]]]]:
+    """Load and run one model after the other: figures, on every rank, and continuations."""
+    tokenizer = load_tokenizer(paths.dataset / "tokenizer")
+    prompts = _encode(evaluation.prompts, tokenizer)
+    stop_ids = {int(dataset.facts["eod_id"]), tokenizer.eos_token_id}
+    seq_length = int(dataset.facts["seq_length"])
+    documents = _documents(paths.dataset, evaluation)
+    text = batches(documents, seq_length, evaluation.micro_batch_size)
+    kept = KeptTeacher(paths.scratch, writes=is_first_replica())
+    sums, texts = {}, {}
+    for name in _MODELS:
+        model = _load(getattr(paths, name), seq_length, layout)
+        if name == TEACHER:
+            keep(model, kept, text)
+        else:
+            sums_mfd = torch.from_numpy(measure(name, model, kept, text, len(documents)))
+            sums_mfd = from_last_stage(sums_mfd.to(platform.device())).cpu()
+            sums[TEACHER], sums[name] = sums_mfd.numpy()
+        logger.info("writing %d continuations with the %s model", len(prompts), name)
+        new_tokens = evaluation.max_new_tokens
+        texts[name] = continuations(model, prompts, new_tokens, stop_ids, seq_length)
+        del model  # before the next is loaded
+        torch.distributed.barrier()  # what is kept of the teacher has been written
+    fidelity = Fidelity(
+        documents=tuple(document_hash(document) for document in documents),
+        tokens_d=np.array([len(document) - 1 for document in documents], dtype=np.int64),
+        sums={name: dict(zip(FIGURES, values, strict=True)) for name, values in sums.items()},
+    )
+    return fidelity, texts
+
+
+def _load(artifact: Path, seq_length: int, layout: ModelsRecipe) -> CausalLM:
+    # A layer of one's own may keep something else than keys and values, or nothing.
+    can_cache = ModelShape.load(artifact).architecture.spec is None
+    dtype = platform.training_dtype("auto")
+    return CausalLM(load_model(artifact, seq_length, layout.sizes, dtype), can_cache=can_cache)
+
+
+def _metrics(
+    evaluation: EvaluationRecipe, fidelity: Fidelity, dataset: Manifest, paths: Paths
+) -> dict[str, Any]:
+    metrics = summarise(
+        fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
+    )
+    parameters = {name: count_parameters(getattr(paths, name) / WEIGHTS) for name in _MODELS}
+    return metrics | {"seq_length": int(dataset.facts["seq_length"]), "parameters": parameters}
+
+
+def _generations(
+    evaluation: EvaluationRecipe, paths: Paths, texts: Mapping[str, Sequence[Sequence[int]]]
+) -> list[dict[str, str]]:
+    """Each prompt with the models' continuations."""
+    tokenizer = load_tokenizer(paths.dataset / "tokenizer")
+    return [
+        {"prompt": prompt} | {name: str(tokenizer.decode(new[i])) for name, new in texts.items()}
+        for i, prompt in enumerate(evaluation.prompts)
+    ]
+
+
+def _report(
+    metrics: Mapping[str, Any],
+    fidelity: Fidelity,
+    generations: Sequence[Mapping[str, str]],
+    parents: Mapping[str, Manifest],
+    recipe: Mapping[str, Any],
+    paths: Paths,
+) -> str:
+    return render(
+        ReportData(
+            metrics=metrics,
+            fidelity=fidelity,
+            training=_read_log(paths.distilled / "training.jsonl"),
+            validation=_read_log(paths.distilled / "validation.jsonl"),
+            generations=generations,
+            layers={name: ModelShape.load(getattr(paths, name)).num_layers for name in _MODELS},
+            parameters=metrics["parameters"],
+            manifests=parents,
+            evaluation=recipe["evaluation"],
         )
-        written = {}
-        for name, function in functions.items():
-            logger.info("writing %d continuations with the %s model", len(prompts), name)
-            written[name] = continuations(
-                function, prompts, evaluation.max_new_tokens, stop_ids, seq_length
-            )
-        parameters = {m: sum(p.numel() for p in model.parameters()) for m, model in models.items()}
-    return fidelity, written, parameters
+    )
 
 
 def _measured(manifests: Mapping[str, Manifest]) -> dict[str, Any]:

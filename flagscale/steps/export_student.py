@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from flagscale import tracking
-from flagscale.artifacts import Manifest, new_artifact, open_artifact
+from flagscale.artifacts import Manifest, open_artifact
+from flagscale.checkpoint.agreement import on_first_rank, same_outcome
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS
 from flagscale.evaluation.card import model_card
+from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
-from flagscale.models.hf_export import (
-    export_to_hf,
-    reload_in_fresh_process,
-    round_weights,
-)
+from flagscale.models.fresh_process import reload_in_fresh_process
+from flagscale.models.hf_export import round_weights, write_weights
+from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
-from flagscale.models.origin import Origin
+from flagscale.models.origin import ORIGIN_JSON, Origin
 from flagscale.models.parity import (
     check_logits,
     check_weights,
@@ -37,6 +38,7 @@ from flagscale.models.parity import (
 )
 from flagscale.models.source import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
+from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
 
@@ -71,35 +73,59 @@ def export_student(
             logits differ by more than `max_logit_difference`. Nothing is left at `output`.
         RuntimeError: transformers cannot load what was written.
     """
-    parents = {
-        "distilled": open_artifact(distilled, "distilled-student"),
-        "evaluation": open_artifact(evaluation, "evaluation"),
-    }
-    metrics = _metrics_of(evaluation, parents)
-    recipe = {"export": export.model_dump(mode="json")}
+    _metrics_of(evaluation, _parents(distilled, evaluation, check_files=False))
     if export.format == "huggingface":
         ModelShape.load(distilled).check_fits_hugging_face()
-    with tracking.step_run("export-student", recipe, parents=parents) as run:
-        with new_artifact(output, "export", recipe, parents, run.log_artifact) as staging:
+    return call_on_ranks(
+        "export-student",
+        export_on_rank,
+        models.processes,
+        export=export,
+        distilled=distilled,
+        evaluation=evaluation,
+        output=output,
+        models=models,
+    )
+
+
+def export_on_rank(
+    export: ExportRecipe, distilled: Path, evaluation: Path, output: Path, models: ModelsRecipe
+) -> dict[str, float]:
+    """The work of one rank, or of the only process; see `export_student`."""
+    parents = _parents(distilled, evaluation, check_files=is_first_rank())
+    recipe = {"export": export.model_dump(mode="json")}
+    with tracked("export-student", recipe, parents=parents) as run:
+        with (
+            platform.runtime(parallelism=models.sizes),
+            written(output, "export", recipe, parents, run) as staging,
+        ):
             write = _copy_megatron if export.format == "megatron" else _export
             figures, facts = write(export, models, distilled, staging.path)
-            card = model_card(
-                export.registered_model_name or "Distilled student",
-                Origin.load(distilled / "hf"),
-                ModelShape.load(distilled),
-                _sections(parents["distilled"]),
-                metrics,
-                export.format,
-            )
-            (staging.path / "README.md").write_text(card, encoding="utf-8")
+            if is_first_rank():
+                card = model_card(
+                    export.registered_model_name or "Distilled student",
+                    Origin.load(distilled / "hf"),
+                    ModelShape.load(distilled),
+                    _sections(parents["distilled"]),
+                    _metrics_of(evaluation, parents),
+                    export.format,
+                )
+                (staging.path / "README.md").write_text(card, encoding="utf-8")
             staging.facts = {**figures, **facts, "format": export.format}
             staging.tokenizer_hash = parents["distilled"].tokenizer_hash
         run.log_metrics(figures)
-        if export.registered_model_name:
+        if export.registered_model_name and is_first_rank():
             uri = run.log_model(output, export.registered_model_name)
             if uri:
                 logger.info("registered in MLflow as %s", uri)
     return figures
+
+
+def _parents(distilled: Path, evaluation: Path, *, check_files: bool) -> dict[str, Manifest]:
+    return {
+        "distilled": open_artifact(distilled, "distilled-student", check_files),
+        "evaluation": open_artifact(evaluation, "evaluation", check_files),
+    }
 
 
 def _metrics_of(evaluation: Path, parents: dict[str, Manifest]) -> dict[str, Any]:
@@ -116,7 +142,7 @@ def _metrics_of(evaluation: Path, parents: dict[str, Manifest]) -> dict[str, Any
 
 def _export(
     export: ExportRecipe, models: ModelsRecipe, distilled: Path, folder: Path
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Write the folder; compare what transformers makes of it with the model it came from.
 
     Returns:
@@ -124,49 +150,69 @@ def _export(
     """
     shape, template = ModelShape.load(distilled), distilled / "hf"
     dtype = _DTYPES[export.dtype]
+    stored = StoredTensors(distilled / WEIGHTS)
+    with same_outcome(folder, "could not be exported"):
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size)
+        if rank == 0:
+            _write_configuration(template, folder, dtype)
     tokens = fixed_tokens(load_tokenizer(template), shape.max_position_embeddings)
-    with platform.runtime(parallelism=models.sizes):
-        model = load_model(distilled, tokens.size(1))
+    computed_in = platform.inference_dtype(dtype)
+    model = load_model(distilled, tokens.size(1), models.sizes, computed_in)
+    with same_outcome(folder, "could not be exported"):
         check_weights(model, f"student {distilled}")
-        export_to_hf(model, shape, template, folder, dtype)
-        round_weights(model, dtype)
-        expected_bsv = logits(model, tokens).cpu()
-        del model
-    reloaded = reload_in_fresh_process(folder, tokens, tokens[0, :_PROMPT_TOKENS].tolist())
-    parity = compare_logits(expected_bsv, reloaded.logits_bsv)
-    logger.info(
-        "transformers loads the export: logits differ by at most %.3g over %d positions; it writes "
-        "%r",
-        parity.max_abs_difference,
-        parity.num_tokens,
-        reloaded.text,
-    )
-    check_logits(parity, export.max_logit_difference, "export.max_logit_difference")
-    figures = {
-        "max_logit_difference": parity.max_abs_difference,
-        "mean_logit_difference": parity.mean_abs_difference,
-        "top1_agreement": parity.top1_agreement,
-        "bytes": _bytes(folder.glob("*.safetensors")),
-    }
-    return figures, {"dtype": export.dtype, "generated": reloaded.text}
+    round_weights(model, dtype)
+    ours_bsv = logits(model, tokens).cpu()
+    del model  # before transformers' comes
+
+    def prove() -> tuple[dict[str, float], str | None]:
+        reloaded = reload_in_fresh_process(folder, tokens, tokens[0, :_PROMPT_TOKENS].tolist())
+        parity = compare_logits(ours_bsv, reloaded.logits_bsv, computed_in)
+        logger.info(
+            "transformers loads the export: logits differ by at most %.3g over %d positions; it "
+            "writes %r",
+            *(parity.max_logit_difference, parity.num_tokens, reloaded.text),
+        )
+        check_logits(parity, export.max_logit_difference, "export.max_logit_difference")
+        return parity.figures(), reloaded.text
+
+    figures, text = on_first_rank(folder, "could not be proven", prove)
+    figures["bytes"] = _bytes(folder.glob("*.safetensors"))
+    return figures, {"dtype": export.dtype, "generated": text}
+
+
+def _write_configuration(template: Path, folder: Path, dtype: torch.dtype) -> None:
+    """The model's own configuration, with the dtype on disk, and the tokenizer."""
+    ignored = shutil.ignore_patterns(ORIGIN_JSON)
+    shutil.copytree(template, folder, dirs_exist_ok=True, ignore=ignored)
+    config = AutoConfig.from_pretrained(template)
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def _copy_megatron(
     export: ExportRecipe, models: ModelsRecipe, distilled: Path, folder: Path
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Pass the distributed checkpoint on, with what is needed to load it.
 
     Returns:
         The figures, and what else the manifest says.
     """
     del export  # the checkpoint is what it is
-    shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
-    shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
-    load_tokenizer(distilled / "hf").save_pretrained(folder / "tokenizer")
-    with platform.runtime(parallelism=models.sizes):
-        shape = ModelShape.load(folder)
-        check_weights(load_model(folder, shape.max_position_embeddings), f"student {distilled}")
-    return {"bytes": _bytes((folder / WEIGHTS).iterdir())}, {"dtype": "float32"}
+
+    def copy() -> None:
+        shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
+        shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
+        load_tokenizer(distilled / "hf").save_pretrained(folder / "tokenizer")
+
+    on_first_rank(folder, "could not be copied", copy)
+    shape, stored = ModelShape.load(folder), StoredTensors(folder / WEIGHTS)
+    dtype = next(iter(stored.tensors.values())).dtype
+    model = load_model(folder, shape.max_position_embeddings, models.sizes, dtype)
+    with same_outcome(folder, "could not be exported"):
+        check_weights(model, f"student {distilled}")
+    name = str(dtype).removeprefix("torch.")
+    return {"bytes": _bytes((folder / WEIGHTS).iterdir())}, {"dtype": name}
 
 
 def _bytes(files: Iterable[Path]) -> float:

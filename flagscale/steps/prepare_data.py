@@ -15,7 +15,8 @@ from flagscale import tracking
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
-from flagscale.data.encoder import SPLITS, Encoder, find_eod
+from flagscale.data.encoder import Encoder, find_eod
+from flagscale.data.layout import SPLITS
 from flagscale.data.sources import Document, documents
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError

@@ -1,45 +1,58 @@
-"""Step 2: a Hugging Face model -> a `teacher` artifact, proven to be the same model."""
+"""Step 2: a Hugging Face model -> a `teacher` artifact, proven to be the same model.
+
+The ranks read their slices of the source's safetensors and write them as Megatron-Core's
+distributed checkpoint, in the source's own dtype. What is proven is the artifact: it is loaded as
+every later step will load it, and compared with transformers' model of the source.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from flagscale import tracking
-from flagscale.artifacts import Manifest, Staging, new_artifact, open_artifact
+from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
-from flagscale.data.loader import validation_batches
+from flagscale.checkpoint.agreement import on_first_rank
+from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
+from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
-from flagscale.models.hf_import import import_from_hf
-from flagscale.models.megatron import WEIGHTS
+from flagscale.models.gguf import is_gguf
+from flagscale.models.hf_folder import HFFolder
+from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_weights import WeightMap
+from flagscale.models.layer_outputs import in_transformers, layer_outputs
+from flagscale.models.megatron import WEIGHTS, build_model, load_model
 from flagscale.models.origin import find_origin
 from flagscale.models.parity import (
+    check_layers,
     check_logits,
-    check_weights,
-    count_parameters,
+    compare_logits,
     fixed_tokens,
-    logit_difference,
+    layer_differences,
 )
 from flagscale.models.source import (
-    is_gguf,
     load_hf_config,
-    load_hf_model,
     load_tokenizer,
     tokenizer_hash,
+    weights_folder,
 )
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
+from flagscale.steps.on_ranks import tracked, written
+from flagscale.train.batches import reads_data
 from flagscale.train.loop import evaluate_loss
 
 logger = logging.getLogger(__name__)
@@ -59,58 +72,79 @@ def prepare_teacher(
         models: how the step is spread over processes.
 
     Returns:
-        `max_logit_difference` and `mean_logit_difference` to transformers, `top1_agreement` with
-        it, `validation_loss` (nats a token), `parameters` and `layers`.
+        `max_logit_difference` and `mean_logit_difference` to transformers, `logit_spread`,
+        `kl_divergence` (nats a token) and `top1_agreement` of the same, `max_layer_difference` (of
+        the layer that differs most, as a share of what it adds), `validation_loss` (nats a token),
+        `parameters` and `layers`.
 
     Raises:
         UserError: the teacher cannot be read or is not supported, its tokenizer is not the
             dataset's, or a proof failed. Nothing is left at `output`.
     """
-    parents = {"dataset": open_artifact(dataset, "dataset")}
+    facts = open_artifact(dataset, "dataset", check_files=False).facts
+    _check_tokenizer(teacher, dataset)
+    if not is_gguf(teacher.source):  # before the weights, which may be long in coming
+        _check_fits(from_hf_config(load_hf_config(teacher.source, teacher.revision)), facts)
+    with weights_folder(teacher.source, teacher.revision) as folder:
+        return call_on_ranks(
+            "prepare-teacher",
+            prepare_on_rank,
+            models.processes,
+            teacher=teacher,
+            folder=folder,
+            dataset=dataset,
+            output=output,
+            models=models,
+        )
+
+
+def prepare_on_rank(
+    teacher: TeacherRecipe, folder: Path, dataset: Path, output: Path, models: ModelsRecipe
+) -> dict[str, float]:
+    """The work of one rank, or of the only process; see `prepare_teacher`.
+
+    Args:
+        teacher: see there.
+        folder: with the source's configuration and safetensors.
+        dataset: see there.
+        output: see there.
+        models: see there.
+    """
+    parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
+    facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    with tracking.step_run("prepare-teacher", recipe, parents=parents) as run:
-        tokenizer = _load_tokenizer(teacher, dataset)
-        if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-            _check_fits(from_hf_config(load_hf_config(teacher.source, teacher.revision)), parents)
-        hf_model = load_hf_model(teacher.source, teacher.revision)
-        shape = from_hf_config(hf_model.config)
-        _check_fits(shape, parents)
-        check_weights(hf_model, f"teacher {teacher.source}")
+    shape = from_hf_config(AutoConfig.from_pretrained(folder))
+    _check_fits(shape, facts)
+    source = HFFolder(folder, teacher.source)
+    with tracked("prepare-teacher", recipe, parents=parents) as run:
         with (
-            new_artifact(output, "teacher", recipe, parents, run.log_artifact) as staging,
             platform.runtime(parallelism=models.sizes),
+            written(output, "teacher", recipe, parents, run) as staging,
         ):
-            seq_length = parents["dataset"].facts["seq_length"]
-            model = import_from_hf(hf_model, shape, seq_length, staging.path)
-            figures = _prove(teacher, model, hf_model, shape, tokenizer, seq_length)
-            config, generation_config = hf_model.config, hf_model.generation_config
-            del hf_model
-            figures["validation_loss"] = _validation_loss(
-                teacher, model, shape, dataset, seq_length
-            )
-            _save(staging, teacher, model, shape, config, generation_config, tokenizer)
-            staging.facts.update(figures, seq_length=seq_length)
+            _import(source, shape, models, staging)
+            figures = _prove(teacher, source, shape, dataset, models, staging.path)
+            if is_first_rank():
+                _describe(staging, teacher, source, shape)
+            staging.facts |= figures | {"seq_length": facts["seq_length"]}
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
         run.log_metrics(figures)
     return figures
 
 
-def _load_tokenizer(teacher: TeacherRecipe, dataset: Path) -> PreTrainedTokenizerFast:
-    """The teacher's tokenizer, which must be the one that made the dataset."""
-    tokenizer = load_tokenizer(teacher.source, teacher.revision)
-    own, used = tokenizer_hash(tokenizer), tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
+def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
+    """The teacher's tokenizer must be the one that made the dataset."""
+    own = tokenizer_hash(load_tokenizer(teacher.source, teacher.revision))
+    used = tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
     if own != used:
         raise UserError(
             f"{dataset} was made with a tokenizer that does not match the teacher "
             f"{teacher.source} ({used[:19]}, not {own[:19]}); leave data.tokenizer out of the "
             "recipe, or give the teacher's source there"
         )
-    return tokenizer
 
 
-def _check_fits(shape: ModelShape, parents: dict[str, Manifest]) -> None:
+def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
     """Whether the model can take the dataset's tokens and sequences."""
-    facts = parents["dataset"].facts
     highest = max(facts["vocab_size"] - 1, facts["eod_id"])
     if highest >= shape.vocab_size:
         raise UserError(
@@ -124,51 +158,93 @@ def _check_fits(shape: ModelShape, parents: dict[str, Manifest]) -> None:
         )
 
 
+def _import(source: HFFolder, shape: ModelShape, models: ModelsRecipe, staging: Staging) -> None:
+    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint."""
+    weights = WeightMap(shape)
+    check_names(source, weights)
+    model = build_model(shape, 1, models.sizes, source.dtype())
+    fill(model, source, weights)
+    shape.save(staging.path)
+    save_weights(model, staging.path / WEIGHTS)
+
+
 def _prove(
     teacher: TeacherRecipe,
-    model: GPTModel,
-    hf_model: PreTrainedModel,
+    source: HFFolder,
     shape: ModelShape,
-    tokenizer: PreTrainedTokenizerFast,
-    seq_length: int,
+    dataset: Path,
+    models: ModelsRecipe,
+    artifact: Path,
 ) -> dict[str, float]:
-    """Logits, weights and parameter count of the imported model against transformers' own."""
-    parity = logit_difference(model, hf_model, fixed_tokens(tokenizer, seq_length))
-    logger.info(
-        "logits differ by at most %.3g from transformers' over %d positions",
-        parity.max_abs_difference,
-        parity.num_tokens,
-    )
-    check_logits(parity, teacher.max_logit_difference, "teacher.max_logit_difference")
-    check_weights(model, f"imported teacher {teacher.source}")
-    imported, expected = count_parameters(model, shape), count_parameters(hf_model)
-    if imported != expected:
-        raise RuntimeError(f"{imported} parameters were imported, transformers has {expected}")
-    return {
-        "max_logit_difference": parity.max_abs_difference,
-        "mean_logit_difference": parity.mean_abs_difference,
-        "top1_agreement": parity.top1_agreement,
-        "parameters": float(imported),
+    """Layers and logits against transformers' own, and the loss of a model that has learnt.
+
+    Returns:
+        The figures of `prepare_teacher`.
+    """
+    seq_length = read_manifest(dataset).facts["seq_length"]
+    dtype = platform.inference_dtype(source.dtype())
+    tokens = fixed_tokens(load_tokenizer(dataset / "tokenizer"), seq_length)
+    model = load_model(artifact, seq_length, models.sizes, dtype)
+    ours = layer_outputs(model, tokens)
+    loss = _validation_loss(model, shape, dataset, seq_length, models)
+    del model  # before transformers' layers come
+
+    def compare() -> dict[str, float]:
+        theirs = in_transformers(source.path, tokens, ours.hidden_bsh)
+        differences = layer_differences(ours, theirs, dtype)
+        parity = compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype)
+        logger.info(
+            "in %s a layer differs by at most %.3g of what it adds from transformers', logits by "
+            "%.3g over %d positions",
+            *(dtype, max(differences), parity.max_logit_difference, parity.num_tokens),
+        )
+        where = "teacher.max_logit_difference"
+        check_layers(differences, dtype, teacher.max_logit_difference, where)
+        check_logits(parity, teacher.max_logit_difference, where)
+        return parity.figures() | {"max_layer_difference": max(differences)}
+
+    names = WeightMap(shape).names()
+    figures = on_first_rank(source.path, "could not be read", compare)
+    _check_loss(teacher, shape, loss)
+    return figures | {
+        "validation_loss": loss,
+        "parameters": float(sum(math.prod(source.shapes[name]) for name in names)),
         "layers": float(shape.num_layers),
     }
 
 
 def _validation_loss(
-    teacher: TeacherRecipe, model: GPTModel, shape: ModelShape, dataset: Path, seq_length: int
+    model: GPTModel, shape: ModelShape, dataset: Path, seq_length: int, models: ModelsRecipe
 ) -> float:
-    """LM loss on the validation split, nats a token; above the limit it is no trained model."""
-    with (
-        tempfile.TemporaryDirectory(prefix="flagscale-teacher-") as cache,
-        use_args(model_arguments(shape, seq_length)),
-    ):
-        batches = validation_batches(
-            dataset,
-            Path(cache),
-            micro_batch_size=1,
-            global_batch_size=1,
-            eval_iters=_VALIDATION_SEQUENCES,
-        )
-        loss = evaluate_loss([model], [iter(batches)], _VALIDATION_SEQUENCES)["lm loss"]
+    """LM loss on the validation split, nats a token."""
+    args = replace(
+        model_arguments(
+            shape, seq_length, parallelism=models.sizes, params_dtype=model.config.params_dtype
+        ),
+        # Data-parallel ranks, which hold other experts, read the same samples.
+        global_batch_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+    def read() -> list[dict[str, torch.Tensor]]:
+        with tempfile.TemporaryDirectory(prefix="flagscale-teacher-") as cache:
+            prepare_validation_index(dataset, Path(cache))
+            batches = validation_batches(
+                dataset,
+                Path(cache),
+                micro_batch_size=1,
+                global_batch_size=1,
+                eval_iters=_VALIDATION_SEQUENCES,
+            )
+            return list(batches)
+
+    batches = on_first_rank(dataset, "could not be read", read)
+    with use_args(args):
+        chunk = iter(batches) if reads_data(args) else None
+        return evaluate_loss([model], [chunk], _VALIDATION_SEQUENCES)["lm loss"]
+
+
+def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
+    """Above the limit it is no trained model."""
     guessing = math.log(shape.vocab_size)
     limit = teacher.max_validation_loss or guessing
     if not loss <= limit:
@@ -179,27 +255,22 @@ def _validation_loss(
             "that is right for this text"
         )
     logger.info("LM loss on the validation split: %.3f nats a token", loss)
-    return loss
 
 
-def _save(
-    staging: Staging,
-    teacher: TeacherRecipe,
-    model: GPTModel,
-    shape: ModelShape,
-    config: Any,  # noqa: ANN401 - transformers' configurations
-    generation_config: Any,  # noqa: ANN401
-    tokenizer: PreTrainedTokenizerFast,
+def _describe(
+    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape
 ) -> None:
-    shape.save(staging.path)
-    save_weights(model, staging.path / WEIGHTS)
-    hf_folder = staging.path / "hf"
-    plain = hf_config_for(shape, config)
-    plain.dtype = torch.float32
-    plain.save_pretrained(hf_folder)
-    if generation_config is not None:
-        generation_config.save_pretrained(hf_folder)
-    tokenizer.save_pretrained(hf_folder)
+    """What is no weights: configurations, tokenizer, origin."""
+    folder = staging.path / "hf"
+    config = hf_config_for(shape, AutoConfig.from_pretrained(source.path))
+    config.dtype = source.dtype()
+    config.save_pretrained(folder)
+    if (source.path / GENERATION_CONFIG_NAME).exists():
+        generation = GenerationConfig.from_pretrained(source.path)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    generation.save_pretrained(folder)
+    load_tokenizer(teacher.source, teacher.revision).save_pretrained(folder)
     origin = find_origin(teacher.source, teacher.revision)
-    origin.save(hf_folder)
-    staging.facts["origin"] = asdict(origin)
+    origin.save(folder)
+    staging.facts |= {"origin": asdict(origin), "dtype": str(source.dtype()).removeprefix("torch.")}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flagscale import variables
 from flagscale.errors import UserError
+from flagscale.imports import uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
 from flagscale.tracking.names import first_line
 
@@ -101,12 +105,20 @@ def make_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
-    import mlflow
-
+    mlflow = _import_mlflow()
     for noisy in ("mlflow.store.db.utils", "alembic"):  # a new database tells of its tables
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    with uncollected():  # it imports what its kind of server needs
+        return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _import_mlflow() -> ModuleType:
+    if "mlflow" not in sys.modules:
+        # MLflow takes pandas along where it is there, for data sets that we do not log.
+        with without("pandas"), uncollected():
+            importlib.import_module("mlflow")
+    return sys.modules["mlflow"]
 
 
 def find_experiment(client: MlflowClient, name: str, store: Path | None = None) -> str:

@@ -142,7 +142,7 @@ def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
         for chunk in trainer.chunks:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        reports = _run_schedule(trainer.chunks, data_iterators, args.num_micro_batches)
+        reports = run_schedule(trainer.chunks, data_iterators, args.num_micro_batches)
     _, should_exit, exit_code = machine.should_checkpoint_and_exit()
     if should_exit:
         raise SuspiciousResultError(
@@ -180,7 +180,7 @@ def evaluate_loss(
         chunk.eval()
     num_micro_batches = num_batches * get_args().num_micro_batches
     with _no_reruns():
-        reports = _run_schedule(chunks, batches, num_micro_batches, forward_only=True)
+        reports = run_schedule(chunks, batches, num_micro_batches, forward_only=True)
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
     forget_auxiliary_losses()
@@ -199,13 +199,23 @@ def _no_reruns() -> Iterator[None]:
         machine.mode = mode
 
 
-def _run_schedule(
+def run_schedule(
     chunks: Sequence[GPTModel],
     data_iterators: Sequence[Any],
     num_micro_batches: int,
     forward_only: bool = False,
 ) -> list[Report]:
-    """Megatron-Core's schedule for the pipeline; the reports are the last stage's alone."""
+    """Run `forward_step` on micro-batches by Megatron-Core's schedule for the pipeline.
+
+    Args:
+        chunks: of the model, wrapped or not.
+        data_iterators: one a chunk; see `flagscale.train.batches.get_batch`.
+        num_micro_batches: how many to take of each.
+        forward_only: compute no gradients.
+
+    Returns:
+        What the loss function reported, one a micro-batch; empty but on the last stage.
+    """
     args = get_args()
     seq_length, micro_batch_size = micro_batch_shape(args)
     sizes: dict[str, Any] = {

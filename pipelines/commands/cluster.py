@@ -22,6 +22,7 @@ from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.server import Server, say
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
+from pipelines.planning import fitted
 from pipelines.platform import load_platform
 from pipelines.sources import notes
 
@@ -198,8 +199,9 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     Raises:
         UserError: recipe, platform or parameters are wrong.
     """
-    recipe = read_recipe(arguments)
     platform = load_platform(arguments.platform)
+    recipe, note = fitted(read_recipe(arguments), platform)
+    sys.stdout.write(note)
     where = Path(arguments.platform).stem
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)

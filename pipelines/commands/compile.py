@@ -7,6 +7,7 @@ from pathlib import Path
 from flagscale.errors import UserError
 from pipelines.commands.arguments import add_platform, add_recipe, new_command, read_recipe
 from pipelines.compiling import compile_manifests, compile_recipe
+from pipelines.planning import fitted
 from pipelines.platform import load_platform
 from pipelines.sources import notes
 
@@ -47,8 +48,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def work(arguments: argparse.Namespace) -> str:
     """Write the file, and say which."""
-    recipe = read_recipe(arguments)
     platform = load_platform(arguments.platform)
+    recipe, note = fitted(read_recipe(arguments), platform)
     name = f"{recipe.name}-{Path(arguments.platform).stem}.yaml"
     output = arguments.output or Path("build") / name
     namespace = arguments.namespace
@@ -58,10 +59,10 @@ def work(arguments: argparse.Namespace) -> str:
         )
     if arguments.format == "kubernetes":
         written = compile_manifests(recipe, platform, output, namespace)
-        return f"{notes(recipe, platform)}wrote {written}: kubectl apply -f {written}"
+        return f"{note}{notes(recipe, platform)}wrote {written}: kubectl apply -f {written}"
     if namespace is not None:
         raise UserError(
             f"--namespace {namespace}: only --format kubernetes writes a namespace; a "
             "client or the UI chooses it when the file is uploaded"
         )
-    return f"{notes(recipe, platform)}wrote {compile_recipe(recipe, platform, output)}"
+    return f"{note}{notes(recipe, platform)}wrote {compile_recipe(recipe, platform, output)}"

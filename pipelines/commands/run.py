@@ -1,10 +1,12 @@
 """`python -m pipelines run`: the pipeline on this machine."""
 
 import argparse
+import sys
 
 from pipelines.commands.arguments import add_recipe, add_runs, new_command, read_recipe
 from pipelines.local.runner import run_recipe
 from pipelines.local.summary import summary
+from pipelines.planning import fitted
 
 _EXAMPLES = """\
   python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
@@ -43,5 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def work(arguments: argparse.Namespace) -> str:
     """Run, and say what came of it."""
-    recipe = read_recipe(arguments)
+    # Containers of it get no GPU.
+    recipe, note = fitted(read_recipe(arguments), None, on_cpu=arguments.image is not None)
+    sys.stdout.write(note)
     return summary(run_recipe(recipe, arguments.runs, arguments.reuse, arguments.image))

@@ -10,16 +10,13 @@ GPU.
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
 from kfp import local
 from kfp.dsl.base_component import BaseComponent
 
@@ -27,6 +24,7 @@ from flagscale.errors import UserError
 from flagscale.execution.notes import FOLDER_VARIABLE
 from flagscale.processes import this_process
 from flagscale.recipe import Recipe
+from pipelines.local.recipe_files import check_readable, local_files
 from pipelines.local.step_cache import Observer
 from pipelines.local.stopping import Stopper
 
@@ -38,7 +36,6 @@ _NOT_ROOT = (1000, 1000)  # the image's user, where the caller is root
 _SHARED_MEMORY = "2g"
 _PASSED = ("FLAGSCALE_", "MLFLOW_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_", "AWS_", "OMP_")
 _PASSED_NAMES = ("PYTHONUNBUFFERED", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
-_WITH_FILES = {"data", "teacher", "student", "distillation", "training", "sweep"}
 
 
 class Containers:
@@ -67,9 +64,9 @@ class Containers:
         self._runs = runs.absolute()
         self._user = (os.getuid(), os.getgid()) if os.getuid() else _NOT_ROOT
         self._unfinished: str | None = None
-        files = sorted(_files(recipe))
+        files = sorted(local_files(recipe))
         if os.getuid() == 0:
-            _check_readable(files)
+            check_readable(files, _NOT_ROOT[0])
         self.runner = local.DockerRunner(**self._options(files))
 
     @contextmanager
@@ -253,52 +250,3 @@ def _find(client: Any, name: str, sources: str) -> tuple[str, str]:  # noqa: ANN
     # podman puts its own registry, localhost/, before names without one.
     listed = [n for n in names if n == name or n.endswith(f"/{name}")]
     return (listed or names)[0], str(found.id)
-
-
-def _files(recipe: Recipe) -> set[str]:
-    """Local files and folders that the recipe names, and what links below them point to."""
-    found: set[str] = set()
-    for text in _texts(recipe.model_dump(mode="json", include=_WITH_FILES)):
-        if text.startswith("~"):
-            raise UserError(f"{text}: with --image give the path in full; a container has no home")
-        for place in _places(text):
-            path = Path(os.path.abspath(place))  # not resolved: the step uses this name
-            if not text or not path.exists():
-                continue
-            found.add(str(path))
-            found |= {str(p.resolve()) for p in path.rglob("*") if p.is_symlink() and p.exists()}
-    return found
-
-
-def _places(text: str) -> list[str]:
-    """What a recipe's text names, if it is a path; a pattern means what it means to the step."""
-    if not glob.has_magic(text) or "://" in text:
-        return [text]
-    found: list[str] = LocalFileSystem().glob(os.path.abspath(text))
-    return found
-
-
-def _check_readable(files: Iterable[str]) -> None:
-    """What root can read need not be readable to the user of the steps."""
-    for place in map(Path, files):
-        for path in [place, *place.rglob("*")]:
-            if not path.exists():
-                continue  # a link to nothing, which the step will not find either
-            facts = path.stat()
-            wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
-            if facts.st_uid != _NOT_ROOT[0] and facts.st_mode & wanted != wanted:
-                raise UserError(
-                    f"{path}: user {_NOT_ROOT[0]}, as whom the steps run when root calls, cannot "
-                    "read it: `chmod -R a+rX`, or call as another user"
-                )
-
-
-def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import UserError
-from pipelines.placement import location
 from pipelines.platform import load_platform
+from pipelines.where import location
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "build" / "tiny-teacher"

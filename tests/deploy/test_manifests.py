@@ -8,6 +8,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1ClusterTrainingRuntime
 from manifests import (
     BUILDS,
     DEPLOY,
@@ -23,6 +24,7 @@ from manifests import (
 )
 
 from components.image import VERSION
+from flagscale.execution.trainjob.connecting import is_on_host_network
 from flagscale.execution.trainjob.rights import RULES
 from flagscale.recipe import load_recipe
 from pipelines.compiling import compile_recipe
@@ -50,7 +52,8 @@ def test_every_file_belongs_to_a_kustomization() -> None:
             named = (path.parent / name).resolve()
             used.add(named / "kustomization.yaml" if named.is_dir() else named)
     assert {path for path in used if not path.is_file()} == set()
-    by_hand = {DEPLOY / "secrets.example.yaml", DEPLOY / "volume-owner.yaml"}
+    names = ("host-network.yaml", "secrets.example.yaml", "volume-owner.yaml")
+    by_hand = {DEPLOY / name for name in names}
     assert set(DEPLOY.rglob("*.yaml")) - used == by_hand
 
 
@@ -59,6 +62,18 @@ def test_kubernetes_takes_them(built: list[Manifest], version: str) -> None:
     by_hand = ("secrets.example.yaml", "volume-owner.yaml")
     for manifest in [*built, *(d for name in by_hand for d in documents(DEPLOY / name))]:
         kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_trainer_takes_the_runtime_on_the_nodes_network() -> None:
+    (runtime,) = documents(DEPLOY / "host-network.yaml")
+    known = TrainerV1alpha1ClusterTrainingRuntime.from_dict(runtime)
+    assert known is not None
+    assert known.to_dict() == runtime  # it drops what it does not know
+    assert is_on_host_network(runtime)
+    spec = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, **spec}
+    for version in KUBERNETES:
+        kubernetes_validate.validate(pod, version, strict=True)
 
 
 def test_the_schemas_refuse_what_is_wrong(built: list[Manifest]) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from gpu_machine import skip_without_gpus, skip_without_transformer_engine
 from layout_cases import CASES, GROUPED, KINDS, Case
 
 WORKER = Path(__file__).parents[1] / "flagscale" / "train" / "layout_worker.py"
@@ -107,11 +107,10 @@ class LayoutRuns:
 
 def skip_without(precision: str, processes: int) -> None:
     """Skip the test if this machine lacks what it needs, with what that is."""
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{processes} GPUs are needed, and there are {torch.cuda.device_count()}")
+    skip_without_gpus(processes)
     if precision == "fp32":
         return
-    pytest.importorskip("transformer_engine.pytorch", reason="pip install -e '.[gpu]'")
+    skip_without_transformer_engine()
     if not precision.startswith("fp8"):
         return
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager

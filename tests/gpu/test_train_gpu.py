@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import resume_worker
 import torch
+from gpu_machine import skip_on_cpu, skip_without_gpus
 from megatron.core.utils import StragglerDetector
 from resume_worker import STEPS, Task
 
 from flagscale.megatron import platform
 from flagscale.post_training.kl_divergence import forward_kl
 
-pytestmark = [
-    pytest.mark.skipif(not platform.HAS_GPU, reason="no GPU on this machine"),
-    pytest.mark.timeout(1800),
-]
+pytestmark = pytest.mark.timeout(1800)
 
 FP32 = {"precision": "fp32", "transformer_impl": "local"}
 BF16 = {"precision": "bf16", "transformer_impl": "auto"}
@@ -79,6 +77,7 @@ def losses(records: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def test_kl_equals_float64():
+    skip_on_cpu()
     generator = torch.Generator().manual_seed(0)
     teacher, student = (3 * torch.randn(64, 49152, generator=generator) for _ in range(2))
     log_p = torch.log_softmax(teacher.double(), -1)
@@ -105,8 +104,7 @@ def test_one_process_resumes(tmp_path, inputs, choose, kind, precision, sharded,
 @pytest.mark.parametrize("after", ["DP2", "one process"])
 def test_two_data_parallel_ranks_resume(tmp_path, inputs, after):
     """In bf16, with the distributed optimiser and asynchronous checkpoints."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"2 GPUs are needed, and there are {torch.cuda.device_count()}")
+    skip_without_gpus(2)
     whole = train(Task("whole", "distillation", 1), tmp_path, inputs)
     part = Task("part", "distillation", 2, stop_after=3, async_save=True)
     on_two_ranks(part, tmp_path, inputs)
@@ -131,6 +129,7 @@ def on_two_ranks(task: Task, folder: Path, inputs: dict[str, str]) -> None:
 
 
 def test_timers_and_stragglers_are_told(tmp_path, inputs, choose, caplog):
+    skip_on_cpu()
     caplog.set_level(logging.INFO)
     choose(**BF16, timing_log_level=2, log_straggler=True)
     try:
@@ -144,6 +143,7 @@ def test_timers_and_stragglers_are_told(tmp_path, inputs, choose, caplog):
 
 
 def test_memory_that_runs_out_leaves_a_snapshot(tmp_path):
+    skip_on_cpu()
     path = tmp_path / "memory.pickle"
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(path)],

@@ -223,6 +223,77 @@ def test_a_base_that_does_not_serve_ends_the_build(
         assert complaint in result.stdout
 
 
+NO_NUMPY = "def from_numpy(array): raise RuntimeError('Numpy is not available')"
+LOADER = "transformer_engine_torch.so: undefined symbol: _ZN3c104cuda"
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "complaint"),
+    [
+        ("torch.py", NO_NUMPY, "torch takes numpy: RuntimeError: Numpy is not available"),
+        (
+            "transformer_engine/pytorch.py",
+            f"raise ImportError({LOADER!r})",
+            f"transformer engine loads: ImportError: {LOADER}",
+        ),
+        (
+            "megatron/core/extensions/transformer_engine.py",
+            "HAVE_TE = False",
+            "megatron takes transformer engine: ImportError: Megatron-Core goes on as if",
+        ),
+    ],
+    ids=["numpy", "transformer-engine", "megatron"],
+)
+def test_what_does_not_load_ends_the_build(
+    tmp_path: Path, module: str, code: str, complaint: str
+) -> None:
+    """All but one of them is there and loads."""
+    done = check_loading(tmp_path, {module: code})
+    assert done.stdout.count("not so") == 1
+    assert f"not so: {complaint}" in done.stdout
+
+
+def test_what_loads_together_passes(tmp_path: Path) -> None:
+    assert check_loading(tmp_path, {}).stdout.strip() == "[]"
+
+
+def test_a_build_has_no_driver(tmp_path: Path) -> None:
+    text = "libcuda.so.1: cannot open shared object file: No such file or directory"
+    done = check_loading(
+        tmp_path, {"transformer_engine/pytorch.py": f"raise ImportError({text!r})"}
+    )
+    assert done.stdout.strip() == "[]"
+    assert "not tried here, for want of a driver: not so: transformer engine loads" in done.stderr
+
+
+def check_loading(folder: Path, changed: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Ask whether planted packages load: the base's own are not here."""
+    modules = {
+        "torch.py": "def from_numpy(array): return array",
+        "transformer_engine/pytorch.py": "",
+        "transformer_engine/__init__.py": "",
+        "megatron/core/__init__.py": "",  # or it is looked for where megatron.core is installed
+        "megatron/core/extensions/__init__.py": "",
+        "megatron/core/extensions/transformer_engine.py": "HAVE_TE = True",
+    }
+    for name, code in {**modules, **changed}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code)
+    ask = (
+        "import sys, importlib.util; sys.path.insert(0, sys.argv[2])\n"
+        "spec = importlib.util.spec_from_file_location('check', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "print(module.failures())\n"
+    )
+    command = [sys.executable, "-c", ask, str(IMAGES / "check_base.py"), str(folder)]
+    return subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def test_nvidias_switch_to_tf32_is_off_in_the_image() -> None:
+    settings = ("ENV", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 NVIDIA_TF32_OVERRIDE=0")
+    assert settings in stages(IMAGES / "gpu.Dockerfile")[-1]
+
+
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda f: f.stem)
 def test_the_pins_hold_for_what_builds_packages_too(file: Path) -> None:
     """A newer pip takes them from another variable, and what it does not know it ignores."""

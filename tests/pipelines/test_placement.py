@@ -13,7 +13,7 @@ from components.image import VERSION
 from flagscale.errors import UserError
 from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
-from pipelines import placement
+from pipelines import placement, where
 from pipelines.compiling import compile_recipe
 from pipelines.platform import FOLDER, Platform, Shared, Trainer, load_platform
 from pipelines.pods import Pods
@@ -150,6 +150,7 @@ def check_pod(
         t.model_dump(exclude_none=True) for t in pods.tolerations
     ]
     assert pod.get("podMetadata", {}).get("labels", {}) == pods.all_labels
+    assert pod.get("podMetadata", {}).get("annotations", {}) == pods.annotations
     mounts = {mount["mountPath"]: mount for mount in pod["emptyDirMounts"]}
     assert "/tmp" in mounts
     shm = mounts.get("/dev/shm", {})
@@ -301,14 +302,14 @@ def test_a_wrong_image_of_the_environment_is_refused(
     with pytest.raises(
         UserError, match=f"of FLAGSCALE_CPU_IMAGE or .*{IMAGE_VARIABLES[0]}"
     ) as error:
-        placement.parameters(load_platform("cpu-only"), load_recipe(RECIPES["tiny"]))
+        where.parameters(load_platform("cpu-only"), load_recipe(RECIPES["tiny"]))
     assert "planted" not in str(error.value)
 
 
 def test_an_empty_variable_names_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in IMAGE_VARIABLES:
         monkeypatch.setenv(name, "")
-    found = placement.parameters(load_platform("gke-h100"), load_recipe(RECIPES["tiny"]))
+    found = where.parameters(load_platform("gke-h100"), load_recipe(RECIPES["tiny"]))
     images = {p.default for p in found if p.name.endswith("_image")}
     assert images == {f"flagscale-distillation:{VERSION}-{kind}" for kind in ("cpu", "gpu")}
 
@@ -372,3 +373,23 @@ def test_a_trainjob_is_started_by_a_small_pod_that_knows_its_nodes(
     assert own["resourceCpuRequest"] == "1"
     evaluated = tasks["evaluate"]["inputs"]["artifacts"]["distilled_student"]["taskOutputArtifact"]
     assert evaluated["producerTask"] == "distil-student-on-nodes"
+
+
+def test_a_network_is_the_nodes_and_annotations_are_every_pods(tmp_path: Path) -> None:
+    platform = load_platform("on-prem-h100-infiniband")
+    noted = platform.steps.training.model_copy(update={"annotations": {"example.com/a": "b: c"}})
+    steps = platform.steps.model_copy(update={"training": noted})
+    platform = platform.model_copy(update={"steps": steps})
+    for nodes in (1, 2):
+        recipe = load_recipe(RECIPES["qwen3-8b-to-24-layers"], [f"resources.nodes={nodes}"])
+        found = compiled(recipe, platform, tmp_path)
+        step = "distil-student" + "-on-nodes" * (nodes > 1)
+        pod = found.kubernetes[f"exec-{step}"]
+        assert pod["podMetadata"]["annotations"] == {"example.com/a": "b: c"}
+        container = found.executors[f"exec-{step}"]["container"]
+        assert not [one for one in container["env"] if one["name"] == "NCCL_IB_HCA"]
+    inputs = found.spec["root"]["dag"]["tasks"][step]["inputs"]["parameters"]
+    told = NodePods.model_validate(found.resolve(inputs["pods"]))
+    assert told.network == platform.trainer.network
+    assert told.network.resources == {"rdma/hca_shared_devices_a": 1}
+    assert told.annotations == {"example.com/a": "b: c"}

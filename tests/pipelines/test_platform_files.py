@@ -7,6 +7,8 @@ import pytest
 from flagscale.errors import UserError
 from pipelines.platform import Images, load_platform
 
+NETWORK = "{{shared: {{claim: v}}, trainer: {{network: {}}}}}"
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -96,6 +98,36 @@ from pipelines.platform import Images, load_platform
             "HF_TOKEN is set by secret b and by secret a",
         ),
         ("{secrets: [{name: a, env: {k: A}}], env: {A: '1'}}", "A is set by env and by secret a"),
+        # A fast network.
+        ("steps: {training: {annotations: {a b: c}}}", "steps.training.annotations.a b"),
+        (NETWORK.format("{resources: {hca: 1}}"), "trainer.network.resources.hca"),
+        (NETWORK.format("{resources: {rdma/hca: 0}}"), "trainer.network.resources.rdma/hca=0"),
+        (NETWORK.format("{resources: {nvidia.com/gpu: 8}}"), "accelerator_count says how many"),
+        (NETWORK.format("{capabilities: [ipc_lock]}"), "capabilities.0='ipc_lock'"),
+        (
+            NETWORK.format("{capabilities: [CAP_IPC_LOCK]}"),
+            "CAP_IPC_LOCK is IPC_LOCK in Kubernetes",
+        ),
+        (
+            NETWORK.format("{annotations: {sidecar.istio.io/inject: 'true'}}"),
+            "the launcher sets it",
+        ),
+        (NETWORK.format("{host_folders: {a: /b}}"), "host_folders.a"),
+        (NETWORK.format("{host_folders: {/a: /usr/lib}}"), "something at /usr already"),
+        (NETWORK.format("{host_folders: {/a: /c, /b: /c}}"), "two of them at one path"),
+        (NETWORK.format("{env: {HF_TOKEN: hf_planted}}"), "HF_TOKEN looks like a secret"),
+        (
+            NETWORK.format("{env: {NCCL_DEBUG: INFO}}}, env: {NCCL_DEBUG: WARN"),
+            "NCCL_DEBUG is set by trainer.network.env and by env",
+        ),
+        (
+            NETWORK.format("{annotations: {a: b}}}, steps: {training: {annotations: {a: c}}"),
+            "annotation a is set by trainer.network and by steps.training",
+        ),
+        (
+            "trainer: {network: {host_network: true}}",
+            "trainer.network is for TrainJobs, which need",
+        ),
     ],
 )
 def test_wrong_platform_files(text: str, message: str, tmp_path: Path) -> None:
@@ -158,5 +190,5 @@ def test_without_a_secret_for_mlflow_its_address_may_be_a_variable(tmp_path: Pat
 
 
 def test_an_unknown_platform_names_the_known() -> None:
-    with pytest.raises(UserError, match="known names: cpu-only, gke-h100, on-prem-a100"):
+    with pytest.raises(UserError, match="known names: cpu-only, gke-h100, on-prem-a100, "):
         load_platform("gke-h200")

@@ -12,12 +12,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flagscale.errors import UserError
 from flagscale.execution.trainjob import rights
 from flagscale.execution.trainjob.api_errors import is_api_away, status_of, told
+from flagscale.execution.trainjob.connecting import is_on_host_network, namespace, version_unread
 from flagscale.execution.trainjob.nodes import IN_ONE_POD
 from flagscale.execution.trainjob.rights import GROUP, PLURAL, VERSION
 from flagscale.patience import patiently
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TIMEOUT_SECONDS = 30
 _PODS_OF = "jobset.sigs.k8s.io/jobset-name={name}"
 
@@ -56,11 +55,11 @@ class Cluster:
             ) from error
         kubeconfig = os.environ.get("KUBECONFIG")
         try:
-            self.namespace = _namespace(kubeconfig)
+            self.namespace = namespace(kubeconfig)
             configuration = KubernetesBackendConfig(
                 namespace=self.namespace, config_file=kubeconfig
             )
-            with _version_unread():
+            with version_unread():
                 self._trainer: TrainerClient = TrainerClient(configuration)
         except (ConfigException, OSError) as error:
             raise UserError(
@@ -71,17 +70,19 @@ class Cluster:
         self._core, self._custom = backend.core_api, backend.custom_api
         self._pauses = pauses
 
-    def check(self, runtime: str) -> str:
+    def check(self, runtime: str, host_network: bool = False) -> str:
         """Make sure that a TrainJob can be made, followed and deleted.
 
         Args:
             runtime: name of the TrainingRuntime.
+            host_network: whether its pods must be on the nodes' own network.
 
         Returns:
             The runtime's kind: one of the namespace, or of the cluster.
 
         Raises:
-            UserError: a right, Kubeflow Trainer or the runtime is missing.
+            UserError: a right, Kubeflow Trainer or the runtime is missing, or is another than is
+                needed.
         """
         self._check_rights()
         self._ask("list TrainJobs", self._list_one)
@@ -91,7 +92,16 @@ class Cluster:
                 f"TrainingRuntime {runtime!r} (`trainer.runtime` of the platform file) is for "
                 f"{found.trainer.framework}; a torch runtime is needed, e.g. torch-distributed"
             )
-        return str(found.kind.value)
+        kind = str(found.kind.value)
+        if host_network:
+            doing = f"read the pods of {kind} {runtime}"
+            if not is_on_host_network(self._ask(doing, lambda: self._read_runtime(kind, runtime))):
+                raise UserError(
+                    f"trainer.network.host_network=true, but the pods of {kind} {runtime!r} "
+                    "(`trainer.runtime`) have no hostNetwork: true, and a TrainJob cannot ask for "
+                    "it; apply deploy/host-network.yaml and name that one"
+                )
+        return kind
 
     def pod(self, name: str) -> dict[str, Any]:
         """A pod, as Kubernetes' API shows it.
@@ -214,6 +224,17 @@ class Cluster:
                 ) from error
             raise
 
+    def _read_runtime(self, kind: str, name: str) -> dict[str, Any]:
+        """The whole object: the SDK's has nothing of the pods."""
+        found: dict[str, Any]
+        if kind == "TrainingRuntime":
+            place = (GROUP, VERSION, self.namespace, "trainingruntimes", name)
+            found = self._custom.get_namespaced_custom_object(*place, **_timeout())
+        else:
+            of_all = (GROUP, VERSION, "clustertrainingruntimes", name)
+            found = self._custom.get_cluster_custom_object(*of_all, **_timeout())
+        return found
+
     def _ask(self, doing: str, call: Callable[[], T]) -> T:
         """Ask the API, patiently."""
         with self._explained(doing):
@@ -253,24 +274,6 @@ class Cluster:
             raise UserError(f"cannot {doing}: {told(error)}") from error
 
 
-@contextmanager
-def _version_unread() -> Iterator[None]:
-    """Without the page that the SDK prints where it may not read which Trainer there is.
-
-    `Cluster.check` finds out what is missing, by what is needed.
-    """
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "control-plane version info is not available" not in record.getMessage()
-
-    sdk = logging.getLogger("kubeflow.trainer.backends.kubernetes.backend")
-    sdk.addFilter(is_other)
-    try:
-        yield
-    finally:
-        sdk.removeFilter(is_other)
-
-
 def _is_same(found: dict[str, Any] | None, manifest: dict[str, Any]) -> bool:
     """Whether a TrainJob is this very one: its ranks' folder is nobody else's."""
     return (
@@ -278,15 +281,6 @@ def _is_same(found: dict[str, Any] | None, manifest: dict[str, Any]) -> bool:
         and found["metadata"].get("ownerReferences") == manifest["metadata"]["ownerReferences"]
         and found["spec"]["trainer"].get("env") == manifest["spec"]["trainer"]["env"]
     )
-
-
-def _namespace(kubeconfig: str | None) -> str:
-    if kubeconfig is None:
-        return _NAMESPACE.read_text(encoding="utf-8").strip()
-    from kubernetes import config
-
-    _, context = config.list_kube_config_contexts(config_file=kubeconfig)
-    return str(context["context"].get("namespace", "default"))
 
 
 def _timeout() -> dict[str, int]:

@@ -21,17 +21,13 @@ from typing import Any
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.execution.trainjob.nodes import NodePods
+from flagscale.execution.trainjob.pod_patch import KUEUE, own_mounts, pod_patch
 from flagscale.execution.trainjob.rights import GROUP, VERSION
 
 _CONTAINER = "main"  # the step's, in a pod of Argo
-_NODE = "node"  # Trainer's name for the training's container
 _MANAGER = "flagscale.distillation/launcher"
 _ENVIRONMENT_OF_KFP = ("KFP_POD_", "ARGO_", "ML_PIPELINE_", "METADATA_", "PET_")
-_LABELS_OF_OTHERS = ("pipelines.kubeflow.org/", "pipeline/", "workflows.argoproj.io/")
-_KUEUE = "kueue.x-k8s.io/"
-_QUEUE_LABELS = (f"{_KUEUE}queue-name", f"{_KUEUE}priority-class")
-# A sidecar would stand between the ranks, and keep the pod from ending.
-_NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
+_QUEUE_LABELS = (f"{KUEUE}queue-name", f"{KUEUE}priority-class")
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def train_job(
             field of this cluster's pods.
     """
     main = _main(launcher)
-    mounts = _own_mounts(launcher, main)
+    mounts = own_mounts(launcher, main)
     if not any(shared.is_relative_to(mount["mountPath"]) for mount in mounts):
         raise UserError(
             f"{variables.SHARED}={shared}: no volume that the platform file gives this pod is "
@@ -97,7 +93,11 @@ def train_job(
             "image": main["image"],
             "command": command[:1],
             "args": command[1:],
-            "env": _environment(main, environment, defaults),
+            "env": _environment(
+                main,
+                _told(nodes) | dict(environment),
+                {**defaults, **nodes.pods.network.env},
+            ),
             "numNodes": nodes.count,
             "numProcPerNode": nodes.processes,
             "resourcesPerNode": _resources(nodes),
@@ -105,7 +105,7 @@ def train_job(
         "runtimePatches": [
             {
                 "manager": _MANAGER,
-                "trainingRuntimeSpec": _patch(launcher, main, mounts, grace_seconds),
+                "trainingRuntimeSpec": pod_patch(launcher, main, mounts, nodes.pods, grace_seconds),
             }
         ],
     }
@@ -168,6 +168,12 @@ def _main(pod: dict[str, Any]) -> dict[str, Any]:
     return (named or containers)[0]
 
 
+def _told(nodes: Nodes) -> dict[str, str]:
+    """The launcher's pod has no accelerators, and is told of none."""
+    count = nodes.accelerator_count
+    return {variables.ACCELERATORS: str(count)} if count else {}
+
+
 def _environment(
     main: dict[str, Any], given: Mapping[str, str], defaults: Mapping[str, str]
 ) -> list[dict[str, Any]]:
@@ -198,68 +204,10 @@ def _resources(nodes: Nodes) -> dict[str, dict[str, str]]:
     limits = {"memory": pods.memory}
     if nodes.accelerator_count:
         limits[pods.accelerator_type] = str(nodes.accelerator_count)
+    limits |= {name: str(count) for name, count in pods.network.resources.items()}
     return {"requests": {"cpu": pods.cpu, **limits}, "limits": limits}
-
-
-def _own_mounts(launcher: dict[str, Any], main: dict[str, Any]) -> list[dict[str, Any]]:
-    """The mounts that the platform file asked for, which are those of the step alone.
-
-    Argo mounts what a step's template has in its own containers too, beside what it brings itself;
-    only then does KFP add what a platform asks for. A service account's token is everybody's.
-    """
-    spec = launcher["spec"]
-    others = [c for c in (*spec.get("initContainers", []), *spec["containers"]) if c is not main]
-    theirs = {mount["name"] for other in others for mount in other.get("volumeMounts", [])}
-    return [mount for mount in main.get("volumeMounts", []) if mount["name"] not in theirs]
-
-
-def _patch(
-    launcher: dict[str, Any],
-    main: dict[str, Any],
-    mounts: list[dict[str, Any]],
-    grace_seconds: int,
-) -> dict[str, Any]:
-    """What Trainer is to change of the runtime's pods."""
-    spec = launcher["spec"]
-    used = {mount["name"] for mount in mounts}
-    container: dict[str, Any] = {
-        "name": _NODE,
-        "volumeMounts": mounts,
-        "securityContext": main.get("securityContext"),
-    }
-    pod = {
-        "containers": [_filled(container)],
-        "volumes": [volume for volume in spec.get("volumes", []) if volume["name"] in used],
-        "nodeSelector": spec.get("nodeSelector"),
-        "tolerations": [one for one in spec.get("tolerations", []) if not _is_everyones(one)],
-        "imagePullSecrets": spec.get("imagePullSecrets"),
-        "securityContext": spec.get("securityContext"),
-        "affinity": spec.get("affinity"),
-        "terminationGracePeriodSeconds": grace_seconds,
-    }
-    labels = {
-        key: value
-        for key, value in launcher["metadata"].get("labels", {}).items()
-        if not key.startswith((*_LABELS_OF_OTHERS, _KUEUE))
-    }
-    template = {
-        "metadata": {"labels": labels | _NO_SIDECAR, "annotations": _NO_SIDECAR},
-        "spec": _filled(pod),
-    }
-    job = {"name": _NODE, "template": {"spec": {"template": template}}}
-    return {"template": {"spec": {"replicatedJobs": [job]}}}
-
-
-def _is_everyones(toleration: dict[str, Any]) -> bool:
-    """Whether Kubernetes itself adds it to every pod."""
-    key = toleration.get("key", "")
-    return key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
 def _labels(pod: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
     labels = pod["metadata"].get("labels", {})
     return {name: labels[name] for name in names if name in labels}
-
-
-def _filled(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value}

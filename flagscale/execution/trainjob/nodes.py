@@ -14,6 +14,8 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Section
 from flagscale.recipe.section import PositiveInt
+from flagscale.run_values.kubernetes_names import LabelKey
+from flagscale.run_values.network import Network
 
 IN_ONE_POD = "in the step's own pod (resources.nodes=1, trainer.min_nodes=2)"
 
@@ -31,6 +33,8 @@ class NodePods(Section):
     restarts: Annotated[int, Field(ge=0)] = Field(
         2, description="Times that all are started anew when one was stopped, killed or lost"
     )
+    annotations: dict[LabelKey, str] = Field({}, description="Of the pods")
+    network: Network = Network()
 
 
 def accelerators_of(text: str) -> int:

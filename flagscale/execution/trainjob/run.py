@@ -86,7 +86,7 @@ def run_on_nodes(
             "KFP_POD_NAME is not set: a TrainJob is started by a pod of Kubeflow Pipelines. "
             "`python -m pipelines run` trains on this machine"
         )
-    kind = cluster.check(nodes.pods.runtime)
+    kind = cluster.check(nodes.pods.runtime, nodes.pods.network.host_network)
     launcher = cluster.pod(pod_name)
     from kubernetes.utils.quantity import parse_quantity
 

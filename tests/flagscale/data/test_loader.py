@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, new_artifact
 from flagscale.data.counts import SplitCounts, add_up
-from flagscale.data.encoder import SPLITS, Encoder
+from flagscale.data.encoder import Encoder
+from flagscale.data.layout import SPLITS
 from flagscale.data.loader import (
     Batches,
     BatchShape,

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import hash_files, is_disk_full
 from flagscale.data import writer
 from flagscale.data.counts import Counts, SplitCounts, check_splits
-from flagscale.data.encoder import SPLITS, Encoder
+from flagscale.data.encoder import Encoder
+from flagscale.data.layout import SPLITS
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from kfp import dsl
 
@@ -40,6 +41,21 @@ def test_a_users_error_is_noted_without_a_traceback(
     assert "convert-student" in message
     assert "did you mean 'num_layers'" in message
     assert "Traceback" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_accelerators_that_cannot_be_used_end_the_step_before_its_work(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAGSCALE_ACCELERATOR_COUNT", "0")  # which the step sets, for its ranks
+    with pytest.raises(SystemExit) as end, step_process("evaluate", accelerators="8"):
+        pytest.fail("it works on the CPU")
+    assert end.value.code == 1
+    message = read_error(notes)
+    assert message
+    assert "FLAGSCALE_ACCELERATOR_COUNT=8: this pod was given" in message
+    with step_process("evaluate", accelerators="0"):
+        pass  # whatever the machine
 
 
 def test_a_bug_is_noted_with_its_type_and_shown_with_its_traceback(

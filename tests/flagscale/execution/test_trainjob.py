@@ -266,6 +266,18 @@ def test_what_is_missing_is_told_before_anything_starts(cluster, spoil, message)
     assert not cluster.gone
 
 
+def test_the_nodes_own_network_is_the_runtimes_to_give(cluster):
+    here = api.Cluster(pauses=[0.01])
+    wrong = r"host_network=true, but the pods of ClusterTrainingRuntime 'torch-distributed' .*apply"
+    with pytest.raises(UserError, match=wrong):
+        here.check("torch-distributed", host_network=True)
+    runtime = yaml.safe_load(Path("deploy/host-network.yaml").read_text())
+    cluster.runtimes[runtime["metadata"]["name"]] = runtime
+    kind = here.check("torch-distributed-host-network", host_network=True)
+    assert kind == "ClusterTrainingRuntime"
+    assert here.check("torch-distributed") == kind
+
+
 def test_an_api_that_is_away_at_the_start(cluster):
     """A TrainJob whose creation was not answered is not made twice, and nobody else's is taken."""
     here = api.Cluster(pauses=[0.01] * 4)

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import trainjob_nodes
 from launcher_pods import POD_OF_STEP, launcher_pod, main_of
@@ -9,6 +10,7 @@ from launcher_pods import POD_OF_STEP, launcher_pod, main_of
 from flagscale.errors import UserError
 from flagscale.execution.trainjob.manifest import Nodes, checked, train_job
 from flagscale.execution.trainjob.nodes import NodePods
+from flagscale.run_values.network import Network
 
 
 def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
     )
     assert {one.pop("name"): one for one in trainer["env"]} == {
         "OMP_NUM_THREADS": {"value": "24"},
+        "FLAGSCALE_ACCELERATOR_COUNT": {"value": "8"},
         "NCCL_DEBUG": {"value": "WARN"},
         "FLAGSCALE_SHARED": {"value": str(tmp_path)},
         "KFP_RUN_ID": {"value": "run-1"},
@@ -133,6 +136,53 @@ def test_the_trainjob_is_placed_as_its_launcher_is(tmp_path, monkeypatch):
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "dshm", "mountPath": "/dev/shm"},
     ]
+
+
+NETWORK = Network(
+    resources={"rdma/hca_shared_devices_a": 2},
+    annotations={"k8s.v1.cni.cncf.io/networks": "rdma-a, rdma-b"},
+    capabilities=("IPC_LOCK",),
+    host_folders={"/home/kubernetes/bin/gib": "/mnt/gib"},
+    env={"NCCL_IB_HCA": "mlx5", "OMP_NUM_THREADS": "4", "NCCL_DEBUG": "INFO"},
+)
+
+
+@pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
+def test_a_networks_needs_are_those_of_the_nodes_alone(tmp_path, version):
+    launcher = launcher_pod(tmp_path)
+    before = json.dumps(launcher)
+    nodes = Nodes(2, 8, 8, NodePods(network=NETWORK, annotations={"example.com/a": "b"}))
+    given: dict[str, str] = {}
+    kind, command = "TrainingRuntime", ["python"]
+    defaults = {"OMP_NUM_THREADS": "24"}
+    manifest = train_job("j", kind, launcher, tmp_path, nodes, command, given, defaults, 30)
+    trainjob_nodes.refuse(manifest)
+    assert json.dumps(launcher) == before
+    trainer, template = manifest["spec"]["trainer"], pod_of(manifest)
+    limits = {"memory": "16Gi", "nvidia.com/gpu": "8", "rdma/hca_shared_devices_a": "2"}
+    assert trainer["resourcesPerNode"] == {"requests": {"cpu": "2", **limits}, "limits": limits}
+    env = {one["name"]: one.get("value") for one in trainer["env"]}
+    assert (env["NCCL_IB_HCA"], env["OMP_NUM_THREADS"]) == ("mlx5", "4")
+    assert env["NCCL_DEBUG"] == "WARN"  # the launcher's, of all steps
+    assert template["metadata"]["annotations"] == {
+        "example.com/a": "b",
+        "k8s.v1.cni.cncf.io/networks": "rdma-a, rdma-b",
+        "sidecar.istio.io/inject": "false",
+    }
+    (container,) = template["spec"]["containers"]
+    context = container["securityContext"]
+    assert context == {
+        **main_of(launcher)["securityContext"],
+        "capabilities": {**context["capabilities"], "add": ["IPC_LOCK"]},
+    }
+    folder = {"name": "host-folder-0", "mountPath": "/mnt/gib", "readOnly": True}
+    assert container["volumeMounts"][-1] == folder
+    # As Trainer makes it: the runtime's container gets the trainer's fields.
+    runtimes = {"image": trainer["image"], "env": trainer["env"]}
+    container |= runtimes | {"resources": trainer["resourcesPerNode"]}
+    metadata = template["metadata"] | {"name": "node-0"}
+    pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": metadata}
+    kubernetes_validate.validate(pod, version, strict=True)
 
 
 def test_what_trainers_models_do_not_know_is_refused(tmp_path):

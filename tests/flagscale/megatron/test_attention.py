@@ -79,6 +79,22 @@ def test_causal_attention_and_its_gradients(value_channels):
         torch.testing.assert_close(with_mask.double(), theirs, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 11])
+def test_queries_behind_a_cache_are_the_last_positions(queries):
+    query, key, value, _ = inputs(12)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    # Megatron-Core says that one query behind a cache needs no mask.
+    found = make_attention()(query[-queries:], key, value, None, AttnMaskType.no_mask)
+    expected = reference(query, key, value, causal)[-queries:]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_more_queries_than_keys_are_refused():
+    query, key, value, _ = inputs(12)
+    with pytest.raises(ValueError, match="12 queries with 11 keys"):
+        make_attention()(query, key[1:], value[1:], None)
+
+
 def packed_params(lengths: list[int], padded: list[int] | None = None) -> PackedSeqParams:
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     padded_borders = None if padded is None else torch.tensor([0, *padded]).cumsum(0).int()

@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from flagscale.errors import UserError
 from flagscale.megatron import platform
 
 pytestmark = pytest.mark.skipif(
@@ -63,8 +65,61 @@ def test_precision_and_implementation_of_a_cpu():
 def test_compiler_still_imports_under_the_adapter():
     """torch._dynamo maps functions to names at import: two patches must not be one object."""
     code = (
-        "from flagscale import platform\n"
+        "from flagscale.megatron import platform\n"
         "with platform.runtime():\n"
         "    import torch._dynamo, torch._inductor\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_fp32_is_fp32_inside_and_as_it_was_outside(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    torch.set_float32_matmul_precision("high")
+    try:
+        with platform.runtime():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+            assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    with platform.runtime():
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
+def test_what_nvidias_image_sets_is_overridden():
+    """torch takes it for its switch's first value, so that this needs a process of its own."""
+    code = (
+        "import torch\n"
+        "from flagscale.megatron import platform\n"
+        "print(torch.backends.cuda.matmul.allow_tf32)\n"
+        "with platform.runtime():\n"
+        "    print(torch.backends.cuda.matmul.allow_tf32)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=True,
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_accelerators_that_cannot_be_used_are_not_replaced_by_the_cpu(monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_ACCELERATOR_COUNT", "8")
+    with pytest.raises(UserError) as error, platform.runtime():
+        pytest.fail("it trains on the CPU")
+    with pytest.raises((AssertionError, RuntimeError), match=r"\w") as torchs:
+        torch.cuda.init()
+    assert "FLAGSCALE_ACCELERATOR_COUNT=8: this pod was given so many accelerators" in str(error)
+    assert str(torchs.value).rstrip(".") in str(error.value)
+    monkeypatch.setenv("FLAGSCALE_ACCELERATOR_COUNT", "0")
+    with platform.runtime():
+        pass

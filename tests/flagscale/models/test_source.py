@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from flagscale.errors import UserError
 from flagscale.models import source as source_module
-from flagscale.models.source import load_hf_config, load_hf_model, load_tokenizer, tokenizer_hash
+from flagscale.models.hf_folder import HFFolder
+from flagscale.models.source import (
+    load_hf_config,
+    load_hf_model,
+    load_tokenizer,
+    tokenizer_hash,
+    weights_folder,
+)
 from tests.flagscale.web_server import HANGS_UP, WebServer
 
 
@@ -96,6 +103,35 @@ def test_a_hub_that_is_away_for_a_while(hub: WebServer, caplog: pytest.LogCaptur
     assert load_tokenizer("o/n").decode([5])
     assert not hub.troubles
     assert "cannot fetch configuration of o/n: " in caplog.text
+
+
+def test_a_folder_of_the_hub_s_files(hub: WebServer, tiny_teacher: Path) -> None:
+    """Its configuration and weights, and nothing else that may be large."""
+    (hub.folder / "consolidated.safetensors").write_bytes(b"the same once more")
+    with weights_folder("o/n") as folder:
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert found == {name: (tiny_teacher / name).read_bytes() for name in names}
+
+
+def test_shards_of_the_hub(hub: WebServer, tiny_teacher: Path) -> None:
+    model = load_hf_model(tiny_teacher)
+    model.save_pretrained(hub.folder, max_shard_size="400KB")
+    (hub.folder / "model.safetensors").unlink()
+    (hub.folder / "generation_config.json").unlink()
+    with weights_folder("o/n") as folder:
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        assert HFFolder(folder).shapes["model.norm.weight"] == (64,)
+        assert not (folder / "generation_config.json").exists()
+
+
+def test_what_the_hub_has_not(hub: WebServer) -> None:
+    (hub.folder / "model.safetensors").unlink()
+    with (
+        pytest.raises(UserError, match=r"model o/n: model.safetensors is not on the hub"),
+        weights_folder("o/n"),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("in_a_pod")

@@ -1,19 +1,18 @@
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flagscale.artifacts import open_artifact
-from flagscale.data.loader import validation_batches
+from flagscale.artifacts import new_artifact, open_artifact
+from flagscale.checkpoint import save_weights
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import model_arguments
-from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.distillation_proof import prove_distillation
-from flagscale.models.megatron import build_model, load_model
-from flagscale.models.student import copy_from_teacher
+from flagscale.models.megatron import WEIGHTS, build_model, load_model
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
 
@@ -134,17 +133,50 @@ def test_damaged_teacher_is_refused(teacher, dataset, tmp_path, damage):
         convert_student(StudentRecipe(num_layers=2), broken, dataset, tmp_path / "student")
 
 
-def test_proof_notices_a_parameter_that_cannot_learn(teacher, dataset, tmp_path):
-    shape = ModelShape.load(teacher)
-    with platform.runtime(), use_args(model_arguments(shape, 64)):
-        models = [load_model(teacher, 64) for _ in range(2)]
-        student = build_model(shape, 64)
-        copy_from_teacher(student, models[0], range(4))
-        # The MLP of layer 1 is cut off: its gate is closed for every input.
-        student.decoder.layers[1].mlp.linear_fc2.weight.data.zero_()
-        student.decoder.layers[1].mlp.linear_fc1.weight.data.zero_()
-        batches = validation_batches(
-            dataset, tmp_path, micro_batch_size=1, global_batch_size=1, eval_iters=1
+@pytest.mark.parametrize("recipe", [{"num_layers": 2}, {"init": "scratch", "num_layers": 1}])
+def test_student_is_stored_in_its_teachers_dtype(teacher, dataset, tmp_path, recipe):
+    half = tmp_path / "teacher"
+    manifest = open_artifact(teacher, "teacher")
+    with new_artifact(half, "teacher", {}, {}) as staging:
+        for name in ("hf", "model.json"):
+            copy = shutil.copytree if (teacher / name).is_dir() else shutil.copy
+            copy(teacher / name, staging.path / name)
+        with platform.runtime():
+            save_weights(load_model(teacher, 64), staging.path / WEIGHTS, torch.bfloat16)
+        staging.facts = {**manifest.facts, "dtype": "bfloat16"}
+        staging.tokenizer_hash = manifest.tokenizer_hash
+    figures = convert_student(StudentRecipe(**recipe), half, dataset, tmp_path / "student")
+    assert figures["reload_logit_difference"] == 0
+    assert open_artifact(tmp_path / "student", "student").facts["dtype"] == "bfloat16"
+    stored = StoredTensors(tmp_path / "student" / WEIGHTS).tensors.values()
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+    assert figures["parameters"] == sum(math.prod(tensor.shape) for tensor in stored)
+    with platform.runtime():
+        parameters = list(load_model(tmp_path / "student", 64).parameters())
+    assert figures["parameters"] == sum(parameter.numel() for parameter in parameters)
+
+
+def test_a_student_that_was_saved_wrongly_is_refused(teacher, dataset, tmp_path, monkeypatch):
+    def saved_wrongly(model, folder, dtype):
+        weight = model.decoder.layers[1].mlp.linear_fc2.weight.data
+        weight[0, 0] += 1
+        save_weights(model, folder, dtype)
+        weight[0, 0] -= 1
+
+    monkeypatch.setattr("flagscale.steps.convert_student.save_weights", saved_wrongly)
+    with pytest.raises(UserError, match=r"logits differ by .* once loaded, not 0"):
+        convert_student(StudentRecipe(num_layers=2), teacher, dataset, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_student_of_other_layers_than_asked_for_is_refused(
+    teacher, dataset, tmp_path, monkeypatch
+):
+    def shallower(shape, *where):
+        return build_model(replace(shape, num_layers=shape.num_layers - 1), *where)
+
+    monkeypatch.setattr("flagscale.steps.convert_student.build_model", shallower)
+    with pytest.raises(UserError, match="has 1 layers, but must have 2"):
+        convert_student(
+            StudentRecipe(init="scratch", num_layers=2), teacher, dataset, tmp_path / "student"
         )
-        with pytest.raises(UserError, match=r"decoder\.layers\.1\..*would not learn"):
-            prove_distillation(student, *models, next(iter(batches)))

@@ -10,20 +10,15 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from evaluated_students import write_student
 from transformers import AutoModelForCausalLM
 
-from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.checkpoint import save_weights
+from flagscale.artifacts import open_artifact
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.compare import compare
-from flagscale.megatron import platform
-from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.student import copy_from_teacher
-from flagscale.models.student_shape import student_shape
-from flagscale.recipe import DataRecipe, EvaluationRecipe, StudentRecipe, TeacherRecipe
+from flagscale.recipe import DataRecipe, EvaluationRecipe, TeacherRecipe
 from flagscale.steps.evaluate import evaluate
 from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
@@ -37,37 +32,6 @@ RECIPE = EvaluationRecipe(
     prompts=("The <script>", "A class"),
     max_new_tokens=5,
 )
-TRAINING = [
-    {
-        "step": step,
-        "logits distillation loss": 3 / step,
-        "learning rate": 1e-3,
-        "grad norm": 2 / step,
-        "tokens per second": 100.0,
-    }
-    for step in (1, 2, 3)
-]
-
-
-def write_student(folder: Path, kind: str, artifacts: Path, keep: tuple[int, ...]) -> None:
-    parents = {
-        name: open_artifact(artifacts / name, name)
-        for name in (
-            ("dataset", "teacher", "student") if kind != "student" else ("dataset", "teacher")
-        )
-    }
-    recipe = StudentRecipe(keep_layers=keep)
-    shape = student_shape(ModelShape.load(artifacts / "teacher"), recipe)
-    with new_artifact(folder, kind, {}, parents) as staging, platform.runtime():
-        model = build_model(shape, SEQ_LENGTH)
-        copy_from_teacher(model, load_model(artifacts / "teacher", SEQ_LENGTH), keep)
-        save_weights(model, staging.path / WEIGHTS)
-        shape.save(staging.path)
-        staging.tokenizer_hash = parents["teacher"].tokenizer_hash
-        if kind != "student":
-            for name in ("training", "validation"):
-                lines = [json.dumps(row) + "\n" for row in TRAINING]
-                (staging.path / f"{name}.jsonl").write_text("".join(lines))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +47,8 @@ def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     prepare_data(data, folder / "dataset")
     prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), folder / "dataset", folder / "teacher")
-    write_student(folder / "student", "student", folder, (1, 2))
-    write_student(folder / "distilled", "distilled-student", folder, (0, 1, 3))
+    write_student(folder / "student", folder, (1, 2))
+    write_student(folder / "distilled", folder, (0, 1, 3))
     return folder
 
 
@@ -233,8 +197,8 @@ def test_a_student_that_is_its_teacher(artifacts: Path, tmp_path: Path) -> None:
     for name in ("dataset", "teacher"):
         (tmp_path / name).symlink_to(artifacts / name)
     everything = (0, 1, 2, 3)
-    write_student(tmp_path / "student", "student", tmp_path, everything)
-    write_student(tmp_path / "distilled", "distilled-student", tmp_path, everything)
+    write_student(tmp_path / "student", tmp_path, everything)
+    write_student(tmp_path / "distilled", tmp_path, everything)
     scalars = run(tmp_path, tmp_path / "evaluation")
     assert scalars["distilled/kl"] == 0
     assert scalars["distilled/top1_agreement"] == 1

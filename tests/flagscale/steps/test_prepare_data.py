@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import open_artifact
 from flagscale.data.counts import Counts
-from flagscale.data.encoder import SPLITS
+from flagscale.data.layout import SPLITS
 from flagscale.data.loader import split_documents, train_iterator
 from flagscale.data.writer import Corpus
 from flagscale.errors import UserError

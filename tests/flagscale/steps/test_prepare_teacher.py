@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flagscale.artifacts import open_artifact
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import load_model
-from flagscale.models.parity import hf_logits, logit_difference
+from flagscale.models.hf_export import write_weights
+from flagscale.models.hf_weights import WeightMap
+from flagscale.models.megatron import load_model, logits
 from flagscale.models.source import load_hf_model, load_tokenizer
-from flagscale.recipe import DataRecipe, TeacherRecipe
+from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
 
@@ -61,6 +63,9 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     output = tmp_path / "teacher"
     figures = prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, output)
     assert figures["max_logit_difference"] <= 1e-5
+    assert figures["max_layer_difference"] <= 1e-5
+    assert figures["kl_divergence"] <= 1e-9
+    assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
     hf_model = load_hf_model(tiny_teacher)
@@ -80,8 +85,11 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert not list((output / "hf").glob("*.safetensors"))
     with platform.runtime():
         tokens = torch.arange(SEQ_LENGTH)[None]
-        parity = logit_difference(load_model(output, SEQ_LENGTH), hf_model, tokens)
-    assert parity.max_abs_difference <= 1e-5
+        found = logits(load_model(output, SEQ_LENGTH), tokens)
+    with torch.no_grad():
+        expected = hf_model(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert manifest.facts["dtype"] == "float32"
     assert load_tokenizer(output / "hf")("a list")["input_ids"]
 
 
@@ -100,11 +108,66 @@ def test_the_loss_is_that_of_transformers(
     )
     losses = [
         torch.nn.functional.cross_entropy(
-            hf_logits(hf_model, batch["tokens"])[0].double(), batch["labels"][0]
+            hf_model(batch["tokens"], use_cache=False).logits[0].double(), batch["labels"][0]
         )
         for batch in batches
     ]
     assert figures["validation_loss"] == pytest.approx(float(sum(losses) / 8), rel=1e-5)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_make_the_same_teacher(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path, tensor: int, pipeline: int
+) -> None:
+    alone = prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "alone")
+    layout = LayoutRecipe(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    models = ModelsRecipe(parallelism=layout)
+    output = tmp_path / "teacher"
+    figures = prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, output, models)
+    assert figures == pytest.approx(alone, abs=1e-5)
+    stored = StoredTensors(output / "weights")
+    expected = StoredTensors(tmp_path / "alone" / "weights")
+    assert stored.tensors == expected.tensors
+    for key, one in expected.tensors.items():
+        whole = [0] * len(one.shape), one.shape
+        assert torch.equal(stored.read(key, *whole), expected.read(key, *whole)), key
+    # And back: a checkpoint of any layout becomes the source's own bytes.
+    (tmp_path / "back").mkdir()
+    weights = WeightMap(ModelShape.load(output))
+    write_weights(stored, weights, tmp_path / "back", torch.float32)
+    written = (tmp_path / "back" / "model.safetensors").read_bytes()
+    assert written == (tiny_teacher / "model.safetensors").read_bytes()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "origin.json"):
+        found, wanted = (tmp_path / folder / "hf" / name for folder in ("teacher", "alone"))
+        assert found.read_bytes() == wanted.read_bytes()
+    assert len(open_artifact(output, "teacher").peak_memory["host"]) == tensor * pipeline
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_16_bits_takes_half_the_room(
+    tiny_teacher: Path, source: Path, dataset: Path, dtype: torch.dtype
+) -> None:
+    output = source.with_name("teacher")
+    prepare_teacher(TeacherRecipe(source=str(source)), dataset, output)
+    large = _size(output / "weights")
+    weights = load_file(tiny_teacher / "model.safetensors")
+    half = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_file(half, source / "model.safetensors", {"format": "pt"})
+    prepare_teacher(TeacherRecipe(source=str(source)), dataset, output)
+    assert _size(output / "weights") == pytest.approx(large / 2, rel=0.1)
+    name = str(dtype).removeprefix("torch.")
+    assert open_artifact(output, "teacher").facts["dtype"] == name
+    assert json.loads((output / "hf/config.json").read_text())["dtype"] == name
+    with platform.runtime():
+        model = load_model(output, SEQ_LENGTH)
+    table = model.embedding.word_embeddings.weight
+    assert table.dtype == torch.float32
+    assert torch.equal(table[:1000], half["model.embed_tokens.weight"].float())
+    shutil.rmtree(output)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.distcp"))
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
@@ -119,6 +182,16 @@ def test_weights_that_are_zero_or_not_finite(source: Path, dataset: Path, value:
 def test_corrupt_weights(source: Path, dataset: Path) -> None:
     (source / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=f"model of {source} cannot be read"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_weight_that_the_model_does_not_have(source: Path, dataset: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    extra = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    path = source / "other.safetensors"
+    save_file(weights | extra, path, {"format": "pt"})
+    path.rename(source / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 weights are left over, first .*q_proj.bias"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
 
 

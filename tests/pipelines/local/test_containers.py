@@ -10,14 +10,15 @@ import pytest
 from flagscale.data.files import list_files
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
-from pipelines.local.containers import Containers, _check_readable, _files
+from pipelines.local.containers import Containers
+from pipelines.local.recipe_files import check_readable, local_files
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 
 
 def files(*overrides: str) -> set[str]:
-    return _files(load_recipe(RECIPE, list(overrides)))
+    return local_files(load_recipe(RECIPE, list(overrides)))
 
 
 def test_without_an_engine_it_says_so_before_any_work(tmp_path: Path) -> None:
@@ -94,12 +95,12 @@ def test_what_the_steps_user_cannot_read_is_refused(tmp_path: Path) -> None:
     model = folder / "model.safetensors"
     model.touch(mode=0o644)
     (folder / "gone").symlink_to("nowhere")
-    _check_readable([str(folder)])
+    check_readable([str(folder)], 1000)
     model.chmod(0o600)
     if model.stat().st_uid == 1000:
         pytest.skip("the tests' user is the steps'")
     with pytest.raises(UserError, match=r"model\.safetensors: user 1000"):
-        _check_readable([str(folder)])
+        check_readable([str(folder)], 1000)
 
 
 def test_a_step_without_outputs_has_not_ended_well(tmp_path: Path) -> None:

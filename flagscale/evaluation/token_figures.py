@@ -1,0 +1,116 @@
+"""The figures of single tokens, from logits over a vocabulary that ranks may share.
+
+With logits shifted by their maximum, KL = sum(p_t * (z_t - z_s)) - lse_t + lse_s. Only the
+elementwise work is in float32: the sums and their logarithms are in float64, because rounded
+logsumexps would drown a small KL. Relative error: 1e-9 at a KL of 3, 1e-5 at 3e-6.
+
+Where tensor-parallel ranks hold slices of the vocabulary, each sums up its own, shifted by its own
+maximum. Ten numbers a token are exchanged and put together in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FIGURES = ("lm_loss", "kl", "top1_agreement", "accuracy")
+
+# Vocabulary-sized buffers stay in a core's cache on a CPU; a GPU wants large launches.
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def token_figures(
+    teacher_nv: torch.Tensor,
+    student_nv: torch.Tensor,
+    labels_n: torch.Tensor,
+    first_token: int = 0,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """`FIGURES` of n tokens, float64 [2, 4, n], in nats and ones: the teacher's, the student's.
+
+    The teacher's are those of a student that is its teacher: no divergence, full agreement.
+
+    Args:
+        teacher_nv: logits of this rank's slice of the vocabulary, any float dtype.
+        student_nv: the same.
+        labels_n: tokens that come, int64.
+        first_token: of the slice.
+        group: the ranks that share the vocabulary, all of which call this; None: it is whole.
+    """
+    sums_10n = slice_sums(teacher_nv, student_nv, labels_n, first_token)
+    if group is None or group.size() == 1:
+        return merge(sums_10n.unsqueeze(0), labels_n)
+    gathered = [torch.empty_like(sums_10n) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, sums_10n, group=group)
+    return merge(torch.stack(gathered), labels_n)
+
+
+def slice_sums(
+    teacher_nv: torch.Tensor, student_nv: torch.Tensor, labels_n: torch.Tensor, first_token: int
+) -> torch.Tensor:
+    """What a slice of the vocabulary says of n tokens, float64 [9, n], for `merge`.
+
+    Of the teacher and of the student the largest logit, its token, and the mass, that is the sum of
+    exp(z); then sum(exp(z_t) * (z_t - z_s)); and whether the label is in the slice, with the
+    teacher's and the student's z of it. z are logits less the slice's largest.
+    """
+    rows = max(1, _CHUNK_ELEMENTS[teacher_nv.device.type] // teacher_nv.shape[-1])
+    chunks = (x.split(rows) for x in (teacher_nv, student_nv, labels_n - first_token))
+    sums_10n = torch.cat([_slice_sums(*chunk) for chunk in zip(*chunks, strict=True)], dim=1)
+    sums_10n[[1, 4]] += first_token
+    return sums_10n
+
+
+def merge(sums_s10n: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+    """`token_figures` from the `slice_sums` of all s slices, in order."""
+    top_t, token_t, mass_t, top_s, token_s, mass_s, products, is_here, label_t, label_s = (
+        sums_s10n.unbind(1)
+    )
+    # The slices' z become those of the whole vocabulary.
+    lower_t, lower_s = top_t - top_t.amax(0), top_s - top_s.amax(0)
+    mass_t, mass_s = mass_t * lower_t.exp(), mass_s * lower_s.exp()
+    products = products * lower_t.exp() + mass_t * (lower_t - lower_s)
+    log_mass_t, log_mass_s = mass_t.sum(0).log(), mass_s.sum(0).log()
+    guess_t, guess_s = (
+        token.gather(0, top.argmax(0, keepdim=True)).squeeze(0)
+        for token, top in ((token_t, top_t), (token_s, top_s))
+    )
+    teacher = (
+        log_mass_t - (is_here * (label_t + lower_t)).sum(0),
+        torch.zeros_like(log_mass_t),
+        torch.ones_like(log_mass_t),
+        guess_t == labels_n,
+    )
+    student = (
+        log_mass_s - (is_here * (label_s + lower_s)).sum(0),
+        products.sum(0) / mass_t.sum(0) - log_mass_t + log_mass_s,
+        guess_t == guess_s,
+        guess_s == labels_n,
+    )
+    return torch.stack([torch.stack([x.double() for x in model]) for model in (teacher, student)])
+
+
+def _slice_sums(
+    teacher_rv: torch.Tensor, student_rv: torch.Tensor, labels_r: torch.Tensor
+) -> torch.Tensor:
+    """`slice_sums` of a chunk; labels count from the slice's first token."""
+    teacher_rv, student_rv = teacher_rv.float(), student_rv.float()
+    top_t, token_t = teacher_rv.max(dim=-1, keepdim=True)
+    top_s, token_s = student_rv.max(dim=-1, keepdim=True)
+    z_t, z_s = teacher_rv - top_t, student_rv - top_s
+    is_here_r = (labels_r >= 0) & (labels_r < z_s.size(-1))
+    label_t, label_s = (z.gather(-1, labels_r.where(is_here_r, 0)[:, None]) for z in (z_t, z_s))
+    difference_rv = z_t - z_s
+    p_t = z_t.exp_()
+    sums = (
+        top_t,
+        token_t,
+        p_t.sum(dim=-1, dtype=torch.float64),
+        top_s,
+        token_s,
+        z_s.exp_().sum(dim=-1, dtype=torch.float64),
+        p_t.mul_(difference_rv).sum(dim=-1, dtype=torch.float64),
+        is_here_r,
+        label_t,
+        label_s,
+    )
+    return torch.stack([x.reshape(-1).double() for x in sums])

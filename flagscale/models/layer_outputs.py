@@ -1,0 +1,111 @@
+"""What every layer of a model makes of a text, and the same text in transformers' layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from flagscale.models import reload_hf
+from flagscale.models.megatron import logits
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model computes of a few tokens, on the CPU.
+
+    Attributes:
+        hidden_bsh: float32 [b, s, h] each: the embedding, then what each layer makes of the one
+            before.
+        logits_bsv: float32 [b, s, vocabulary].
+    """
+
+    hidden_bsh: tuple[torch.Tensor, ...]
+    logits_bsv: torch.Tensor
+
+
+@torch.no_grad()
+def layer_outputs(model: GPTModel, tokens: torch.Tensor) -> Outputs:
+    """Run a model on int64 `tokens` [b, s]. All ranks call it, and get the whole."""
+    hidden: dict[int, torch.Tensor] = {}
+
+    def keep(number: int, states_sbh: torch.Tensor) -> None:
+        if model.config.sequence_parallel:
+            states_sbh = gather_from_sequence_parallel_region(states_sbh)
+        hidden[number] = states_sbh.float().transpose(0, 1).cpu()
+
+    def before(layer: Any, _inputs: Any, named: dict[str, Any]) -> None:  # noqa: ANN401
+        if layer.layer_number == 1:
+            keep(0, named["hidden_states"])
+
+    def after(layer: Any, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+        keep(layer.layer_number, output[0])
+
+    hooks = [layer.register_forward_hook(after) for layer in model.decoder.layers]
+    hooks += [
+        layer.register_forward_pre_hook(before, with_kwargs=True) for layer in model.decoder.layers
+    ]
+    logits_bsv = logits(model, tokens).cpu()
+    for hook in hooks:
+        hook.remove()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[dict[int, torch.Tensor]] = [{}] * group.size()
+    torch.distributed.all_gather_object(stages, hidden, group=group)
+    every = {number: states for stage in stages for number, states in stage.items()}
+    return Outputs(tuple(every[number] for number in sorted(every)), logits_bsv)
+
+
+@torch.no_grad()
+def in_transformers(
+    folder: Path, tokens: torch.Tensor, hidden_bsh: Sequence[torch.Tensor]
+) -> Outputs:
+    """Run transformers' model of a folder, a layer at a time, in float32.
+
+    Args:
+        folder: of a Hugging Face model.
+        tokens: int64 [b, s].
+        hidden_bsh: another model's, from `layer_outputs`.
+
+    Returns:
+        transformers' own logits; and its embedding, then what each of its layers, at last the
+        norm with the output layer, makes of the *other* model's states before it. So each is
+        compared by itself: what differs in one does not spread to the next.
+    """
+    model = reload_hf.streamed(folder)
+    made: list[torch.Tensor] = []
+    normed: list[torch.Tensor] = []
+
+    def embedded(_module: Any, _inputs: Any, output: torch.Tensor) -> None:  # noqa: ANN401
+        made.append(output)
+
+    def again(
+        number: int,
+        layer: torch.nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        _output: Any,  # noqa: ANN401
+    ) -> None:
+        output = layer.forward(hidden_bsh[number], *inputs[1:], **named)
+        made.append(output[0] if isinstance(output, tuple) else output)
+
+    def normed_again(norm: torch.nn.Module, _inputs: Any, _output: Any) -> None:  # noqa: ANN401
+        normed.append(norm.forward(hidden_bsh[-1]))
+
+    def predicted_again(head: torch.nn.Module, _inputs: Any, _output: Any) -> None:  # noqa: ANN401
+        made.append(head.forward(normed.pop()))
+
+    # Before the hooks that drop the weights.
+    model.model.embed_tokens.register_forward_hook(embedded, prepend=True)
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(partial(again, number), prepend=True, with_kwargs=True)
+    model.model.norm.register_forward_hook(normed_again, prepend=True)
+    model.lm_head.register_forward_hook(predicted_again, prepend=True)
+    logits_bsv = model(tokens, use_cache=False).logits
+    return Outputs(tuple(made), logits_bsv)

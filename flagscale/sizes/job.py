@@ -1,0 +1,111 @@
+"""What the sizes of all steps follow from: recipe, teacher, student, and the machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.sizes.activations import FLOAT32, Computation
+from flagscale.sizes.layout import Layout
+from flagscale.sizes.machine import Machine
+from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.parameters import parameters
+from flagscale.sizes.teacher import Teacher
+from flagscale.sizes.training import Training
+
+_EXPORTED = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose models' sizes are known, on machines that are known.
+
+    Attributes:
+        recipe: without a sweep, or one variant of it.
+        teacher: from its source.
+        student: its shape.
+        models: a pod of the model steps.
+        training: a pod of the training.
+    """
+
+    recipe: Recipe
+    teacher: Teacher
+    student: ModelShape
+    models: Machine
+    training: Machine
+
+    @property
+    def distilled_from(self) -> ModelShape | None:
+        """The teacher's shape, where the training runs it."""
+        return None if self.recipe.distillation.loss == "none" else self.teacher.shape
+
+    @property
+    def training_layout(self) -> Layout:
+        """Of all pods together."""
+        sizes, machine = self.recipe.training.parallelism, self.training
+        a_pod = sizes.processes or machine.accelerators
+        return Layout.of(sizes, a_pod * machine.pods if a_pod else None)
+
+    @property
+    def training_setup(self) -> Training:
+        """What decides on the training's memory."""
+        training, machine = self.recipe.training, self.training
+        on_gpu = machine.device == "cuda"
+        precision = training.precision
+        if precision == "auto":
+            precision = "bf16" if on_gpu else "fp32"
+        sharded = training.parallelism.use_distributed_optimizer
+        ranks = training.micro_batch_size * self.training_layout.data
+        return Training(
+            seq_length=self.recipe.data.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches=max(1, training.global_batch_size // ranks),
+            computation=Computation(
+                2 if precision == "bf16" else FLOAT32,
+                on_gpu and training.transformer_impl != "local",
+                training.recompute_granularity,
+            ),
+            distributed_optimizer=on_gpu if sharded is None else sharded,
+            skip_lm_loss=self.recipe.distillation.skip_lm_loss,
+            device=machine.device,
+        )
+
+    @property
+    def model_steps(self) -> ModelSteps:
+        """What decides on the model steps' memory."""
+        return ModelSteps(
+            teacher=self.teacher.shape,
+            student=self.student,
+            source_bytes=self.teacher.dtype_bytes,
+            export_bytes=_EXPORTED[self.recipe.export.dtype],
+            seq_length=self.recipe.data.seq_length,
+            evaluated=self.recipe.evaluation.micro_batch_size,
+            device=self.models.device,
+        )
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of the teacher's weights in its artifact."""
+        return self.teacher.dtype_bytes * parameters(self.teacher.shape).total
+
+    @property
+    def student_bytes(self) -> int:
+        """Of the untrained student's weights in its artifact."""
+        return self.teacher.dtype_bytes * parameters(self.student).total
+
+    @property
+    def distilled_bytes(self) -> int:
+        """Of the trained student's."""
+        return self.training_setup.computation.dtype_bytes * parameters(self.student).total
+
+    @property
+    def exported_bytes(self) -> int:
+        """Of the model that comes out."""
+        return _EXPORTED[self.recipe.export.dtype] * parameters(self.student).total
+
+    def model_sizes(self, chosen: ParallelismRecipe | None) -> ParallelismRecipe:
+        """The recipe's layout of the model steps, or else the chosen one, or a lone process."""
+        if self.recipe.models.parallelism is not None:
+            return self.recipe.models.sizes
+        return chosen or ParallelismRecipe()

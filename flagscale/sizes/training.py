@@ -1,0 +1,167 @@
+"""The memory of a training's ranks: weights, gradients, optimiser, teacher, activations, logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flagscale.megatron.shape import ModelShape
+from flagscale.sizes.activations import (
+    FLOAT32,
+    Computation,
+    backward_transient,
+    layer_activations,
+    norm_activations,
+    stage_activations,
+)
+from flagscale.sizes.layout import Layout
+from flagscale.sizes.parameters import parameters, stage_layers
+
+MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
+# Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
+KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
+KD_BUFFERS = 4
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a training's recipe decides on its memory.
+
+    Attributes:
+        seq_length: tokens a sample.
+        micro_batch_size: samples a forward pass.
+        micro_batches: forward passes a step of one data-parallel rank.
+        computation: dtype and layers.
+        distributed_optimizer: its state is shared by the ranks with equal weights.
+        skip_lm_loss: no LM loss beside the KD loss.
+        device: `cuda` or `cpu`.
+    """
+
+    seq_length: int
+    micro_batch_size: int = 1
+    micro_batches: int = 1
+    computation: Computation = field(default_factory=Computation)
+    distributed_optimizer: bool = False
+    skip_lm_loss: bool = True
+    device: str = "cpu"
+
+
+def training_peak(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    """Bytes of one rank at its fullest, in a step or a validation, by what they are for.
+
+    Args:
+        student: its shape.
+        teacher: its shape; None: none is run.
+        training: how it is trained.
+        layout: how ranks share it.
+        stage: of the pipeline.
+    """
+    kept = training_state(student, teacher, training, layout, stage)
+    phases = [
+        kept | _step(student, teacher, training, layout, stage),
+        kept | _validation(student, teacher, training, layout, stage),
+    ]
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
+def training_state(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    """Bytes of one rank between two steps."""
+    count = parameters(student, layout, stage)
+    size = training.computation.dtype_bytes
+    kept = {
+        "weights": size * count.total,
+        "gradients": FLOAT32 * count.total,
+        "optimiser": (_master(size) + MOMENTS) * optimizer_share(student, training, layout, stage),
+    }
+    if teacher is not None:
+        kept["teacher"] = size * parameters(teacher, layout, stage).total
+    return kept
+
+
+def optimizer_share(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
+    """Parameters whose optimiser's state a rank has."""
+    count = parameters(student, layout, stage)
+    if not training.distributed_optimizer:
+        return count.total
+    dense, experts = -(-count.dense // layout.optimizer_ranks), count.experts
+    return dense + -(-experts // layout.expert_optimizer_ranks)
+
+
+def saved_bytes(student: ModelShape, training: Training) -> int:
+    """Of a checkpoint of the training: weights, and the optimiser's state."""
+    size = training.computation.dtype_bytes
+    return (size + _master(size) + MOMENTS) * parameters(student).total
+
+
+def _master(dtype_bytes: int) -> int:
+    """Bytes a parameter of the fp32 copy that a step changes, where the model has it in bf16."""
+    return 0 if dtype_bytes == FLOAT32 else FLOAT32
+
+
+def _tokens(training: Training, layout: Layout) -> int:
+    return training.seq_length * training.micro_batch_size // layout.context
+
+
+def _step(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    computation, tokens = training.computation, _tokens(training, layout)
+    layers = stage_layers(student, layout, stage)
+    in_flight = min(layout.pipeline - stage, training.micro_batches)
+    kept = in_flight * stage_activations(student, layers, layout, computation, tokens)
+    again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
+    if computation.recompute == "full":
+        again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)
+    loss = 0
+    if stage == layout.pipeline - 1:
+        kept += int(tokens * norm_activations(student, layout, computation))
+        loss = _loss(student, teacher, training, layout, tokens)
+    # The loss comes and goes before the backward pass reaches the layers.
+    if loss > again:
+        return {"activations": kept, "logits": loss}
+    return {"activations": kept + again}
+
+
+def _validation(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> Parts:
+    """One layer at a time, and always the LM loss, which works on an fp32 copy of the logits."""
+    computation, tokens = training.computation, _tokens(training, layout)
+    models = [student] if teacher is None else [student, teacher]
+    layer = max(
+        layer_activations(shape, i, layout, computation, tokens)
+        for shape in models
+        for i in stage_layers(shape, layout, stage)
+    )
+    if stage < layout.pipeline - 1:
+        return {"activations": layer}
+    logits = tokens * student.padded_vocab_size // layout.tensor
+    copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
+    both = len(models) * computation.dtype_bytes * logits + copy
+    return {"logits": both} if both > layer else {"activations": layer}
+
+
+def _loss(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    training: Training,
+    layout: Layout,
+    tokens: int,
+) -> int:
+    """Bytes of the logits, and of what makes losses and gradients of them."""
+    size = training.computation.dtype_bytes
+    logits = tokens * student.padded_vocab_size // layout.tensor
+    table = parameters(student, layout, layout.pipeline - 1).table
+    # The gradient of the output's table, before it is added to the others.
+    gradient = size * (table + tokens * student.hidden_size)
+    if teacher is None:
+        return FLOAT32 * logits + max((size if size < FLOAT32 else 0) * logits, gradient)
+    kept = 2 * size * logits
+    if not training.skip_lm_loss:
+        kept += FLOAT32 * logits
+    chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
+    return max(kept + KD_BUFFERS * chunk, kept - size * logits + gradient)

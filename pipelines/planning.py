@@ -1,0 +1,267 @@
+"""What a recipe needs of a platform: its steps' sizes, the layout that is chosen, what is refused.
+
+`python -m pipelines plan` shows it; `compile`, `submit` and `run` refuse what does not fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+from kubernetes.utils import parse_quantity
+
+from flagscale.errors import UserError
+from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
+from flagscale.sizes.fitting import layouts, smallest_layout
+from flagscale.sizes.job import Job
+from flagscale.sizes.layout import Layout
+from flagscale.sizes.machine import ACCELERATORS, Accelerator, Machine
+from flagscale.sizes.steps import MODEL_STEPS, StepPlan, model_step, training_step
+from flagscale.sizes.teacher import Teacher, UnknownSizeError, teacher_of
+from pipelines.platform import Platform
+from pipelines.pods import Pods
+
+_MOST_RANKS = 64  # of a layout that is named for what does not fit
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's steps on a platform.
+
+    Attributes:
+        job: with the models and machines that they are for.
+        sizes: of the model steps' layout.
+        steps: in their order.
+        name: of the variant; None without a sweep.
+    """
+
+    job: Job
+    sizes: ParallelismRecipe
+    steps: tuple[StepPlan, ...]
+    name: str | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """What does not fit, each with what would."""
+        of = f"{self.name}: " if self.name else ""
+        return [
+            f"{of}{step.step}: {step.lacks}; {nearest(self.job, step)}"
+            for step in self.steps
+            if step.lacks
+        ]
+
+
+def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> list[Plan]:
+    """The recipe's plan, or one of each variant of its sweep.
+
+    Args:
+        recipe: resolved.
+        platform: None: this machine.
+        on_cpu: leave its accelerators alone.
+
+    Raises:
+        UnknownSizeError: how large the models are cannot be told here.
+        UserError: the student does not fit the teacher.
+    """
+    teacher = teacher_of(recipe.teacher)
+    here = this_machine(on_cpu) if platform is None else Machine(None)
+
+    def plan(one: Recipe, name: str | None = None) -> Plan:
+        machines = (here, here) if platform is None else _machines(one, platform)
+        return _plan(one, teacher, machines, name)
+
+    if recipe.sweep is None:
+        return [plan(recipe)]
+    return [plan(variant.recipe, variant.name) for variant in recipe.variants]
+
+
+def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> tuple[Recipe, str]:
+    """The recipe with the layout of its model steps, once it is known that everything fits.
+
+    Args:
+        recipe: resolved.
+        platform: None: this machine.
+        on_cpu: leave its accelerators alone.
+
+    Returns:
+        The recipe, and lines for people: what was not checked, and why.
+
+    Raises:
+        UserError: what does not fit, with the number, and the nearest layout that does.
+    """
+    try:
+        found = plans(recipe, platform, on_cpu)
+    except UnknownSizeError as error:
+        return recipe, f"note: not checked whether teacher and student fit: {error}\n"
+    problems = [problem for plan in found for problem in plan.problems]
+    if problems:
+        where = "this machine" if platform is None else "the platform"
+        raise UserError(
+            f"recipe {recipe.name} does not fit {where}:\n  " + "\n  ".join(problems) + "\n"
+            "`python -m pipelines plan` shows what each step needs"
+        )
+    if recipe.models.parallelism is not None:
+        return recipe, ""
+    largest = max((plan.sizes for plan in found), key=lambda sizes: sizes.smallest_world_size)
+    if largest.smallest_world_size == 1:
+        return recipe, ""
+    given = {name: getattr(largest, name) for name in LayoutRecipe.model_fields}
+    models = ModelsRecipe(parallelism=LayoutRecipe(**given))
+    return recipe.model_copy(update={"models": models}), ""
+
+
+def nearest(job: Job, step: StepPlan) -> str:
+    """What to change so that a step has room."""
+    if step.step == "distil-student":
+        return _nearest_training(job)
+    if step.machine.device == "cpu":
+        return f"give its pod {step.host / 2**30:.0f}Gi of memory"
+    roomy = replace(job, models=replace(job.models, accelerators=_MOST_RANKS, memory=None))
+    sizes = _choose(roomy)
+    if sizes is None:
+        return f"no layout of up to {_MOST_RANKS} accelerators has room"
+    wanted = model_step(roomy, step.step, sizes)
+    count = sizes.smallest_world_size
+    return (
+        f"the smallest layout that fits is {wanted.layout}: accelerator_count: {count} for the "
+        f"model steps, and at least {wanted.host / 2**30:.0f}Gi of memory"
+    )
+
+
+def _plan(
+    recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine], name: str | None
+) -> Plan:
+    from flagscale.models.student_shape import student_shape
+
+    student = student_shape(teacher.shape, recipe.student)
+    for field in ("spec", "heterogeneous_layers_config"):
+        if getattr(student.architecture, field) is not None:
+            raise UnknownSizeError(f"student.architecture.{field} may be of any size")
+    job = Job(recipe, teacher, student, *machines)
+    sizes = job.model_sizes(_choose(job))
+    steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
+    steps.insert(2, training_step(job))
+    return Plan(job, sizes, tuple(steps), name)
+
+
+def _choose(job: Job) -> ParallelismRecipe | None:
+    """The smallest layout of the model steps; on a CPU more processes would hold no less."""
+    if job.models.device == "cpu":
+        return None
+
+    def fits(sizes: ParallelismRecipe) -> bool:
+        return all(model_step(job, step, sizes).lacks is None for step in MODEL_STEPS)
+
+    shapes = (job.teacher.shape, job.student)
+    return smallest_layout(shapes, fits, job.models.accelerators, job.recipe.data.seq_length)
+
+
+def _nearest_training(job: Job) -> str:
+    """The layout of the training that fits, with its accelerators, or else on more nodes."""
+    machine = job.training
+    if machine.device == "cpu":
+        needed = training_step(job).host / 2**30
+        return f"give its pod {needed:.0f}Gi of memory"
+    for nodes in _more(machine.pods):
+        bigger = replace(job, training=replace(machine, pods=nodes))
+        for layout in _training_layouts(bigger):
+            if training_step(bigger, layout).lacks is None:
+                on = f"resources.nodes={nodes}, " if nodes != machine.pods else ""
+                return f"the nearest layout that fits is {on}{_as_fields(layout)}"
+    return f"no layout on up to {_MOST_RANKS} nodes has room"
+
+
+def _as_fields(layout: Layout) -> str:
+    """As a recipe says it; sizes of 1 are left out."""
+    fields = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+    }
+    given = [f"{name}: {size}" for name, size in fields.items() if size > 1]
+    if layout.sequence_parallel:
+        given.append("sequence_parallel: true")
+    return f"training.parallelism={{{', '.join(given)}}}"
+
+
+def _more(nodes: int) -> Iterator[int]:
+    while nodes <= _MOST_RANKS:
+        yield nodes
+        nodes *= 2
+
+
+def _training_layouts(job: Job) -> Iterator[Layout]:
+    """Layouts of all the training's accelerators, fewest ranks a copy of the model first."""
+    training, world = job.recipe.training, job.training.accelerators * job.training.pods
+    shapes = [job.student] + ([job.teacher.shape] if job.distilled_from else [])
+    for sizes in layouts(shapes, world, job.recipe.data.seq_length):
+        split = sizes.tensor_model_parallel_size > 1
+        given = sizes.model_copy(
+            update={
+                "sequence_parallel": split,
+                "context_parallel_size": training.parallelism.context_parallel_size,
+            }
+        )
+        try:
+            training.model_copy(update={"parallelism": given}).check_world_size(world)
+        except ValueError:
+            continue
+        yield Layout.of(given, world)
+
+
+def _machines(recipe: Recipe, platform: Platform) -> tuple[Machine, Machine]:
+    """Pods of the model steps and of the training."""
+    training = machine(platform.steps.training)
+    wanted = recipe.resources.accelerator_count
+    if wanted is not None:
+        training = replace(training, accelerators=min(wanted, training.accelerators))
+    return machine(platform.steps.models), replace(training, pods=recipe.resources.nodes)
+
+
+def machine(pods: Pods) -> Machine:
+    """A pod, as its platform file describes it."""
+    known = ACCELERATORS[pods.accelerator] if pods.accelerator else None
+    memory = pods.accelerator_memory and float(parse_quantity(pods.accelerator_memory))
+    speed = pods.accelerator_tflops and pods.accelerator_tflops * 1e12
+    accelerator = known
+    if memory or (speed and known):
+        accelerator = Accelerator(
+            memory or (known.memory if known else 0.0), speed or (known and known.flops)
+        )
+    return Machine(
+        memory=float(parse_quantity(pods.memory)),
+        accelerators=pods.accelerator_count,
+        accelerator=accelerator,
+        price_per_hour=pods.price_per_hour,
+    )
+
+
+def this_machine(on_cpu: bool = False) -> Machine:
+    """Memory and accelerators of this machine, or of the container that this is.
+
+    Args:
+        on_cpu: leave the accelerators alone.
+    """
+    memory = float(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says `max`
+        memory = min(memory, float(_CGROUP_LIMIT.read_text()))
+    cards = [] if on_cpu else _cards()
+    smallest = Accelerator(min(cards)) if cards else None
+    return Machine(memory, len(cards), smallest)
+
+
+def _cards() -> list[float]:
+    """Bytes of each NVIDIA accelerator here."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+        return [float(line) * 2**20 for line in answer.stdout.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []

@@ -1,0 +1,89 @@
+"""One rank of the steps that hold models: `torchrun ... model_steps_worker.py FOLDER`.
+
+FOLDER holds `source`, `dataset` and `layouts.json`, {name: [processes, layout]}. For each layout
+every rank leaves FOLDER/<name>/<step>-<rank>.json: the most bytes of tensors at a time.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from allocations import Allocations
+
+from flagscale.recipe import (
+    DistillationRecipe,
+    EvaluationRecipe,
+    ExportRecipe,
+    LayoutRecipe,
+    ModelsRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
+from flagscale.steps import (
+    convert_student,
+    distil_student,
+    evaluate,
+    export_student,
+    prepare_teacher,
+)
+
+
+def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> dict[str, Any]:
+    """The work of a rank of each step, in their order."""
+    models = ModelsRecipe(parallelism=LayoutRecipe(**sizes))
+    teacher, student, distilled, evaluation = (
+        folder / name for name in ("teacher", "student", "distilled", "evaluation")
+    )
+    training = TrainingRecipe(
+        train_iters=1, lr=1e-4, parallelism=models.sizes, save_interval_minutes=None
+    )
+    return {
+        "prepare-teacher": lambda: prepare_teacher.prepare_on_rank(
+            TeacherRecipe(source=str(source), max_validation_loss=100),
+            source, dataset, teacher, models,
+        ),
+        "convert-student": lambda: convert_student.convert_on_rank(
+            StudentRecipe(num_layers=4), teacher, dataset, student, models
+        ),
+        "distil-student": lambda: distil_student.distil_on_rank(
+            DistillationRecipe(),
+            training,
+            distil_student.Paths(teacher, student, dataset, str(folder / "checkpoints"), distilled),
+        ),
+        "evaluate": lambda: evaluate.evaluate_on_rank(
+            EvaluationRecipe(max_documents=8, micro_batch_size=4, bootstrap_samples=100),
+            evaluate.Paths(teacher, student, distilled, dataset, evaluation, folder / "scratch"),
+            models,
+        ),
+        "export-student": lambda: export_student.export_on_rank(
+            ExportRecipe(dtype="bfloat16"), distilled, evaluation, folder / "export", models
+        ),
+    }  # fmt: skip
+
+
+def peak(step: Callable[[], object]) -> int:
+    with Allocations() as seen:
+        step()
+    return seen.peak
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    for name, (processes, sizes) in json.loads((folder / "layouts.json").read_text()).items():
+        if processes != world_size:
+            continue
+        (folder / name / "scratch").mkdir(parents=True, exist_ok=True)
+        for step, work in steps(
+            folder / name, folder / "source", folder / "dataset", sizes
+        ).items():
+            found = peak(work)
+            (folder / name / f"{step}-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

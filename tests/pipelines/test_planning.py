@@ -1,0 +1,194 @@
+"""Plans: shown, refused with the number and the nearest layout, and the layout that is taken."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from flagscale.errors import UserError
+from flagscale.recipe import Recipe, load_recipe
+from pipelines import __main__ as command
+from pipelines.planning import fitted, plans, this_machine
+from pipelines.platform import Platform, load_platform
+
+QWEN = "recipes/qwen3-8b-to-24-layers.yaml"
+STEPS = ["prepare-teacher", "convert-student", "distil-student", "evaluate", "export-student"]
+
+
+def recipe(teacher: str = "Qwen/Qwen3-8B", layers: int = 24, **sections) -> Recipe:
+    values = {
+        "name": "planned",
+        "teacher": {"source": teacher},
+        "student": {"num_layers": layers},
+        "data": {"seq_length": 4096},
+        "training": {
+            "train_iters": 100,
+            "global_batch_size": 64,
+            "lr": 1e-4,
+            "parallelism": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+        },
+    }
+    return Recipe.model_validate(values | sections)
+
+
+def platform(models: int = 1, training: int = 8, memory: str = "1600Gi", **pods) -> Platform:
+    pods = {"accelerator": "H100-80GB", "memory": memory, **pods}
+    return Platform.model_validate(
+        {
+            "steps": {
+                "models": pods | {"accelerator_count": models},
+                "training": pods | {"accelerator_count": training},
+            }
+        }
+    )
+
+
+def test_the_shipped_recipe_fits_the_shipped_platform():
+    (plan,) = plans(load_recipe(QWEN), load_platform("gke-h100"))
+    assert [step.step for step in plan.steps] == STEPS
+    assert plan.problems == []
+
+
+def test_the_command_shows_every_step_and_its_parts(capsys):
+    assert command.main(["plan", QWEN, "--platform", "gke-h100"]) == 0
+    shown = capsys.readouterr().out
+    for word in (*STEPS, "TP4 DP4", "optimiser", "8.19B parameters", "everything fits"):
+        assert word in shown
+
+
+def test_json_has_bytes_and_seconds(capsys):
+    assert command.main(["plan", QWEN, "--platform", "gke-h100", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    training = plan["steps"][2]
+    assert training["rank_bytes"] == sum(training["rank"].values())
+    assert training["seconds"] > 0
+    assert training["price"] is None
+
+
+def test_a_price_an_hour_gives_a_price():
+    (plan,) = plans(recipe(), platform(price_per_hour=80.0))
+    training = plan.steps[2]
+    assert training.price == pytest.approx(80 * training.seconds / 3600)
+    assert training.gpu_hours == pytest.approx(8 * training.seconds / 3600)
+
+
+def test_what_is_too_large_for_an_accelerator_names_the_layout_that_fits():
+    large = recipe("meta-llama/Llama-3.3-70B-Instruct", 48, resources={"nodes": 4})
+    (plan,) = plans(large, platform(models=8))
+    (problem,) = plan.problems  # the model steps take the eight accelerators of their pod
+    assert problem.startswith("distil-student: a rank (TP4 DP8) needs")
+    assert "77.0 GB for tensors" in problem
+    assert "tensor_model_parallel_size: 8" in problem
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    training = large.training.model_dump() | {"parallelism": split}
+    smaller = recipe(
+        "meta-llama/Llama-3.3-70B-Instruct", 48, resources={"nodes": 4}, training=training
+    )
+    assert plans(smaller, platform(models=8))[0].problems == []
+
+
+def test_model_steps_that_need_more_accelerators_say_how_many():
+    (plan,) = plans(recipe("Qwen/Qwen3-32B", 40), platform(models=1))
+    problem = next(p for p in plan.problems if p.startswith("evaluate"))
+    assert "the smallest layout that fits is TP4: accelerator_count: 4 for the model" in problem
+
+
+def test_the_smallest_layout_of_the_model_steps_is_taken():
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    training = recipe().training.model_dump() | {"parallelism": split}
+    large = recipe("Qwen/Qwen3-32B", 40, training=training)
+    chosen, note = fitted(large, platform(models=8))
+    assert note == ""
+    assert chosen.models.processes == 4
+    assert chosen.models.parallelism.tensor_model_parallel_size == 4
+
+
+def test_a_layout_that_is_given_stays():
+    given = recipe(models={"parallelism": {"pipeline_model_parallel_size": 2}})
+    chosen, _ = fitted(given, platform(models=2))
+    assert chosen.models == given.models
+
+
+def test_a_small_model_keeps_to_one_process():
+    chosen, _ = fitted(recipe(), platform())
+    assert chosen.models.parallelism is None
+
+
+def test_a_mixture_that_is_too_large_is_told_of_expert_parallelism():
+    (plan,) = plans(recipe("Qwen/Qwen3-30B-A3B", 24), platform(models=8))
+    (problem,) = plan.problems
+    assert problem.endswith("training.parallelism={expert_model_parallel_size: 8}")
+
+
+def test_too_little_host_memory_is_refused_too():
+    with pytest.raises(UserError, match=r"its pod \(TP4 DP2\) needs .* of memory, and has 10.7 GB"):
+        fitted(recipe(), platform(memory="10Gi"))
+
+
+def test_compile_refuses_what_does_not_fit(tmp_path, capsys):
+    file = tmp_path / "platform.yaml"
+    pods = {"accelerator": "L4-24GB", "memory": "1600Gi", "accelerator_count": 8}
+    values = {
+        "steps": {"models": pods, "training": pods},
+        "shared": {"claim": "shared"},
+    }
+    file.write_text(yaml.safe_dump(values))
+    output = tmp_path / "pipeline.yaml"
+    arguments = ["compile", QWEN, "--platform", str(file), "-o", str(output)]
+    assert command.main(arguments) == 2
+    assert "distil-student: a rank (TP4 DP4) needs" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_run_refuses_what_this_machine_cannot_hold(tmp_path, capsys):
+    arguments = ["run", QWEN, "--runs", str(tmp_path / "runs")]
+    arguments += ["--set", "teacher.source=meta-llama/Llama-3.3-70B-Instruct"]
+    assert command.main([*arguments, "--set", "student.num_layers=48"]) == 2
+    assert "does not fit this machine" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_of_unknown_size_is_not_checked_and_that_is_said(tmp_path, capsys):
+    arguments = [QWEN, "--set", "teacher.source=/mnt/models/teacher", "--platform", "gke-h100"]
+    assert command.main(["plan", *arguments]) == 0
+    assert "not checked: /mnt/models/teacher has no config.json here" in capsys.readouterr().out
+    assert command.main(["compile", *arguments, "-o", str(tmp_path / "pipeline.yaml")]) == 0
+    assert "note: not checked whether" in capsys.readouterr().out
+
+
+def test_every_variant_of_a_sweep_is_planned(tiny_teacher):
+    swept = load_recipe("recipes/tiny-sweep.yaml", [f"teacher.source={tiny_teacher}"])
+    found = plans(swept, load_platform("cpu-only"))
+    assert [plan.name for plan in found] == [variant.name for variant in swept.variants]
+
+
+def test_an_accelerator_of_the_platforms_own():
+    own = {"accelerator": None, "accelerator_memory": "96Gi", "accelerator_tflops": 500}
+    (plan,) = plans(recipe(), platform(**own))
+    accelerator = plan.job.training.accelerator
+    assert (accelerator.memory, accelerator.flops) == (96 * 2**30, 500e12)
+
+
+def test_an_accelerator_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="none of H200-141GB, H100-80GB"):
+        platform(accelerator="H100")
+
+
+def test_an_accelerator_that_is_not_named_is_not_checked(capsys, tmp_path):
+    file = tmp_path / "platform.yaml"
+    file.write_text(yaml.safe_dump({"steps": {"models": {"accelerator_count": 1}}}))
+    assert command.main(["plan", "--platform", str(file)]) == 0
+    assert "not checked: no accelerator" in capsys.readouterr().out
+
+
+def test_this_machine_has_memory():
+    assert this_machine(on_cpu=True).memory > 1e9
+    assert this_machine(on_cpu=True).accelerators == 0
+
+
+def test_planning_imports_no_torch():
+    code = "import sys; from pipelines.planning import plans; sys.exit('torch' in sys.modules)"
+    import subprocess
+
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
