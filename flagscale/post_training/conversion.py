@@ -76,7 +76,7 @@ def _criteria(
         _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
     }
     with torch.random.fork_rng(devices=[]):
-        # The same projection on every layout. The GPU's generator is not forked, and stays as it is.
+        # The same projection on every layout; the GPU's generator, not forked, stays as it is.
         torch.default_generator.manual_seed(seed)
         # one that all pairs share
         projection = mtd_megatron.ProjectionLayer(student.config, teacher.config)

@@ -16,7 +16,6 @@ from gpu_machine import skip_on_cpu, skip_without_gpus
 from megatron.core.utils import StragglerDetector
 from resume_worker import STEPS, Task
 
-from flagscale.megatron import platform
 from flagscale.post_training.kl_divergence import forward_kl
 
 pytestmark = pytest.mark.timeout(1800)

@@ -7,8 +7,8 @@ import pytest
 from flagscale.errors import UserError
 from flagscale.megatron import performance, platform
 from flagscale.megatron.arguments import training_arguments
+from flagscale.megatron.fp8 import check_fp8_device, check_fp8_sizes
 from flagscale.megatron.shape import ModelShape
-from flagscale.megatron.transformer_config import check_fp8_device, check_fp8_sizes
 from flagscale.recipe import ArchitectureRecipe, TrainingRecipe
 
 SHAPE = ModelShape(

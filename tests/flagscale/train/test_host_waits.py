@@ -33,7 +33,7 @@ def waits(monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def asking(self, *args, _name=name, _original=original):
-            # Only once where the CPU's adapter calls on, and not in what stands in there for a kernel.
+            # Once where the CPU's adapter calls on; not in what stands in there for a kernel.
             callers = [frame.name for frame in traceback.extract_stack()]
             if callers.count("asking") > 1 or isinstance(self, OnHost) or STAND_IN in callers:
                 return _original(self, *args)
