@@ -116,7 +116,7 @@ def test_every_step_is_proven(runs: dict[str, Run]) -> None:
         assert run.figures["teacher"]["max_logit_difference"] <= 1e-5
         assert run.figures["teacher"]["max_layer_difference"] <= 1e-5
         assert run.figures["student"]["kd_loss_when_equal"] == 0
-        assert run.figures["student"]["kd_loss"] > 0
+        assert run.figures["student"]["kd_loss_at_start"] > 0
         assert run.figures["export"]["max_logit_difference"] <= 1e-5
         shape = ModelShape.load(run.folder / "distilled")
         assert (shape.num_layers, shape.architecture.num_experts) == (2, 8)
@@ -144,8 +144,14 @@ def test_two_ranks_make_the_same(runs: dict[str, Run]) -> None:
     for artifact, tolerance in (("teacher", 0.0), ("student", 0.0), ("distilled", 1e-5)):
         assert_same_weights(ranks.folder / artifact, alone.folder / artifact, tolerance)
     for step, figures in alone.figures.items():
-        same = {name: value for name, value in figures.items() if "difference" not in name}
-        assert {name: ranks.figures[step][name] for name in same} == pytest.approx(same, rel=1e-4)
+        same = {
+            name: value
+            for name, value in figures.items()
+            if "difference" not in name and "per second" not in name
+        }
+        assert {name: ranks.figures[step][name] for name in same} == pytest.approx(
+            same, rel=1e-4, abs=1e-6
+        )
 
 
 def test_import_into_a_pipeline(
