@@ -247,13 +247,13 @@ def _machines(recipe: Recipe, platform: Platform) -> tuple[Machine, Machine]:
 def machine(pods: Pods) -> Machine:
     """A pod, as its platform file describes it."""
     known = ACCELERATORS[pods.accelerator] if pods.accelerator else None
-    memory = pods.accelerator_memory and float(parse_quantity(pods.accelerator_memory))
-    speed = pods.accelerator_tflops and pods.accelerator_tflops * 1e12
+    memory = float(parse_quantity(pods.accelerator_memory)) if pods.accelerator_memory else None
+    flops = pods.accelerator_tflops * 1e12 if pods.accelerator_tflops else None
     accelerator = known
-    if memory or (speed and known):
-        accelerator = Accelerator(
-            memory or (known.memory if known else 0.0), speed or (known and known.flops)
-        )
+    if known is not None:
+        accelerator = Accelerator(memory or known.memory, flops or known.flops)
+    elif memory:
+        accelerator = Accelerator(memory, flops)
     return Machine(
         memory=float(parse_quantity(pods.memory)),
         accelerators=pods.accelerator_count,
