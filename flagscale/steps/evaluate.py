@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import tempfile
@@ -208,10 +209,13 @@ def _run_models(
 
 
 def _load(artifact: Path, seq_length: int, layout: ModelsRecipe) -> CausalLM:
+    gc.collect()  # modules refer to each other: the model before goes only now
+    architecture, sizes = ModelShape.load(artifact).architecture, layout.sizes
+    if architecture.num_experts is None:  # it is whole on the ranks that share another's experts
+        sizes = sizes.model_copy(update={"expert_model_parallel_size": 1})
+    model = load_model(artifact, seq_length, sizes, platform.training_dtype("auto"))
     # A layer of one's own may keep something else than keys and values, or nothing.
-    can_cache = ModelShape.load(artifact).architecture.spec is None
-    dtype = platform.training_dtype("auto")
-    return CausalLM(load_model(artifact, seq_length, layout.sizes, dtype), can_cache=can_cache)
+    return CausalLM(model, can_cache=architecture.spec is None)
 
 
 def _metrics(
@@ -225,7 +229,7 @@ def _metrics(
 
 
 def _generations(
-    evaluation: EvaluationRecipe, paths: Paths, texts: Mapping[str, Sequence[Sequence[int]]]
+    evaluation: EvaluationRecipe, paths: Paths, texts: Mapping[str, Sequence[list[int]]]
 ) -> list[dict[str, str]]:
     """Each prompt with the models' continuations."""
     tokenizer = load_tokenizer(paths.dataset / "tokenizer")

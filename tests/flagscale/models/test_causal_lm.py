@@ -1,5 +1,7 @@
 """Models in two halves: the same logits, and with a key-value cache the same tokens."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -112,3 +114,19 @@ def test_a_token_behind_a_cache_runs_alone(runtime: None) -> None:
     )
     continuations(CausalLM(model, can_cache=True), [PROMPTS[3]], 6, stop_ids=(), max_length=96)
     assert lengths == [40, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_an_output_layer_outlives_its_model(runtime: None, untied: bool) -> None:
+    model = random_model(untie_embeddings_and_output_weights=untied)
+    halves = CausalLM(model, can_cache=True)
+    continuations(halves, PROMPTS[:2], 3, stop_ids=(), max_length=96)
+    layer = halves.output_layer
+    with torch.no_grad():
+        hidden_nh = halves.hidden_states(torch.tensor([PROMPTS[3]]))[0]
+        expected = layer(hidden_nh)
+        gone = weakref.ref(model.decoder)
+        del model, halves
+        gc.collect()
+        assert gone() is None
+        assert torch.equal(layer(hidden_nh), expected)
