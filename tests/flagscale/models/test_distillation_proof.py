@@ -21,7 +21,7 @@ from flagscale.models.distillation_proof import (
     prove_no_loss_when_equal,
 )
 from flagscale.models.megatron import build_model, load_model, logits
-from flagscale.post_training import model_provider
+from flagscale.post_training import conversion
 from flagscale.recipe import ArchitectureRecipe
 
 SEQ_LENGTH = 64
@@ -76,7 +76,7 @@ def load_hooks(model: GPTModel) -> set[int]:
 
 def test_loss_of_overwritten_logits_is_noticed(taught, batch, monkeypatch):
     """Megatron-Core's cross entropy works in place: unless it is given a copy, KD sees its work."""
-    monkeypatch.setattr(model_provider, "_keep_logits_for_the_kd_loss", lambda model: None)
+    monkeypatch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
     with pytest.raises(UserError, match=r"against itself is .* not 0: the conversion is wrong"):
         prove_no_loss_when_equal(taught, batch)
 
