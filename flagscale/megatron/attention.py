@@ -136,6 +136,10 @@ class SDPACoreAttention(MegatronModule):
             allowed: True where attention is allowed, None for causal.
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if query.is_cuda and query.dtype == torch.float32:
+            # There the one kernel that knows groups holds all scores, [b, heads, s, s].
+            groups = query.size(1) // key.size(1)
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         context_bhsd = F.scaled_dot_product_attention(
             query,
             key,

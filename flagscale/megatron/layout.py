@@ -50,12 +50,37 @@ def check_layout(
             f"training.parallelism: num_query_groups={groups} is neither a multiple nor a divisor "
             f"of {of_tensor}"
         )
+    if shape.architecture.num_experts is not None:
+        _check_experts(shape.architecture.num_experts, sizes)
     further_tokens = shape.architecture.mtp_num_layers
     if further_tokens and chunks > 1 and not shape.untie_embeddings_and_output_weights:
         raise UserError(
             f"architecture.mtp_num_layers={further_tokens} with pipeline_model_parallel_size="
             f"{sizes.pipeline_model_parallel_size} and tied embeddings: Megatron-Core cannot save "
             "the last stage's copy of the embedding; leave one of the three out"
+        )
+
+
+def _check_experts(experts: int, sizes: ParallelismRecipe) -> None:
+    tensor, expert_ranks = sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size
+    if experts % expert_ranks:
+        raise UserError(
+            f"architecture.num_experts={experts} is not divisible by "
+            f"expert_model_parallel_size={expert_ranks}"
+        )
+    if tensor > 1 and not sizes.sequence_parallel:
+        raise UserError(
+            f"architecture.num_experts={experts} with tensor_model_parallel_size="
+            f"{tensor}: Megatron-Core trains experts on tensor-parallel "
+            "ranks with sequence_parallel=true only"
+        )
+    if tensor > 1 and expert_ranks == 1:
+        # Each rank holds whole experts (see platform.runtime) and sees its share of the tokens.
+        raise UserError(
+            f"architecture.num_experts={experts} with tensor_model_parallel_size="
+            f"{tensor} and expert_model_parallel_size=1: Megatron-Core "
+            "would not add up the experts' gradients of tensor-parallel ranks; set "
+            "expert_model_parallel_size above 1"
         )
 
 

@@ -103,10 +103,11 @@ def has_apex_gradient_accumulation() -> bool:
 
 
 def tune_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Make torch's AdamW, which Megatron-Core falls back to on a CPU, one pass over memory."""
-    if not HAS_GPU:
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    """Make torch's AdamW, taken where there is no transformer-engine's, one pass over memory."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in one.param_groups:
+                group["fused"] = True
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.fp8 import check_fp8
 from flagscale.megatron.layout import check_layout
 from flagscale.recipe import ArchitectureRecipe
 
@@ -34,7 +35,7 @@ def transformer_config(
     """
     chunks = 2 if args.use_dualpipev else args.parallelism.virtual_pipeline_model_parallel_size or 1
     check_layout(args.shape, args.parallelism, args.seq_length, chunks)
-    _check_fp8(args)
+    check_fp8(args)
     architecture = args.shape.architecture
     values = (
         _model(args)
@@ -152,25 +153,6 @@ def _experts(args: Arguments, architecture: ArchitectureRecipe) -> dict[str, Any
                 "(architecture.num_experts); leave them out"
             )
         return {}
-    if experts % expert_ranks:
-        raise UserError(
-            f"architecture.num_experts={experts} is not divisible by "
-            f"expert_model_parallel_size={expert_ranks}"
-        )
-    if sizes.tensor_model_parallel_size > 1 and not sizes.sequence_parallel:
-        raise UserError(
-            f"architecture.num_experts={experts} with tensor_model_parallel_size="
-            f"{sizes.tensor_model_parallel_size}: Megatron-Core trains experts on tensor-parallel "
-            "ranks with sequence_parallel=true only"
-        )
-    if sizes.tensor_model_parallel_size > 1 and expert_ranks == 1:
-        # Each rank holds whole experts (see platform.runtime) and sees its share of the tokens.
-        raise UserError(
-            f"architecture.num_experts={experts} with tensor_model_parallel_size="
-            f"{sizes.tensor_model_parallel_size} and expert_model_parallel_size=1: Megatron-Core "
-            "would not add up the experts' gradients of tensor-parallel ranks; set "
-            "expert_model_parallel_size above 1"
-        )
     if architecture.moe_grouped_gemm and not _has_transformer_engine(args):
         raise UserError(
             "architecture.moe_grouped_gemm=true needs training.transformer_impl="
@@ -237,50 +219,6 @@ def _blocks(heterogeneous_layers_config: dict[str, Any]) -> str:
         for block in heterogeneous_layers_config["block_configs"]
     ]
     return json.dumps({"block_configs": blocks})
-
-
-def _check_fp8(args: Arguments) -> None:
-    if args.fp8 == "none":
-        return
-    if not _has_transformer_engine(args):
-        raise UserError(
-            f"training.fp8={args.fp8} needs training.transformer_impl=transformer_engine on a GPU, "
-            f"but it is {args.transformer_impl} on {platform.device()}; set training.fp8=none"
-        )
-    check_fp8_sizes(args)
-
-
-def check_fp8_sizes(args: Arguments) -> None:
-    """Make sure of what transformer-engine asserts deep inside a matrix product.
-
-    Its kernels want the columns of every operand to be a multiple of 16 and the rows of 8; blocks
-    of `mxfp8` are 32 wide.
-
-    Raises:
-        UserError: which size is no such multiple.
-    """
-    shape, sizes = args.shape, args.parallelism
-    tensor = sizes.tensor_model_parallel_size
-    columns, rows = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
-    shares = sizes.context_parallel_size * (tensor if sizes.sequence_parallel else 1)
-    heads = shape.kv_channels * shape.num_attention_heads
-    wanted = [
-        ("hidden_size", shape.hidden_size, columns),
-        ("ffn_hidden_size / TP", shape.ffn_hidden_size // tensor, columns),
-        (
-            "micro_batch_size x seq_length / ranks that share it",
-            args.micro_batch_size * args.seq_length // shares,
-            rows,
-        ),
-    ]
-    if not shape.architecture.multi_latent_attention:
-        wanted.append(("num_attention_heads x kv_channels / TP", heads // tensor, columns))
-    for name, value, multiple in wanted:
-        if value % multiple:
-            raise UserError(
-                f"training.fp8={args.fp8} with fp8_recipe={args.fp8_recipe}: {name} = {value} must "
-                f"be a multiple of {multiple}"
-            )
 
 
 def _has_transformer_engine(args: Arguments) -> bool:

@@ -36,6 +36,7 @@ from transformers.utils import (
 from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
+from flagscale.imports import uncollected
 from flagscale.models.gguf import PACKAGE_PREFIX
 from flagscale.patience import patiently
 
@@ -75,7 +76,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
         UserError: there is none, it cannot be read, or it is not a fast tokenizer.
     """
     place = _locate(source, revision)
-    tokenizer = _load(AutoTokenizer, source, "tokenizer", place)
+    with uncollected():  # transformers imports most of itself only now
+        tokenizer = _load(AutoTokenizer, source, "tokenizer", place)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"tokenizer of {source}: {type(tokenizer).__name__} is not supported; "
@@ -91,7 +93,8 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
         UserError: there is none, or it cannot be read.
     """
     place = _locate(source, revision)
-    config: PreTrainedConfig = _load(AutoConfig, source, "configuration", place)
+    with uncollected():  # transformers imports most of itself only now
+        config: PreTrainedConfig = _load(AutoConfig, source, "configuration", place)
     return config
 
 

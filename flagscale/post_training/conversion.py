@@ -76,7 +76,8 @@ def _criteria(
         _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the same projection on every layout
+        # The same projection on every layout; the GPU's generator, not forked, stays as it is.
+        torch.default_generator.manual_seed(seed)
         # one that all pairs share
         projection = mtd_megatron.ProjectionLayer(student.config, teacher.config)
     for student_layer, teacher_layer, *kind in distillation.intermediate_layer_pairs:

@@ -161,12 +161,12 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
     experts = architecture.num_experts
     if ranks > 1 and (experts is None or experts % ranks):
         raise ValueError(
-            f"{where}.expert_model_parallel_size={ranks} with num_experts={experts} of the "
-            "student: must divide the experts; without experts it must be 1"
+            f"{where}.expert_model_parallel_size={ranks} with student.architecture.num_experts="
+            f"{experts}: must divide the experts; without experts it must be 1"
         )
     if experts is not None and tensor > 1 and ranks == 1:
         raise ValueError(
-            f"num_experts={experts} of the student with {where}.tensor_model_parallel_size="
+            f"student.architecture.num_experts={experts} with {where}.tensor_model_parallel_size="
             f"{tensor}: needs {where}.expert_model_parallel_size above 1, or experts' gradients "
             "would not be added up over tensor-parallel ranks"
         )
@@ -177,7 +177,7 @@ def _check_layout(parallelism: ParallelismRecipe, architecture: ArchitectureReci
         ):
             if value:
                 raise ValueError(
-                    f"{option}={value} of the student with {where}."
+                    f"student.architecture.{option}={value} with {where}."
                     f"tensor_model_parallel_size={tensor}: needs {where}.sequence_parallel=true"
                 )
     if architecture.has_linear_block and parallelism.sequence_parallel:

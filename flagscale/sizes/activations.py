@@ -84,6 +84,22 @@ def backward_transient(
     return int(size * width * (3 * copies * tokens + 2 * shape.hidden_size))
 
 
+def forward_transient(
+    shape: ModelShape, index: int, layout: Layout, computation: Computation, tokens: int
+) -> int:
+    """Bytes that a layer needs while it runs, where no backward pass follows.
+
+    Residual, its copy, a norm's input and output; and attention's tensors, or the MLP's.
+    """
+    size = computation.dtype_bytes
+    inside = _attention(shape, computation) * size / layout.tensor
+    if has_experts(shape, index):
+        inside = max(inside, _moe(shape, layout, computation))
+    else:
+        inside = max(inside, _mlp(shape.ffn_hidden_size, computation) * size / layout.tensor)
+    return int(tokens * (4 * shape.hidden_size * size + inside))
+
+
 def norm_activations(shape: ModelShape, layout: Layout, computation: Computation) -> float:
     """Bytes a token of one norm over the hidden size: its input, and its output.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -37,8 +35,8 @@ ACCELERATORS = {
 # Of an accelerator's memory, what tensors can fill: the rest is CUDA's context, NCCL's buffers,
 # kernels' workspaces and what the allocator cannot hand out. An estimate, not a measurement.
 USABLE = 0.9
-# What a process holds before it has a model: libraries, above all. On a CPU measured
-# (`benchmarks/sizes.py`); with CUDA's libraries estimated.
+# What a process holds before it has a model: libraries, above all. On a CPU the most that manifests
+# of small runs say, 0.6 to 0.9 GB; with CUDA's libraries an estimate.
 PROCESS = {"cpu": 0.9e9, "cuda": 4e9}
 
 

@@ -1,7 +1,7 @@
 """The memory of the steps that hold models and train none, of one rank.
 
 On a GPU a model has its source's dtype there; on a CPU it is widened to fp32, which is exact and,
-without bf16 units, faster. None of these steps holds more than the teacher and one student.
+without bf16 units, faster. Only convert-student holds two models at a time.
 """
 
 from __future__ import annotations
@@ -9,13 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flagscale.megatron.shape import ModelShape
-from flagscale.sizes.activations import FLOAT32, Computation, layer_activations, stage_activations
+from flagscale.sizes.activations import (
+    FLOAT32,
+    Computation,
+    backward_transient,
+    forward_transient,
+    stage_activations,
+)
 from flagscale.sizes.layout import Layout
-from flagscale.sizes.parameters import parameters, stage_layers
+from flagscale.sizes.parameters import (
+    expert_width,
+    has_experts,
+    parameters,
+    stage_layers,
+)
 from flagscale.sizes.training import KD_BUFFERS, KD_CHUNK, Parts
 
-PROOF_TOKENS = 128  # at most, of the fixed text that proofs run on
+PROOF_TOKENS = 128  # about, of the fixed text that proofs run on
 SHARD = 5e9  # bytes of an exported file
+# Elements of evaluate's buffers (`evaluation.fidelity`, `token_figures`): a model's logits, and
+# what figures are made of.
+_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+_FIGURES = {"cpu": 2**19, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class ModelSteps:
         seq_length: tokens a sample.
         evaluated: sequences of a forward pass of evaluate.
         device: `cuda` or `cpu`.
+        proof_tokens: of the fixed text.
     """
 
     teacher: ModelShape
@@ -39,6 +55,7 @@ class ModelSteps:
     seq_length: int
     evaluated: int = 4
     device: str = "cpu"
+    proof_tokens: int = PROOF_TOKENS
 
     @property
     def computed_bytes(self) -> int:
@@ -47,9 +64,37 @@ class ModelSteps:
 
 
 def prepare_teacher(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
-    """The teacher, as its source has it, then as it computes; and a sample through it."""
-    weights = steps.computed_bytes * parameters(steps.teacher, layout, stage).total
-    return {"weights": weights, **_forward(steps, [steps.teacher], 1, layout, stage)}
+    """The teacher as its source has it; then as it computes, with a validation sample.
+
+    On a CPU also the proof, on the first rank: see `proof_bytes`.
+    """
+    shape, size = steps.teacher, steps.computed_bytes
+    weights = {"weights": size * parameters(shape, layout, stage).total}
+    layer = _layer(shape, layout, stage, Computation(size), steps.seq_length)
+    phases = [
+        _saved(shape, steps, layout, stage),
+        _loaded(shape, steps, layout, stage),
+        weights | {"activations": layer},
+        weights | {"logits": _gathered(shape, steps, layout, stage) + _hidden(shape, steps)},
+    ]
+    if stage == layout.pipeline - 1:
+        logits = steps.seq_length * shape.padded_vocab_size // layout.tensor
+        widened = 0 if size == FLOAT32 else FLOAT32 * logits
+        phases.append(weights | {"logits": size * logits + widened})
+    if stage == 0 and steps.device == "cpu":
+        phases.append({"logits": proof_bytes(shape, steps)})
+    return _fullest(phases)
+
+
+def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
+    """Bytes of the host where the first rank compares a model with transformers' own.
+
+    transformers' layers come one by one, in fp32 beside what is read of the file; the largest is a
+    table. Then two models' logits are compared: they, their logarithms, and what is made of them.
+    """
+    logits = FLOAT32 * steps.proof_tokens * shape.padded_vocab_size
+    table = (FLOAT32 + steps.source_bytes) * shape.padded_vocab_size * shape.hidden_size
+    return max(7 * logits, table + 2 * logits) + 2 * _hidden(shape, steps)
 
 
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
@@ -58,60 +103,125 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     student = parameters(steps.student, layout, stage)
     computation = Computation(size)
     layers = stage_layers(steps.student, layout, stage)
-    parts = {
+    held = {
         "weights": size * student.total,
         "teacher": size * parameters(steps.teacher, layout, stage).total,
+    }
+    step = {
         "activations": stage_activations(
             steps.student, layers, layout, computation, steps.seq_length
-        ),
+        )
+        + max(
+            backward_transient(steps.student, index, layout, computation, steps.seq_length)
+            for index in layers
+        )
     }
+    phases = [held | step]
     if stage == layout.pipeline - 1:
         logits = steps.seq_length * steps.student.padded_vocab_size // layout.tensor
         chunks = KD_BUFFERS * FLOAT32 * min(logits, KD_CHUNK[steps.device])
-        parts["logits"] = (2 * size + FLOAT32) * logits + max(chunks, size * student.table)
-    return parts
+        # Both models', those of before the student was stored, and what the LM loss works on.
+        loss = (3 * size + FLOAT32) * logits + max(chunks, size * student.table)
+        kept = stage_activations(steps.student, layers, layout, computation, steps.seq_length)
+        phases.append(held | {"activations": kept, "logits": loss})
+    return _fullest(phases)
 
 
 def evaluate(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
-    """The teacher and one student at a time, each with a batch's logits."""
-    size = steps.computed_bytes
-    return {
-        "weights": size * parameters(steps.student, layout, stage).total,
-        "teacher": size * parameters(steps.teacher, layout, stage).total,
-        **_forward(steps, [steps.teacher, steps.student], steps.evaluated, layout, stage),
-    }
+    """One model at a time; of the teacher, its output layer stays and its hidden states return."""
+    size, tokens = steps.computed_bytes, steps.evaluated * steps.seq_length
+    computation = Computation(size)
+    last = stage == layout.pipeline - 1
+    phases = []
+    for shape, is_student in ((steps.teacher, False), (steps.student, True)):
+        held = {"weights": size * parameters(shape, layout, stage).total}
+        if is_student and last:
+            held["teacher"] = size * parameters(steps.teacher, layout, stage).table
+        loading = {"save": _loaded(shape, steps, layout, stage)["save"]}
+        running = {"activations": _layer(shape, layout, stage, computation, tokens)}
+        phases += [held | loading, held | running]
+        if last:
+            logits = tokens * shape.padded_vocab_size // layout.tensor
+            models = 2 if is_student else 1
+            buffers = models * size * min(logits, _LOGITS[steps.device])
+            buffers += 3 * FLOAT32 * min(logits, _FIGURES[steps.device])
+            hidden = (1 + models) * size * tokens * shape.hidden_size
+            phases.append(held | {"logits": buffers + hidden})
+    return _fullest(phases)
 
 
 def export_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
-    """No model: a file's tensors at a time; then the proof, of the model and of a layer."""
+    """No model: a file's tensors at a time; then the model, for the proof and a look at it."""
+    size = steps.computed_bytes
     student = parameters(steps.student, layout, stage)
-    shard = min(int(SHARD), steps.export_bytes * student.total)
-    proof = {
-        "weights": steps.computed_bytes * student.total,
-        **_forward(steps, [steps.student], 1, layout, stage, PROOF_TOKENS),
+    shard = min(int(SHARD), steps.export_bytes * parameters(steps.student).total)
+    largest = max(student.table, _matrix(steps.student, layout))
+    looked_at = (size + 3) * largest  # is each value finite? Its magnitude, and three answers
+    layer = _layer(steps.student, layout, stage, Computation(size), steps.proof_tokens)
+    weights = {"weights": size * student.total}
+    return _fullest(
+        [
+            {"save": shard},
+            _loaded(steps.student, steps, layout, stage),
+            weights | {"save": looked_at},
+            weights | {"activations": layer},
+            weights | {"logits": _gathered(steps.student, steps, layout, stage)},
+        ]
+    )
+
+
+def _gathered(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> int:
+    """Bytes of the fixed text's logits, which every rank gets; the last stage makes them."""
+    copies = 2.5 if stage == layout.pipeline - 1 else 1.5
+    return int(copies * FLOAT32 * steps.proof_tokens * shape.padded_vocab_size)
+
+
+def _hidden(shape: ModelShape, steps: ModelSteps) -> int:
+    """Bytes of what every layer makes of the fixed text."""
+    return FLOAT32 * steps.proof_tokens * shape.hidden_size * (shape.num_layers + 1)
+
+
+def _loaded(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    """A model while its weights are read, one stored tensor at a time."""
+    count = parameters(shape, layout, stage)
+    return {
+        "weights": steps.computed_bytes * count.total,
+        "save": steps.source_bytes * max(count.table, _matrix(shape, layout)),
     }
-    return max({"save": shard}, proof, key=lambda parts: sum(parts.values()))
 
 
-def _forward(
-    steps: ModelSteps,
-    shapes: list[ModelShape],
-    sequences: int,
-    layout: Layout,
-    stage: int,
-    seq_length: int | None = None,
-) -> Parts:
-    """One layer at a time; then all models' logits."""
-    tokens = sequences * (seq_length or steps.seq_length)
-    computation = Computation(steps.computed_bytes)
-    layer = max(
-        layer_activations(shape, index, layout, computation, tokens)
-        for shape in shapes
+def _saved(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    """A model in its source's dtype while it is written.
+
+    A checkpoint has the MLPs' gates and values apart, and Megatron-Core copies all layers' at once.
+    """
+    first = 0
+    for index in stage_layers(shape, layout, stage):
+        if has_experts(shape, index):
+            experts = (shape.architecture.num_experts or 0) // layout.expert
+            first += experts * 2 * shape.hidden_size * expert_width(shape)
+        else:
+            first += 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
+    return {
+        "weights": steps.source_bytes * parameters(shape, layout, stage).total,
+        "save": steps.source_bytes * first,
+    }
+
+
+def _matrix(shape: ModelShape, layout: Layout) -> int:
+    """Numbers of a layer's largest weight."""
+    return 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
+
+
+def _layer(
+    shape: ModelShape, layout: Layout, stage: int, computation: Computation, tokens: int
+) -> int:
+    """Bytes of the layer that needs most, of those that a rank has, while it runs."""
+    return max(
+        forward_transient(shape, index, layout, computation, tokens)
         for index in stage_layers(shape, layout, stage)
     )
-    if stage < layout.pipeline - 1:
-        return {"activations": layer}
-    logits = tokens * shapes[0].padded_vocab_size // layout.tensor
-    chunks = KD_BUFFERS * FLOAT32 * min(logits, KD_CHUNK[steps.device])
-    held = len(shapes) * steps.computed_bytes * logits + chunks
-    return {"logits": held} if held > layer else {"activations": layer}
+
+
+def _fullest(phases: list[Parts]) -> Parts:
+    return max(phases, key=lambda parts: sum(parts.values()))

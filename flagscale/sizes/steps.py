@@ -125,6 +125,9 @@ def model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
     reads, writes, flops = _model_work(job, step)
     if machine.device == "cuda":
         host += writes if step != "export-student" else 2 * models.SHARD
+        host += models.proof_bytes(job.teacher.shape, setup) if step == "prepare-teacher" else 0
+    if step == "export-student":  # transformers loads the model in a process of its own
+        host += PROCESS["cpu"] + models.proof_bytes(job.student, setup)
     return StepPlan(
         step=step,
         machine=machine,
@@ -222,7 +225,7 @@ def _model_work(job: Job, step: str) -> tuple[float, float, float]:
     if step == "evaluate":
         reads = 2.0 * (job.teacher_bytes + job.student_bytes + job.distilled_bytes)
         tokens = evaluated_tokens(job)
-        return reads, 0.0, forward((teacher, 2 * tokens), (student, 2 * tokens))
+        return reads, 0.0, forward((teacher, tokens), (student, 2 * tokens))
     work = forward((student, 2 * models.PROOF_TOKENS))
     return 2.0 * job.distilled_bytes + job.exported_bytes, float(job.exported_bytes), work
 
@@ -238,5 +241,10 @@ def evaluated_tokens(job: Job) -> int:
 
 
 def _scratch(job: Job, step: str) -> float:
-    """What comes from the Hub lies in the pod's cache."""
-    return float(job.teacher_bytes) if step == "prepare-teacher" else 0.0
+    """What comes from the Hub lies in the pod's cache; what the teacher predicted in its /tmp."""
+    if step == "prepare-teacher":
+        return float(job.teacher_bytes)
+    if step == "evaluate":
+        hidden = job.teacher.shape.hidden_size * job.model_steps.computed_bytes
+        return float(hidden * evaluated_tokens(job))
+    return 0.0

@@ -108,7 +108,8 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 
 def _experts(config: Mapping[str, Any]) -> ArchitectureRecipe:
     return ArchitectureRecipe(
-        num_experts=config["num_experts"],
+        # transformers itself writes the latter, the Hub has the former.
+        num_experts=config.get("num_experts") or config["num_local_experts"],
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["moe_intermediate_size"],
     )

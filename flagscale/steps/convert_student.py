@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_group
-from transformers import AutoConfig
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_layers, save_weights
@@ -32,6 +31,7 @@ from flagscale.models.distillation_proof import (
 )
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model, sizes_for
 from flagscale.models.random_weights import with_random_weights
+from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.on_ranks import tracked, written
@@ -196,7 +196,7 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
         shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
         return
     shutil.copytree(teacher / "hf", folder / "hf")
-    template = AutoConfig.from_pretrained(teacher / "hf")
+    template = load_hf_config(teacher / "hf")
     hf_config_for(shape, template).save_pretrained(folder / "hf")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint.agreement import on_first_rank, same_outcome
@@ -36,7 +35,7 @@ from flagscale.models.parity import (
     compare_logits,
     fixed_tokens,
 )
-from flagscale.models.source import load_tokenizer
+from flagscale.models.source import load_hf_config, load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 
@@ -185,7 +184,7 @@ def _write_configuration(template: Path, folder: Path, dtype: torch.dtype) -> No
     """The model's own configuration, with the dtype on disk, and the tokenizer."""
     ignored = shutil.ignore_patterns(ORIGIN_JSON)
     shutil.copytree(template, folder, dirs_exist_ok=True, ignore=ignored)
-    config = AutoConfig.from_pretrained(template)
+    config = load_hf_config(template)
     config.dtype = dtype
     config.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
@@ -29,6 +29,7 @@ from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
 from flagscale.models.hf_folder import HFFolder
@@ -84,7 +85,9 @@ def prepare_teacher(
     facts = open_artifact(dataset, "dataset", check_files=False).facts
     _check_tokenizer(teacher, dataset)
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-        _check_fits(from_hf_config(load_hf_config(teacher.source, teacher.revision)), facts)
+        shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
+        _check_fits(shape, facts)
+        check_layout(shape, models.sizes, facts["seq_length"])
     with weights_folder(teacher.source, teacher.revision) as folder:
         return call_on_ranks(
             "prepare-teacher",
@@ -113,7 +116,7 @@ def prepare_on_rank(
     parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
     facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    shape = from_hf_config(AutoConfig.from_pretrained(folder))
+    shape = from_hf_config(load_hf_config(folder))
     _check_fits(shape, facts)
     source = HFFolder(folder, teacher.source)
     with tracked("prepare-teacher", recipe, parents=parents) as run:
@@ -262,7 +265,7 @@ def _describe(
 ) -> None:
     """What is no weights: configurations, tokenizer, origin."""
     folder = staging.path / "hf"
-    config = hf_config_for(shape, AutoConfig.from_pretrained(source.path))
+    config = hf_config_for(shape, load_hf_config(source.path))
     config.dtype = source.dtype()
     config.save_pretrained(folder)
     if (source.path / GENERATION_CONFIG_NAME).exists():

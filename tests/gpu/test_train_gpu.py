@@ -16,7 +16,6 @@ from gpu_machine import skip_on_cpu, skip_without_gpus
 from megatron.core.utils import StragglerDetector
 from resume_worker import STEPS, Task
 
-from flagscale.megatron import platform
 from flagscale.post_training.kl_divergence import forward_kl
 
 pytestmark = pytest.mark.timeout(1800)
@@ -160,11 +159,9 @@ def test_memory_that_runs_out_leaves_a_snapshot(tmp_path):
     assert any(block["size"] >= 2**22 for block in held)
 
 
-def test_fused_gradient_accumulation_changes_rounding_alone(tmp_path, inputs, choose, monkeypatch):
-    if not platform.has_apex_gradient_accumulation():
-        pytest.skip("Apex's fused_weight_gradient_mlp_cuda is not installed")
+def test_fused_gradient_accumulation_changes_rounding_alone(tmp_path, inputs, choose):
     choose(**BF16)
     fused = train(Task("fused", "distillation", 1), tmp_path, inputs)
-    monkeypatch.setattr(platform, "has_apex_gradient_accumulation", lambda: False)
+    choose(**BF16, gradient_accumulation_fusion=False)
     plain = train(Task("plain", "distillation", 1), tmp_path, inputs)
     assert_same_curve(fused, plain, RELATIVE["bf16"])

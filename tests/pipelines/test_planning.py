@@ -9,6 +9,7 @@ import yaml
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import __main__ as command
+from pipelines import sizes_document
 from pipelines.planning import fitted, plans, this_machine
 from pipelines.platform import Platform, load_platform
 
@@ -192,3 +193,8 @@ def test_planning_imports_no_torch():
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_document_has_the_models_as_they_are_computed():
+    text = sizes_document.DOCUMENT.read_text(encoding="utf-8")
+    assert sizes_document.renewed(text, "models", sizes_document.table()) == text

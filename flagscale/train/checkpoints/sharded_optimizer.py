@@ -39,7 +39,7 @@ def sharded_state(
         weights: the model's sharded tensors, whose data are its parameters.
         is_loading: the state will be read into; it is made where there is none yet.
     """
-    ones = _inside(optimizer)
+    ones = inside(optimizer)
     if len(ones) > 1:
         optimizer._synchronize_steps()
     return [_state(one, weights, is_loading) for one in ones]
@@ -52,7 +52,7 @@ def load(optimizer: MegatronOptimizer, states: list[dict[str, Any]]) -> None:
         optimizer: of the whole model.
         states: one for each optimiser inside; changed.
     """
-    for one, state in zip(_inside(optimizer), states, strict=True):
+    for one, state in zip(inside(optimizer), states, strict=True):
         if isinstance(one, DistributedOptimizer):
             _copy_back(one, state.pop(_STATE))
     optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
@@ -88,7 +88,8 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, end: int, row: int) 
         yield (index, *offsets), (1, *sizes)
 
 
-def _inside(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def inside(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimisers that one is made of."""
     if isinstance(optimizer, ChainedOptimizer):
         return list(optimizer.chained_optimizers)
     return [optimizer]

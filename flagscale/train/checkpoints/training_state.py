@@ -68,11 +68,11 @@ def sharded_state(trainer: Trainer) -> dict[str, Any]:
     """What to save. All ranks call it."""
     weights = by_chunk(trainer.chunks, sharded_model)
     optimizer = sharded_optimizer.sharded_state(trainer.optimizer, weights)
-    steps = [_detach_groups(part) for part in optimizer]
+    steps = [_detach_groups(part) for part in optimizer]  # equal
     return {
         **weights,
         "optimizer": _named(optimizer),
-        "optimizer_steps": steps[0],
+        "optimizer_step": steps[0],
         "opt_param_scheduler": trainer.scheduler.state_dict(),
         "large_losses": _large_losses(),
         _RNG: _sharded_rng(_rng_state()),
@@ -102,8 +102,9 @@ def load_state(trainer: Trainer, folder: Path, written_on: dict[str, int]) -> No
     loaded = load(asked, folder, may_lack=lambda name: name == _RNG and not same_ranks)
     load_chunks(trainer.chunks, loaded, strict=True)
     parts = [loaded["optimizer"][name] for name in _named(optimizer)]
-    for part in parts:
-        _attach_steps(part, loaded["optimizer_steps"])
+    for one, part in zip(sharded_optimizer.inside(trainer.optimizer), parts, strict=True):
+        is_torch = isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        _attach_step(part, loaded["optimizer_step"], is_torch=is_torch)
     with torch_adam.step_apart(trainer.optimizer):
         sharded_optimizer.load(trainer.optimizer, parts)
     trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -139,12 +140,12 @@ def _of_torch(part: dict[str, Any]) -> dict[str, Any]:
     return inner
 
 
-def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
+def _detach_groups(part: dict[str, Any]) -> float | None:
     """Keep what depends on the layout, parameter groups, out of the checkpoint, in place.
 
     Returns:
-        The step, where torch's optimiser keeps it with the parameters, and where transformer-engine
-        keeps it with the groups; None where it is not kept so.
+        The step, which a plain optimiser keeps with the parameters if it is torch's, and otherwise
+        with the groups; None before the first.
     """
     inner = _of_torch(part)
     groups = inner["param_groups"]
@@ -152,19 +153,28 @@ def _detach_groups(part: dict[str, Any]) -> dict[str, Any]:
         if isinstance(group.get("params"), LocalNonpersistentObject):
             group["params"] = group["params"].unwrap()
     inner["param_groups"] = LocalNonpersistentObject(groups)
-    return {
-        "of parameters": inner.get("state", {}).pop("common_step", None),
-        "of groups": next((group["step"] for group in groups if "step" in group), None),
-    }
+    step = inner.get("state", {}).pop("common_step", None)
+    if step is None:
+        step = next((group["step"] for group in groups if "step" in group), None)
+    return None if step is None else float(step)
 
 
-def _attach_steps(part: dict[str, Any], steps: dict[str, Any]) -> None:
+def _attach_step(part: dict[str, Any], step: float | None, *, is_torch: bool) -> None:
+    """Put the step where the optimiser expects it.
+
+    Args:
+        part: of the state.
+        step: from `_detach_groups`, perhaps of an optimiser that keeps it elsewhere.
+        is_torch: the optimiser is torch's Adam, not transformer-engine's.
+    """
     inner = _of_torch(part)
-    if steps["of parameters"] is not None:
-        inner["state"]["common_step"] = steps["of parameters"]
-    if steps["of groups"] is not None:
-        for group in inner["param_groups"]:
-            group["step"] = steps["of groups"]
+    if step is None:
+        return
+    if is_torch and "state" in inner:
+        inner["state"]["common_step"] = torch.tensor(step)
+        return
+    for group in inner["param_groups"]:
+        group["step"] = step if is_torch else int(step)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -10,8 +10,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, model_arguments, training_arguments
+from flagscale.megatron.fp8 import check_fp8_sizes
 from flagscale.megatron.shape import ModelShape
-from flagscale.megatron.transformer_config import check_fp8_sizes, transformer_config
+from flagscale.megatron.transformer_config import transformer_config
 from flagscale.recipe import ArchitectureRecipe, ParallelismRecipe, TrainingRecipe
 
 SHAPE = ModelShape(

@@ -6,6 +6,7 @@ round trip in test_hf_export.py.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, logits
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
+from flagscale.sizes.parameters import parameters
+from flagscale.sizes.teacher import shape_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "models.md"
 TOKENS = torch.randint(300, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -92,6 +95,15 @@ def test_configuration_round_trip(
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert changed <= ignored
     assert type(AutoModelForCausalLM.from_config(config)).__name__ == family.causal_lm
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plans_count_its_weights(make_model: Callable[..., PreTrainedModel], variant: str) -> None:
+    """From the same configuration, read without transformers; without padding, which is ours."""
+    hf_model = make_model(variant)
+    shape = shape_of(hf_model.config.to_dict())
+    assert parameters(shape) == parameters(from_hf_config(hf_model.config))
+    assert parameters(replace(shape, padded_vocab_size=300)).total == hf_model.num_parameters()
 
 
 @pytest.mark.usefixtures("runtime")
@@ -185,6 +197,11 @@ def test_what_a_family_does_not_honour_is_refused(model_type: str, name: str) ->
     setattr(config, name, REFUSED[name])
     with pytest.raises(UserError, match=rf"{model_type} teacher: {name}=.* is not supported"):
         from_hf_config(config)
+
+
+def test_plans_refuse_other_families() -> None:
+    with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama, "):
+        shape_of({"model_type": "gemma", "hidden_size": 8, "num_attention_heads": 2})
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

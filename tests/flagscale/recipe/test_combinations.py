@@ -74,7 +74,7 @@ SPLIT_OVER_TENSOR_RANKS = [
             "moe_grouped_gemm=true with training.transformer_impl=local",
         ),
         (
-            {"parallelism": {"expert_model_parallel_size": 2}},
+            {"architecture": {}, "parallelism": {"expert_model_parallel_size": 2}},
             "expert_model_parallel_size=2 with student.architecture.num_experts=None",
         ),
         (

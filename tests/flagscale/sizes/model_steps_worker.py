@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from allocations import Allocations
 
 from flagscale.recipe import (
@@ -71,9 +72,17 @@ def peak(step: Callable[[], object]) -> int:
     return seen.peak
 
 
+def wait_for_all(store: torch.distributed.Store, what: str, rank: str, world_size: int) -> None:
+    """The first rank publishes an artifact, which the others then read."""
+    store.set(f"{what} {rank}", "done")
+    store.wait([f"{what} {other}" for other in range(world_size)])
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)  # torchrun's own
     for name, (processes, sizes) in json.loads((folder / "layouts.json").read_text()).items():
         if processes != world_size:
             continue
@@ -83,6 +92,7 @@ def main() -> None:
         ).items():
             found = peak(work)
             (folder / name / f"{step}-{rank}.json").write_text(json.dumps(found))
+            wait_for_all(store, f"{name} {step}", rank, world_size)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Task:
         stop_after: step to be interrupted after.
         resume: name of the task that was interrupted before.
         async_save: as in the recipe.
+        training: more of the recipe's section.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     stop_after: int | None = None
     resume: str | None = None
     async_save: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 class Records:
@@ -104,6 +106,7 @@ def recipe(task: Task) -> TrainingRecipe:
         save_interval_minutes=1,
         async_save=task.async_save,
         parallelism=task.parallelism,
+        **task.training,
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from resume_worker import STEPS, Task, run
@@ -16,6 +17,9 @@ WORKER = Path(__file__).with_name("resume_worker.py")
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 EXPERT = {"expert_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
+# Communication with the backward and the forward pass, in many small buckets with padded ends.
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 1000}
+OVERLAPPED = "DP2, sharded, overlapped"
 LAYOUTS = {
     "one": (1, {}),
     "TP2": (2, TENSOR),
@@ -25,6 +29,9 @@ LAYOUTS = {
     "one, sharded": (1, SHARDED),
     "TP2, sharded": (2, TENSOR | SHARDED),
     "DP2, sharded": (2, SHARDED),
+    OVERLAPPED: (2, SHARDED),
+    "EP2, sharded, overlapped": (2, EXPERT | SHARDED),
+    "TP2 x DP2, sharded": (4, TENSOR | SHARDED),
     "EP2, sharded": (2, EXPERT | SHARDED),
     "TP2 x PP2": (4, TENSOR | PIPELINE),
 }
@@ -44,6 +51,12 @@ RESUMES = [
     ("distillation", "DP2, sharded", "one, sharded"),
     ("distillation", "DP2, sharded", "TP2, sharded"),
     ("experts", "DP2, sharded", "EP2, sharded"),
+    ("experts", "EP2, sharded", "one"),
+    ("distillation", "TP2, sharded", "PP2"),
+    ("distillation", OVERLAPPED, OVERLAPPED),
+    ("distillation", OVERLAPPED, "TP2 x DP2, sharded"),
+    ("distillation", "one", OVERLAPPED),
+    ("experts", "EP2, sharded, overlapped", "DP2, sharded"),
 ]
 
 
@@ -56,13 +69,25 @@ def part(kind: str, first: str) -> Task:
     processes, parallelism = LAYOUTS[first]
     name = f"{kind}, {first}"
     stop_after = random.Random(name).randint(1, STEPS - 1)
-    return Task(name, kind, processes, parallelism, stop_after, async_save=stop_after % 2 == 1)
+    return Task(
+        name,
+        kind,
+        processes,
+        parallelism,
+        stop_after,
+        async_save=stop_after % 2 == 1,
+        training=more(first),
+    )
+
+
+def more(layout: str) -> dict[str, Any]:
+    return OVERLAP if layout.endswith("overlapped") else {}
 
 
 def rest(kind: str, first: str, second: str) -> Task:
     processes, parallelism = LAYOUTS[second]
     name, before = f"{kind}, {second} after {first}", part(kind, first).name
-    return Task(name, kind, processes, parallelism, resume=before)
+    return Task(name, kind, processes, parallelism, resume=before, training=more(second))
 
 
 @pytest.fixture(scope="module")
