@@ -11,6 +11,7 @@ from flagscale.artifacts import Manifest, digest
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.recipe.training import decisive
 
+_FORMAT = 2  # of the checkpoints: those of another begin a training of their own
 
 def sections(
     distillation: DistillationRecipe, training: TrainingRecipe
@@ -34,4 +35,4 @@ def fingerprint(recipe: Mapping[str, dict[str, object]], parents: Mapping[str, M
     """
     training = decisive(recipe["training"])
     origin = {name: manifest.digest for name, manifest in parents.items()}
-    return digest([recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
+    return digest([_FORMAT, recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
