@@ -13,6 +13,7 @@ from flagscale.recipe.training import decisive
 
 _FORMAT = 2  # of the checkpoints: those of another begin a training of their own
 
+
 def sections(
     distillation: DistillationRecipe, training: TrainingRecipe
 ) -> dict[str, dict[str, object]]:
