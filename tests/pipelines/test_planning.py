@@ -91,7 +91,7 @@ def test_what_is_too_large_for_an_accelerator_names_the_layout_that_fits():
 
 def test_model_steps_that_need_more_accelerators_say_how_many():
     (plan,) = plans(recipe("Qwen/Qwen3-32B", 40), platform(models=1))
-    problem = next(p for p in plan.problems if p.startswith("evaluate"))
+    problem = next(p for p in plan.problems if p.startswith("convert-student"))
     assert "the smallest layout that fits is TP4: accelerator_count: 4 for the model" in problem
 
 
