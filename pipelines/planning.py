@@ -251,9 +251,8 @@ def machine(pods: Pods) -> Machine:
     speed = pods.accelerator_tflops and pods.accelerator_tflops * 1e12
     accelerator = known
     if memory or (speed and known):
-        accelerator = Accelerator(
-            memory or (known.memory if known else 0.0), speed or (known and known.flops)
-        )
+        known_memory, known_speed = (known.memory, known.flops) if known else (0.0, None)
+        accelerator = Accelerator(memory or known_memory, speed or known_speed)
     return Machine(
         memory=float(parse_quantity(pods.memory)),
         accelerators=pods.accelerator_count,

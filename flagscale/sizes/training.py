@@ -99,10 +99,9 @@ def saved_bytes(student: ModelShape, training: Training) -> int:
 
 
 def saving(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
-    """Bytes of what is copied to write a checkpoint; a sharded optimiser's state is not."""
+    """The most bytes that are copied to write a checkpoint; ranks with equal weights share them."""
     size = training.computation.dtype_bytes
-    each = size if training.distributed_optimizer else size + _master(size) + MOMENTS
-    return each * first_projections(student, layout, stage)
+    return (size + _master(size) + MOMENTS) * first_projections(student, layout, stage)
 
 
 def _master(dtype_bytes: int) -> int:
