@@ -99,9 +99,12 @@ def saved_bytes(student: ModelShape, training: Training) -> int:
 
 
 def saving(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
-    """The most bytes that are copied to write a checkpoint; ranks with equal weights share them."""
-    size = training.computation.dtype_bytes
-    return (size + _master(size) + MOMENTS) * first_projections(student, layout, stage)
+    """Bytes that are copied to write a checkpoint, of weights and the optimiser's state."""
+    size, ranks = training.computation.dtype_bytes, 1
+    if training.distributed_optimizer:
+        ranks = layout.optimizer_ranks
+    copied = first_projections(student, layout, stage)
+    return size * copied + (_master(size) + MOMENTS) * copied // ranks
 
 
 def _master(dtype_bytes: int) -> int:
