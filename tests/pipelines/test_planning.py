@@ -80,8 +80,9 @@ def test_what_is_too_large_for_an_accelerator_names_the_layout_that_fits():
     (problem,) = plan.problems  # the model steps take the eight accelerators of their pod
     assert problem.startswith("distil-student: a rank (TP4 DP8) needs")
     assert "77.0 GB for tensors" in problem
-    assert "tensor_model_parallel_size: 8" in problem
-    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    assert "tensor_model_parallel_size: 8, pipeline_model_parallel_size: 2" in problem
+    split = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 2}
+    split |= {"sequence_parallel": True}
     training = large.training.model_dump() | {"parallelism": split}
     smaller = recipe(
         "meta-llama/Llama-3.3-70B-Instruct", 48, resources={"nodes": 4}, training=training
