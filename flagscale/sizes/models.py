@@ -18,8 +18,7 @@ from flagscale.sizes.activations import (
 )
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.parameters import (
-    expert_width,
-    has_experts,
+    first_projections,
     parameters,
     stage_layers,
 )
@@ -195,16 +194,9 @@ def _saved(shape: ModelShape, steps: ModelSteps, layout: Layout, stage: int) -> 
 
     A checkpoint has the MLPs' gates and values apart, and Megatron-Core copies all layers' at once.
     """
-    first = 0
-    for index in stage_layers(shape, layout, stage):
-        if has_experts(shape, index):
-            experts = (shape.architecture.num_experts or 0) // layout.expert
-            first += experts * 2 * shape.hidden_size * expert_width(shape)
-        else:
-            first += 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
     return {
         "weights": steps.source_bytes * parameters(shape, layout, stage).total,
-        "save": steps.source_bytes * first,
+        "save": steps.source_bytes * first_projections(shape, layout, stage),
     }
 
 

@@ -76,6 +76,21 @@ def has_experts(shape: ModelShape, index: int) -> bool:
     return architecture.num_experts is not None and index % architecture.moe_layer_freq == 0
 
 
+def first_projections(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Numbers of a stage's gates and values, which a model has in one tensor each layer.
+
+    A checkpoint has them apart, and Megatron-Core copies all layers' at once to write them.
+    """
+    count = 0
+    for index in stage_layers(shape, layout, stage):
+        if has_experts(shape, index):
+            experts = (shape.architecture.num_experts or 0) // layout.expert
+            count += experts * 2 * shape.hidden_size * expert_width(shape)
+        else:
+            count += 2 * shape.hidden_size * shape.ffn_hidden_size // layout.tensor
+    return count
+
+
 def expert_width(shape: ModelShape) -> int:
     """Width of one expert."""
     return shape.architecture.moe_ffn_hidden_size or shape.ffn_hidden_size

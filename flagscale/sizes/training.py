@@ -14,7 +14,7 @@ from flagscale.sizes.activations import (
     stage_activations,
 )
 from flagscale.sizes.layout import Layout
-from flagscale.sizes.parameters import parameters, stage_layers
+from flagscale.sizes.parameters import first_projections, parameters, stage_layers
 
 MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
 # Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
@@ -62,6 +62,7 @@ def training_peak(
     phases = [
         kept | _step(student, teacher, training, layout, stage),
         kept | _validation(student, teacher, training, layout, stage),
+        kept | {"save": saving(student, training, layout, stage)},
     ]
     return max(phases, key=lambda parts: sum(parts.values()))
 
@@ -95,6 +96,15 @@ def saved_bytes(student: ModelShape, training: Training) -> int:
     """Of a checkpoint of the training: weights, and the optimiser's state."""
     size = training.computation.dtype_bytes
     return (size + _master(size) + MOMENTS) * parameters(student).total
+
+
+def saving(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
+    """Bytes that are copied to write a checkpoint, of weights and the optimiser's state."""
+    size, ranks = training.computation.dtype_bytes, 1
+    if training.distributed_optimizer:
+        ranks = layout.optimizer_ranks
+    copied = first_projections(student, layout, stage)
+    return size * copied + (_master(size) + MOMENTS) * copied // ranks
 
 
 def _master(dtype_bytes: int) -> int:

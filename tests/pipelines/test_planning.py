@@ -80,8 +80,9 @@ def test_what_is_too_large_for_an_accelerator_names_the_layout_that_fits():
     (problem,) = plan.problems  # the model steps take the eight accelerators of their pod
     assert problem.startswith("distil-student: a rank (TP4 DP8) needs")
     assert "77.0 GB for tensors" in problem
-    assert "tensor_model_parallel_size: 8" in problem
-    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    assert "tensor_model_parallel_size: 8, pipeline_model_parallel_size: 2" in problem
+    split = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 2}
+    split |= {"sequence_parallel": True}
     training = large.training.model_dump() | {"parallelism": split}
     smaller = recipe(
         "meta-llama/Llama-3.3-70B-Instruct", 48, resources={"nodes": 4}, training=training
@@ -91,7 +92,7 @@ def test_what_is_too_large_for_an_accelerator_names_the_layout_that_fits():
 
 def test_model_steps_that_need_more_accelerators_say_how_many():
     (plan,) = plans(recipe("Qwen/Qwen3-32B", 40), platform(models=1))
-    problem = next(p for p in plan.problems if p.startswith("evaluate"))
+    problem = next(p for p in plan.problems if p.startswith("convert-student"))
     assert "the smallest layout that fits is TP4: accelerator_count: 4 for the model" in problem
 
 

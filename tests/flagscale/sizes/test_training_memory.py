@@ -17,7 +17,7 @@ from flagscale.models.megatron import build_model
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.sizes.activations import Computation
 from flagscale.sizes.layout import Layout
-from flagscale.sizes.training import Training, training_peak, training_state
+from flagscale.sizes.training import Training, saving, training_peak, training_state
 
 WITHIN = 0.15
 SEQ_LENGTH = 256
@@ -95,8 +95,8 @@ def training(name: str) -> TrainingRecipe:
     )
 
 
-def estimated(name: str, rank: int) -> tuple[int, int]:
-    """Bytes that a rank keeps between steps, and at its fullest."""
+def estimated(name: str, rank: int) -> tuple[int, int, int]:
+    """Bytes that a rank keeps between steps, at its fullest, and copies to save."""
     processes, _, _, options = CASES[name]
     recipe, distillation = training(name), DistillationRecipe(**options)
     layout = Layout.of(recipe.parallelism, processes)
@@ -113,13 +113,15 @@ def estimated(name: str, rank: int) -> tuple[int, int]:
     teacher = None if distillation.loss == "none" else TEACHER
     stage = rank if layout.pipeline > 1 else 0
     of_rank = (STUDENT, teacher, setup, layout, stage)
-    return sum(training_state(*of_rank).values()), sum(training_peak(*of_rank).values())
+    kept, most = training_state(*of_rank), training_peak(*of_rank)
+    return sum(kept.values()), sum(most.values()), saving(STUDENT, setup, layout, stage)
 
 
 @pytest.mark.parametrize(("name", "rank"), RANKS)
 def test_estimate(measured, name, rank):
     found = json.loads((measured / f"{name}-{rank}.json").read_text())
-    kept, most = estimated(name, rank)
+    kept, most, copied = estimated(name, rank)
     assert kept == pytest.approx(found["kept"], rel=0.03)  # it is mostly counted, not estimated
     assert most == pytest.approx(peak(measured, name, rank), rel=WITHIN)
-    assert found["save"] <= 1.01 * found["kept"]  # a checkpoint needs no tensors of its own
+    # Data-parallel ranks share the work of a save, in parts that are not equal.
+    assert found["save"] <= (1 + WITHIN) * (kept + copied)
