@@ -45,6 +45,7 @@ _SIZES = {  # hidden size, MLP, layers
     "nothing": (64, 128, 2),
     "60M": (768, 2048, 8),
     "608M": (2048, 6144, 12),
+    "2040M": (2560, 6912, 28),  # a source of 4 GB
 }
 _OUTPUTS = {
     "prepare-teacher": "teacher",

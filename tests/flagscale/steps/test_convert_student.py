@@ -156,12 +156,16 @@ def test_student_is_stored_in_its_teachers_dtype(teacher, dataset, tmp_path, rec
     assert figures["parameters"] == sum(parameter.numel() for parameter in parameters)
 
 
-def test_a_student_that_was_saved_wrongly_is_refused(teacher, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", [1.0, math.nan])
+def test_a_student_that_was_saved_wrongly_is_refused(
+    teacher, dataset, tmp_path, monkeypatch, wrong
+):
     def saved_wrongly(model, folder, dtype):
         weight = model.decoder.layers[1].mlp.linear_fc2.weight.data
-        weight[0, 0] += 1
+        right = weight[0, 0].item()
+        weight[0, 0] += wrong
         save_weights(model, folder, dtype)
-        weight[0, 0] -= 1
+        weight[0, 0] = right
 
     monkeypatch.setattr("flagscale.steps.convert_student.save_weights", saved_wrongly)
     with pytest.raises(UserError, match=r"logits differ by .* once loaded, not 0"):
