@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import torch
 
-FIGURES = ("lm_loss", "kl", "top1_agreement", "accuracy")
-
 # Vocabulary-sized buffers stay in a core's cache on a CPU; a GPU wants large launches.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 

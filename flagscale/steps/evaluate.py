@@ -19,9 +19,10 @@ from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
-from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, keep, measure
+from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
+from flagscale.evaluation.measuring import keep, measure
 from flagscale.evaluation.report import ReportData, headline, render
 from flagscale.evaluation.teacher import KeptTeacher, check_room
 from flagscale.evaluation.windows import batches

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flagscale.errors import UserError
-from flagscale.evaluation import fidelity
+from flagscale.evaluation import measuring
 from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, read_rows
 from flagscale.evaluation.teacher import KeptTeacher
 from flagscale.evaluation.windows import batches
@@ -74,8 +74,8 @@ class Fixed:
 
 
 def measure(
-    teacher: fidelity.Model,
-    students: Mapping[str, fidelity.Model],
+    teacher: measuring.Model,
+    students: Mapping[str, measuring.Model],
     documents: list[np.ndarray],
     seq_length: int,
     micro_batch_size: int,
@@ -84,10 +84,10 @@ def measure(
     text = batches(documents, seq_length, micro_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         kept = KeptTeacher(Path(folder), writes=True)
-        fidelity.keep(teacher, kept, text)
+        measuring.keep(teacher, kept, text)
         sums = {}
         for name, model in students.items():
-            sums[TEACHER], sums[name] = fidelity.measure(name, model, kept, text, len(documents))
+            sums[TEACHER], sums[name] = measuring.measure(name, model, kept, text, len(documents))
     return Fidelity(
         documents=tuple(document_hash(document) for document in documents),
         tokens_d=np.array([len(document) - 1 for document in documents]),
@@ -203,7 +203,7 @@ def test_logits_are_computed_in_pieces(
 ) -> None:
     documents = make_documents([12, 30])
     whole = measure(Halves(teacher), {"student": Halves(student)}, documents, 8, 2)
-    monkeypatch.setitem(fidelity._CHUNK_ELEMENTS, "cpu", 5 * VOCAB)
+    monkeypatch.setitem(measuring._CHUNK_ELEMENTS, "cpu", 5 * VOCAB)
     sizes = []
     halves = Halves(student)
     halves.output_layer.weight = lambda hidden_nh: (
@@ -231,7 +231,7 @@ def test_broken_teacher_is_named(student: LlamaForCausalLM) -> None:
 def test_students_come_after_their_teacher(tmp_path: Path) -> None:
     text = batches(make_documents([5]), 8, 2)
     with pytest.raises(ValueError, match="the teacher is measured before its students"):
-        fidelity.measure("student", MODELS[1], KeptTeacher(tmp_path, writes=True), text, 1)
+        measuring.measure("student", MODELS[1], KeptTeacher(tmp_path, writes=True), text, 1)
 
 
 def test_rows_survive_json(teacher: LlamaForCausalLM, student: LlamaForCausalLM) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flagscale.evaluation.token_figures import FIGURES, merge, slice_sums, token_figures
+from flagscale.evaluation.fidelity import FIGURES
+from flagscale.evaluation.token_figures import merge, slice_sums, token_figures
 
 N = 64
 

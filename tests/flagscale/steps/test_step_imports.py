@@ -80,7 +80,7 @@ def test_data_are_prepared_without_torch_and_are_the_same(
     corpus.write_text("\n".join(map(json.dumps, rows)))
     recipe = DataRecipe(
         source=str(corpus),
-        format=kind,
+        format="chat" if kind == "chat" else "auto",
         tokenizer=str(with_template(tiny_teacher, tmp_path / "tokenizer")),
         seq_length=16,
         validation_fraction=0.2,

@@ -1,0 +1,158 @@
+"""Measures how close students are to their teacher on held-out text.
+
+`measure` gives sums per document (flagscale/evaluation/fidelity.py). One model is measured at a
+time, the teacher first (flagscale/evaluation/teacher.py). Its and the student's logits are computed
+some hundred tokens at a time: no more of them is ever held.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from flagscale.errors import UserError
+from flagscale.evaluation.fidelity import FIGURES, TEACHER
+from flagscale.evaluation.teacher import KeptTeacher, OutputLayer
+from flagscale.evaluation.token_figures import token_figures
+from flagscale.evaluation.windows import Batch
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0
+# Logits of one model: 32 MiB in fp32, 128 MiB in bf16. Fewer rows would read the output layer's
+# weights more often than they multiply with them.
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+
+
+class Model(Protocol):
+    """A model in two halves."""
+
+    @property
+    def output_layer(self) -> OutputLayer | None:
+        """None on ranks that do not have it."""
+
+    def hidden_states(self, tokens_bs: torch.Tensor, /) -> torch.Tensor | None:
+        """Causal: [b, s, h] for int64, right-padded [b, s]; None where there is no layer."""
+
+
+def keep(teacher: Model, kept: KeptTeacher, batches: Sequence[Batch]) -> None:
+    """Run the teacher, and keep what it predicts for `measure`. All ranks call it.
+
+    Args:
+        teacher: whose output layer is kept.
+        kept: where to.
+        batches: the text.
+    """
+    progress = _Progress(TEACHER, batches)
+    with torch.inference_mode():
+        for index, batch in enumerate(batches):
+            hidden_bsh = teacher.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and teacher.output_layer is not None:
+                kept.keep(index, batch.unpadded(hidden_bsh), teacher.output_layer)
+            progress.advance(batch)
+
+
+def measure(
+    name: str, student: Model, teacher: KeptTeacher, batches: Sequence[Batch], documents: int
+) -> np.ndarray:
+    """Compare a student with its teacher. All ranks call it.
+
+    Args:
+        name: of the student, for the log.
+        student: with the teacher's vocabulary.
+        teacher: what is kept of it, of the same batches.
+        batches: the text.
+        documents: how many.
+
+    Returns:
+        Sums of `FIGURES` per document (float64 [2, 4, documents]), the teacher's and the student's.
+        The KL is the forward one, KL(teacher || student), over the full vocabulary at temperature
+        1. All 0 on ranks that do not have the output layer.
+
+    Raises:
+        UserError: a model's logits are not finite.
+    """
+    sums_mfd = np.zeros((2, len(FIGURES), documents))
+    progress = _Progress(name, batches)
+    with torch.inference_mode():
+        for index, batch in enumerate(batches):
+            hidden_bsh = student.hidden_states(batch.inputs_bs)
+            if hidden_bsh is not None and student.output_layer is not None:
+                hidden_nh = batch.unpadded(hidden_bsh)
+                figures_mfn = _figures(
+                    teacher.kept(index, hidden_nh.device),
+                    (student.output_layer, hidden_nh),
+                    batch.labels_n.to(hidden_nh.device),
+                )
+                _add(sums_mfd, batch, figures_mfn.cpu().numpy(), name)
+            progress.advance(batch)
+    return sums_mfd
+
+
+def _figures(
+    teacher: tuple[OutputLayer, torch.Tensor],
+    student: tuple[OutputLayer, torch.Tensor],
+    labels_n: torch.Tensor,
+) -> torch.Tensor:
+    """`token_figures` [2, 4, n] from output layers and hidden states [n, h]."""
+    (teacher_layer, teacher_nh), (student_layer, student_nh) = teacher, student
+    rows = max(1, _CHUNK_ELEMENTS[teacher_nh.device.type] // teacher_layer.size)
+    found = []
+    for teacher_rh, student_rh, labels_r in zip(
+        *(x.split(rows) for x in (teacher_nh, student_nh, labels_n)), strict=True
+    ):
+        found.append(
+            token_figures(
+                teacher_layer(teacher_rh),
+                student_layer(student_rh),
+                labels_r,
+                teacher_layer.first_token,
+                teacher_layer.group,
+            )
+        )
+    return torch.cat(found, dim=-1)
+
+
+def _add(sums_mfd: np.ndarray, batch: Batch, figures_mfn: np.ndarray, name: str) -> None:
+    """Add the figures of a batch's tokens to the sums of its documents."""
+    for model, figures_fn in zip((TEACHER, name), figures_mfn, strict=True):
+        if not np.isfinite(figures_fn).all():
+            raise UserError(
+                f"the {model} model's logits are not finite on the test split: its training "
+                "diverged (a lower training.lr may help) or its weights are broken"
+            )
+    borders = np.cumsum([0, *batch.lengths])
+    for window, (start, end) in zip(batch, itertools.pairwise(borders), strict=True):
+        sums_mfd[..., window.document] += figures_mfn[..., start:end].sum(axis=-1)
+
+
+class _Progress:
+    """A line every few seconds, with the time left."""
+
+    def __init__(self, name: str, batches: Sequence[Batch]) -> None:
+        self._name, self._done = name, 0
+        self._total = sum(sum(batch.lengths) for batch in batches)
+        self._start = self._last = time.monotonic()
+
+    def advance(self, batch: Batch) -> None:
+        self._done += sum(batch.lengths)
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_SECONDS and self._done < self._total:
+            return
+        self._last, spent = now, now - self._start
+        left = spent * (self._total - self._done) / self._done
+        logger.info(
+            "%s model: run on %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
+            self._name,
+            self._done,
+            self._total,
+            100 * self._done / self._total,
+            self._done / max(spent, 1e-9),
+            left,
+        )
