@@ -18,6 +18,7 @@ from flagscale.evaluation.leaderboard import Candidate, Leaderboard, rank
 from flagscale.evaluation.leaderboard_report import headline, render
 from flagscale.recipe import parse_section
 from flagscale.recipe.sweep import VARIED
+from flagscale.recipe.training import decisive
 from flagscale.tracking.variants import log_variants
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,14 @@ def _by_variant(
     """Find each variant's evaluation by what its student was made and trained with."""
     names: dict[str, str] = {}
     for name, sections in wanted.items():
-        same = names.setdefault(digest(sections), name)
+        same = names.setdefault(_known_by(sections), name)
         if same != name:
             raise UserError(f"variants: {same!r} and {name!r} are the same; leave one out")
     found: dict[str, tuple[Path, Manifest]] = {}
     for path in results:
         manifest = open_artifact(path, "evaluation")
         measured = manifest.facts.get("measured", {}).get("recipe", {})
-        variant = names.get(digest(measured))
+        variant = names.get(_known_by(measured)) if measured else None
         if variant is None:
             raise UserError(f"{path}: is the evaluation of no variant of this sweep: {measured}")
         if variant in found:
@@ -121,6 +122,11 @@ def _by_variant(
     if missing:
         raise UserError(f"no evaluation of variant {', '.join(map(repr, missing))} was given")
     return {name: found[name] for name in wanted}  # in the sweep's order, whatever the results'
+
+
+def _known_by(sections: Mapping[str, Any]) -> str:
+    """Digest of what decides on the student: the rest, e.g. fusions, is as each machine has it."""
+    return digest({**sections, "training": decisive(sections["training"])})
 
 
 def _changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

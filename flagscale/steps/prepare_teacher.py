@@ -167,7 +167,8 @@ def _import(source: HFFolder, shape: ModelShape, models: ModelsRecipe, staging: 
     check_names(source, weights)
     model = build_model(shape, 1, models.sizes, source.dtype())
     fill(model, source, weights)
-    shape.save(staging.path)
+    if is_first_rank():
+        shape.save(staging.path)
     save_weights(model, staging.path / WEIGHTS)
 
 

@@ -127,7 +127,10 @@ def only_pod(cluster: Cluster) -> str:
     ("loses", "why"),
     [
         (Cluster.drain, "stopped from outside, e.g. because a node is drained: saved step 3"),
-        (Cluster.lose, "pod .*-node-0-0-.* (is gone|ended: Error, exit code 137)"),
+        (
+            Cluster.lose,  # told by whoever sees it first
+            "pod .*-node-0-0-.* (is gone|ended: Error, exit code 137)|rank 0 was killed, and start",
+        ),
     ],
     ids=["drained", "lost"],
 )

@@ -51,6 +51,7 @@ def common(folder: Path, model: str, metrics: str) -> dict:
     return {
         "code_version": "",
         "experiment": "",
+        "accelerators": "0",
         model: {"artifact": str(folder / "model")},
         metrics: {"artifact": str(folder / "metrics")},
     }
@@ -84,7 +85,11 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     (tmp_path / "volume").mkdir()
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "volume"))
     inputs = share({"teacher": teacher, "dataset": dataset}, tmp_path)
-    arguments = {"student_recipe": {"init": "prune", "num_layers": 2.0}, **inputs}
+    arguments = {
+        "student_recipe": {"init": "prune", "num_layers": 2.0},
+        "models_recipe": {},
+        **inputs,
+    }
     outputs = ("student", "student_metrics")
     own = common(tmp_path / "a", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
