@@ -83,7 +83,8 @@ class Containers:
         self._adapt(pipeline)
         stopper.kill_more = self.kill
         try:
-            yield _Observing(self, steps)
+            with gone_is_not_found():
+                yield _Observing(self, steps)
         finally:
             self.kill()
             stopper.kill_more = lambda: None
@@ -228,6 +229,33 @@ def _check_tracking(runs: Path) -> None:
                 f"MLFLOW_TRACKING_URI={uri}: with --image the steps see no files but those of the "
                 f"folder of runs ({runs}); unset it to track there, or name a server"
             )
+
+
+@contextmanager
+def gone_is_not_found() -> Iterator[None]:
+    """Inside, a container that podman is removing is one that is not there.
+
+    KFP asks for the log of a container that a fast step may have ended already, and minds no 404.
+    Podman's answer is 500, with the reason in words.
+    """
+    from docker.api import client
+    from docker.errors import APIError, NotFound
+
+    make_error = client.create_api_error_from_http_exception
+
+    def make(error: Any) -> None:  # noqa: ANN401 - an HTTPError of requests
+        try:
+            make_error(error)
+        except APIError as told:
+            if "no such container" in str(told.explanation):
+                raise NotFound(str(error), told.response, told.explanation) from error
+            raise
+
+    client.create_api_error_from_http_exception = make
+    try:
+        yield
+    finally:
+        client.create_api_error_from_http_exception = make_error
 
 
 def _find(client: Any, name: str, sources: str) -> tuple[str, str]:  # noqa: ANN401

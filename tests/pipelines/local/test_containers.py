@@ -1,16 +1,21 @@
 """What `run --image` refuses and mounts, as far as that needs no container engine."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import docker
+import docker.errors
 import pytest
 
 from flagscale.data.files import list_files
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
-from pipelines.local.containers import Containers
+from pipelines.local.containers import Containers, gone_is_not_found
 from pipelines.local.recipe_files import check_readable, local_files
 
 ROOT = Path(__file__).parents[3]
@@ -116,3 +121,34 @@ def test_a_step_without_outputs_has_not_ended_well(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="train left no outputs"):
         containers.check()
     assert not containers.note_end("train", {})
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("container 12ab does not exist in database: no such container", docker.errors.NotFound),
+        ("no space left on device", docker.errors.APIError),
+    ],
+)
+def test_a_container_that_podman_is_removing_is_not_found(
+    message: str, expected: type[docker.errors.APIError]
+) -> None:
+    """A real server's 500 through Docker's own client; KFP minds no 404."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"message": message}).encode()
+            self.send_response(500)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = docker.APIClient(f"tcp://127.0.0.1:{server.server_port}", version="1.41")
+        with gone_is_not_found(), pytest.raises(docker.errors.APIError) as raised:
+            client.inspect_container("12ab")
+        server.shutdown()
+    assert type(raised.value) is expected
+    assert raised.value.explanation == message
