@@ -42,7 +42,7 @@ from flagscale.recipe import (
 _VOCABULARY = 1024
 _EOD = "<|endoftext|>"
 _SIZES = {  # hidden size, MLP, layers
-    "nothing": (64, 128, 2),
+    "nothing": (128, 256, 2),
     "60M": (768, 2048, 8),
     "608M": (2048, 6144, 12),
     "2040M": (2560, 6912, 28),  # a source of 4 GB
@@ -170,7 +170,7 @@ def prepare(folder: Path, hidden_size: int, ffn_hidden_size: int, layers: int) -
         intermediate_size=ffn_hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 128),
+        num_key_value_heads=max(2, hidden_size // 128),
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=0,

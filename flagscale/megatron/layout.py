@@ -12,7 +12,11 @@ _MODULES = ("embedding", "decoder", "output_layer")
 
 
 def check_layout(
-    shape: ModelShape, sizes: ParallelismRecipe, seq_length: int, chunks_per_stage: int = 1
+    shape: ModelShape,
+    sizes: ParallelismRecipe,
+    seq_length: int,
+    chunks_per_stage: int = 1,
+    section: str = "training",
 ) -> None:
     """Refuse what would fail in an assertion deep inside Megatron-Core.
 
@@ -21,6 +25,7 @@ def check_layout(
         sizes: of the process groups.
         seq_length: tokens a sample.
         chunks_per_stage: of the model, on each pipeline rank.
+        section: of the recipe that has the sizes: `training` or `models`.
 
     Raises:
         UserError: which size is not divisible by which.
@@ -41,13 +46,13 @@ def check_layout(
     for name, value, by, size in wanted:
         if value % size:
             raise UserError(
-                f"training.parallelism: {name}={value} (of the model with {shape.num_layers} "
+                f"{section}.parallelism: {name}={value} (of the model with {shape.num_layers} "
                 f"layers) is not divisible by {by}"
             )
     groups = shape.num_query_groups
     if groups % tensor and tensor % groups:
         raise UserError(
-            f"training.parallelism: num_query_groups={groups} is neither a multiple nor a divisor "
+            f"{section}.parallelism: num_query_groups={groups} is neither a multiple nor a divisor "
             f"of {of_tensor}"
         )
     if shape.architecture.num_experts is not None:

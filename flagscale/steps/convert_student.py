@@ -73,7 +73,8 @@ def convert_student(
         )
     teacher_shape = ModelShape.load(teacher)
     for shape in (teacher_shape, student_shape(teacher_shape, student)):
-        check_layout(shape, models.sizes, parents["dataset"].facts["seq_length"], 1)
+        seq_length = parents["dataset"].facts["seq_length"]
+        check_layout(shape, models.sizes, seq_length, section="models")
     return call_on_ranks(
         "convert-student",
         convert_on_rank,

@@ -87,7 +87,7 @@ def prepare_teacher(
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
         shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
         _check_fits(shape, facts)
-        check_layout(shape, models.sizes, facts["seq_length"])
+        check_layout(shape, models.sizes, facts["seq_length"], section="models")
     with weights_folder(teacher.source, teacher.revision) as folder:
         return call_on_ranks(
             "prepare-teacher",
