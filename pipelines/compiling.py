@@ -1,11 +1,12 @@
 """The pipeline as a file for Kubeflow: KFP's own format, or Kubernetes objects."""
 
 import hashlib
-import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from kfp import compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
@@ -13,6 +14,28 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from pipelines.distillation import build_pipeline
 from pipelines.platform import Platform
+
+# libyaml, where PyYAML has it, is ten times as fast.
+LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that every reader reads alike.
+
+    PyYAML writes some texts without quotes that Go's YAML, with which KFP and kubectl read, takes
+    for something else: 7e2 and 0o17 for numbers, y and n for true and false.
+    """
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",  # a text that might be one of these gets quotes
+    re.compile(
+        r"""(?: [-+]? (?: \.[0-9_]+ | [0-9][0-9_]* (?:\.[0-9_]*)? ) (?: [eE][-+]?[0-9_]+ )?
+          | [-+]? 0 [bBoOxX] \w+ | [0-9]+ (?: -[0-9]+ ){2} .* | [yYnN] )$""",
+        re.VERBOSE,
+    ),
+    list("+-.0123456789yYnN"),
+)
 
 
 def compile_recipe(recipe: Recipe, platform: Platform, output: Path) -> Path:
@@ -33,7 +56,7 @@ def compile_recipe(recipe: Recipe, platform: Platform, output: Path) -> Path:
     pipeline = build_pipeline(recipe, platform)
     with _writing(output):
         compiler.Compiler().compile(pipeline, str(output))
-        _head(output, f"{_origin(recipe)}: upload it in the KFP UI.")
+        _rewrite(output, f"{_origin(recipe)}: upload it in the KFP UI.")
     return output
 
 
@@ -68,7 +91,7 @@ def compile_manifests(
             kubernetes_manifest_format=True,
             kubernetes_manifest_options=options,
         )
-        _head(output, f"{_origin(recipe)}: kubectl apply -f it.")
+        _rewrite(output, f"{_origin(recipe)}: kubectl apply -f it.")
     return output
 
 
@@ -103,8 +126,11 @@ def _origin(recipe: Recipe) -> str:
     return f"{recipe.name}, made by `python -m pipelines compile`"
 
 
-def _head(output: Path, heading: str) -> None:
-    """Replace KFP's opening comment, which lists defaults in an order that varies by process."""
-    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
-    body = itertools.dropwhile(lambda line: line.startswith("#"), lines)
-    output.write_text(f"# {heading}\n" + "".join(body), encoding="utf-8")
+def _rewrite(output: Path, heading: str) -> None:
+    """Write it anew, with quotes wherever a reader might miss them.
+
+    Without KFP's opening comment, which lists defaults in an order that varies by process.
+    """
+    documents = list(yaml.load_all(output.read_text(encoding="utf-8"), LOADER))  # noqa: S506 - safe
+    body = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=True)
+    output.write_text(f"# {heading}\n{body}", encoding="utf-8")

@@ -7,9 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flagscale.recipe.section import Fraction, PositiveInt, Section
+from flagscale.recipe.section import (
+    Fraction,
+    Line,
+    PositiveInt,
+    Scale,
+    Section,
+    Source,
+    Text,
+    Token,
+    Width,
+)
 
 _DEFAULT_SOURCE = "python-docs"
+_SMALLEST_FRACTION = 1e-9
+_FEWEST_DOCUMENTS = 4  # one to train on, one to validate, two to test: intervals need two
 
 
 class _Reading(Section):
@@ -22,13 +34,13 @@ class _Reading(Section):
             "chat: conversations, in files and datasets as auto finds them",
         )
     )
-    text_field: str = Field("text", description="Key or column of the text in structured sources")
-    messages_field: str = Field(
+    text_field: Line = Field("text", description="Key or column of the text in structured sources")
+    messages_field: Line = Field(
         "messages", description="chat: key or column of the [{role, content}, ...]"
     )
-    subset: str | None = Field(None, description="Hugging Face dataset configuration")
-    split: str = Field("train", description="Hugging Face dataset split to read")
-    revision: str | None = Field(None, description="Hugging Face dataset revision")
+    subset: Line | None = Field(None, description="Hugging Face dataset configuration")
+    split: Line = Field("train", description="Hugging Face dataset split to read")
+    revision: Line | None = Field(None, description="Hugging Face dataset revision")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
 
 
@@ -38,16 +50,16 @@ class CorpusRecipe(_Reading):
     name: str = Field(
         pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$", max_length=63, description="In file names"
     )
-    source: str = Field(description="As data.source")
-    weight: float = Field(
-        1.0, gt=0, description="Share of the training samples, relative to the other corpora's"
+    source: Source = Field(description="As data.source")
+    weight: Scale = Field(
+        1.0, description="Share of the training samples, relative to the other corpora's"
     )
 
 
 class DataRecipe(_Reading):
     """Which text, how it is split and packed."""
 
-    source: str | None = Field(
+    source: Source | None = Field(
         _DEFAULT_SOURCE,
         description="'python-docs', a file, folder, glob or fsspec URL, or a Hugging Face dataset; "
         "null where there is a blend",
@@ -55,18 +67,18 @@ class DataRecipe(_Reading):
     blend: list[CorpusRecipe] | None = Field(
         None, description="Several corpora, trained on in proportion to their weights"
     )
-    fingerprint: str | None = Field(
+    fingerprint: Text | None = Field(
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
-    tokenizer: str | None = Field(None, description="Default: the teacher's")
-    tokenizer_revision: str | None = None
-    eod_token: str | None = Field(
+    tokenizer: Source | None = Field(None, description="Default: the teacher's")
+    tokenizer_revision: Line | None = None
+    eod_token: Token | None = Field(
         None, description="Token between documents; default: <|endoftext|> if known, else EOS"
     )
-    seq_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a sample")
+    seq_length: Annotated[Width, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
-    workers: PositiveInt | None = Field(None, description="Tokenising threads; default: cores")
+    workers: Annotated[PositiveInt, Field(le=1024)] | None = Field(None, description="Tokenising threads; default: cores")
 
     @property
     def corpora(self) -> list[CorpusRecipe]:
@@ -110,11 +122,20 @@ class DataRecipe(_Reading):
     @model_validator(mode="after")
     def _check(self) -> DataRecipe:
         for name in ("validation_fraction", "test_fraction"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name}=0 leaves nothing to measure on; try 0.05")
+            if getattr(self, name) < _SMALLEST_FRACTION:
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} leaves nothing to measure on; try 0.05"
+                )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction="
                 f"{self.test_fraction} leave no training documents; their sum must be below 1"
+            )
+        most = [corpus.max_documents for corpus in self.corpora]
+        known = [count for count in most if count is not None]
+        if len(known) == len(most) and sum(known) < _FEWEST_DOCUMENTS:
+            raise ValueError(
+                f"max_documents={sum(known)}: training, validation and test together need at least "
+                f"{_FEWEST_DOCUMENTS} documents"
             )
         return self

@@ -19,10 +19,14 @@ from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, variants
 
 
+# Kubernetes' and MLflow's objects are called after it.
+_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
+
+
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)
+    name: str = Field(pattern=_NAME, max_length=63, examples=["tiny"])
     teacher: TeacherRecipe
     student: StudentRecipe
     data: DataRecipe = DataRecipe()

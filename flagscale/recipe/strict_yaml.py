@@ -12,6 +12,17 @@ from yaml.constructor import ConstructorError
 class Loader(yaml.SafeLoader):
     """A safe loader that refuses a repeated key, as the YAML specification does."""
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """A text; `"\\ud83d\\ude42"`, as JSON writes a character beyond 16 bits, is that character."""
+        text: str = super().construct_scalar(node)
+        if not any("\ud800" <= sign <= "\udfff" for sign in text):
+            return text
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            problem = f"{text!r} holds half of a surrogate pair"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
+
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         """Read a mapping; later, merge keys (`<<`) mix those of others into it."""
         node = super().compose_mapping_node(anchor)
@@ -41,4 +52,9 @@ def load(text: str) -> Any:  # noqa: ANN401 - whatever it holds
     Raises:
         yaml.YAMLError: it is no YAML, or a mapping gives a key twice.
     """
-    return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+    except RecursionError:
+        raise yaml.YAMLError("is nested too deeply") from None
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
