@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -16,8 +16,9 @@ from pydantic import Field, field_validator, model_validator
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
+from flagscale.recipe.section import PositiveInt, Source, Text
 from flagscale.recipe.strict_yaml import load
-from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Variable
+from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Plain, Variable
 from flagscale.run_values.network import Network
 from flagscale.secrets import has_credentials, is_secret_name
 from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, free
@@ -69,7 +70,7 @@ class Shared(Section):
     claim: ClaimName | None = Field(None, description="An existing PersistentVolumeClaim")
     create: NewVolume | None = Field(None, description="Or a new one for each run")
     mount_path: MountPath = Field("/mnt/flagscale", description="Where steps see the volume")
-    url: str | None = Field(
+    url: Source | None = Field(
         None, description="Or a folder of an object store, e.g. s3://bucket/distillation"
     )
 
@@ -149,7 +150,7 @@ class Trainer(Section):
 class Platform(Section):
     """A cluster, as far as pipelines need to know it."""
 
-    description: str = Field("", description="For people")
+    description: Text = Field("", description="For people")
     images: Images = Images()
     steps: Steps = Steps()
     shared: Shared | None = Field(
@@ -157,9 +158,9 @@ class Platform(Section):
     )
     mlflow: Mlflow = Mlflow()
     secrets: tuple[SecretEnvironment, ...] = ()
-    env: dict[Variable, str] = Field({}, description="Of all steps; no secrets")
+    env: dict[Variable, Plain] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
-    run_as_user: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+    run_as_user: PositiveInt = Field(
         1000, description="User id of the steps, never root"
     )
 

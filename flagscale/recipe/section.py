@@ -56,15 +56,15 @@ def _not_blank(text: str) -> str:
 
 
 _Number = BeforeValidator(_number)
-PositiveInt = Annotated[int, _Number, Field(ge=1, le=MOST)]
-NonNegativeInt = Annotated[int, _Number, Field(ge=0, le=MOST)]
-Ranks = Annotated[int, _Number, Field(ge=1, le=2**16)]  # sizes of process groups, pods
-Width = Annotated[int, _Number, Field(ge=1, le=2**24)]  # sizes of a model
+PositiveInt = Annotated[int, Field(ge=1, le=MOST), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), _Number]
+Ranks = Annotated[int, Field(ge=1, le=2**16), _Number]  # sizes of process groups, pods
+Width = Annotated[int, Field(ge=1, le=2**24), _Number]  # sizes of a model
 Seed = NonNegativeInt
-Fraction = Annotated[float, _Number, Field(ge=0, lt=1)]
-Positive = Annotated[float, _Number, Field(gt=0, le=_LARGEST)]
-NonNegative = Annotated[float, _Number, Field(ge=0, le=_LARGEST)]
-Scale = Annotated[float, _Number, Field(ge=1e-6, le=1e6)]  # of a loss, or of one among others
+Fraction = Annotated[float, Field(ge=0, lt=1), _Number]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST), _Number]
+NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), _Number]
+Scale = Annotated[float, Field(ge=1e-6, le=1e6), _Number]  # of a loss, or of one among others
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Prose = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
 Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]
