@@ -1,7 +1,6 @@
 """The pipeline as a file for Kubeflow: KFP's own format, or Kubernetes objects."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,31 +10,12 @@ from kfp import compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe
+from flagscale.recipe import Recipe, strict_yaml
 from pipelines.distillation import build_pipeline
 from pipelines.platform import Platform
 
 # libyaml, where PyYAML has it, is ten times as fast.
 LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes YAML that every reader reads alike.
-
-    PyYAML writes some texts without quotes that Go's YAML, with which KFP and kubectl read, takes
-    for something else: 7e2 and 0o17 for numbers, y and n for true and false.
-    """
-
-
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float",  # a text that might be one of these gets quotes
-    re.compile(
-        r"""(?: [-+]? (?: \.[0-9_]+ | [0-9][0-9_]* (?:\.[0-9_]*)? ) (?: [eE][-+]?[0-9_]+ )?
-          | [-+]? 0 [bBoOxX] \w+ | [0-9]+ (?: -[0-9]+ ){2} .* | [yYnN] )$""",
-        re.VERBOSE,
-    ),
-    list("+-.0123456789yYnN"),
-)
 
 
 def compile_recipe(recipe: Recipe, platform: Platform, output: Path) -> Path:
@@ -132,5 +112,5 @@ def _rewrite(output: Path, heading: str) -> None:
     Without KFP's opening comment, which lists defaults in an order that varies by process.
     """
     documents = list(yaml.load_all(output.read_text(encoding="utf-8"), LOADER))  # noqa: S506 - safe
-    body = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=True)
+    body = yaml.dump_all(documents, Dumper=strict_yaml.Dumper, sort_keys=True)
     output.write_text(f"# {heading}\n{body}", encoding="utf-8")

@@ -67,7 +67,7 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
 
     Raises:
         UnknownSizeError: how large the models are cannot be told here.
-        UserError: the student does not fit the teacher.
+        UserError: the student does not fit the teacher, or the sequences do not.
     """
     teacher = teacher_of(recipe.teacher)
     here = this_machine(on_cpu) if platform is None else Machine(None)
@@ -140,6 +140,7 @@ def _plan(
     from flagscale.models.student_shape import student_shape
 
     student = student_shape(teacher.shape, recipe.student)
+    teacher.shape.check_seq_length(recipe.data.seq_length)
     for field in ("spec", "heterogeneous_layers_config"):
         if getattr(student.architecture, field) is not None:
             raise UnknownSizeError(f"student.architecture.{field} may be of any size")

@@ -6,7 +6,6 @@ gke-h100` puts both together; the same recipe runs on every platform.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
 from flagscale.recipe.section import PositiveInt, Source, Text
 from flagscale.recipe.strict_yaml import load
+from flagscale.run_values.buckets import check_bucket_url
 from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Plain, Variable
 from flagscale.run_values.network import Network
 from flagscale.secrets import has_credentials, is_secret_name
@@ -80,10 +80,11 @@ class Shared(Section):
         given = [name for name, value in ways.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
-        if self.url is not None and not re.match("(s3|gs|az)://[^/]", self.url):
-            raise ValueError(
-                f"url={self.url!r} must start with s3://, gs:// or az://, and name a bucket"
-            )
+        if self.url is not None:
+            try:
+                check_bucket_url(self.url)
+            except ValueError as error:
+                raise ValueError(f"url={self.url!r} {error}") from None
         if self.url is not None and "mount_path" in self.model_fields_set:
             raise ValueError(
                 f"mount_path={self.mount_path} with url={self.url}: nothing is mounted"

@@ -131,7 +131,7 @@ class ArchitectureRecipe(Section):
         if set(config) != {"block_configs"} or not isinstance(blocks, list) or not blocks:
             raise ValueError(
                 "heterogeneous_layers_config: must hold block_configs alone, a list of "
-                f"{{attention, mlp}}, one a layer, and holds {', '.join(config) or 'nothing'}"
+                f"{{attention, mlp}}, one a layer, and holds {', '.join(map(repr, config)) or 'nothing'}"
             )
         for number, block in enumerate(blocks, start=1):
             _check_block(number, block)

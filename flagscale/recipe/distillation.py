@@ -12,6 +12,7 @@ from flagscale.recipe.section import Scale, Section
 # Beyond these, float32 has nothing left of the difference between two softened distributions.
 Temperature = Annotated[float, Scale, Field(ge=0.01, le=1000)]
 Module = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=250)]
+Loss = Annotated[str, Field(max_length=20)]
 
 
 class DistillationRecipe(Section):
@@ -28,7 +29,7 @@ class DistillationRecipe(Section):
     intermediate_loss_scale: Scale = Field(
         1.0, description="Weight of the intermediate terms' mean beside the logits term"
     )
-    intermediate_layer_pairs: tuple[tuple[Module, Module] | tuple[Module, Module, str], ...] = Field(
+    intermediate_layer_pairs: tuple[tuple[Module, Module] | tuple[Module, Module, Loss], ...] = Field(
         (), description="(student module, teacher module[, cosine|mse]) whose outputs are matched"
     )
 

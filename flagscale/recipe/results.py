@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flagscale.recipe.section import Line, Positive, PositiveInt, Prose, Ranks, Section
+from flagscale.recipe.section import Positive, PositiveInt, Prose, Ranks, Section, one_line
 
 
 _LONGEST_NAME = 256  # characters that MLflow's databases keep
@@ -21,9 +21,14 @@ def _model_name(name: str) -> str:
     return name
 
 
-ExperimentName = Annotated[Line, Field(max_length=_LONGEST_NAME, examples=["distillation"])]
+ExperimentName = Annotated[
+    str, Field(max_length=_LONGEST_NAME, examples=["distillation"]), AfterValidator(one_line)
+]
 ModelName = Annotated[
-    Line, Field(max_length=_LONGEST_NAME, examples=["acme-tiny"]), AfterValidator(_model_name)
+    str,
+    Field(max_length=_LONGEST_NAME, examples=["acme-tiny"]),
+    AfterValidator(one_line),
+    AfterValidator(_model_name),
 ]
 
 

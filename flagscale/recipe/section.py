@@ -31,7 +31,12 @@ def _number(value: object) -> object:
     return value
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text, if it says something and has no signs that end or change a line.
+
+    Raises:
+        ValueError: what it must be.
+    """
     if not text.strip():
         raise ValueError("must not be blank; leave it out for the default")
     wrong = next((sign for sign in text if unicodedata.category(sign) in ("Cc", "Zl", "Zp")), None)
@@ -67,9 +72,9 @@ NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), _Number]
 Scale = Annotated[float, Field(ge=1e-6, le=1e6), _Number]  # of a loss, or of one among others
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Prose = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
-Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]
+Line = Annotated[str, Field(max_length=1000), AfterValidator(one_line)]
 Source = Annotated[
-    str, Field(max_length=_LONGEST_PATH), AfterValidator(_line), AfterValidator(_path)
+    str, Field(max_length=_LONGEST_PATH), AfterValidator(one_line), AfterValidator(_path)
 ]
 Token = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -93,28 +98,15 @@ class Section(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _storable_texts(self) -> Section:
-        """Files, command lines, databases and KFP's messages are UTF-8, and end at a zero."""
+    def _no_zeros(self) -> Section:
+        """Names of files end at a zero, and PostgreSQL takes none."""
         for name in type(self).model_fields:
             for text in _texts(getattr(self, name)):
-                check_storable(name, text)
+                if "\0" in text:
+                    raise ValueError(
+                        f"{name}={text!r}: holds the character 0, which no database takes"
+                    )
         return self
-
-
-def check_storable(name: str, text: str) -> None:
-    """Refuse a text that cannot be written down.
-
-    Args:
-        name: of the field.
-        text: its value, or a part of it.
-
-    Raises:
-        ValueError: it holds a zero, or half of a character.
-    """
-    for sign in text:
-        if sign == "\0" or unicodedata.category(sign) == "Cs":
-            what = "the character 0" if sign == "\0" else "half of a surrogate pair"
-            raise ValueError(f"{name}={text!r}: holds {what}, which no file and no database takes")
 
 
 def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - of any field

@@ -1,4 +1,7 @@
-"""YAML as people mean it, where PyYAML is silent: a key given twice is an error, 3e-4 a number."""
+"""YAML as people mean it, where PyYAML is silent: a key given twice is an error, 3e-4 a number.
+
+What is written by `Dumper` has quotes wherever some reader would miss them.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,25 @@ Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
+)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that every reader reads alike.
+
+    PyYAML writes some texts without quotes that others take for something else: 7e2 is a number to
+    `load`; so is 0o17 to Go's YAML, with which KFP and kubectl read, and y and n are true and false.
+    """
+
+
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",  # a text that might be one of these gets quotes
+    re.compile(
+        r"""(?: [-+]? (?: \.[0-9_]+ | [0-9][0-9_]* (?:\.[0-9_]*)? ) (?: [eE][-+]?[0-9_]+ )?
+          | [-+]? 0 [bBoOxX] \w+ | [0-9]+ (?: -[0-9]+ ){2} .* | [yYnN] )$""",
+        re.VERBOSE,
+    ),
+    list("+-.0123456789yYnN"),
 )
 
 

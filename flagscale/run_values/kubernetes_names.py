@@ -76,7 +76,7 @@ LabelKey = Annotated[
     ),
     AfterValidator(_short_prefix),
 ]
-LabelValue = Annotated[str, Field(pattern=rf"^({LABEL})?$", examples=["h100"])]
+LabelValue = Annotated[str, Field(pattern=rf"^({LABEL})?$", max_length=63, examples=["h100"])]
 ResourceName = Annotated[
     str,
     Field(pattern=rf"^{DOMAIN}/{LABEL}$", max_length=_LONGEST_KEY, examples=["nvidia.com/gpu"]),

@@ -22,6 +22,22 @@ if TYPE_CHECKING:
 
 _PACKAGE = "package:"
 _LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
+# Fields of `training` whose values, but for the defaults, not every machine can honour.
+_OF_THE_MACHINE = {
+    "transformer_impl",
+    "fp8",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "log_straggler",
+    "record_memory_history",
+    "parallelism",
+}
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
 
 
@@ -139,9 +155,37 @@ def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
     sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
     chunks = sizes.virtual_pipeline_model_parallel_size or 1
     check_layout(student, sizes, seq_length, chunks)
+    teacher.check_seq_length(seq_length)
     if recipe.distillation.loss != "none":
         check_layout(teacher, sizes, seq_length, chunks)
         check_intermediate_layers(recipe.distillation, student, teacher, sizes)
+    asked = recipe.training.model_dump(exclude_defaults=True).keys() & _OF_THE_MACHINE
+    if recipe.student.init == "scratch" or asked:
+        _ask_megatron(recipe, student)
+
+
+def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
+    """Make what the training step would make of the student, save for its weights.
+
+    Megatron-Core, and this machine, know more than a recipe: which kernels there are, what layers
+    of one's own are, which sizes go together.
+    """
+    from flagscale.megatron import platform
+    from flagscale.megatron.arguments import training_arguments
+    from flagscale.megatron.layer_specs import layer_spec
+    from flagscale.megatron.performance import resolved
+    from flagscale.megatron.transformer_config import transformer_config
+
+    training = recipe.training
+    try:
+        training.check_world_size(platform.processes(training.parallelism))
+        training = resolved(training, student, distilled=recipe.distillation.loss != "none")
+        args = training_arguments(student, recipe.data.seq_length, training)
+        config = transformer_config(args)
+        if training.parallelism.pipeline_model_parallel_size == 1:  # else it needs its ranks
+            layer_spec(args, config)
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"the student or its training cannot be built: {error}") from error
 
 
 def _is_on_the_hub(corpus: CorpusRecipe) -> bool:

@@ -1,6 +1,7 @@
 """A run's texts reach its steps as they were written: here, and in what a cluster is given."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class Found:
             self.seen = json.loads(outputs["found"].read_text())
 
 
-@pytest.mark.parametrize("given", [{}, {"checkpoints": "/tmp/$(HOME) $$ {{x}}/-- \n'"}])
+@pytest.mark.parametrize("given", [{}, {"checkpoints": "/tmp/$(HOME) $$ {{x}}/-- \\u0024'"}])
 def test_on_this_machine(recipe: Recipe, given: dict[str, str], tmp_path: Path) -> None:
     parameters = form.parameters(recipe, None, "1")
     made = form.made(recipe, None, [parameter.name for parameter in parameters])
@@ -157,7 +158,9 @@ def test_what_a_cluster_is_given_holds_nothing_that_it_would_replace(package: Pa
     ]
     defaults = [one["defaultValue"] for one in package.definitions.values()]
     found = list(texts_in([*constants, *defaults]))
-    assert [t for t in found if any(sign in t for sign in REPLACED)] == []
+    own = re.compile(r"\{\{\$\.inputs\.parameters\['pipelinechannel--where_\w+'\]\}\}")  # KFP's
+    replaced = [text for text in found if any(sign in text for sign in REPLACED)]
+    assert [text for text in replaced if not own.fullmatch(text)] == []
     assert {*TEXTS, EXPERIMENT, SOURCE, "y", "7e2"} <= {literal(text) for text in found}
 
 
@@ -186,9 +189,9 @@ def test_texts_that_no_step_can_be_given_are_refused_by_name(
     recipe: Recipe, package: Package
 ) -> None:
     long = load_recipe("recipes/tiny.yaml", [f"evaluation.prompts={in_yaml(['x' * 50_000])}"])
-    with pytest.raises(UserError, match="^evaluation: takes 50,"):
+    with pytest.raises(UserError, match=r"^evaluation: takes 50,"):
         build_pipeline(long)
-    with pytest.raises(UserError, match="^evaluation: takes 95,"):
+    with pytest.raises(UserError, match=r"^evaluation: takes 95,"):
         read_parameters(
             [f"evaluation.prompts={in_yaml(['x' * 95_000])}"],
             package.definitions,
