@@ -111,6 +111,6 @@ def _rewrite(output: Path, heading: str) -> None:
 
     Without KFP's opening comment, which lists defaults in an order that varies by process.
     """
-    documents = list(yaml.load_all(output.read_text(encoding="utf-8"), LOADER))  # noqa: S506 - safe
+    documents = list(yaml.load_all(output.read_text(encoding="utf-8"), LOADER))
     body = yaml.dump_all(documents, Dumper=strict_yaml.Dumper, sort_keys=True)
     output.write_text(f"# {heading}\n{body}", encoding="utf-8")

@@ -161,9 +161,7 @@ class Platform(Section):
     secrets: tuple[SecretEnvironment, ...] = ()
     env: dict[Variable, Plain] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
-    run_as_user: PositiveInt = Field(
-        1000, description="User id of the steps, never root"
-    )
+    run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
 
     def uses_trainjob(self, nodes: int) -> bool:
         """Whether a training on so many nodes is a TrainJob, or the work of its step's own pod."""

@@ -34,7 +34,9 @@ class Retries(Section):
         2, description="Times; also those that a TrainJob's nodes are started anew"
     )
     backoff: Duration = Field("30s", description="Pause before the first")
-    factor: Annotated[PositiveInt, Field(le=100)] = Field(2, description="Each pause is so much longer than the last")
+    factor: Annotated[PositiveInt, Field(le=100)] = Field(
+        2, description="Each pause is so much longer than the last"
+    )
     max_duration: Duration = Field(
         "604800s",
         description="From the first start: no retry begins later, and one that runs ends then",
@@ -59,7 +61,9 @@ class Pods(Section):
     """What the pods of one kind of step get."""
 
     accelerator_type: ResourceName = Field("nvidia.com/gpu", description="Kubernetes resource name")
-    accelerator_count: Annotated[NonNegativeInt, Field(le=2**16)] = Field(0, description="Accelerators a pod")
+    accelerator_count: Annotated[NonNegativeInt, Field(le=2**16)] = Field(
+        0, description="Accelerators a pod"
+    )
     accelerator: AcceleratorName | None = Field(
         None, description="Its model, whose memory and speed `plan` knows, e.g. H100-80GB"
     )

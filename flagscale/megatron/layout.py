@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from flagscale.errors import UserError
@@ -9,6 +10,15 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe
 
 _MODULES = ("embedding", "decoder", "output_layer")
+# Megatron-Core's names of what they hold; a model has those of its kind.
+_PARTS = (
+    *("word_embeddings", "embedding_dropout", "layers", "final_layernorm"),
+    *("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"),
+    *("linear_qkv", "core_attention", "linear_proj", "q_layernorm", "k_layernorm"),
+    *("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj"),
+    *("linear_kv_down_proj", "linear_kv_up_proj", "kv_layernorm"),
+    *("linear_fc1", "linear_fc2", "router", "experts", "local_experts", "shared_experts"),
+)
 
 
 def check_layout(
@@ -89,6 +99,10 @@ def _check_experts(experts: int, sizes: ParallelismRecipe) -> None:
         )
 
 
+def _is_known(part: str) -> bool:
+    return part in _PARTS or part.isdecimal()
+
+
 def check_intermediate_layers(
     distillation: DistillationRecipe,
     student: ModelShape,
@@ -111,6 +125,11 @@ def check_intermediate_layers(
             layer = re.match(r"decoder\.layers\.(\d+)(?:\.|$)", name)
             if name.split(".")[0] not in _MODULES:
                 raise UserError(f"{where}: must begin with one of {', '.join(_MODULES)}")
+            unknown = [part for part in name.split(".")[1:] if not _is_known(part)]
+            if unknown and shape.architecture.spec is None:
+                near = difflib.get_close_matches(unknown[0], _PARTS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_PARTS)}"
+                raise UserError(f"{where}: no module is called {unknown[0]}; {hint}")
             if layer and int(layer[1]) >= shape.num_layers:
                 raise UserError(f"{where}: it has layers 0 to {shape.num_layers - 1}")
             if (name.startswith("embedding") and stages > 1) or (layer and int(layer[1]) < first):

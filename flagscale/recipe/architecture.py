@@ -59,11 +59,11 @@ class ArchitectureRecipe(Section):
         1, description="Layers 1, 1 + this, ... have experts, the others one MLP"
     )
     moe_grouped_gemm: bool = Field(False, description="All experts in one kernel; GPU only")
-    moe_aux_loss_coeff: NonNegative = Field(0.0, le=1e6, description="Weight of the load-balancing loss")
-    multi_latent_attention: bool = Field(False, description="DeepSeek's MLA")
-    q_lora_rank: Width | None = Field(
-        None, description="MLA: rank of the queries; default: whole"
+    moe_aux_loss_coeff: NonNegative = Field(
+        0.0, le=1e6, description="Weight of the load-balancing loss"
     )
+    multi_latent_attention: bool = Field(False, description="DeepSeek's MLA")
+    q_lora_rank: Width | None = Field(None, description="MLA: rank of the queries; default: whole")
     kv_lora_rank: Width = Field(32, description="MLA: rank of keys and values")
     qk_head_dim: Width = Field(128, description="MLA: channels without positions")
     qk_pos_emb_head_dim: Width = Field(64, description="MLA: channels with positions; even")
@@ -129,9 +129,10 @@ class ArchitectureRecipe(Section):
                 )
         blocks = config.get("block_configs")
         if set(config) != {"block_configs"} or not isinstance(blocks, list) or not blocks:
+            held = ", ".join(map(repr, config)) or "nothing"
             raise ValueError(
                 "heterogeneous_layers_config: must hold block_configs alone, a list of "
-                f"{{attention, mlp}}, one a layer, and holds {', '.join(map(repr, config)) or 'nothing'}"
+                f"{{attention, mlp}}, one a layer, and holds {held}"
             )
         for number, block in enumerate(blocks, start=1):
             _check_block(number, block)

@@ -78,7 +78,9 @@ class DataRecipe(_Reading):
     seq_length: Annotated[Width, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
-    workers: Annotated[PositiveInt, Field(le=1024)] | None = Field(None, description="Tokenising threads; default: cores")
+    workers: Annotated[PositiveInt, Field(le=1024)] | None = Field(
+        None, description="Tokenising threads; default: cores"
+    )
 
     @property
     def corpora(self) -> list[CorpusRecipe]:

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from flagscale.recipe.section import Scale, Section
 
-
 # Beyond these, float32 has nothing left of the difference between two softened distributions.
 Temperature = Annotated[float, Scale, Field(ge=0.01, le=1000)]
 Module = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=250)]
@@ -29,8 +28,11 @@ class DistillationRecipe(Section):
     intermediate_loss_scale: Scale = Field(
         1.0, description="Weight of the intermediate terms' mean beside the logits term"
     )
-    intermediate_layer_pairs: tuple[tuple[Module, Module] | tuple[Module, Module, Loss], ...] = Field(
-        (), description="(student module, teacher module[, cosine|mse]) whose outputs are matched"
+    intermediate_layer_pairs: tuple[tuple[Module, Module] | tuple[Module, Module, Loss], ...] = (
+        Field(
+            (),
+            description="(student module, teacher module[, cosine|mse]) whose outputs are matched",
+        )
     )
 
     @model_validator(mode="after")

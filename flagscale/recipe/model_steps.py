@@ -12,12 +12,8 @@ class LayoutRecipe(Section):
     """Sizes of Megatron's process groups: as many processes as hold one copy of the model."""
 
     tensor_model_parallel_size: Ranks = Field(1, description="TP: ranks that share a tensor")
-    pipeline_model_parallel_size: Ranks = Field(
-        1, description="PP: ranks that share the layers"
-    )
-    expert_model_parallel_size: Ranks = Field(
-        1, description="EP: ranks that share the experts"
-    )
+    pipeline_model_parallel_size: Ranks = Field(1, description="PP: ranks that share the layers")
+    expert_model_parallel_size: Ranks = Field(1, description="EP: ranks that share the experts")
 
 
 class ModelsRecipe(Section):

@@ -15,6 +15,7 @@ from flagscale.recipe.section import (
     Seed,
     Source,
     Text,
+    Tolerance,
     Width,
 )
 
@@ -29,7 +30,7 @@ class TeacherRecipe(Section):
     fingerprint: Text | None = Field(
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
-    max_logit_difference: Positive = Field(
+    max_logit_difference: Tolerance = Field(
         1e-3,
         description="Largest |logit| difference to transformers that is accepted in float32, as a "
         "share of the logits' standard deviation, and of a layer, as a share of what it adds",

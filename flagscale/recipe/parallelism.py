@@ -16,9 +16,7 @@ class ParallelismRecipe(Section):
     sequence_parallel: bool = Field(
         False, description="Split norms and residuals over TP ranks by sequence; needs TP > 1"
     )
-    pipeline_model_parallel_size: Ranks = Field(
-        1, description="PP: ranks that share the layers"
-    )
+    pipeline_model_parallel_size: Ranks = Field(1, description="PP: ranks that share the layers")
     virtual_pipeline_model_parallel_size: Ranks | None = Field(
         None, description="Chunks a pipeline rank, interleaved; distillation.loss=none only"
     )

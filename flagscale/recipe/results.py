@@ -6,8 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flagscale.recipe.section import Positive, PositiveInt, Prose, Ranks, Section, one_line
-
+from flagscale.recipe.section import (
+    Positive,
+    PositiveInt,
+    Prose,
+    Ranks,
+    Section,
+    Tolerance,
+    one_line,
+)
 
 _LONGEST_NAME = 256  # characters that MLflow's databases keep
 
@@ -47,7 +54,9 @@ class EvaluationRecipe(Section):
     )
     confidence: Annotated[Positive, Field(lt=1)] = Field(0.95, description="Mass of the intervals")
     prompts: tuple[Prose, ...] = Field((), description="Continued by every model, side by side")
-    max_new_tokens: PositiveInt = Field(40, description="Tokens a continuation")
+    max_new_tokens: Annotated[PositiveInt, Field(le=2**16)] = Field(
+        40, description="Tokens a continuation"
+    )
 
 
 class ExportRecipe(Section):
@@ -61,7 +70,7 @@ class ExportRecipe(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Weights on disk; huggingface only"
     )
-    max_logit_difference: Positive = Field(
+    max_logit_difference: Tolerance = Field(
         1e-3,
         description="Largest |logit| difference after the round trip that is accepted in float32, "
         "as a share of the logits' standard deviation; ditto",

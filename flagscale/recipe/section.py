@@ -66,6 +66,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), _Number]
 Ranks = Annotated[int, Field(ge=1, le=2**16), _Number]  # sizes of process groups, pods
 Width = Annotated[int, Field(ge=1, le=2**24), _Number]  # sizes of a model
 Seed = NonNegativeInt
+Tolerance = Annotated[float, Field(ge=1e-6, le=_LARGEST), _Number]  # float32 rounds to 1e-7
 Fraction = Annotated[float, Field(ge=0, lt=1), _Number]
 Positive = Annotated[float, Field(gt=0, le=_LARGEST), _Number]
 NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), _Number]

@@ -16,7 +16,7 @@ class Loader(yaml.SafeLoader):
     """A safe loader that refuses a repeated key, as the YAML specification does."""
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        """A text; `"\\ud83d\\ude42"`, as JSON writes a character beyond 16 bits, is that character."""
+        """A text, in which two halves of a character, as JSON may write it, are that character."""
         text: str = super().construct_scalar(node)
         if not any("\ud800" <= sign <= "\udfff" for sign in text):
             return text
@@ -53,7 +53,7 @@ class Dumper(yaml.SafeDumper):
     """Writes YAML that every reader reads alike.
 
     PyYAML writes some texts without quotes that others take for something else: 7e2 is a number to
-    `load`; so is 0o17 to Go's YAML, with which KFP and kubectl read, and y and n are true and false.
+    `load`; so is 0o17 to Go's YAML, with which KFP and kubectl read, and y and n are no texts.
     """
 
 

@@ -27,7 +27,9 @@ def check_bucket_url(url: str) -> str:
         )
     path = found["path"] or ""
     if len(path.encode()) > _LONGEST_KEY - _ROOM:
-        raise ValueError(f"the path in the bucket must be no longer than {_LONGEST_KEY - _ROOM} bytes")
+        raise ValueError(
+            f"the path in the bucket must be no longer than {_LONGEST_KEY - _ROOM} bytes"
+        )
     wrong = re.search(r"[?#*\[\]\\]|//|(?:^|/)\.\.?(?:/|$)", path)
     if wrong is not None:
         raise ValueError(f"holds {wrong[0]!r}, which is no part of a folder's name in a bucket")

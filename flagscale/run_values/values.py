@@ -84,7 +84,9 @@ def _check_kind(key: str, value: Any, kind: Any) -> None:  # noqa: ANN401 - a ty
         TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise UserError(f"parameter {key}: {shown(wrong['input'])}: {message(kind, wrong)}") from None
+        raise UserError(
+            f"parameter {key}: {shown(wrong['input'])}: {message(kind, wrong)}"
+        ) from None
 
 
 def check_checkpoints(place: str, platform: PlatformFacts) -> None:

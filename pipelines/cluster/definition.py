@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flagscale.errors import UserError
+from flagscale.run_values.literal import literal
 from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.server import Server
 

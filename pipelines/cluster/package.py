@@ -50,7 +50,7 @@ class Package:
         return {"pipeline_spec": spec, "platform_spec": platform}
 
     def _documents(self) -> list[dict[str, Any]]:
-        return list(yaml.load_all(self.path.read_text(encoding="utf-8"), LOADER))  # noqa: S506
+        return list(yaml.load_all(self.path.read_text(encoding="utf-8"), LOADER))
 
 
 def make_package(

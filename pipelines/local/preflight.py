@@ -36,6 +36,7 @@ _OF_THE_MACHINE = {
     "gradient_accumulation_fusion",
     "log_straggler",
     "record_memory_history",
+    "recompute_modules",
     "parallelism",
 }
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
@@ -178,6 +179,8 @@ def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
 
     training = recipe.training
     try:
+        if not platform.HAS_GPU:
+            recipe.check_on_cpu()
         training.check_world_size(platform.processes(training.parallelism))
         training = resolved(training, student, distilled=recipe.distillation.loss != "none")
         args = training_arguments(student, recipe.data.seq_length, training)

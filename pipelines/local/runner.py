@@ -61,6 +61,11 @@ def run_recipe(
     """
     from flagscale import tracking
 
+    if image is not None:  # it gets no GPU
+        try:
+            recipe.check_on_cpu()
+        except ValueError as error:
+            raise UserError(f"--image {image}: {error}") from error
     recipe = with_fingerprints(recipe)
     runs = _plain(runs)
     try:
