@@ -87,7 +87,7 @@ def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | No
     Raises:
         ValueError: the field with its value.
     """
-    asked = {name: getattr(training, name) for name in _OF_A_GPU if getattr(training, name) is True}
+    asked: dict[str, object] = {name: True for name in _OF_A_GPU if getattr(training, name) is True}
     if training.fp8 != "none":
         asked["fp8"] = training.fp8
     if training.transformer_impl == "transformer_engine":
@@ -100,8 +100,8 @@ def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | No
         named.append("student.architecture.moe_grouped_gemm=True")
     if named:
         raise ValueError(
-            f"{', '.join(named)}: needs a GPU, and the training has none; leave it out, or give the "
-            "training's pods accelerators"
+            f"{', '.join(named)}: needs a GPU, and the training has none; leave it out, or give "
+            "the training's pods accelerators"
         )
 
 

@@ -173,7 +173,7 @@ def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
     """
     from flagscale.megatron import platform
     from flagscale.megatron.arguments import training_arguments
-    from flagscale.megatron.layer_specs import layer_spec
+    from flagscale.megatron.layer_specs import custom_spec
     from flagscale.megatron.performance import resolved
     from flagscale.megatron.transformer_config import transformer_config
 
@@ -185,8 +185,8 @@ def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
         training = resolved(training, student, distilled=recipe.distillation.loss != "none")
         args = training_arguments(student, recipe.data.seq_length, training)
         config = transformer_config(args)
-        if training.parallelism.pipeline_model_parallel_size == 1:  # else it needs its ranks
-            layer_spec(args, config)
+        if student.architecture.spec is not None:
+            custom_spec(student.architecture.spec, config)
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(f"the student or its training cannot be built: {error}") from error
 

@@ -64,7 +64,7 @@ def test_a_character_beyond_16_bits_may_be_written_as_json_does(text: str, value
 
 
 @pytest.mark.parametrize(
-    "text", ['"\\ud83d"', '"\\ude42\\ud83d"', "[" * 100_000, "9" * 5000, "2026-13-45"]
+    "text", ['"\\ud83d"', '"\\ude42\\ud83d"', "[" * 2000, "9" * 5000, "2026-13-45"]
 )
 def test_what_python_cannot_hold_is_no_yaml(text: str) -> None:
     with pytest.raises(yaml.YAMLError):

@@ -8,6 +8,8 @@ them all; without the variable one of each section is tried.
 """
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +170,6 @@ def test_data(values: dict[str, Any], tiny_teacher: Path, tmp_path: Path) -> Non
     works_or_refuses(lambda: prepare_data(recipe, tmp_path / "out"))
 
 
-def works_or_refuses(step: Any) -> None:
-    try:
-        figures = step()
-    except UserError as error:
-        assert str(error)
-    else:
-        assert figures
+def works_or_refuses(step: Callable[[], dict[str, float]]) -> None:
+    with suppress(UserError):
+        assert step()

@@ -202,8 +202,9 @@ def test_what_only_a_gpu_can_do_is_refused_before_a_run(
 def test_megatron_is_asked_about_a_student_from_scratch(
     tiny_teacher: Path, architecture: dict[str, object], message: str | None
 ) -> None:
-    values = recipe(tiny_teacher, init="scratch", architecture=architecture).model_dump(mode="json")
-    values["export"]["format"] = "megatron"
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["student"] = {"init": "scratch", "architecture": architecture}
+    values["distillation"], values["export"] = {"loss": "none"}, {"format": "megatron"}
     whole = Recipe.model_validate(values)
     if message is None:
         check_sources(whole)
@@ -216,7 +217,7 @@ def test_sequences_longer_than_the_teachers_positions(tiny_teacher: Path) -> Non
     values = recipe(tiny_teacher).model_dump(mode="json")
     values["data"]["seq_length"] = 100_000
     with pytest.raises(
-        UserError, match="data.seq_length=100000 is more than the teacher's max_pos"
+        UserError, match=r"data\.seq_length=100000 is more than the teacher's max_pos"
     ):
         check_sources(Recipe.model_validate(values))
 
