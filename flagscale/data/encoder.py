@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from flagscale.data.indexed import token_type
+from flagscale.data.rows import BadRow
 from flagscale.data.sources import Document
 from flagscale.errors import UserError
 
@@ -43,8 +45,8 @@ class Encode(Protocol):
     vocab_size: int
     dtype: type[np.number[Any]]
 
-    def __call__(self, documents: list[Document], /) -> list[EncodedDocument]:
-        """Encode a batch."""
+    def __call__(self, documents: list[Document], /) -> Sequence[EncodedDocument | BadRow]:
+        """Encode a batch; for a document that cannot be encoded, say what is wrong with it."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from flagscale.data.files import File, first_line, is_glob, list_files
 from flagscale.data.messages import dump_messages
 from flagscale.data.python_docs import python_documents
+from flagscale.data.rows import BadRows
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
 from flagscale.patience import resumed
@@ -78,7 +79,7 @@ class _Column(NamedTuple):
         return f"{where}: no field {self.field!r}; there are: {there}. Set data.{self.option}"
 
 
-def documents(corpus: CorpusRecipe) -> Iterator[Document]:
+def documents(corpus: CorpusRecipe, bad_rows: BadRows | None = None) -> Iterator[Document]:
     """Stream the documents of a corpus, blank ones left out, always in the same order.
 
     Raises:

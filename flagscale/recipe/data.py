@@ -30,6 +30,11 @@ class _Reading(Section):
     split: str = Field("train", description="Hugging Face dataset split to read")
     revision: str | None = Field(None, description="Hugging Face dataset revision")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
+    max_bad_rows: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Rows that cannot be used are left out up to this many; default: 0.1% of the "
+        "rows, and at least 10",
+    )
 
 
 class CorpusRecipe(_Reading):

@@ -17,6 +17,7 @@ from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
 from flagscale.data.encoder import Encoder, find_eod
 from flagscale.data.layout import SPLITS
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
@@ -36,10 +37,10 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
 
     Returns:
         `<split>_documents`, `_tokens`, `_characters` and `_sequences` (of `seq_length`, an epoch),
-        `duplicate_documents` and `tokens_per_second` (reading included); where there are
-        conversations also `<split>_learnt_tokens` and `_truncated`, `conversations_left_out` (they
-        have no answer) and `conversations_with_control_tokens` (a message holds a special token's
-        name).
+        `bad_rows` (left out), `duplicate_documents` and `tokens_per_second` (reading included);
+        where there are conversations also `<split>_learnt_tokens` and `_truncated`,
+        `conversations_left_out` (they have no answer) and `conversations_with_control_tokens` (a
+        message holds a special token's name).
 
     Raises:
         UserError: a corpus, the tokenizer or a split does not serve; nothing is left at `output`.
@@ -75,15 +76,16 @@ def _corpus(
     kind = "chat" if corpus.format == "chat" else "text"
     encoder = ChatEncoder if kind == "chat" else Encoder
     encode = encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
+    bad_rows = BadRows(corpus.max_bad_rows)
     if data.blend is None:
-        return Corpus(None, kind, documents(corpus), encode)
-    return Corpus(corpus.name, kind, _named(corpus), encode)
+        return Corpus(None, kind, documents(corpus, bad_rows), encode, bad_rows)
+    return Corpus(corpus.name, kind, _named(corpus, bad_rows), encode, bad_rows)
 
 
-def _named(corpus: CorpusRecipe) -> Iterator[Document]:
+def _named(corpus: CorpusRecipe, bad_rows: BadRows) -> Iterator[Document]:
     """Its documents; errors say which corpus of the blend they are about."""
     try:
-        yield from documents(corpus)
+        yield from documents(corpus, bad_rows)
     except UserError as error:
         raise UserError(f"data.blend, corpus {corpus.name!r}: {error}") from error
 
@@ -98,6 +100,7 @@ def _facts(
             "kind": corpus.kind,
             "weight": recipe.weight,
             "control_tokens": getattr(corpus.encode, "control_tokens", 0),
+            **corpus.bad_rows.facts(),
             **asdict(found),
         }
         for corpus, recipe, found in zip(corpora, data.corpora, counts, strict=True)
@@ -132,6 +135,8 @@ def _report(facts: dict[str, Any]) -> None:
         logger.warning("%d conversations lose what exceeds %d tokens", truncated, limit)
     for corpus in facts["corpora"]:
         name = corpus["name"] or corpus["source"]
+        if corpus["bad_rows"]:
+            logger.warning("%s: %d rows that cannot be used left out", name, corpus["bad_rows"])
         if corpus["left_out"]:
             logger.warning("%s: %d conversations without answer left out", name, corpus["left_out"])
         if corpus["control_tokens"]:
@@ -156,6 +161,7 @@ def _metrics(facts: dict[str, Any], seconds: float) -> dict[str, float]:
         metrics["conversations_with_control_tokens"] = float(
             sum(c["control_tokens"] for c in chats)
         )
+    metrics["bad_rows"] = float(sum(corpus["bad_rows"] for corpus in facts["corpora"]))
     metrics["duplicate_documents"] = float(facts["duplicate_documents"])
     tokens = sum(found["tokens"] for found in facts["splits"].values())
     metrics["tokens_per_second"] = tokens / max(seconds, 1e-9)

@@ -24,6 +24,7 @@ from flagscale.data.loader import (
     validation_batches,
 )
 from flagscale.data.messages import dump_messages
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 
@@ -53,9 +54,9 @@ def blend(
     path = tmp_path_factory.mktemp("blend") / "dataset"
     text, chat = (kind(chat_tokenizer, 0, 0.2, 0.2) for kind in (Encoder, ChatEncoder))
     corpora = [
-        Corpus("stories", "text", _numbered("Story", 80), text),
-        Corpus("talk", "chat", _talks(60), chat),
-        Corpus("code", "text", _numbered("with", 30), text),
+        Corpus("stories", "text", _numbered("Story", 80), text, BadRows()),
+        Corpus("talk", "chat", _talks(60), chat, BadRows()),
+        Corpus("code", "text", _numbered("with", 30), text, BadRows()),
     ]
     with new_artifact(path, "dataset", {}) as staging:
         counts = write_splits(corpora, staging.path)
