@@ -31,7 +31,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.causal_lm import CausalLM, is_first_replica
 from flagscale.models.megatron import WEIGHTS, from_last_stage, load_model
-from flagscale.models.source import load_tokenizer
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import EvaluationRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 

@@ -35,7 +35,8 @@ from flagscale.models.parity import (
     compare_logits,
     fixed_tokens,
 )
-from flagscale.models.source import load_hf_config, load_tokenizer
+from flagscale.models.source import load_hf_config
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 

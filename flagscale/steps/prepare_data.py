@@ -21,7 +21,7 @@ from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
-from flagscale.models.source import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
 from flagscale.recipe.data import CorpusRecipe
 

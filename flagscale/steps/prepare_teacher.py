@@ -45,12 +45,8 @@ from flagscale.models.parity import (
     fixed_tokens,
     layer_differences,
 )
-from flagscale.models.source import (
-    load_hf_config,
-    load_tokenizer,
-    tokenizer_hash,
-    weights_folder,
-)
+from flagscale.models.source import load_hf_config, weights_folder
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.train.batches import reads_data
