@@ -26,14 +26,14 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         split: `train`, `validation` or `test`.
-        hash64: 64 bits of the text's SHA-256, to find repeats.
-        characters: of the text.
+        hash64: 64 bits of the text's SHA-256, to find repeats; None: it came with another document.
+        characters: of the text; 0: they came with another document.
         ids: token ids [tokens], EOD last.
         mask: uint8 [tokens], 1 where a token is to be learnt; None: all of them.
     """
 
     split: str
-    hash64: int
+    hash64: int | None
     characters: int
     ids: np.ndarray
     mask: np.ndarray | None = None

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from flagscale.data.files import File, first_line, is_glob, list_files
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import columns, dump_conversation
 from flagscale.data.python_docs import python_documents
 from flagscale.data.rows import BadRows
 from flagscale.errors import UserError
@@ -67,12 +67,20 @@ class _Column(NamedTuple):
 
     field: str
     option: str  # of the recipe, which names the field
-    read: Callable[[Any, str], str]
+    is_chat: bool
 
     def document(self, row: dict[str, Any], where: str) -> Document:
-        if self.field not in row:
+        if not self.among(list(row)):
             raise UserError(self.missing(where, list(row)))
-        return Document(self.read(row[self.field], f"{where}: field {self.field!r}"), where)
+        if self.is_chat:
+            return Document(dump_conversation(row, self.field, where), where)
+        return Document(_text_of(row[self.field], f"{where}: field {self.field!r}"), where)
+
+    def among(self, names: list[str]) -> list[str]:
+        """Those of a row's keys that are read; none where the document is not among them."""
+        if self.is_chat:
+            return columns(self.field, names)
+        return [self.field] if self.field in names else []
 
     def missing(self, where: str, names: list[str]) -> str:
         there = ", ".join(names)
@@ -89,9 +97,9 @@ def documents(corpus: CorpusRecipe, bad_rows: BadRows | None = None) -> Iterator
     is_chat = corpus.format == "chat"
     kind = detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
     column = (
-        _Column(corpus.messages_field, "messages_field", dump_messages)
+        _Column(corpus.messages_field, "messages_field", is_chat)
         if is_chat
-        else _Column(corpus.text_field, "text_field", _text_of)
+        else _Column(corpus.text_field, "text_field", is_chat)
     )
     found: Iterator[Document]
     if kind == "python-docs":
@@ -235,13 +243,14 @@ def _parquet(file: File, column: _Column) -> Iterator[Document]:
         with file.open(compression=None) as stream:
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
-            if column.field not in names:
+            wanted = column.among(names)
+            if not wanted:
                 raise UserError(column.missing(file.path, names))
             row = 0
-            for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=[column.field]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=_ROWS_A_BATCH, columns=wanted):
+                for values in batch.to_pylist():
                     row += 1
-                    yield column.document({column.field: value}, f"{file.path}: row {row}")
+                    yield column.document(values, f"{file.path}: row {row}")
     except pa.ArrowException as error:
         raise UserError(f"{file.path}: cannot be read: {first_line(error)}") from error
 

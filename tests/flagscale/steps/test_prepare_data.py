@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,8 +128,9 @@ def test_conversations(
     assert metrics["conversations_left_out"] == metrics["duplicate_documents"] == 1
     assert sum(metrics[f"{name}_documents"] for name in SPLITS) == 101
     assert sum(metrics[f"{name}_truncated"] for name in SPLITS) == 2
-    assert "2 conversations lose what exceeds 33 tokens" in caplog.text
-    assert "1 conversations without answer left out" in caplog.text
+    assert metrics["conversations_lost_answers"] == 2
+    assert "2 answers lose their end, or all, beyond 33 tokens (620 tokens that" in caplog.text
+    assert "1 conversations without an answer that is learnt left out" in caplog.text
     manifest = open_artifact(output, "dataset")
     assert manifest.facts["corpora"][0]["kind"] == "chat"
     assert {f"{name}.mask.bin" for name in SPLITS} < set(manifest.files)
@@ -147,6 +149,45 @@ def test_conversations(
         train_iterator(output, tmp_path / "cache", micro_batch_size=2, global_batch_size=2, seed=0)
     )
     assert 0 < batch["loss_mask"].mean() < 1
+
+
+def test_conversations_that_are_all_too_long(chat_tokenizer: Path, tmp_path: Path) -> None:
+    talks = tmp_path / "talks.jsonl"
+    chat = [{"role": "user", "content": "Why? " * 40}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": [*chat, *chat][: 2 + 2 * (i % 2)]} for i in range(42)]
+    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = recipe(chat_tokenizer, talks, format="chat")
+    with pytest.raises(
+        UserError, match=r"train split.* 42 conversations were left out.* data.seq_length=32 takes"
+    ) as refused:
+        prepare_data(data, tmp_path / "dataset")
+    some, every = map(int, re.findall(r"with (\d+) ", str(refused.value)))
+    assert 32 < some < every
+
+
+def test_a_template_of_ones_own(tokenizer: Path, talks: Path, tmp_path: Path) -> None:
+    """From a file, with a variable; it lies in the artifact, whence the student gets it."""
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(
+        "{{ greeting }}" + TEMPLATE.replace("{{ message.role", "as {{ message.role")
+    )
+    data = recipe(
+        tokenizer,
+        talks,
+        format="chat",
+        chat_template=str(template),
+        chat_template_kwargs={"greeting": "Hello!\n"},
+        seq_length=64,
+    )
+    assert data.chat_template == template.read_text()
+    assert DataRecipe.model_validate(data.model_dump(mode="json")) == data
+    template.unlink()  # the steps may run elsewhere
+    output = tmp_path / "dataset"
+    prepare_data(data, output)
+    stored = load_tokenizer(output / "tokenizer")
+    assert stored.chat_template == data.chat_template
+    words = stored.convert_ids_to_tokens(split_documents(output, "test")[0])
+    assert "".join(words).startswith("Hello!ĊasĠuser:ĠWhatĠis")
 
 
 def blend(tokenizer: Path, *corpora: dict[str, object], **changes: object) -> DataRecipe:
