@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flagscale.errors import UserError
+from flagscale.data.rows import BadRow
 
 ASSISTANT = "assistant"
 Message = dict[str, Any]
@@ -22,13 +22,13 @@ def dump_messages(value: object, where: str) -> str:
         where: the row, for messages.
 
     Raises:
-        UserError: it is no list of messages with a role and text.
+        BadRow: it is no list of messages with a role and text.
     """
     if value is None:
         return ""
     if not isinstance(value, list):
-        raise UserError(
-            f"{where}: must be a list of messages, found {type(value).__name__} {str(value)[:40]!r}"
+        raise BadRow(
+            where, f"must be a list of messages, found {type(value).__name__} {str(value)[:40]!r}"
         )
     messages = [_message(item, f"{where}, message {i}") for i, item in enumerate(value, 1)]
     if not messages:
@@ -44,12 +44,13 @@ def load_messages(text: str) -> list[Message]:
 
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: must be an object, found {str(value)[:40]!r}")
+        raise BadRow(where, f"must be an object, found {str(value)[:40]!r}")
     message = {key: item for key, item in value.items() if item is not None}
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            raise UserError(
-                f"{where}: {key!r} must be text, found {str(value.get(key))[:40]!r}; "
-                f"the message has: {', '.join(map(str, message))}"
+            raise BadRow(
+                where,
+                f"{key!r} must be text, found {str(value.get(key))[:40]!r}; "
+                f"the message has: {', '.join(map(str, message))}",
             )
     return message
