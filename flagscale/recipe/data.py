@@ -21,12 +21,21 @@ _GIVEN = {
 class _Reading(Section):
     """How the documents of a corpus are read."""
 
-    format: Literal["auto", "text", "jsonl", "parquet", "huggingface", "python-docs", "chat"] = (
-        Field(
-            "auto",
-            description="auto: by the source's name (.txt/.md, .jsonl, .parquet; else a dataset); "
-            "chat: conversations, in files and datasets as auto finds them",
-        )
+    format: Literal[
+        "auto",
+        "text",
+        "jsonl",
+        "parquet",
+        "csv",
+        "tsv",
+        "arrow",
+        "huggingface",
+        "python-docs",
+        "chat",
+    ] = Field(
+        "auto",
+        description="auto: by the source's name (.txt/.md, .jsonl, .parquet, ...; else a dataset); "
+        "chat: conversations, in files and datasets as auto finds them",
     )
     text_field: str = Field("text", description="Key or column of the text in structured sources")
     messages_field: str = Field(
@@ -35,7 +44,7 @@ class _Reading(Section):
         "there, ShareGPT's `conversations`",
     )
     subset: str | None = Field(None, description="Hugging Face dataset configuration")
-    split: str = Field("train", description="Hugging Face dataset split to read")
+    split: str = Field("train", description="Split of a Hugging Face dataset or folder to read")
     revision: str | None = Field(None, description="Hugging Face dataset revision")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
     max_bad_rows: Annotated[int, Field(ge=0)] | None = Field(

@@ -247,7 +247,7 @@ def test_what_can_be_put_right_in_a_blend(
         ),
         (
             blend(chat_tokenizer, good, {"name": "c", "source": str(corpus), "format": "chat"}),
-            "corpus 'c': .*corpus.jsonl:1: no field 'messages'; there are: text",
+            r"corpus 'c': (?s:.*)corpus.jsonl:1: no field 'messages'; there are: text",
         ),
     ]
     for data, message in cases:
