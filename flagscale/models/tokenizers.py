@@ -84,22 +84,29 @@ def _from_tokenizer_json(source: str | Path, place: Location) -> PreTrainedToken
 
     own = attempt(parse, source, "tokenizer", place)
     loaded = read(PreTrainedTokenizerFast, source, "tokenizer", place)
-    _restore(loaded, own)
+    _restore(loaded, own, source)
     _check_prefix_space(loaded, own, source)
     _check_ids(loaded.backend_tokenizer, own, source)
     return loaded
 
 
-def _restore(loaded: PreTrainedTokenizerFast, own: Tokenizer) -> None:
+def _restore(loaded: PreTrainedTokenizerFast, own: Tokenizer, source: str | Path) -> None:
     """Undo what transformers did to the pipeline because of `tokenizer_config.json`.
 
-    It adds the tokens that only stand there, which may stay: a pad token, for example. It also
-    changes how those of `tokenizer.json` match, and which are put around a text.
+    It adds the tokens that only stand there. Special ones may stay (a pad token, for example):
+    their names in a text are text. It also changes how those of `tokenizer.json` match, and which
+    are put around a text.
     """
     backend = loaded.backend_tokenizer
     backend.post_processor = own.post_processor
     mine = own.get_added_tokens_decoder()
     for identifier, token in loaded.added_tokens_decoder.items():
+        if identifier not in mine and not token.special:
+            raise UserError(
+                f"tokenizer of {source}: the token {token.content!r} ({identifier}) stands in "
+                f"{TOKENIZER_CONFIG_FILE} alone, and {TOKENIZER_FILE} splits it; make the two "
+                "agree on what the model was trained with"
+            )
         if identifier not in mine:
             logger.info(
                 "%s has the token %r (%d), %s has not",
