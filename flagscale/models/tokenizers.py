@@ -97,6 +97,13 @@ def _restore(loaded: PreTrainedTokenizerFast, own: Tokenizer, source: str | Path
     their names in a text are text. It also changes how those of `tokenizer.json` match, and which
     are put around a text.
     """
+    for identifier, token in loaded.init_kwargs.get("added_tokens_decoder", {}).items():
+        actual = loaded.convert_tokens_to_ids(str(token))
+        if actual != identifier:
+            raise UserError(
+                f"tokenizer of {source}: {str(token)!r} is {identifier} in {TOKENIZER_CONFIG_FILE} "
+                f"and {actual} by {TOKENIZER_FILE}; make the two agree on what the model knows"
+            )
     backend = loaded.backend_tokenizer
     backend.post_processor = own.post_processor
     mine = own.get_added_tokens_decoder()
@@ -121,8 +128,7 @@ def _check_prefix_space(
     loaded: PreTrainedTokenizerFast, own: Tokenizer, source: str | Path
 ) -> None:
     """Where the two disagree, transformers 4 changes the pipeline and 5 does not."""
-    pre_tokenizer = json.loads(own.to_str())["pre_tokenizer"] or {}
-    actual = pre_tokenizer.get("add_prefix_space")
+    actual = getattr(own.pre_tokenizer, "add_prefix_space", None)
     declared = loaded.init_kwargs.get("add_prefix_space")
     if actual is None:
         return

@@ -144,6 +144,15 @@ def test_tokens_that_only_the_configuration_has_stay(
     )
 
 
+@pytest.mark.parametrize("identifier", [300, 500])
+def test_a_token_of_another_id(folder: Folder, identifier: int) -> None:
+    token = {"content": "<foo>", "lstrip": False, "rstrip": False, "special": True}
+    token |= {"single_word": False, "normalized": False}
+    source = folder(digits(), added_tokens_decoder={f"{identifier}": token})
+    with pytest.raises(UserError, match=rf"'<foo>' is {identifier} in .* and 400 by tokenizer.js"):
+        load_tokenizer(source)
+
+
 def test_a_word_that_only_the_configuration_takes_for_a_token(folder: Folder) -> None:
     word = {"content": "def", "lstrip": False, "rstrip": False, "special": False}
     word |= {"single_word": False, "normalized": False}
