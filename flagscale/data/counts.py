@@ -49,12 +49,14 @@ class Counts:
     Attributes:
         splits: counts of each.
         duplicates: documents whose text had occurred before (they are kept).
+        highest_id: of all tokens; what a vocabulary has beyond need not be in the model.
     """
 
     splits: dict[str, SplitCounts] = field(
         default_factory=lambda: {name: SplitCounts() for name in SPLITS}
     )
     duplicates: int = 0
+    highest_id: int = 0
 
     @property
     def documents(self) -> int:

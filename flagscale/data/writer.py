@@ -119,6 +119,7 @@ def _write(
                     continue
                 writers[item.split].add(item)
                 counts.splits[item.split].add(item)
+                counts.highest_id = max(counts.highest_id, int(item.ids.max()))
                 if item.hash64 is not None:
                     hashes64.append(item.hash64)
             hash_file.write(np.array(hashes64, np.uint64).tobytes())

@@ -83,7 +83,14 @@ class DataRecipe(_Reading):
     tokenizer: str | None = Field(None, description="Default: the teacher's")
     tokenizer_revision: str | None = None
     eod_token: str | None = Field(
-        None, description="Token between documents; default: <|endoftext|> if known, else EOS"
+        None,
+        description="Token after each document; default: EOS, or what ended documents where EOS "
+        "ends turns",
+    )
+    bos_token: str | None = Field(
+        "auto",
+        description="Token before each document; auto: the one that the tokenizer puts before a "
+        "text; null or '': none",
     )
     chat_template: str | None = Field(
         None,

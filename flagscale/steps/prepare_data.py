@@ -16,7 +16,8 @@ from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.chat_counts import told, total
 from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
-from flagscale.data.encoder import Encode, Encoder, find_eod
+from flagscale.data.document_tokens import DocumentTokens, find_document_tokens
+from flagscale.data.encoder import Encode, Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
@@ -52,13 +53,13 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_revision)
         if data.chat_template is not None:  # the student's too: it lies in the artifact
             tokenizer.chat_template = data.chat_template
-        eod_id = find_eod(tokenizer, data.eod_token)
-        corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
+        tokens = find_document_tokens(tokenizer, data.eod_token, data.bos_token)
+        corpora = [_corpus(corpus, data, tokenizer, tokens) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
-            facts = _facts(data, corpora, counts, eod_id)
+            facts = _facts(data, corpora, counts, tokens)
             check_splits(facts, data.validation_fraction, data.test_fraction)
             facts["epochs"] = {
                 name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
@@ -73,7 +74,10 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
 
 
 def _corpus(
-    corpus: CorpusRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, eod_id: int
+    corpus: CorpusRecipe,
+    data: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: DocumentTokens,
 ) -> Corpus:
     fractions = (data.validation_fraction, data.test_fraction)
     encode: Encode
@@ -81,7 +85,7 @@ def _corpus(
         kind = "chat"
         encode = ChatEncoder(
             tokenizer,
-            eod_id,
+            tokens.eod,  # BOS is what its template writes
             *fractions,
             seq_length=data.seq_length,
             arguments=data.chat_template_kwargs,
@@ -94,7 +98,7 @@ def _corpus(
             )
     else:
         kind = "text"
-        encode = Encoder(tokenizer, eod_id, *fractions)
+        encode = Encoder(tokenizer, tokens, *fractions)
     bad_rows = BadRows(corpus.max_bad_rows)
     if data.blend is None:
         return Corpus(None, kind, documents(corpus, bad_rows), encode, bad_rows)
@@ -110,7 +114,7 @@ def _named(corpus: CorpusRecipe, bad_rows: BadRows) -> Iterator[Document]:
 
 
 def _facts(
-    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], eod_id: int
+    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], tokens: DocumentTokens
 ) -> dict[str, Any]:
     described = [
         {
@@ -129,7 +133,9 @@ def _facts(
         "corpora": described,
         "splits": add_up(counts),
         "duplicate_documents": sum(found.duplicates for found in counts),
-        "eod_id": eod_id,
+        "eod_id": tokens.eod,
+        "bos_id": tokens.bos,
+        "highest_id": max(found.highest_id for found in counts),
         "vocab_size": corpora[0].encode.vocab_size,
         "seq_length": data.seq_length,
     }

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import add_up, measure_epoch
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import parts_of, read_manifest
 from flagscale.data.loader import (
@@ -52,7 +53,7 @@ def blend(
 ) -> tuple[Path, Path]:
     """A dataset of two texts and conversations, and its index."""
     path = tmp_path_factory.mktemp("blend") / "dataset"
-    text = Encoder(chat_tokenizer, 0, 0.2, 0.2)
+    text = Encoder(chat_tokenizer, DocumentTokens(0, None), 0.2, 0.2)
     chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2, SEQ_LENGTH)
     corpora = [
         Corpus("stories", "text", _numbered("Story", 80), text, BadRows()),
@@ -73,6 +74,7 @@ def blend(
             ],
             "splits": add_up(counts),
             "eod_id": 0,
+            "bos_id": None,
             "vocab_size": text.vocab_size,
             "seq_length": SEQ_LENGTH,
         }
