@@ -9,6 +9,7 @@ classes that read it, not by a list of what loading leaves behind.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from flagscale.artifacts import write_json
 from flagscale.errors import UserError
 
 # Classes read these, but do not declare them as their own: Qwen2's and Qwen3-MoE's `head_dim`.
-_OF_EVERY_MODEL = {"architectures", "model_type", "head_dim"}
+_OF_EVERY_MODEL = {"architectures", "dtype", "head_dim", "model_type"}
 # Of RoPE, and beside its scaling in transformers 4; 5 has all of it in `rope_parameters`.
 _OUTSIDE_OF_ROPE_SCALING = ("rope_theta", "partial_rotary_factor")
 _TOKENS_OF_A_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -31,13 +32,12 @@ _INPUTS = ["input_ids", "attention_mask"]
 _CHAT_TEMPLATE, _CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
-def write_config(config: PreTrainedConfig, folder: Path, dtype: str) -> None:
+def write_config(config: PreTrainedConfig, folder: Path) -> None:
     """Write `config.json`: the fields of the configuration's class, under old names and new.
 
     Args:
-        config: of a family that `flagscale.megatron.families` has.
+        config: of a family that `flagscale.megatron.families` has, with the dtype of the weights.
         folder: existing folder to write into.
-        dtype: of the weights, `float32` say.
     """
     own = {item.name for item in fields(type(config))} - {
         item.name for item in fields(PreTrainedConfig)
@@ -46,7 +46,7 @@ def write_config(config: PreTrainedConfig, folder: Path, dtype: str) -> None:
     known = _OF_EVERY_MODEL | own | {renamed[name] for name in own & renamed.keys()}
     values = {name: value for name, value in config.to_dict().items() if name in known}
     values |= {old: values[new] for old, new in renamed.items() if new in values}
-    values |= _rope(config.rope_parameters) | {"dtype": dtype, "torch_dtype": dtype}
+    values |= _rope(config.rope_parameters) | {"torch_dtype": values["dtype"]}
     _write(folder / CONFIG_NAME, values)
 
 
@@ -109,6 +109,34 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     )
 
 
+def check_ids(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    theirs: Sequence[Sequence[int]],
+    name: str,
+) -> None:
+    """Refuse a folder of which a program makes other tokens than the model was trained on.
+
+    Args:
+        tokenizer: whose ids the model was trained on.
+        texts: to encode.
+        theirs: the program's ids of each.
+        name: what was read, for the message.
+
+    Raises:
+        UserError: the first text that shows it.
+    """
+    for text, found in zip(texts, theirs, strict=True):
+        own = tokenizer(text)["input_ids"]
+        if own != found:
+            raise UserError(
+                f"{name}: AutoTokenizer does not make the model's own tokens: {text!r} becomes "
+                f"{found}, and should become {own}. transformers {transformers.__version__} builds "
+                "the tokenizers of some families itself, whatever tokenizer.json says (qwen2): "
+                "give a teacher that has its family's tokenizer"
+            )
+
+
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters`, and what transformers 4 has instead."""
     scaling = dict(parameters)
@@ -168,7 +196,7 @@ def _added_around(tokenizer: PreTrainedTokenizerFast, pipeline: Tokenizer) -> di
 
 
 def _prefix_space(pipeline: Tokenizer) -> dict[str, bool]:
-    """transformers 4 changes a pre-tokenizer that says otherwise than this, or than its default."""
+    """Transformers 4 changes a pre-tokenizer that says otherwise than this, or than its default."""
     state = json.loads(pipeline.to_str())["pre_tokenizer"] or {}
     return {name: state[name] for name in ("add_prefix_space",) if name in state}
 

@@ -76,7 +76,9 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "models": {name: read_model(name, request["tokens"]) for name in request["models"]},
         "configs": {name: read_config(name) for name in request["configs"]},
-        "tokenizers": {name: read_tokenizer(name, request["texts"]) for name in request["tokenizers"]},
+        "tokenizers": {
+            name: read_tokenizer(name, request["texts"]) for name in request["tokenizers"]
+        },
     }
 
 

@@ -1,6 +1,5 @@
-"""What is exported is one model for everybody: transformers 4 and 5, and those who read otherwise."""
+"""What is exported is one model for everybody: transformers 4 and 5, and other programs."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -22,10 +21,9 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from variants import VARIANTS, random_model
 
-from flagscale.errors import UserError
 from flagscale.megatron.families import FAMILIES
 from flagscale.megatron.shape import from_hf_config, hf_config_for
 from flagscale.models.hf_description import (
@@ -40,7 +38,7 @@ TEXTS = [
     "Steps:\n\n1. a\r\n\t  2.  b   \n",
     "café naïve cafe\u0301 ﬁ Å Ω",
     "def f(x: int) -> str:\n    return f'{x!r:>10}'  # done",
-    "Ελληνικά, Русский, עברית, العربية, हिन्दी, ไทย, 中文，日本語、한국어",
+    "Ελληνικά, Русский, עברית, العربية, हिन्दी, ไทย, 中文\uff0c日本語、한국어",
     "👩‍🚀🏳️‍🌈 \u200b\ufeff",
     "<|im_start|>user\nHi <mark> there<|im_end|>  x",
     "",
@@ -99,7 +97,7 @@ def with_prefix_space() -> PreTrainedTokenizerFast:
 
 
 def llama3_like() -> PreTrainedTokenizerFast:
-    """BOS by the post-processor; more special tokens than have names; cut and padded by its file."""
+    """BOS by the post-processor; special tokens without names; its file cuts and pads."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = trained(split_and_bytes(), special)
     tokenizer.post_processor = processors.Sequence(
@@ -111,7 +109,7 @@ def llama3_like() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=20)
+    tokenizer.enable_padding(length=20, pad_id=1, pad_token="<|end_of_text|>")
     tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -128,7 +126,7 @@ def llama3_like() -> PreTrainedTokenizerFast:
 
 def llama2_like() -> PreTrainedTokenizerFast:
     """SentencePiece's BPE: bytes for what is unknown, blanks as a letter, BOS and EOS."""
-    letters = sorted(set(topics["lists"]) - {" ", "\n"}) + ["▁"]
+    letters = [*sorted(set(topics["lists"]) - {" ", "\n"}), "▁"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "s"), ("▁", "▁")]
     pieces += ["".join(merge) for merge in merges]
@@ -221,7 +219,7 @@ def differing(model_type: str) -> PreTrainedConfig:
         assert isinstance(default, bool | int | float), name
         values[name] = not default if isinstance(default, bool) else default + 1
     values["initializer_range"] = 0.5
-    return kind(**values)
+    return kind(**values, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -239,20 +237,23 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / "saved" / name)
         folder.mkdir(parents=True)
         shutil.move(root / "saved" / name / "model.safetensors", folder)
-        config = model.config if changes else hf_config_for(from_hf_config(model.config), model.config)
-        write_config(config, folder, "float32")
+        config = model.config
+        if not changes:
+            config = hf_config_for(from_hf_config(config), config)
+        config.dtype = torch.float32
+        write_config(config, folder)
         write_generation_config(folder, config, folder)
     for name, make in TOKENIZERS.items():
         for model_type in FAMILIES:
             if (model_type == "qwen2") == (name == "qwen2_like"):
                 folder = root / "tokenizers" / f"{model_type} {name}"
                 folder.mkdir(parents=True)
-                write_config(AutoConfig.for_model(model_type), folder, "float32")
+                write_config(AutoConfig.for_model(model_type), folder)
                 write_tokenizer(make(), folder)
     for model_type in FAMILIES:
         folder = root / "configs" / model_type
         folder.mkdir(parents=True)
-        write_config(differing(model_type), folder, "bfloat16")
+        write_config(differing(model_type), folder)
     return root
 
 
@@ -272,3 +273,38 @@ def test_logits(read: tuple[Any, Any], written: Path, name: str) -> None:
     torch.testing.assert_close(four["logits"], five["logits"], atol=1e-5, rtol=0)
     assert four["written"] == five["written"]
     assert four["dtype"] == five["dtype"] == "torch.float32"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_of_a_configuration(
+    read: tuple[Any, Any], written: Path, model_type: str
+) -> None:
+    """What the classes of transformers 4 and 5 read: all of it was changed from its default."""
+    four, five = (found["configs"][str(written / "configs" / model_type)] for found in read)
+    rope = five.pop("rope_parameters")
+    assert rope.pop("rope_theta") == four.pop("rope_theta") == 5e5
+    assert four.pop("rope_scaling", rope) == rope == ROPES["linear"]
+    of_its_library = {"transformers_version", "_name_or_path", "name_or_path"}
+    common = four.keys() & five.keys() - of_its_library
+    assert {name: four[name] for name in common} == {name: five[name] for name in common}
+    own = differing(model_type).to_dict().keys() & common
+    assert {"hidden_size", "num_key_value_heads", "rms_norm_eps", "hidden_act"} <= own
+    assert four.keys() - common - of_its_library <= {"torch_dtype"}, "transformers 4 only"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [(m, n) for m in FAMILIES for n in TOKENIZERS if (m == "qwen2") == (n == "qwen2_like")],
+)
+def test_token_ids(read: tuple[Any, Any], written: Path, model_type: str, name: str) -> None:
+    """Of `tokenizer.json` itself, whoever reads it."""
+    folder = written / "tokenizers" / f"{model_type} {name}"
+    four, five = (found["tokenizers"][str(folder)] for found in read)
+    right = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert five["ids"] == four["ids"] == [right.encode(text).ids for text in TEXTS]
+    assert four == five
+    made = TOKENIZERS[name]()
+    made.backend_tokenizer.no_truncation()
+    made.backend_tokenizer.no_padding()
+    assert five["ids"] == [made.backend_tokenizer.encode(text).ids for text in TEXTS]
+    assert five["inputs"] == ["attention_mask", "input_ids"]
