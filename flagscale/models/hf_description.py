@@ -66,7 +66,7 @@ def write_generation_config(source: Path, config: PreTrainedConfig, folder: Path
     path = source / GENERATION_CONFIG_NAME
     if path.exists():
         try:
-            values = GenerationConfig.from_json_file(path).to_dict()
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
     else:
