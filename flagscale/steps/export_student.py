@@ -43,7 +43,8 @@ from flagscale.models.parity import (
     fixed_tokens,
 )
 from flagscale.models.probing_texts import probing_texts
-from flagscale.models.source import load_hf_config, load_tokenizer
+from flagscale.models.source import load_hf_config
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 

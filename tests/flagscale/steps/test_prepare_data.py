@@ -20,7 +20,7 @@ from flagscale.data.layout import SPLITS
 from flagscale.data.loader import split_documents, train_iterator
 from flagscale.data.writer import Corpus
 from flagscale.errors import UserError
-from flagscale.models.source import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
 from flagscale.steps import prepare_data as step
 from flagscale.steps.prepare_data import prepare_data

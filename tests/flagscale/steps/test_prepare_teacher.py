@@ -16,7 +16,8 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.source import load_hf_model, load_tokenizer
+from flagscale.models.source import load_hf_model
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
