@@ -1,32 +1,25 @@
 """What is exported is one model for everybody: transformers 4 and 5, and other programs."""
 
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import hf_reader
 import pytest
 import torch
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from tokenizer_kinds import TOKENIZERS
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedConfig
 from variants import VARIANTS, random_model
 
+from flagscale.errors import UserError
 from flagscale.megatron.families import FAMILIES
 from flagscale.megatron.shape import from_hf_config, hf_config_for
 from flagscale.models.hf_description import (
+    check_ids,
     write_config,
     write_generation_config,
     write_tokenizer,
@@ -48,145 +41,6 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "linear": {"rope_type": "linear", "factor": 3.0},
-}
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-)
-
-
-def trained(pre_tokenizer: Any, special: list[str], normalizer: Any = None) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([topics["lists"], topics["numbers"] * 3], trainer)
-    return tokenizer
-
-
-def split_and_bytes(pattern: str = SPLIT) -> Any:
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-
-
-def gpt2_like() -> PreTrainedTokenizerFast:
-    """A plain one, which says that spaces before punctuation are to be cleaned away."""
-    tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<|endoftext|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        clean_up_tokenization_spaces=True,
-        is_local=True,
-        local_files_only=True,
-    )
-
-
-def with_prefix_space() -> PreTrainedTokenizerFast:
-    """RoBERTa's way; transformers 4 takes the prefix away, if it is not told."""
-    tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=True), ["</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-
-
-def llama3_like() -> PreTrainedTokenizerFast:
-    """BOS by the post-processor; special tokens without names; its file cuts and pads."""
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = trained(split_and_bytes(), special)
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-            ),
-        ]
-    )
-    tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=20, pad_id=1, pad_token="<|end_of_text|>")
-    tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True, normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        model_max_length=131072,
-        chat_template={"default": TEMPLATE, "tool_use": "tools: " + TEMPLATE},
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask", "token_type_ids"],
-    )
-
-
-def llama2_like() -> PreTrainedTokenizerFast:
-    """SentencePiece's BPE: bytes for what is unknown, blanks as a letter, BOS and EOS."""
-    letters = [*sorted(set(topics["lists"]) - {" ", "\n"}), "▁"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "s"), ("▁", "▁")]
-    pieces += ["".join(merge) for merge in merges]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {piece: number for number, piece in enumerate(pieces)},
-            merges,
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        chat_template=TEMPLATE,
-        legacy=False,
-        sp_model_kwargs={},
-    )
-
-
-def qwen2_like() -> PreTrainedTokenizerFast:
-    """Of its class: transformers 5 makes no other for a model of this family."""
-    tokenizer = trained(
-        split_and_bytes(SPLIT.replace("{1,3}", "")),
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        normalizers.NFC(),
-    )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=TEMPLATE,
-    )
-
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    maker.__name__: maker
-    for maker in (gpt2_like, with_prefix_space, llama3_like, llama2_like, qwen2_like)
 }
 
 
@@ -308,3 +162,47 @@ def test_token_ids(read: tuple[Any, Any], written: Path, model_type: str, name: 
     made.backend_tokenizer.no_padding()
     assert five["ids"] == [made.backend_tokenizer.encode(text).ids for text in TEXTS]
     assert five["inputs"] == ["attention_mask", "input_ids"]
+
+
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 0.9,
+    "eos_token_id": [1, 2],
+}
+
+
+def test_a_generation_configuration_is_the_source_s_own(tmp_path: Path) -> None:
+    """With what is a default somewhere (vLLM's `top_k` is not 50), without what is no setting."""
+    leftovers = {"_from_model_config": True, "chat_format": "chatml", "is_local": True}
+    text = json.dumps(SAMPLING | leftovers | {"transformers_version": "4.40.0"})
+    (tmp_path / "generation_config.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    write_generation_config(tmp_path, AutoConfig.for_model("llama"), tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert values.pop("transformers_version").startswith("5.")
+    assert values == SAMPLING
+    (tmp_path / "generation_config.json").write_text("[1")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        write_generation_config(tmp_path, AutoConfig.for_model("llama"), tmp_path / "out")
+
+
+def test_a_model_without_generation_configuration(tmp_path: Path) -> None:
+    """Its special tokens; none that it has not."""
+    config = AutoConfig.for_model("qwen3", eos_token_id=[5, 6])
+    write_generation_config(tmp_path / "nowhere", config, tmp_path)
+    values = json.loads((tmp_path / "generation_config.json").read_text())
+    assert values.keys() == {"eos_token_id", "transformers_version"}
+    assert values["eos_token_id"] == [5, 6]
+
+
+def test_ids_that_a_program_would_get_otherwise() -> None:
+    """AutoTokenizer of transformers 5 makes Qwen2's tokenizer of any in a folder of that family."""
+    tokenizer = TOKENIZERS["llama3_like"]()
+    right = [tokenizer(text)["input_ids"] for text in TEXTS]
+    check_ids(tokenizer, TEXTS, right, "tokenizer of x")
+    wrong = [*right[:1], right[1][1:], *right[2:]]
+    told = r"tokenizer of x: AutoTokenizer .* own tokens: 'Steps.* becomes \[.*should become \[0, "
+    with pytest.raises(UserError, match=told):
+        check_ids(tokenizer, TEXTS, wrong, "tokenizer of x")
