@@ -227,7 +227,11 @@ def _metrics(
         fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
     )
     parameters = {name: count_parameters(getattr(paths, name) / WEIGHTS) for name in _MODELS}
-    return metrics | {"seq_length": int(dataset.facts["seq_length"]), "parameters": parameters}
+    return metrics | {
+        "seq_length": int(dataset.facts["seq_length"]),
+        "kinds": sorted({corpus["kind"] for corpus in dataset.facts["corpora"]}),
+        "parameters": parameters,
+    }
 
 
 def _generations(

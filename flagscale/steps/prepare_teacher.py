@@ -11,14 +11,14 @@ import logging
 import math
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoTokenizer
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
@@ -32,12 +32,18 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
+from flagscale.models.hf_description import (
+    check_ids,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.hf_import import check_names, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.layer_outputs import in_transformers, layer_outputs
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.origin import find_origin
+from flagscale.models.origin import keep_origin
 from flagscale.models.parity import (
     check_layers,
     check_logits,
@@ -45,6 +51,7 @@ from flagscale.models.parity import (
     fixed_tokens,
     layer_differences,
 )
+from flagscale.models.probing_texts import probing_texts
 from flagscale.models.source import load_hf_config, weights_folder
 from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
@@ -120,10 +127,10 @@ def prepare_on_rank(
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
+            describe = partial(_describe, staging, teacher, source, shape)
+            on_first_rank(source.path, "could not be described", describe)
             _import(source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
-            if is_first_rank():
-                _describe(staging, teacher, source, shape)
             staging.facts |= figures | {"seq_length": facts["seq_length"]}
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
         run.log_metrics(figures)
@@ -263,13 +270,13 @@ def _describe(
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
     config.dtype = source.dtype()
-    config.save_pretrained(folder)
-    if (source.path / GENERATION_CONFIG_NAME).exists():
-        generation = GenerationConfig.from_pretrained(source.path)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
-    load_tokenizer(teacher.source, teacher.revision).save_pretrained(folder)
-    origin = find_origin(teacher.source, teacher.revision)
-    origin.save(folder)
+    folder.mkdir()
+    write_config(config, folder)
+    write_generation_config(source.path, config, folder)
+    tokenizer = load_tokenizer(teacher.source, teacher.revision)
+    write_tokenizer(tokenizer, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = [theirs(text)["input_ids"] for text in probing_texts()]
+    check_ids(tokenizer, probing_texts(), ids, f"tokenizer of {teacher.source}")
+    origin = keep_origin(teacher.source, teacher.revision, folder)
     staging.facts |= {"origin": asdict(origin), "dtype": str(source.dtype()).removeprefix("torch.")}

@@ -77,6 +77,8 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
         "source": str(tiny_teacher),
         "base_model": None,
         "license": None,
+        "license_name": None,
+        "license_link": None,
     }
     data = open_artifact(dataset, "dataset")
     assert manifest.tokenizer_hash == data.tokenizer_hash
