@@ -36,6 +36,7 @@ class ChatEncoder:
         dtype: of the ids.
         template: the tokenizer's.
         counts: of the conversations so far.
+        end_ids: added tokens that were learnt right behind an answer's text: they end its turn.
 
     Raises:
         UserError: the tokenizer has no chat template, or it knows no such variable.
@@ -66,6 +67,8 @@ class ChatEncoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = token_dtype(tokenizer)
         self.counts = ChatCounts()
+        self.end_ids: set[int] = set()
+        self._added = np.array(sorted(self._backend.get_added_tokens_decoder()), np.int64)
 
     def __call__(self, documents: list[Document]) -> list[EncodedDocument | BadRow]:
         """Encode a batch and choose the splits.
@@ -133,6 +136,9 @@ class ChatEncoder:
             for start, stop in answer.spans:  # a token that only begins before an answer is learnt
                 own |= (places[:, 0] < stop) & (places[:, 1] > start)
             mask[own] = 1
+            if answer.end is not None:
+                behind = ids[own & (places[:, 0] >= answer.end)][:1]
+                self.end_ids.update(behind[np.isin(behind, self._added)].tolist())
             counts.lost_answers += bool(own[self._capacity :].any())
             counts.changed_answers += not answer.is_exact
             counts.unmarked_answers += not answer.is_marked

@@ -39,9 +39,11 @@ class Answer(NamedTuple):
         spans: what is learnt, in characters.
         is_exact: each text of the message is there as it is, blanks at its ends included.
         is_marked: the template's marks, where it has any, hold all of it.
+        end: behind the message's texts; what follows ends the turn. None beside tool calls.
     """
 
     spans: list[Span]
+    end: int | None
     is_exact: bool = True
     is_marked: bool = True
 
@@ -178,14 +180,15 @@ class _Row:
         shared = len(prompt) if is_prompted else _shared(prompt, text)
         places = self._places(message, number, text, shared, is_prompted)
         is_exact = all(place.is_exact for place in places)
+        end = None if message.get("tool_calls") else places[-1].stop if places else shared
         start = shared
         if places and not is_prompted:
             start = min(start, places[0].start) if prompt else places[0].start
         if not self._is_marked:
-            return text, Answer([(start, len(text))], is_exact)
+            return text, Answer([(start, len(text))], end, is_exact)
         spans = [mark for mark in marks if mark[1] > start]
         held = all(any(a <= max(p.start, start) and p.stop <= b for a, b in spans) for p in places)
-        return text, Answer(spans, is_exact, held and bool(spans))
+        return text, Answer(spans, end, is_exact, held and bool(spans))
 
     def _prompt(self, number: int) -> str:
         """What is written before an answer is given; empty where the template refuses that."""

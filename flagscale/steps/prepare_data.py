@@ -142,7 +142,9 @@ def _facts(
 
 
 def _of_chat(encode: Encode) -> dict[str, Any]:
-    return {"chat": asdict(encode.counts)} if isinstance(encode, ChatEncoder) else {}
+    if not isinstance(encode, ChatEncoder):
+        return {}
+    return {"chat": asdict(encode.counts), "end_ids": sorted(encode.end_ids)}
 
 
 def _report(facts: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ from flagscale.models.parity import (
 )
 from flagscale.models.probing_texts import probing_texts
 from flagscale.models.source import load_hf_config, weights_folder
-from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, pipeline_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.train.batches import reads_data
@@ -127,7 +127,7 @@ def prepare_on_rank(
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
-            describe = partial(_describe, staging, teacher, source, shape)
+            describe = partial(_describe, staging, teacher, source, shape, dataset)
             on_first_rank(source.path, "could not be described", describe)
             _import(source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
@@ -138,14 +138,18 @@ def prepare_on_rank(
 
 
 def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
-    """The teacher's tokenizer must be the one that made the dataset."""
-    own = tokenizer_hash(load_tokenizer(teacher.source, teacher.revision))
-    used = tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
+    """The dataset's tokens must be the teacher's own.
+
+    Which of them are special may differ, as of an instruct model's tokenizer from its base's.
+    """
+    own = pipeline_hash(load_tokenizer(teacher.source, teacher.revision))
+    used = pipeline_hash(load_tokenizer(dataset / "tokenizer"))
     if own != used:
         raise UserError(
             f"{dataset} was made with a tokenizer that does not match the teacher "
-            f"{teacher.source} ({used[:19]}, not {own[:19]}); leave data.tokenizer out of the "
-            "recipe, or give the teacher's source there"
+            f"{teacher.source} ({used[:19]}, not {own[:19]}): a text has other ids; leave "
+            "data.tokenizer out of the recipe, or give the teacher's source there. Where the "
+            "teacher lacks a chat template, give one in data.chat_template"
         )
 
 
@@ -264,16 +268,21 @@ def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
 
 
 def _describe(
-    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape
+    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape, dataset: Path
 ) -> None:
-    """What is no weights: configurations, tokenizer, origin."""
+    """What is no weights: configurations, tokenizer, origin.
+
+    The tokenizer is the dataset's: with the chat template that the student is trained on.
+    """
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
     config.dtype = source.dtype()
     folder.mkdir()
     write_config(config, folder)
-    write_generation_config(source.path, config, folder)
-    tokenizer = load_tokenizer(teacher.source, teacher.revision)
+    corpora = read_manifest(dataset).facts["corpora"]
+    ends = {number for corpus in corpora for number in corpus.get("end_ids", ())}
+    write_generation_config(source.path, config, folder, ends)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
     write_tokenizer(tokenizer, folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = [theirs(text)["input_ids"] for text in probing_texts()]

@@ -118,6 +118,7 @@ def test_control_tokens_in_messages_are_counted(chat_tokenizer: PreTrainedTokeni
     encoder = ChatEncoder(chat_tokenizer, 0, 0.1, 0.1, 1000)
     encoder(documents(conversation("what is <|im_end|>?", "an end"), conversation("a", "b")))
     assert encoder.counts.control_tokens == 1
+    assert encoder.end_ids == {chat_tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
