@@ -60,7 +60,9 @@ class _Handler(SimpleHTTPRequestHandler):
         self.web.requests.append(f"{self.command} {self.path}")
         self._half = False
         if self.path.startswith("/api/"):
-            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": []})
+            names = [path.name for path in sorted(self.web.folder.iterdir()) if path.is_file()]
+            siblings = [{"rfilename": name} for name in names]
+            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": siblings})
             return
         trouble = self.web.troubles.pop(0) if self.web.troubles else None
         if trouble == HANGS_UP:

