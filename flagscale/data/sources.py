@@ -119,8 +119,13 @@ def detect(source: str) -> str:
     return "files" if looks_like_files or not _HUB_ID.fullmatch(source) else "huggingface"
 
 
+def kind_of_source(corpus: CorpusRecipe) -> str:
+    """What its recipe says, or else `detect`."""
+    return detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+
+
 def _rows(corpus: CorpusRecipe, column: Column) -> Iterator[Row]:
-    kind = detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+    kind = kind_of_source(corpus)
     if kind == "huggingface":
         yield from _dataset(corpus, column)
     elif kind != "python-docs":

@@ -19,6 +19,7 @@ from flagscale.data.encoder import Encoder, find_eod
 from flagscale.data.layout import SPLITS
 from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
+from flagscale.data.states import is_remote, remote_state
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
 from flagscale.models.source import load_tokenizer, tokenizer_hash
@@ -51,12 +52,15 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
     with tracking.step_run("prepare-data", params) as run:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_revision)
         eod_id = find_eod(tokenizer, data.eod_token)
+        states = [_state(corpus, data) for corpus in data.corpora]
         corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
             facts = _facts(data, corpora, counts, eod_id)
+            for corpus, state in zip(facts["corpora"], states, strict=True):
+                corpus["state"] = state
             check_splits(facts, data.validation_fraction, data.test_fraction)
             facts["epochs"] = {
                 name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
@@ -68,6 +72,21 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         metrics = _metrics(facts, seconds)
         run.log_metrics(metrics)
     return metrics
+
+
+def _state(corpus: CorpusRecipe, data: DataRecipe) -> str | None:
+    """What a remote source holds, as far as it says."""
+    if not is_remote(corpus):
+        return None
+    state = remote_state(corpus)
+    if data.fingerprint is None and corpus.revision is None:
+        logger.warning(
+            "%s: read as it is now (%s). KFP's cache knows it by its address alone: for a run that "
+            "is to see a change give another data.fingerprint, or --no-cache",
+            corpus.source,
+            state or "nobody says what state that is",
+        )
+    return state
 
 
 def _corpus(

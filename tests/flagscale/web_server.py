@@ -24,12 +24,16 @@ class WebServer:
         troubles: of the next requests for files, one each: a status, `HANGS_UP` or `HALF`; 200 is
             none.
         requests: what was asked for.
+        tells: whether it says when a file was changed.
+        commit: of everything on the hub that it plays.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.troubles: list[int | str] = []
         self.requests: list[str] = []
+        self.tells = True
+        self.commit = COMMIT
         handler = type("Handler", (_Handler,), {"web": self})
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), partial(handler, directory=str(folder))
@@ -60,7 +64,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self.web.requests.append(f"{self.command} {self.path}")
         self._half = False
         if self.path.startswith("/api/"):
-            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": []})
+            self._send_json({"id": "o/n", "sha": self.web.commit, "siblings": []})
             return
         trouble = self.web.troubles.pop(0) if self.web.troubles else None
         if trouble == HANGS_UP:
@@ -79,6 +83,10 @@ class _Handler(SimpleHTTPRequestHandler):
                 super().do_HEAD()
             else:
                 super().do_GET()
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if self.web.tells or keyword != "Last-Modified":
+            super().send_header(keyword, value)
 
     def end_headers(self) -> None:
         if getattr(self, "_is_hub", False):
