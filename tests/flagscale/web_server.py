@@ -1,6 +1,6 @@
 """A web server of a folder that has troubles: it answers 503, hangs up, or breaks off half-way.
 
-It also speaks as much of the Hugging Face hub's protocol as fetching a model takes.
+It also speaks as much of the Hugging Face hub's protocol as fetching a model or a dataset takes.
 """
 
 import hashlib
@@ -63,6 +63,9 @@ class _Handler(SimpleHTTPRequestHandler):
     def _answer(self) -> None:
         self.web.requests.append(f"{self.command} {self.path}")
         self._half = False
+        if "/tree/" in self.path:
+            self._send_tree(self.path.partition("?")[0].split("/tree/")[1].partition("/")[2])
+            return
         if self.path.startswith("/api/"):
             self._send_json({"id": "o/n", "sha": self.web.commit, "siblings": []})
             return
@@ -103,6 +106,25 @@ class _Handler(SimpleHTTPRequestHandler):
             self.close_connection = True
         else:
             shutil.copyfileobj(source, outputfile)
+
+    def _send_tree(self, name: str) -> None:
+        """What the hub says of a folder's files, all below it."""
+        folder = self.web.folder / name
+        if not folder.is_dir():
+            self._missing()
+            return
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        self._send_json(
+            [
+                {
+                    "type": "file",
+                    "path": str(path.relative_to(self.web.folder)),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                }
+                for path in files
+            ]
+        )
 
     def _missing(self) -> None:
         self.send_response(404)

@@ -45,14 +45,6 @@ def test_a_web_server(web_server: WebServer) -> None:
     assert state(url) is None  # as long as before: nothing else is known
 
 
-@pytest.fixture
-def hub(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
-    cache = str(web_server.folder.parent / "cache")
-    for name, value in {"ENDPOINT": web_server.url, "HF_HUB_CACHE": cache}.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    return web_server
-
-
 def test_the_hub(hub: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state("o/n") == f"commit {COMMIT}"
     hub.commit = "d" * 40
