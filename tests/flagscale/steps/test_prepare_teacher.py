@@ -295,3 +295,16 @@ def test_an_unsupported_family(source: Path, dataset: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_tokenizer_that_others_would_not_load(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of a Qwen2 folder transformers 5 makes Qwen2's: told before the weights are imported."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"AutoTokenizer does not make the model's own tokens: "):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
