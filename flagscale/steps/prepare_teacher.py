@@ -33,7 +33,7 @@ from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.layer_outputs import in_transformers, layer_outputs
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
@@ -81,7 +81,8 @@ def prepare_teacher(
     facts = open_artifact(dataset, "dataset", check_files=False).facts
     _check_tokenizer(teacher, dataset)
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-        shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
+        config = load_hf_config(teacher.source, teacher.revision)
+        shape = from_hf_config(config, ignored=teacher.ignored_config_fields)
         _check_fits(shape, facts)
         check_layout(shape, models.sizes, facts["seq_length"], section="models")
     with weights_folder(teacher.source, teacher.revision) as folder:
@@ -112,15 +113,16 @@ def prepare_on_rank(
     parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
     facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    shape = from_hf_config(load_hf_config(folder))
+    shape = from_hf_config(load_hf_config(folder), ignored=teacher.ignored_config_fields)
     _check_fits(shape, facts)
     source = HFFolder(folder, teacher.source)
     with tracked("prepare-teacher", recipe, parents=parents) as run:
+        check_tensors(source, shape)
         with (
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
-            _import(source, shape, models, staging)
+            staging.facts["zero_weights"] = _import(teacher, source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
             if is_first_rank():
                 _describe(staging, teacher, source, shape)
@@ -157,15 +159,24 @@ def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
         )
 
 
-def _import(source: HFFolder, shape: ModelShape, models: ModelsRecipe, staging: Staging) -> None:
-    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint."""
-    weights = WeightMap(shape)
-    check_names(source, weights)
+def _import(
+    teacher: TeacherRecipe,
+    source: HFFolder,
+    shape: ModelShape,
+    models: ModelsRecipe,
+    staging: Staging,
+) -> int:
+    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint.
+
+    Returns:
+        How many weights are all zero.
+    """
     model = build_model(shape, 1, models.sizes, source.dtype())
-    fill(model, source, weights)
+    zero = fill(model, source, WeightMap(shape), allow_zero_weights=teacher.allow_zero_weights)
     if is_first_rank():
         shape.save(staging.path)
     save_weights(model, staging.path / WEIGHTS)
+    return zero
 
 
 def _prove(
@@ -203,12 +214,11 @@ def _prove(
         check_logits(parity, teacher.max_logit_difference, where)
         return parity.figures() | {"max_layer_difference": max(differences)}
 
-    names = WeightMap(shape).names()
     figures = on_first_rank(source.path, "could not be read", compare)
     _check_loss(teacher, shape, loss)
     return figures | {
         "validation_loss": loss,
-        "parameters": float(sum(math.prod(source.shapes[name]) for name in names)),
+        "parameters": float(sum(math.prod(size) for size in WeightMap(shape).shapes().values())),
         "layers": float(shape.num_layers),
     }
 
@@ -263,6 +273,8 @@ def _describe(
     """What is no weights: configurations, tokenizer, origin."""
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
+    for name in teacher.ignored_config_fields:
+        config.__dict__.pop(name, None)
     config.dtype = source.dtype()
     config.save_pretrained(folder)
     if (source.path / GENERATION_CONFIG_NAME).exists():
