@@ -50,6 +50,7 @@ class Counts:
         splits: counts of each.
         duplicates: documents whose text had occurred before (they are kept).
         left_out: conversations without an answer.
+        highest_id: of all tokens; what a vocabulary has beyond need not be in the model.
     """
 
     splits: dict[str, SplitCounts] = field(
@@ -57,6 +58,7 @@ class Counts:
     )
     duplicates: int = 0
     left_out: int = 0
+    highest_id: int = 0
 
     @property
     def documents(self) -> int:

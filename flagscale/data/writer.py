@@ -116,6 +116,7 @@ def _write(
             for item in batch:
                 writers[item.split].add(item)
                 counts.splits[item.split].add(item)
+                counts.highest_id = max(counts.highest_id, int(item.ids.max()))
             hash_file.write(np.array([item.hash64 for item in batch], np.uint64).tobytes())
             progress.report()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,26 @@ def read(kind: Any, source: str | Path, what: str, place: Location, **options: A
     Raises:
         UserError: it cannot be fetched or read.
     """
+    return attempt(
+        lambda: kind.from_pretrained(place.name, **options, **place.options), source, what, place
+    )
+
+
+def attempt(work: Callable[[], Any], source: str | Path, what: str, place: Location) -> Any:  # noqa: ANN401
+    """What `work` returns; it fetches or reads, and fails in many ways that become one.
+
+    Args:
+        work: done again where the hub is away for a while.
+        source: that the user has named.
+        what: is fetched or read of it, for messages.
+        place: where the source is.
+
+    Raises:
+        UserError: it cannot be fetched or read.
+    """
     try:
         return patiently(
-            lambda: kind.from_pretrained(place.name, **options, **place.options),
+            work,
             f"fetch {what} of {source}",
             lambda error: not place.is_local and is_hub_away(error),
         )

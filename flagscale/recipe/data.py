@@ -61,7 +61,14 @@ class DataRecipe(_Reading):
     tokenizer: str | None = Field(None, description="Default: the teacher's")
     tokenizer_revision: str | None = None
     eod_token: str | None = Field(
-        None, description="Token between documents; default: <|endoftext|> if known, else EOS"
+        None,
+        description="Token after each document; default: EOS, or what ended documents where EOS "
+        "ends turns",
+    )
+    bos_token: str | None = Field(
+        "auto",
+        description="Token before each document; auto: the one that the tokenizer puts before a "
+        "text; null or '': none",
     )
     seq_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")

@@ -15,7 +15,8 @@ from flagscale import tracking
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
-from flagscale.data.encoder import Encoder, find_eod
+from flagscale.data.document_tokens import DocumentTokens, find_document_tokens
+from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.sources import Document, documents
 from flagscale.data.writer import Corpus, write_splits
@@ -49,13 +50,13 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
     params = {"data": data.model_dump(mode="json")}
     with tracking.step_run("prepare-data", params) as run:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_revision)
-        eod_id = find_eod(tokenizer, data.eod_token)
-        corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
+        tokens = find_document_tokens(tokenizer, data.eod_token, data.bos_token)
+        corpora = [_corpus(corpus, data, tokenizer, tokens) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
-            facts = _facts(data, corpora, counts, eod_id)
+            facts = _facts(data, corpora, counts, tokens)
             check_splits(facts, data.validation_fraction, data.test_fraction)
             facts["epochs"] = {
                 name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
@@ -70,11 +71,18 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
 
 
 def _corpus(
-    corpus: CorpusRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, eod_id: int
+    corpus: CorpusRecipe,
+    data: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: DocumentTokens,
 ) -> Corpus:
     kind = "chat" if corpus.format == "chat" else "text"
-    encoder = ChatEncoder if kind == "chat" else Encoder
-    encode = encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
+    fractions = (data.validation_fraction, data.test_fraction)
+    encode = (
+        ChatEncoder(tokenizer, tokens.eod, *fractions)  # BOS is what its template writes
+        if kind == "chat"
+        else Encoder(tokenizer, tokens, *fractions)
+    )
     if data.blend is None:
         return Corpus(None, kind, documents(corpus), encode)
     return Corpus(corpus.name, kind, _named(corpus), encode)
@@ -89,7 +97,7 @@ def _named(corpus: CorpusRecipe) -> Iterator[Document]:
 
 
 def _facts(
-    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], eod_id: int
+    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], tokens: DocumentTokens
 ) -> dict[str, Any]:
     described = [
         {
@@ -107,7 +115,9 @@ def _facts(
         "corpora": described,
         "splits": add_up(counts),
         "duplicate_documents": sum(found.duplicates for found in counts),
-        "eod_id": eod_id,
+        "eod_id": tokens.eod,
+        "bos_id": tokens.bos,
+        "highest_id": max(found.highest_id for found in counts),
         "vocab_size": corpora[0].encode.vocab_size,
         "seq_length": data.seq_length,
     }

@@ -146,11 +146,10 @@ def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
 
 def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
     """Whether the model can take the dataset's tokens and sequences."""
-    highest = max(facts["vocab_size"] - 1, facts["eod_id"])
-    if highest >= shape.vocab_size:
+    if facts["highest_id"] >= shape.vocab_size:
         raise UserError(
-            f"tokenizer that does not match the teacher: it has token {highest}, the model's "
-            f"vocab_size={shape.vocab_size}"
+            f"tokenizer that does not match the teacher: the dataset has token "
+            f"{facts['highest_id']}, the model's vocab_size={shape.vocab_size}"
         )
     if facts["seq_length"] > shape.max_position_embeddings:
         raise UserError(

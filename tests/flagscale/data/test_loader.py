@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, new_artifact
 from flagscale.data.counts import SplitCounts, add_up
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.loader import (
@@ -36,14 +37,17 @@ from flagscale.megatron import platform
 SEQ_LENGTH = 16
 
 
-def write_dataset(path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Path:
+def write_dataset(
+    path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str], bos_id: int | None = None
+) -> Path:
     with new_artifact(path, "dataset", {}) as staging:
-        encoder = Encoder(tokenizer, 0, 0.2, 0.2)
+        encoder = Encoder(tokenizer, DocumentTokens(0, bos_id), 0.2, 0.2)
         documents = (Document(text, "test") for text in texts)
         counts = write_splits([Corpus(None, "text", documents, encoder)], staging.path)
         staging.facts = {
             "splits": add_up(counts),
             "eod_id": 0,
+            "bos_id": bos_id,
             "vocab_size": encoder.vocab_size,
             "seq_length": SEQ_LENGTH,
         }

@@ -71,6 +71,7 @@ def blend(
             ],
             "splits": add_up(counts),
             "eod_id": 0,
+            "bos_id": None,
             "vocab_size": text.vocab_size,
             "seq_length": SEQ_LENGTH,
         }
