@@ -86,6 +86,38 @@ def check_fields(config: PreTrainedConfig, family: Family, ignored: Collection[s
         )
 
 
+def check_spellings(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse a `config.json` that says a thing in two ways, and differently.
+
+    Versions of transformers renamed fields, and files may have both; which one counts depends on
+    the version.
+
+    Args:
+        raw: content of the file.
+        where: it comes from, for the message.
+
+    Raises:
+        UserError: naming the field and both values.
+    """
+    scaling = raw.get("rope_scaling") or {}
+    readings: tuple[Mapping[str, Any], ...] = (
+        raw.get("rope_parameters") or {},
+        scaling,
+        {"rope_type": scaling.get("type")},
+        {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor", "num_experts")},
+        {"num_experts": raw.get("num_local_experts"), "dtype": raw.get("dtype")},
+        {"dtype": raw.get("torch_dtype")},
+    )
+    found: dict[str, Any] = {}
+    for reading in readings:
+        for name, value in reading.items():
+            if value is not None and found.setdefault(name, value) != value:
+                raise UserError(
+                    f"{where}: says {name}={found[name]!r} and {name}={value!r}, by an old and a "
+                    "new name of the field; correct one"
+                )
+
+
 def read_rope(config: PreTrainedConfig) -> tuple[float, float | None]:
     """Base of the rotary embedding, and the factor of Llama 3's scaling where there is one.
 

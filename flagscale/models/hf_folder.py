@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flagscale.errors import UserError
 
@@ -189,19 +189,6 @@ class HFFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise UserError(f"model of {self.name} cannot be read: {reason}") from error
-
-
-def check_no_adapter(folder: Path) -> None:
-    """Refuse a folder that is an adapter, or a model together with one.
-
-    Raises:
-        UserError: what to do about it.
-    """
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise UserError(
-            f"model {folder}: {ADAPTER_CONFIG_NAME} says that it is an adapter of another model: "
-            "merge it first, with peft's merge_and_unload, or remove it"
-        )
 
 
 def _index(folder: Path) -> dict[str, str] | None:
