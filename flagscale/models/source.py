@@ -78,6 +78,9 @@ def weights_folder(source: str, revision: str | None = None) -> Iterator[Path]:
         return
     folder = Path(place.name) if place.is_local else _download(source, revision)
     _check_no_adapter(source, folder)
+    from flagscale.models.hf_folder import HFFolder  # which takes torch, others here do not
+
+    HFFolder(folder, source).check_single_file()
     yield folder
 
 
