@@ -200,8 +200,9 @@ def _prove(
     del model  # before transformers' layers come
 
     def compare() -> dict[str, float]:
-        theirs = in_transformers(source.path, tokens, ours.hidden_bsh)
+        theirs = in_transformers(source.path, tokens, ours.hidden_bsh, dtype)
         differences = layer_differences(ours, theirs, dtype)
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded)
         parity = compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype)
         logger.info(
             "in %s a layer differs by at most %.3g of what it adds from transformers', logits by "
@@ -209,7 +210,7 @@ def _prove(
             *(dtype, max(differences), parity.max_logit_difference, parity.num_tokens),
         )
         where = "teacher.max_logit_difference"
-        check_layers(differences, dtype, teacher.max_logit_difference, where)
+        check_layers(differences, dtype, teacher.max_logit_difference, where, rounding)
         check_logits(parity, teacher.max_logit_difference, where)
         return parity.figures() | {"max_layer_difference": max(differences)}
 
