@@ -155,7 +155,8 @@ def check_sources(recipe: Recipe) -> None:
     from flagscale.megatron.shape import from_hf_config
     from flagscale.models.source import load_hf_config
 
-    teacher = from_hf_config(load_hf_config(recipe.teacher.source, recipe.teacher.revision))
+    config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
+    teacher = from_hf_config(config, ignored=recipe.teacher.ignored_config_fields)
     if recipe.sweep is None:
         _check_student(recipe, teacher)
     for variant in recipe.variants:

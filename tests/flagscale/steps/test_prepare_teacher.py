@@ -16,7 +16,6 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.source import load_hf_model
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
@@ -69,7 +68,7 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     assert figures["parameters"] == hf_model.num_parameters()
     manifest = open_artifact(output, "teacher")
     assert manifest.facts.items() >= figures.items()
@@ -105,7 +104,7 @@ def test_the_loss_is_that_of_transformers(
     figures = prepare_teacher(
         TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "teacher"
     )
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     batches = validation_batches(
         dataset, tmp_path / "cache", micro_batch_size=1, global_batch_size=1, eval_iters=8
     )
