@@ -171,16 +171,10 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
-    from flagscale.megatron.layout import check_intermediate_layers, check_layout
+    from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    student = student_shape(teacher, recipe.student)
-    sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
-    chunks = sizes.virtual_pipeline_model_parallel_size or 1
-    check_layout(student, sizes, seq_length, chunks)
-    if recipe.distillation.loss != "none":
-        check_layout(teacher, sizes, seq_length, chunks)
-        check_intermediate_layers(recipe.distillation, student, teacher, sizes)
+    check_layouts(recipe, teacher, student_shape(teacher, recipe.student))
 
 
 def _main() -> int:
