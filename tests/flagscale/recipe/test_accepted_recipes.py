@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
 from flagscale.megatron.arguments import training_arguments
-from flagscale.megatron.layout import check_intermediate_layers, check_layout
+from flagscale.megatron.layout import check_layouts
 from flagscale.megatron.performance import resolved
 from flagscale.megatron.shape import ModelShape
 from flagscale.megatron.transformer_config import transformer_config
@@ -100,16 +100,10 @@ def travels(recipe: Recipe) -> None:
 
 def fits(recipe: Recipe) -> ModelShape:
     student = student_shape(TEACHER, recipe.student)
-    sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
-    chunks = sizes.virtual_pipeline_model_parallel_size or 1
-    TEACHER.check_seq_length(seq_length)
-    check_layout(student, sizes, seq_length, chunks)
-    if recipe.distillation.loss != "none":
-        check_layout(TEACHER, sizes, seq_length, chunks)
-        check_intermediate_layers(recipe.distillation, student, TEACHER, sizes)
+    check_layouts(recipe, TEACHER, student)
     try:
         training = resolved(recipe.training, student, distilled=recipe.distillation.loss != "none")
-        transformer_config(training_arguments(student, seq_length, training))
+        transformer_config(training_arguments(student, recipe.data.seq_length, training))
     except (ValueError, AssertionError) as error:  # as `pipelines.local.preflight` refuses it
         raise UserError(str(error)) from error
     return student

@@ -16,8 +16,12 @@ from flagscale.recipe import Recipe, parse_section
 from pipelines.platform import Platform
 from tests.flagscale.test_recipe import MINIMAL
 
-# `heterogeneous_layers_config` and `vary` are looked through by validators of their own.
-ANY = {"ArchitectureRecipe.heterogeneous_layers_config", "SweepRecipe.vary"}
+# Looked through by validators of their own.
+ANY = {
+    "ArchitectureRecipe.heterogeneous_layers_config",
+    "DataRecipe.chat_template_kwargs",
+    "SweepRecipe.vary",
+}
 
 
 def parts(kind: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
