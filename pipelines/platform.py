@@ -7,7 +7,7 @@ gke-h100` puts both together; the same recipe runs on every platform.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
-from flagscale.recipe.section import PositiveInt, Source, Text
+from flagscale.recipe.section import NUMBER, PositiveInt, Source, Text
 from flagscale.recipe.strict_yaml import load
 from flagscale.run_values.buckets import check_bucket_url
 from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Plain, Variable
@@ -132,7 +132,7 @@ class Trainer(Section):
     """Kubeflow Trainer, whose TrainJobs train on several nodes, or on one that hears signals."""
 
     runtime: Name = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
-    min_nodes: Literal[1, 2] = Field(
+    min_nodes: Annotated[Literal[1, 2], NUMBER] = Field(
         2,
         description="`resources.nodes` from which on a training is a TrainJob; 1: always, so that "
         "one that is asked to stop saves at once",

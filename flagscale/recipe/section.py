@@ -60,17 +60,17 @@ def _not_blank(text: str) -> str:
     return text
 
 
-_Number = BeforeValidator(_number)
-PositiveInt = Annotated[int, Field(ge=1, le=MOST), _Number]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), _Number]
-Ranks = Annotated[int, Field(ge=1, le=2**16), _Number]  # sizes of process groups, pods
-Width = Annotated[int, Field(ge=1, le=2**24), _Number]  # sizes of a model
+NUMBER = BeforeValidator(_number)
+PositiveInt = Annotated[int, Field(ge=1, le=MOST), NUMBER]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), NUMBER]
+Ranks = Annotated[int, Field(ge=1, le=2**16), NUMBER]  # sizes of process groups, pods
+Width = Annotated[int, Field(ge=1, le=2**24), NUMBER]  # sizes of a model
 Seed = NonNegativeInt
-Tolerance = Annotated[float, Field(ge=1e-6, le=_LARGEST), _Number]  # float32 rounds to 1e-7
-Fraction = Annotated[float, Field(ge=0, lt=1), _Number]
-Positive = Annotated[float, Field(gt=0, le=_LARGEST), _Number]
-NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), _Number]
-Scale = Annotated[float, Field(ge=1e-6, le=1e6), _Number]  # of a loss, or of one among others
+Tolerance = Annotated[float, Field(ge=1e-6, le=_LARGEST), NUMBER]  # float32 rounds to 1e-7
+Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST), NUMBER]
+NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), NUMBER]
+Scale = Annotated[float, Field(ge=1e-6, le=1e6), NUMBER]  # of a loss, or of one among others
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Prose = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
 Line = Annotated[str, Field(max_length=1000), AfterValidator(one_line)]

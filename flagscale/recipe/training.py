@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.section import (
+    NUMBER,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -148,7 +149,7 @@ class TrainingRecipe(Section):
     rerun_mode: Literal["disabled", "validate_results"] = Field(
         "disabled", description="Megatron-Core's rerun state machine: recompute suspicious steps"
     )
-    timing_log_level: Literal[0, 1, 2] = Field(
+    timing_log_level: Annotated[Literal[0, 1, 2], NUMBER] = Field(
         0, description="Log where a step's time goes at each validation: not, coarse, fine"
     )
     log_straggler: bool = Field(

@@ -100,6 +100,7 @@ NO_RUN_CAN: list[tuple[str, Mapping[str, Any], str]] = [
     ("tracking", {"experiment": "x" * 257}, "at most 256 characters"),
     ("training", {"seed": 20261128123456}, "less than or equal to 2147483647"),
     ("training", {"train_iters": True}, "must be a number, not true"),
+    ("training", {"timing_log_level": True}, "must be a number, not true"),
     ("training", {"lr": 1e300}, "less than or equal to 1"),
     ("training", {"lr": True}, "must be a number, not true"),
     ("training", {"lr": 0.5, "weight_decay": 4}, "lr=0.5 with weight_decay=4.0"),
