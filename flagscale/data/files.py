@@ -130,6 +130,7 @@ def _list(source: str) -> tuple[Any, str | None, list[str]]:
         filesystem, path = fsspec.filesystem("file"), os.path.abspath(source)
     else:
         filesystem, path = fsspec.url_to_fs(source)
+    filesystem.invalidate_cache()  # of an earlier look
     info = None if _is_web(source) and "*" in _name(source) else _info(filesystem, path)
     if info is None:
         return filesystem, None, _glob(filesystem, path) if is_glob(source) else []

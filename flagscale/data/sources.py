@@ -119,8 +119,13 @@ def detect(source: str) -> str:
     return "files" if looks_like_files or not _HUB_ID.fullmatch(source) else "huggingface"
 
 
+def kind_of_source(corpus: CorpusRecipe) -> str:
+    """What its recipe says, or else `detect`."""
+    return detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+
+
 def _rows(corpus: CorpusRecipe, column: Column) -> Iterator[Row]:
-    kind = detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
+    kind = kind_of_source(corpus)
     if kind == "huggingface":
         yield from _dataset(corpus, column)
     elif kind != "python-docs":
@@ -165,7 +170,7 @@ def _dataset(corpus: CorpusRecipe, column: Column) -> Iterator[Row]:
     """Rows of a Hugging Face dataset: its files, where they are of a kind that is read here."""
     source = corpus.source
     try:
-        split = patiently(lambda: load_split(corpus), f"open {source}", is_hub_away)
+        split = patiently(lambda: load_split(corpus), f"open {source}", _is_away)
         if split.files and all(kind_of(path) in STRUCTURED for path in split.files):
             files = [File(*fsspec.url_to_fs(path)) for path in split.files]
             yield from _read(files, None, column, is_hub_away)
@@ -183,6 +188,11 @@ def _dataset(corpus: CorpusRecipe, column: Column) -> Iterator[Row]:
             f"be read: {first_line(error)}. Check these fields, the network and HF_TOKEN, or name "
             "a local file or folder"
         ) from error
+
+
+def _is_away(error: Exception) -> bool:
+    """Of the library's errors: it hides that it found nothing because the hub did not answer."""
+    return is_hub_away(error) or (error.__context__ is not None and is_hub_away(error.__context__))
 
 
 def _text_of(values: Mapping[str, Any], field: str, where: str) -> str:

@@ -7,11 +7,11 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download, metadata_load
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.utils import CONFIG_NAME
@@ -145,8 +145,12 @@ def _of_hub(source: str, revision: str | None) -> Iterable[Path]:
         return [file.rfilename for file in files]
 
     folder = download(CONFIG_NAME).parent
-    with suppress(OfflineModeIsEnabled):
+    try:
         for name in patiently(names, f"list the files of {source}", is_hub_away):
             if name == _CARD or _GOES_ALONG.fullmatch(name):
                 download(name)
+    except OfflineModeIsEnabled:
+        pass
+    except httpx2.TransportError as error:
+        logger.warning("the hub is away, files of the licence of %s may lack: %s", source, error)
     return folder.iterdir()

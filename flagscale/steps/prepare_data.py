@@ -21,6 +21,7 @@ from flagscale.data.encoder import Encode, Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
+from flagscale.data.states import is_remote, remote_state
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
 from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
@@ -54,12 +55,15 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         if data.chat_template is not None:  # the student's too: it lies in the artifact
             tokenizer.chat_template = data.chat_template
         tokens = find_document_tokens(tokenizer, data.eod_token, data.bos_token)
+        states = [_state(corpus, data) for corpus in data.corpora]
         corpora = [_corpus(corpus, data, tokenizer, tokens) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
             facts = _facts(data, corpora, counts, tokens)
+            for corpus, state in zip(facts["corpora"], states, strict=True):
+                corpus["state"] = state
             check_splits(facts, data.validation_fraction, data.test_fraction)
             facts["epochs"] = {
                 name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
@@ -71,6 +75,21 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         metrics = _metrics(facts, seconds)
         run.log_metrics(metrics)
     return metrics
+
+
+def _state(corpus: CorpusRecipe, data: DataRecipe) -> str | None:
+    """What a remote source holds, as far as it says."""
+    if not is_remote(corpus):
+        return None
+    state = remote_state(corpus)
+    if data.fingerprint is None and corpus.revision is None:
+        logger.warning(
+            "%s: read as it is now (%s). KFP's cache knows it by its address alone: for a run that "
+            "is to see a change give another data.fingerprint, or --no-cache",
+            corpus.source,
+            state or "nobody says what state that is",
+        )
+    return state
 
 
 def _corpus(

@@ -53,7 +53,7 @@ def blend(
 ) -> tuple[Path, Path]:
     """A dataset of two texts and conversations, and its index."""
     path = tmp_path_factory.mktemp("blend") / "dataset"
-    text = Encoder(chat_tokenizer, DocumentTokens(0, None), 0.2, 0.2)
+    text = Encoder(chat_tokenizer, DocumentTokens(eod=0, bos=None), 0.2, 0.2)
     chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2, SEQ_LENGTH)
     corpora = [
         Corpus("stories", "text", _numbered("Story", 80), text, BadRows()),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ from flagscale.data.rows import BadRows
 from flagscale.data.sources import documents
 from flagscale.errors import UserError
 from flagscale.recipe import DataRecipe
-from tests.flagscale.web_server import HALF, HANGS_UP, WebServer
+from tests.flagscale.web_server import COMMIT, HALF, HANGS_UP, WebServer
 
 
 def texts(source: object, **options: object) -> list[str]:
@@ -302,6 +303,34 @@ def test_huggingface_dataset(tmp_path: Path) -> None:
 def test_huggingface_out_of_reach() -> None:
     with pytest.raises(UserError, match=r"'some/dataset': no such file, and as a Hugging Face"):
         texts("some/dataset")
+
+
+def test_a_dataset_on_the_hub(hub: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Its splits are the library's; what looks like a time stays text, a bad row has its place."""
+    days = [f"2020-01-0{i}" for i in range(1, 10)]
+    (hub.folder / "README.md").write_text("# A dataset")
+    train = write_jsonl(hub.folder / "train.jsonl", *({"text": day} for day in days))
+    train.write_text(train.read_text() + "no\n")
+    write_jsonl(hub.folder / "test.jsonl", {"text": "held out"})
+    assert texts("o/n") == days
+    assert texts("o/n", split="test") == ["held out"]
+    assert f"left out: datasets/o/n@{COMMIT}/train.jsonl:10: not valid JSON" in caplog.text
+    train.rename(hub.folder / "train.json")  # lines or one array: the library finds out
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"as a Hugging Face dataset .* it cannot be read: Arrow"):
+        texts("o/n")
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    (hub.folder / "train.json").write_text(json.dumps([{"text": day} for day in "abc"]))
+    assert texts("o/n") == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("in_a_pod")
+def test_a_hub_that_is_away_for_a_while(hub: WebServer) -> None:
+    write_jsonl(hub.folder / "train.jsonl", *({"text": f"{i}" * 100} for i in range(99)))
+    expected = texts("o/n")
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    hub.troubles = [HANGS_UP, 503, 429, 500] * 6
+    assert texts("o/n") == expected
 
 
 @pytest.fixture

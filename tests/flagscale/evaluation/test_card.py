@@ -113,10 +113,12 @@ def test_what_the_licence_asks_for_goes_along(
         assert values["license_link"] == link
         derived = "`llama3.1`, that of `meta-llama/Llama-3.1-8B`, from which this model is derived."
         assert f"{derived} Its text: <{link}>." in _card(origin)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        (tmp_path / "again").mkdir()
-        assert keep_origin(source, "main", tmp_path / "again") == origin
-        assert len(list((tmp_path / "again" / "licenses").iterdir())) == len(GOES_ALONG)
+        web_server.close()  # and then as told
+        for name in ("away", "offline"):
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", name == "offline")
+            (tmp_path / name).mkdir()
+            assert keep_origin(source, "main", tmp_path / name) == origin
+            assert len(list((tmp_path / name / "licenses").iterdir())) == len(GOES_ALONG)
     else:
         assert values["license_link"] == "LICENSE-OF-META"
     assert "Built with Llama." in _card(origin)

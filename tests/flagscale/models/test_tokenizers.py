@@ -165,7 +165,8 @@ def test_a_difference_is_refused_with_the_text_that_shows_it(folder: Folder) -> 
     """What transformers does to a large vocabulary of Mistral's, if it is told to."""
 
     def change(backend: Tokenizer) -> None:
-        vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        names = ["<|endoftext|>", "<|im_end|>", "<s>", *pre_tokenizers.ByteLevel.alphabet()]
+        vocab = {name: i for i, name in enumerate(names)}
         vocab |= {f"{i}": len(vocab) + i for i in range(10, 100_010)}
         backend.model = models.BPE(vocab=vocab, merges=[("1", "2")], ignore_merges=True)
 

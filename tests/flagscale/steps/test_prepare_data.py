@@ -26,6 +26,7 @@ from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
 from flagscale.steps import prepare_data as step
 from flagscale.steps.prepare_data import prepare_data
+from tests.flagscale.web_server import WebServer
 
 CODE = """
 import sys
@@ -112,6 +113,38 @@ def test_documents_of_a_model_with_bos(tokenizer: Path, corpus: Path, tmp_path: 
     facts = open_artifact(tmp_path / "without", "dataset").facts
     assert facts["bos_id"] is None
     assert facts["highest_id"] < 400
+
+
+def test_bad_rows_are_told(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    lines = corpus.read_text().splitlines()
+    corpus.write_text("\n".join([*lines[:9], "no", *lines[9:], "[]"]))
+    output = tmp_path / "dataset"
+    metrics = prepare_data(recipe(tokenizer, corpus), output)
+    assert metrics["bad_rows"] == 2
+    (facts,) = open_artifact(output, "dataset").facts["corpora"]
+    assert facts["bad_rows"] == 2
+    assert [row.split(": ")[0] for row in facts["first_bad_rows"]] == [
+        f"{corpus}:10",
+        f"{corpus}:{len(lines) + 2}",
+    ]
+    with pytest.raises(UserError, match=r"(?s)2 of 20. rows so far .* more than 1 .*:10: not"):
+        prepare_data(recipe(tokenizer, corpus, max_bad_rows=1), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dataset_says_what_state_of_remote_text_it_was_made_of(
+    tokenizer: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = WebServer(tmp_path)
+    url = f"{server.url}/{corpus.name}"
+    prepare_data(recipe(tokenizer, url), tmp_path / "one")
+    (facts,) = open_artifact(tmp_path / "one", "dataset").facts["corpora"]
+    assert facts["state"].startswith("files ")
+    assert f"{url}: read as it is now ({facts['state']}). KFP's cache knows it by" in caplog.text
+    caplog.clear()
+    prepare_data(recipe(tokenizer, url, fingerprint="known"), tmp_path / "two")
+    assert "KFP's cache" not in caplog.text
+    server.close()
 
 
 TEMPLATE = (
@@ -272,7 +305,7 @@ def test_what_can_be_put_right_in_a_blend(
         ),
         (
             blend(chat_tokenizer, good, {"name": "c", "source": str(corpus), "format": "chat"}),
-            r"corpus 'c': (?s:.*)corpus.jsonl:1: no field 'messages'; there are: text",
+            "(?s)corpus 'c': .*corpus.jsonl:1: no field 'messages'; there are: text",
         ),
     ]
     for data, message in cases:

@@ -16,7 +16,6 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.source import load_hf_model
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
@@ -69,7 +68,7 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     assert figures["parameters"] == hf_model.num_parameters()
     manifest = open_artifact(output, "teacher")
     assert manifest.facts.items() >= figures.items()
@@ -105,7 +104,7 @@ def test_the_loss_is_that_of_transformers(
     figures = prepare_teacher(
         TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "teacher"
     )
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     batches = validation_batches(
         dataset, tmp_path / "cache", micro_batch_size=1, global_batch_size=1, eval_iters=8
     )
@@ -295,3 +294,16 @@ def test_an_unsupported_family(source: Path, dataset: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_tokenizer_that_others_would_not_load(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of a Qwen2 folder transformers 5 makes Qwen2's: told before the weights are imported."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"AutoTokenizer does not make the model's own tokens: "):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
