@@ -77,6 +77,7 @@ def write(folder: Path, kinds: dict[str, str], documents: int, seq_length: int) 
             "corpora": described,
             "splits": add_up(counts),
             "eod_id": EOD,
+            "bos_id": None,
             "vocab_size": 49152,
             "seq_length": seq_length,
         }

@@ -74,7 +74,8 @@ def _csv(file: File, column: Column, delimiter: str = ",") -> Iterator[Row]:
     with file.open() as raw, _as_text(raw, newline="") as stream:
         table = csv.reader(stream, delimiter=delimiter, strict=True)
         names = next(table, [])
-        if column.field not in names or names.count(column.field) > 1:
+        wanted = column.among(names)
+        if not wanted or any(names.count(name) > 1 for name in wanted):
             raise UserError(f"{file.path}: {column.missing(names)}")
         while True:
             where = f"{file.path}:{table.line_num + 1}"
@@ -109,7 +110,7 @@ def _parquet(file: File, column: Column) -> Iterator[Row]:
     with file.open(packed=True) as stream:
         table = pq.ParquetFile(stream)
         names = table.schema_arrow.names
-        batches = table.iter_batches(_ROWS_A_BATCH, columns=[column.field])
+        batches = table.iter_batches(_ROWS_A_BATCH, columns=column.among(names))
         yield from _columnar(file, column, names, batches)
 
 
@@ -132,17 +133,18 @@ def _columnar(
     names: list[str],
     batches: Iterator[Any],  # pyarrow.RecordBatch
 ) -> Iterator[Row]:
-    if column.field not in names:
+    wanted = column.among(names)
+    if not wanted:
         raise UserError(f"{file.path}: {column.missing(names)}")
     number = 0
     for batch in batches:
-        batch = batch.select([column.field])
+        batch = batch.select(wanted)
         decode = _feature_decoder(batch.schema)
-        for value in batch.column(0):
+        for row in zip(*batch.columns, strict=True):
             number += 1
             where = f"{file.path}: row {number}"
             try:
-                values = {column.field: value.as_py()}
+                values = {name: v.as_py() for name, v in zip(wanted, row, strict=True)}
             except UnicodeDecodeError:
                 yield Row(where, BadRow(where, _NOT_UTF8.format("")))
             else:

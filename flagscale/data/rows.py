@@ -6,7 +6,7 @@ A bad row is named and left out; too many of them end the step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from flagscale.errors import UserError
@@ -42,18 +42,29 @@ class Row(NamedTuple):
     values: dict[str, Any] | BadRow
 
 
+def field_alone(field: str, names: Iterable[str]) -> list[str]:
+    """`Column.columns` of what stands in one field."""
+    return [field] if field in names else []
+
+
 class Column(NamedTuple):
     """Where in a row its document is.
 
     Attributes:
         field: key or column.
         option: of the recipe, which names the field.
-        read: makes text of the field's value, given the place for messages.
+        read: makes text of a row's values, given the field, and the place for messages.
+        columns: those of a row's keys that are read for a field; none where it is not there.
     """
 
     field: str
     option: str
-    read: Callable[[Any, str], str]
+    read: Callable[[Mapping[str, Any], str, str], str]
+    columns: Callable[[str, Iterable[str]], list[str]] = field_alone
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those of a row's keys that are read; none where no document is among them."""
+        return self.columns(self.field, names)
 
     def text(self, row: Row) -> str:
         """The document of a row.
@@ -63,9 +74,9 @@ class Column(NamedTuple):
         """
         if isinstance(row.values, BadRow):
             raise row.values
-        if self.field not in row.values:
+        if not self.among(row.values):
             raise BadRow(row.where, self.missing(row.values))
-        return self.read(row.values[self.field], f"{row.where}: field {self.field!r}")
+        return self.read(row.values, self.field, row.where)
 
     def missing(self, names: Any) -> str:  # noqa: ANN401 - any iterable of names
         """What is said where the field is not among `names`."""

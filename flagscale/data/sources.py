@@ -11,17 +11,17 @@ import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 from backports import zstd
 
 from flagscale.data.files import File, first_line, is_glob, kind_of, list_files
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import columns, dump_conversation
 from flagscale.data.python_docs import python_documents
 from flagscale.data.readers import STRUCTURED, text
 from flagscale.data.rows import BadRow, BadRows, Column, Row
@@ -67,7 +67,7 @@ def documents(corpus: CorpusRecipe, bad_rows: BadRows | None = None) -> Iterator
     """
     bad_rows = bad_rows or BadRows(corpus.max_bad_rows)
     if corpus.format == "chat":
-        column = Column(corpus.messages_field, "messages_field", dump_messages)
+        column = Column(corpus.messages_field, "messages_field", dump_conversation, columns)
     else:
         column = Column(corpus.text_field, "text_field", _text_of)
     count = 0
@@ -195,9 +195,10 @@ def _is_away(error: Exception) -> bool:
     return is_hub_away(error) or (error.__context__ is not None and is_hub_away(error.__context__))
 
 
-def _text_of(value: object, where: str) -> str:
+def _text_of(values: Mapping[str, Any], field: str, where: str) -> str:
     """The text of a field; null counts as blank."""
+    value = values[field]
     if value is not None and not isinstance(value, str):
         found = f"{type(value).__name__} {str(value)[:40]!r}"
-        raise BadRow(where, f"must be text, found {found}")
+        raise BadRow(where, f"field {field!r}: must be text, found {found}")
     return value or ""

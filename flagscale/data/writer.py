@@ -107,15 +107,11 @@ def _write(
 ) -> None:
     batches = _batches(corpus.documents)
 
-    def encode(batch: list[Document]) -> tuple[int, Sequence[EncodedDocument | BadRow]]:
-        return len(batch), corpus.encode(batch)
-
     with (
         hashes.open("ab") as hash_file,
-        contextlib.closing(_map_in_order(encode, batches, workers)) as encoded,
+        contextlib.closing(_map_in_order(corpus.encode, batches, workers)) as encoded,
     ):
-        for read, batch in encoded:
-            counts.left_out += read - len(batch)  # conversations without an answer
+        for batch in encoded:
             hashes64 = []
             for item in batch:
                 if isinstance(item, BadRow):
@@ -123,7 +119,9 @@ def _write(
                     continue
                 writers[item.split].add(item)
                 counts.splits[item.split].add(item)
-                hashes64.append(item.hash64)
+                counts.highest_id = max(counts.highest_id, int(item.ids.max()))
+                if item.hash64 is not None:
+                    hashes64.append(item.hash64)
             hash_file.write(np.array(hashes64, np.uint64).tobytes())
             progress.report()
 

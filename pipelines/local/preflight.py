@@ -155,7 +155,8 @@ def check_sources(recipe: Recipe) -> None:
     from flagscale.megatron.shape import from_hf_config
     from flagscale.models.source import load_hf_config
 
-    teacher = from_hf_config(load_hf_config(recipe.teacher.source, recipe.teacher.revision))
+    config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
+    teacher = from_hf_config(config, ignored=recipe.teacher.ignored_config_fields)
     if recipe.sweep is None:
         _check_student(recipe, teacher)
     for variant in recipe.variants:
@@ -170,16 +171,10 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
-    from flagscale.megatron.layout import check_intermediate_layers, check_layout
+    from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    student = student_shape(teacher, recipe.student)
-    sizes, seq_length = recipe.training.parallelism, recipe.data.seq_length
-    chunks = sizes.virtual_pipeline_model_parallel_size or 1
-    check_layout(student, sizes, seq_length, chunks)
-    if recipe.distillation.loss != "none":
-        check_layout(teacher, sizes, seq_length, chunks)
-        check_intermediate_layers(recipe.distillation, student, teacher, sizes)
+    check_layouts(recipe, teacher, student_shape(teacher, recipe.student))
 
 
 def _main() -> int:

@@ -67,7 +67,9 @@ class _Handler(SimpleHTTPRequestHandler):
             self._send_tree(self.path.partition("?")[0].split("/tree/")[1].partition("/")[2])
             return
         if self.path.startswith("/api/"):
-            self._send_json({"id": "o/n", "sha": self.web.commit, "siblings": []})
+            names = [path.name for path in sorted(self.web.folder.iterdir()) if path.is_file()]
+            siblings = [{"rfilename": name} for name in names]
+            self._send_json({"id": "o/n", "sha": self.web.commit, "siblings": siblings})
             return
         trouble = self.web.troubles.pop(0) if self.web.troubles else None
         if trouble == HANGS_UP:
@@ -94,7 +96,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         if getattr(self, "_is_hub", False):
             path = self.web.folder / self.path[1:]
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", self.web.commit)
             if path.is_file():
                 self.send_header("ETag", hashlib.sha1(path.read_bytes()).hexdigest())
         super().end_headers()

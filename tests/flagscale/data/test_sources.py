@@ -16,7 +16,7 @@ import pytest
 from backports import zstd
 from fsspec.implementations.http import HTTPFileSystem
 
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import dump_conversation, load_conversation
 from flagscale.data.rows import BadRows
 from flagscale.data.sources import documents
 from flagscale.errors import UserError
@@ -404,15 +404,18 @@ def test_conversations(tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": f"hé {i}"}] for i in range(3)]
     rows = [{"messages": turn, "id": 1} for turn in turns]
     path = write_jsonl(tmp_path / "a.jsonl", *rows, {"messages": None}, {"messages": []})
-    wanted = [dump_messages(turn, "") for turn in turns]
+    wanted = [dump_conversation({"messages": turn}, "messages", "") for turn in turns]
     assert talks(path) == wanted
     assert talks(tmp_path) == wanted
     # a column of structs has every key in every row
     answer = {"role": "assistant", "content": "", "name": "x"}
     full = [[{**turn[0], "name": None}, answer] for turn in turns]
-    pq.write_table(pa.table({"chat": full}), tmp_path / "b.parquet")
-    (found, *_) = talks(tmp_path / "b.parquet", messages_field="chat")
-    assert json.loads(found) == [turns[0][0], answer]
+    tools = [[{"name": "f"}], None, []]
+    pq.write_table(pa.table({"chat": full, "tools": tools}), tmp_path / "b.parquet")
+    (found, other, _) = talks(tmp_path / "b.parquet", messages_field="chat")
+    assert load_conversation(found).messages == [turns[0][0], answer]
+    assert load_conversation(found).tools == [{"name": "f"}]
+    assert load_conversation(other).tools is None
     datasets.Dataset.from_dict({"messages": turns}).to_parquet(tmp_path / "hub" / "c.parquet")
     assert talks(tmp_path / "hub") == wanted
 
@@ -433,14 +436,15 @@ def test_what_a_call_was_given_comes_back_from_a_column_of_json(tmp_path: Path) 
     )
     rows = {"messages": [[answer], [{**answer, "args": [1, "z"]}]]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
-    assert [json.loads(talk)[0]["args"] for talk in talks(tmp_path)] == [{"x": 1}, [1, "z"]]
+    found = [load_conversation(talk).messages[0]["args"] for talk in talks(tmp_path)]
+    assert found == [{"x": 1}, [1, "z"]]
 
 
 def test_where_there_are_no_conversations(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"messages": "hello"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no field 'messages'; .* Set data.messages_fi"):
         talks(path)
-    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text': must be a list of messages"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text' is text, but no JSON: str 'a'"):
         talks(path, messages_field="text")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "b.txt").write_text("hello")

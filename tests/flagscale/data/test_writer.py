@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import hash_files, is_disk_full
 from flagscale.data import writer
 from flagscale.data.counts import Counts, SplitCounts, check_splits
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.rows import BadRows
@@ -27,7 +28,7 @@ from flagscale.errors import UserError
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    return Encoder(tokenizer, 0, 0.25, 0.25)
+    return Encoder(tokenizer, DocumentTokens(0, None), 0.25, 0.25)
 
 
 def stream(texts: list[str]) -> Iterator[Document]:
