@@ -268,8 +268,9 @@ def test_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["", "  "])
 def test_no_source(source: str) -> None:
-    with pytest.raises(UserError, match="must name a source"):
-        texts(source)
+    for kind in ("auto", "text", "huggingface"):
+        with pytest.raises(UserError, match="must name a source"):
+            texts(source, format=kind)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
