@@ -174,7 +174,11 @@ def test_massive_activations(
     assert ours.hidden_bsh[1].abs().max() > 300 * ours.hidden_bsh[1].abs().median()
     theirs = in_transformers(tmp_path, TOKENS, ours.hidden_bsh, dtype)
     rounding = layer_differences(ours, theirs, dtype, theirs.rounded) if theirs.rounded else []
-    check_layers(layer_differences(ours, theirs, dtype), dtype, LIMIT, WHERE, rounding)
+    differences = layer_differences(ours, theirs, dtype)
+    check_layers(differences, dtype, LIMIT, WHERE, rounding)
+    if make is _large_channels_that_cancel and dtype == torch.bfloat16:
+        with pytest.raises(UserError, match=r"0\.05: layer"):  # a fixed limit is none
+            check_layers(differences, dtype, LIMIT, WHERE)
     check_logits(compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype), LIMIT, WHERE)
     if make is _few_large_channels:  # in whose rounding a mistake used to disappear
         _swap_query_heads(model)
