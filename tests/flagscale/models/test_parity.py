@@ -146,13 +146,15 @@ def _few_large_channels(model: PreTrainedModel) -> None:
 
 def _large_channels_that_cancel(model: PreTrainedModel) -> None:
     """What is left of them is smaller than their rounding: no layer is exact in 16 bits."""
-    model.model.embed_tokens.weight[:, MASSIVE] = torch.tensor([300.0, -210.0])
+    first, second = MASSIVE
+    model.model.embed_tokens.weight[:, MASSIVE] = torch.tensor([30.0, -11.0])
     for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[second] = norm.weight[first]
         attention, mlp = layer.self_attn, layer.mlp
-        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-            part.weight[:, MASSIVE[1]] = part.weight[:, MASSIVE[0]] * 300 / 210
-        for part in (mlp.gate_proj, mlp.up_proj):
-            part.weight[:, MASSIVE[1]] = part.weight[:, MASSIVE[0]] * 300 / 210
+        readers = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        for part in readers:
+            part.weight[:, second] = part.weight[:, first] * 30 / 11
 
 
 @pytest.mark.usefixtures("runtime")
