@@ -115,6 +115,8 @@ def test_quantised_weights_are_those_of_transformers(
         ({"llama.logit_scale": 0.5}, "llama.logit_scale=0.5: unknown here"),
         ({"llama.of_tomorrow": 0}, "llama.of_tomorrow=0: unknown here"),
         ({"llama.attention.head_count_kv": [2, 2, 4]}, "differs from layer to layer: .2, 2, 4."),
+        ({"llama.attention.head_count": [4, 4, 8]}, "head_count differs from layer to layer"),
+        ({"llama.attention.head_count": 0}, "cannot be read: .*by zero"),
         ({"llama.feed_forward_length": [96, 96, 64]}, "differs from layer to layer: .96, 96, 64."),
         ({"llama.block_count": None}, "it has no llama.block_count"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "it has no llama.attention.layer_norm"),
@@ -130,7 +132,7 @@ def test_keys_that_are_not_honoured_are_refused(
     own, tensors = as_gguf(make_model("llama tied"))
     changed = {key: value for key, value in (own | keys).items() if value is not None}
     path = write(tmp_path / "tiny.gguf", changed, tensors)
-    with pytest.raises(UserError, match=f"model {path}: .*{message}"):
+    with pytest.raises(UserError, match=rf"model (of )?{path}.*{message}"):
         load_hf_config(path)
 
 
