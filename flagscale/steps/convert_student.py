@@ -29,7 +29,8 @@ from flagscale.models.distillation_proof import (
     prove_every_parameter_learns,
     prove_no_loss_when_equal,
 )
-from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model, sizes_for
+from flagscale.models.hf_description import write_config
+from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
@@ -198,7 +199,7 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
         return
     shutil.copytree(teacher / "hf", folder / "hf")
     template = load_hf_config(teacher / "hf")
-    hf_config_for(shape, template).save_pretrained(folder / "hf")
+    write_config(hf_config_for(shape, template), folder / "hf")
 
 
 def _prove(
@@ -217,9 +218,7 @@ def _prove(
         batch: see `_batch`.
         logits_bsv: this rank's part of what the student predicted before it was stored.
     """
-    shape = ModelShape.load(teacher)
-    sizes = sizes_for(shape, args.parallelism)
-    teacher_model = load_model(teacher, args.seq_length, sizes, args.params_dtype)
+    teacher_model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
     when_equal = prove_no_loss_when_equal(teacher_model, batch)
     model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
     difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)

@@ -11,14 +11,14 @@ import logging
 import math
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoTokenizer
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
@@ -32,12 +32,18 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
+from flagscale.models.hf_description import (
+    check_ids,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.layer_outputs import in_transformers, layer_outputs
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.origin import find_origin
+from flagscale.models.origin import keep_origin
 from flagscale.models.parity import (
     check_layers,
     check_logits,
@@ -45,8 +51,9 @@ from flagscale.models.parity import (
     fixed_tokens,
     layer_differences,
 )
+from flagscale.models.probing_texts import probing_texts
 from flagscale.models.source import load_hf_config, weights_folder
-from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, pipeline_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.train.batches import reads_data
@@ -122,10 +129,10 @@ def prepare_on_rank(
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
+            describe = partial(_describe, staging, teacher, source, shape, dataset)
+            on_first_rank(source.path, "could not be described", describe)
             staging.facts["zero_weights"] = _import(teacher, source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
-            if is_first_rank():
-                _describe(staging, teacher, source, shape)
             staging.facts |= figures | {"seq_length": facts["seq_length"]}
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
         run.log_metrics(figures)
@@ -133,14 +140,18 @@ def prepare_on_rank(
 
 
 def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
-    """The teacher's tokenizer must be the one that made the dataset."""
-    own = tokenizer_hash(load_tokenizer(teacher.source, teacher.revision))
-    used = tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
+    """The dataset's tokens must be the teacher's own.
+
+    Which of them are special may differ, as of an instruct model's tokenizer from its base's.
+    """
+    own = pipeline_hash(load_tokenizer(teacher.source, teacher.revision))
+    used = pipeline_hash(load_tokenizer(dataset / "tokenizer"))
     if own != used:
         raise UserError(
             f"{dataset} was made with a tokenizer that does not match the teacher "
-            f"{teacher.source} ({used[:19]}, not {own[:19]}); leave data.tokenizer out of the "
-            "recipe, or give the teacher's source there"
+            f"{teacher.source} ({used[:19]}, not {own[:19]}): a text has other ids; leave "
+            "data.tokenizer out of the recipe, or give the teacher's source there. Where the "
+            "teacher lacks a chat template, give one in data.chat_template"
         )
 
 
@@ -268,21 +279,26 @@ def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
 
 
 def _describe(
-    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape
+    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape, dataset: Path
 ) -> None:
-    """What is no weights: configurations, tokenizer, origin."""
+    """What is no weights: configurations, tokenizer, origin.
+
+    The tokenizer is the dataset's: with the chat template that the student is trained on.
+    """
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
     for name in teacher.ignored_config_fields:
         config.__dict__.pop(name, None)
     config.dtype = source.dtype()
-    config.save_pretrained(folder)
-    if (source.path / GENERATION_CONFIG_NAME).exists():
-        generation = GenerationConfig.from_pretrained(source.path)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
-    load_tokenizer(teacher.source, teacher.revision).save_pretrained(folder)
-    origin = find_origin(teacher.source, teacher.revision)
-    origin.save(folder)
+    folder.mkdir()
+    write_config(config, folder)
+    corpora = read_manifest(dataset).facts["corpora"]
+    ends = {number for corpus in corpora for number in corpus.get("end_ids", ())}
+    write_generation_config(source.path, config, folder, ends)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
+    write_tokenizer(tokenizer, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = [theirs(text)["input_ids"] for text in probing_texts()]
+    check_ids(tokenizer, probing_texts(), ids, f"tokenizer of {teacher.source}")
+    origin = keep_origin(teacher.source, teacher.revision, folder)
     staging.facts |= {"origin": asdict(origin), "dtype": str(source.dtype()).removeprefix("torch.")}

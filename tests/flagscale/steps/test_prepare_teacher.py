@@ -76,6 +76,8 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
         "source": str(tiny_teacher),
         "base_model": None,
         "license": None,
+        "license_name": None,
+        "license_link": None,
     }
     data = open_artifact(dataset, "dataset")
     assert manifest.tokenizer_hash == data.tokenizer_hash
@@ -244,6 +246,39 @@ def test_a_tokenizer_that_does_not_match(source: Path, dataset: Path) -> None:
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
 
 
+def test_a_template_that_the_teacher_lacks(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A base model, and of its instruct model tokenizer or template: the student gets it."""
+    base = Path(shutil.copytree(tiny_teacher, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    end = max(filter(str.isalpha, filter(str.isascii, tokenizer.get_vocab())), key=len)
+    assert tokenizer.chat_template is None
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(base)
+    base_end, tokenizer.eos_token = tokenizer.eos_token, end
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    talk = [{"role": "user", "content": "for"}, {"role": "assistant", "content": "in"}]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"{i}"}, talk[1]]} for i in range(90)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(
+        source=str(tmp_path / "talk.jsonl"),
+        format="chat",
+        tokenizer=str(tmp_path / "instruct"),
+        chat_template=template,
+        seq_length=SEQ_LENGTH,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    prepare_data(recipe, tmp_path / "dataset")
+    teacher = TeacherRecipe(source=str(base), max_validation_loss=20)
+    prepare_teacher(teacher, tmp_path / "dataset", tmp_path / "teacher")
+    stored = load_tokenizer(tmp_path / "teacher" / "hf")
+    assert (stored.chat_template, stored.eos_token) == (template, end)
+    generation = json.loads((tmp_path / "teacher" / "hf" / "generation_config.json").read_text())
+    wanted = tokenizer.convert_tokens_to_ids([base_end, end])
+    assert generation["eos_token_id"] == wanted
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(
     tiny_teacher: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -279,3 +314,16 @@ def test_an_unsupported_family(source: Path, dataset: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_tokenizer_that_others_would_not_load(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of a Qwen2 folder transformers 5 makes Qwen2's: told before the weights are imported."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"AutoTokenizer does not make the model's own tokens: "):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
