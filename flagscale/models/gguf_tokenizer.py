@@ -104,14 +104,19 @@ def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     Raises:
         UserError: the file says something about it that is not honoured here.
-        ValueError, KeyError: it is no GGUF file, or has no tokenizer.
+        ValueError: it is no GGUF file, or what it says makes no tokenizer.
     """
     metadata = {
         name: field.contents()
         for name, field in GGUFReader(path).fields.items()
         if name.startswith("tokenizer.")
     }
-    return gguf_tokenizer(metadata, str(path))
+    try:
+        return gguf_tokenizer(metadata, str(path))
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other type
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> PreTrainedTokenizerFast:

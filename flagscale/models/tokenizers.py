@@ -84,22 +84,36 @@ def _from_tokenizer_json(source: str | Path, place: Location) -> PreTrainedToken
 
     own = attempt(parse, source, "tokenizer", place)
     loaded = read(PreTrainedTokenizerFast, source, "tokenizer", place)
-    _restore(loaded, own)
+    _restore(loaded, own, source)
     _check_prefix_space(loaded, own, source)
     _check_ids(loaded.backend_tokenizer, own, source)
     return loaded
 
 
-def _restore(loaded: PreTrainedTokenizerFast, own: Tokenizer) -> None:
+def _restore(loaded: PreTrainedTokenizerFast, own: Tokenizer, source: str | Path) -> None:
     """Undo what transformers did to the pipeline because of `tokenizer_config.json`.
 
-    It adds the tokens that only stand there, which may stay: a pad token, for example. It also
-    changes how those of `tokenizer.json` match, and which are put around a text.
+    It adds the tokens that only stand there. Special ones may stay (a pad token, for example):
+    their names in a text are text. It also changes how those of `tokenizer.json` match, and which
+    are put around a text.
     """
+    for identifier, token in loaded.init_kwargs.get("added_tokens_decoder", {}).items():
+        actual = loaded.convert_tokens_to_ids(str(token))
+        if actual != identifier:
+            raise UserError(
+                f"tokenizer of {source}: {str(token)!r} is {identifier} in {TOKENIZER_CONFIG_FILE} "
+                f"and {actual} by {TOKENIZER_FILE}; make the two agree on what the model knows"
+            )
     backend = loaded.backend_tokenizer
     backend.post_processor = own.post_processor
     mine = own.get_added_tokens_decoder()
     for identifier, token in loaded.added_tokens_decoder.items():
+        if identifier not in mine and not token.special:
+            raise UserError(
+                f"tokenizer of {source}: the token {token.content!r} ({identifier}) stands in "
+                f"{TOKENIZER_CONFIG_FILE} alone, and {TOKENIZER_FILE} splits it; make the two "
+                "agree on what the model was trained with"
+            )
         if identifier not in mine:
             logger.info(
                 "%s has the token %r (%d), %s has not",
@@ -114,8 +128,7 @@ def _check_prefix_space(
     loaded: PreTrainedTokenizerFast, own: Tokenizer, source: str | Path
 ) -> None:
     """Where the two disagree, transformers 4 changes the pipeline and 5 does not."""
-    pre_tokenizer = json.loads(own.to_str())["pre_tokenizer"] or {}
-    actual = pre_tokenizer.get("add_prefix_space")
+    actual = getattr(own.pre_tokenizer, "add_prefix_space", None)
     declared = loaded.init_kwargs.get("add_prefix_space")
     if actual is None:
         return

@@ -287,6 +287,27 @@ def test_text_is_packed_as_megatrons_builder_does(dataset: Path, tmp_path: Path)
             assert torch.equal(batch[name][0], theirs[i][name])
 
 
+def test_documents_begin_with_bos(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Borders are before it, and EOD is not to learn that it comes next."""
+    texts = [f"Text number {i} counts {i * i}. " * (1 + i % 3) for i in range(60)]
+    dataset = write_dataset(tmp_path / "dataset", tokenizer, texts, bos_id=1)
+    for document in split_documents(dataset, "train"):
+        assert document[0] == 1
+        assert document[-1] == 0
+        assert not np.isin(document[1:-1], [0, 1]).any()
+    for reset in (False, True):
+        batches = train(dataset, tmp_path / f"{reset}", reset_attention_mask=reset)
+        for batch in itertools.islice(batches, 8):
+            tokens, labels = batch["tokens"], batch["labels"]
+            ends = tokens == 0
+            assert (labels[ends] == 1).all()
+            assert torch.equal(batch["loss_mask"] == 0, ends)
+            if reset:
+                begins = batch["position_ids"] == 0
+                begins[:, 0] = tokens[:, 0] == 1
+                assert torch.equal(begins, tokens == 1)
+
+
 @pytest.mark.skipif(not platform.HAS_GPU, reason="needs a GPU")
 def test_batches_are_pinned_on_a_gpu_machine(dataset: Path, tmp_path: Path) -> None:
     batch = next(train(dataset, tmp_path))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import add_up, measure_epoch
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import parts_of, read_manifest
 from flagscale.data.loader import (
@@ -51,7 +52,8 @@ def blend(
 ) -> tuple[Path, Path]:
     """A dataset of two texts and conversations, and its index."""
     path = tmp_path_factory.mktemp("blend") / "dataset"
-    text, chat = (kind(chat_tokenizer, 0, 0.2, 0.2) for kind in (Encoder, ChatEncoder))
+    text = Encoder(chat_tokenizer, DocumentTokens(eod=0, bos=None), 0.2, 0.2)
+    chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2)
     corpora = [
         Corpus("stories", "text", _numbered("Story", 80), text),
         Corpus("talk", "chat", _talks(60), chat),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import open_artifact
@@ -88,6 +89,30 @@ def test_dataset(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     assert next(batches)["tokens"].shape == (2, 32)
 
 
+def test_documents_of_a_model_with_bos(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    """As its tokenizer begins texts; a pad token that no text holds is not among what is held."""
+    fast = load_tokenizer(tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 400)]
+    )
+    fast.save_pretrained(tmp_path / "with-bos")
+    output = tmp_path / "dataset"
+    prepare_data(recipe(tmp_path / "with-bos", corpus), output)
+    facts = open_artifact(output, "dataset").facts
+    assert (facts["bos_id"], facts["eod_id"]) == (400, 0)
+    assert (facts["highest_id"], facts["vocab_size"]) == (400, 402)
+    for name in SPLITS:
+        for document in split_documents(output, name):
+            assert document[0] == 400
+            assert document[-1] == 0
+    without = recipe(tmp_path / "with-bos", corpus, bos_token=None)
+    prepare_data(without, tmp_path / "without")
+    facts = open_artifact(tmp_path / "without", "dataset").facts
+    assert facts["bos_id"] is None
+    assert facts["highest_id"] < 400
+
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -116,6 +141,21 @@ def talks(tmp_path: Path) -> Path:
     rows = [{"messages": chat} for chat in [*chats, chats[0], chats[0][:1]]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_template_that_writes_bos(tokenizer: Path, talks: Path, tmp_path: Path) -> None:
+    """The tokenizer would put one more in front; a conversation has the template's alone."""
+    fast = load_tokenizer(tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 400)]
+    )
+    fast.chat_template = "{{ bos_token }}" + TEMPLATE
+    fast.save_pretrained(tmp_path / "with-bos")
+    prepare_data(recipe(tmp_path / "with-bos", talks, format="chat"), tmp_path / "dataset")
+    for name in SPLITS:
+        for document in split_documents(tmp_path / "dataset", name):
+            assert np.flatnonzero(document == 400).tolist() == [0]
 
 
 def test_conversations(

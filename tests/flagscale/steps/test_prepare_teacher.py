@@ -230,13 +230,22 @@ def test_a_tokenizer_that_does_not_match(source: Path, dataset: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model(
     tiny_teacher: Path, text: Path, tmp_path: Path
 ) -> None:
+    """It is refused if a text holds one of these."""
     source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(source)
+    recipe = TeacherRecipe(source=str(source))
     dataset = _prepare_data(source, text, tmp_path / "dataset")
+    with pytest.raises(UserError, match=r"data.seq_length=32 is more than"):  # what is checked next
+        prepare_teacher(recipe, dataset, tmp_path / "teacher")
+    texts = Path(shutil.copytree(text, tmp_path / "texts"))
+    (texts / "one-more.txt").write_text("That is <extra>.")
+    dataset = _prepare_data(source, texts, tmp_path / "another")
     with pytest.raises(UserError, match="has token 1000, the model's vocab_size=1000"):
-        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+        prepare_teacher(recipe, dataset, tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
 
 
