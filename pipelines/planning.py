@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from kubernetes.utils import parse_quantity
@@ -25,6 +27,9 @@ from flagscale.sizes.steps import MODEL_STEPS, StepPlan, model_step, training_st
 from flagscale.sizes.teacher import Teacher, UnknownSizeError, teacher_of
 from pipelines.platform import Platform
 from pipelines.pods import Pods
+
+if TYPE_CHECKING:
+    from flagscale.megatron.shape import ModelShape
 
 _MOST_RANKS = 64  # of a layout that is named for what does not fit
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -67,18 +72,39 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
 
     Raises:
         UnknownSizeError: how large the models are cannot be told here.
-        UserError: the student does not fit the teacher.
+        UserError: the student does not fit the teacher, or one of them cannot be divided as a
+            layout says.
     """
     teacher = teacher_of(recipe.teacher)
     here = this_machine(on_cpu) if platform is None else Machine(None)
 
-    def plan(one: Recipe, name: str | None = None) -> Plan:
+    def plan(one: Recipe, name: str | None) -> Plan:
         machines = (here, here) if platform is None else _machines(one, platform)
         return _plan(one, teacher, machines, name)
 
     if recipe.sweep is None:
-        return [plan(recipe)]
-    return [plan(variant.recipe, variant.name) for variant in recipe.variants]
+        return [plan(recipe, None)]
+    found = []
+    for variant in recipe.variants:
+        try:
+            found.append(plan(variant.recipe, variant.name))
+        except UserError as error:
+            raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
+    return found
+
+
+def check_run(recipes: Iterable[Recipe]) -> None:
+    """Refuse values of one run that its models cannot be divided by.
+
+    Args:
+        recipes: without a sweep, with the run's values; several: a sweep's variants.
+
+    Raises:
+        UserError: as `plans`.
+    """
+    for recipe in recipes:
+        with contextlib.suppress(UnknownSizeError):
+            _student(recipe, teacher_of(recipe.teacher))
 
 
 def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> tuple[Recipe, str]:
@@ -93,7 +119,8 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
         The recipe, and lines for people: what was not checked, and why.
 
     Raises:
-        UserError: what does not fit, with the number, and the nearest layout that does.
+        UserError: what does not fit, with the number, and the nearest layout that does; or what a
+            layout does not divide.
     """
     try:
         found = plans(recipe, platform, on_cpu)
@@ -137,9 +164,12 @@ def nearest(job: Job, step: StepPlan) -> str:
 def _plan(
     recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine], name: str | None
 ) -> Plan:
-    from flagscale.models.student_shape import student_shape
-
-    student = student_shape(teacher.shape, recipe.student)
+    student = _student(recipe, teacher)
+    try:
+        recipe.check_models(machines[0].accelerators)
+        recipe.check_accelerators(machines[1].accelerators)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for field in ("spec", "heterogeneous_layers_config"):
         if getattr(student.architecture, field) is not None:
             raise UnknownSizeError(f"student.architecture.{field} may be of any size")
@@ -148,6 +178,16 @@ def _plan(
     steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
     steps.insert(2, training_step(job))
     return Plan(job, sizes, tuple(steps), name)
+
+
+def _student(recipe: Recipe, teacher: Teacher) -> ModelShape:
+    """The student's shape, once it is known that both models can be divided as the recipe says."""
+    from flagscale.megatron.layout import check_layouts
+    from flagscale.models.student_shape import student_shape
+
+    student = student_shape(teacher.shape, recipe.student)
+    check_layouts(recipe, teacher.shape, student)
+    return student
 
 
 def choose(job: Job) -> ParallelismRecipe | None:
@@ -277,8 +317,11 @@ def this_machine(on_cpu: bool = False) -> Machine:
 
 
 def _cards() -> list[float]:
-    """Bytes of each NVIDIA accelerator here."""
+    """Bytes of each NVIDIA accelerator that processes may use here."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        query.append(f"--id={visible}")
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
         return [float(line) * 2**20 for line in answer.stdout.split()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.indexed import token_type
+from flagscale.data.rows import BadRow
 from flagscale.data.sources import Document
 
 if TYPE_CHECKING:
@@ -21,14 +23,14 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         split: `train`, `validation` or `test`.
-        hash64: 64 bits of the text's SHA-256, to find repeats.
-        characters: of the text.
+        hash64: 64 bits of the text's SHA-256, to find repeats; None: it came with another document.
+        characters: of the text; 0: they came with another document.
         ids: token ids [tokens], BOS first if there is one, EOD last.
         mask: uint8 [tokens], 1 where a token is to be learnt; None: all of them.
     """
 
     split: str
-    hash64: int
+    hash64: int | None
     characters: int
     ids: np.ndarray
     mask: np.ndarray | None = None
@@ -40,8 +42,8 @@ class Encode(Protocol):
     vocab_size: int
     dtype: type[np.number[Any]]
 
-    def __call__(self, documents: list[Document], /) -> list[EncodedDocument]:
-        """Encode a batch."""
+    def __call__(self, documents: list[Document], /) -> Sequence[EncodedDocument | BadRow]:
+        """Encode a batch; for a document that cannot be encoded, say what is wrong with it."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -9,7 +9,7 @@ classes that read it, not by a list of what loading leaves behind.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
     _write(folder / CONFIG_NAME, values)
 
 
-def write_generation_config(source: Path, config: PreTrainedConfig, folder: Path) -> None:
+def write_generation_config(
+    source: Path, config: PreTrainedConfig, folder: Path, end_ids: Collection[int] = ()
+) -> None:
     """Write `generation_config.json`: the source's own, or else the model's special tokens.
 
     Values that are a default's stay: programs have other defaults (`top_k`).
@@ -59,6 +61,7 @@ def write_generation_config(source: Path, config: PreTrainedConfig, folder: Path
         source: folder that may have the file.
         config: of the model.
         folder: existing folder to write into.
+        end_ids: end an answer too: a base model knows no turns, and its student has learnt them.
 
     Raises:
         UserError: the source's cannot be read.
@@ -71,6 +74,10 @@ def write_generation_config(source: Path, config: PreTrainedConfig, folder: Path
             raise UserError(f"{path}: cannot be read: {error}") from error
     else:
         values = {name: getattr(config, name, None) for name in _TOKENS_OF_A_MODEL}
+    end = values.get("eos_token_id")
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    if more := sorted(set(end_ids) - set(ends)):
+        values["eos_token_id"] = ends + more
     known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
     kept = {name: value for name, value in values.items() if name in known and value is not None}
     _write(folder / GENERATION_CONFIG_NAME, kept)

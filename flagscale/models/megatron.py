@@ -20,6 +20,7 @@ from flagscale.checkpoint import load_weights
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.layout import sizes_for
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe
 from flagscale.train.train_gpt import model_provider
@@ -38,13 +39,15 @@ def build_model(
     Args:
         shape: of the model.
         seq_length: longest sequence that it will see, tokens.
-        parallelism: that the runtime was started with; default: 1 each.
+        parallelism: that the runtime was started with; default: 1 each. A model without experts is
+            whole on the ranks that share another's.
         params_dtype: of its weights.
 
     Raises:
         UserError: the model cannot be divided so.
     """
-    args = model_arguments(shape, seq_length, parallelism=parallelism, params_dtype=params_dtype)
+    sizes = sizes_for(shape, parallelism or ParallelismRecipe())
+    args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
     with use_args(args):
         model = model_provider(
             pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
@@ -72,13 +75,6 @@ def load_model(
     model = build_model(ModelShape.load(artifact), seq_length, parallelism, params_dtype)
     load_weights(model, artifact / WEIGHTS)
     return model
-
-
-def sizes_for(shape: ModelShape, sizes: ParallelismRecipe) -> ParallelismRecipe:
-    """The sizes for one model of several: to one without experts their ranks are copies."""
-    if shape.architecture.num_experts is not None:
-        return sizes
-    return sizes.model_copy(update={"expert_model_parallel_size": 1})
 
 
 @torch.no_grad()

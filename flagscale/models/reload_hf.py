@@ -20,6 +20,9 @@ from safetensors import safe_open
 
 _NEW_TOKENS = 16
 _INDEX = "model.safetensors.index.json"
+# Buffers that follow from the configuration, as old transformers stored them.
+_DERIVED = tuple(f".rotary_emb.{kind}" for kind in ("inv_freq", "cos_cached", "sin_cached"))
+_DERIVED += (".masked_bias",)
 
 
 def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
@@ -52,7 +55,7 @@ def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
         used.update(*names.values())
         module.register_forward_pre_hook(partial(_load, files, names))
         module.register_forward_hook(lambda module, _inputs, _output: module.to("meta") and None)
-    derived = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    derived = {name for name in files if name.endswith(_DERIVED)}
     wrong = used ^ (files.keys() - derived)
     if config.tie_word_embeddings:
         wrong -= {"lm_head.weight"}

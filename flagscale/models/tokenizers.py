@@ -54,10 +54,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
     Unlike a hash of its files it does not change with the place it was loaded from.
     """
-    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest({"pipeline": _pipeline(tokenizer), "special": tokenizer.special_tokens_map})
+
+
+def pipeline_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Identity of the ids that texts get, whatever EOS and the other special tokens are."""
+    return digest(_pipeline(tokenizer))
+
+
+def _pipeline(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    pipeline: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for transient in ("truncation", "padding", "version"):
         pipeline.pop(transient, None)
-    return digest({"pipeline": pipeline, "special": tokenizer.special_tokens_map})
+    return pipeline
 
 
 def _from_tokenizer_json(source: str | Path, place: Location) -> PreTrainedTokenizerFast:

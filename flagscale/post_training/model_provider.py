@@ -11,6 +11,7 @@ from flagscale.checkpoint import load_weights
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.global_vars import get_args
 from flagscale.megatron.gpt_builder import build_gpt_model
+from flagscale.megatron.layout import sizes_for
 from flagscale.megatron.memory_history import record_memory_history
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe
@@ -51,10 +52,8 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
 def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
     folder = args.export_kd_teacher_load
     assert folder is not None, "called without ModelOpt arguments"
-    shape, sizes = ModelShape.load(folder), args.parallelism
-    if shape.architecture.num_experts is None:
-        # The student's experts may be spread over ranks; to a dense teacher these are copies.
-        sizes = sizes.model_copy(update={"expert_model_parallel_size": 1})
+    shape = ModelShape.load(folder)
+    sizes = sizes_for(shape, args.parallelism)  # the student's experts may be spread over ranks
     # Never in FP8: it is what the student is held to. And the scales of `delayed`, which no
     # checkpoint has of a teacher, would start anew whenever training is resumed.
     teacher_args = replace(

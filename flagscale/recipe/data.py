@@ -5,31 +5,53 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from flagscale.recipe.chat_template import read_template, variables
 from flagscale.recipe.section import Fraction, PositiveInt, Section
 
 _DEFAULT_SOURCE = "python-docs"
+# What transformers' `apply_chat_template` gives a template by these names, or takes for itself.
+_GIVEN = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "tokenize"),
+}
 
 
 class _Reading(Section):
     """How the documents of a corpus are read."""
 
-    format: Literal["auto", "text", "jsonl", "parquet", "huggingface", "python-docs", "chat"] = (
-        Field(
-            "auto",
-            description="auto: by the source's name (.txt/.md, .jsonl, .parquet; else a dataset); "
-            "chat: conversations, in files and datasets as auto finds them",
-        )
+    format: Literal[
+        "auto",
+        "text",
+        "jsonl",
+        "parquet",
+        "csv",
+        "tsv",
+        "arrow",
+        "huggingface",
+        "python-docs",
+        "chat",
+    ] = Field(
+        "auto",
+        description="auto: by the source's name (.txt/.md, .jsonl, .parquet, ...; else a dataset); "
+        "chat: conversations, in files and datasets as auto finds them",
     )
     text_field: str = Field("text", description="Key or column of the text in structured sources")
     messages_field: str = Field(
-        "messages", description="chat: key or column of the [{role, content}, ...]"
+        "messages",
+        description="chat: key or column of the [{role, content}, ...]; where `messages` is not "
+        "there, ShareGPT's `conversations`",
     )
     subset: str | None = Field(None, description="Hugging Face dataset configuration")
-    split: str = Field("train", description="Hugging Face dataset split to read")
+    split: str = Field("train", description="Split of a Hugging Face dataset or folder to read")
     revision: str | None = Field(None, description="Hugging Face dataset revision")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
+    max_bad_rows: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Rows that cannot be used are left out up to this many; default: 0.1% of the "
+        "rows, and at least 10",
+    )
 
 
 class CorpusRecipe(_Reading):
@@ -70,6 +92,17 @@ class DataRecipe(_Reading):
         description="Token before each document; auto: the one that the tokenizer puts before a "
         "text; null or '': none",
     )
+    chat_template: str | None = Field(
+        None,
+        description="chat: the text of a chat template, or a file with it; default: the "
+        "tokenizer's. Exported with the student",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="chat: further variables of the template (enable_thinking: false, ...)"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="chat: learn every answer of a conversation, or its last alone"
+    )
     seq_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
@@ -83,6 +116,40 @@ class DataRecipe(_Reading):
         reading = {name: getattr(self, name) for name in _Reading.model_fields}
         assert self.source is not None
         return [CorpusRecipe(name="corpus", source=self.source, **reading)]
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read_template(cls, value: str | None) -> str | None:
+        """Of a file its text: the steps may run where the file is not."""
+        return None if value is None else read_template(value)
+
+    @model_validator(mode="after")
+    def _check_conversations(self) -> DataRecipe:
+        given = self.chat_template_kwargs
+        if self.blend is not None or self.source is not None:
+            chat_only = ("chat_template", "chat_template_kwargs", "train_on")
+            changed = [
+                n for n in chat_only if getattr(self, n) != type(self).model_fields[n].default
+            ]
+            if changed and not any(corpus.format == "chat" for corpus in self.corpora):
+                raise ValueError(
+                    f"{', '.join(changed)}: does nothing without conversations; set format: chat, "
+                    "or leave it out"
+                )
+        taken = sorted(_GIVEN & given.keys())
+        if taken:
+            raise ValueError(
+                f"chat_template_kwargs: {', '.join(taken)}: comes from the rows or from the step "
+                "itself; give other variables of the template"
+            )
+        if self.chat_template is not None:
+            unknown = sorted(given.keys() - variables(self.chat_template))
+            if unknown:
+                raise ValueError(
+                    f"chat_template_kwargs: {', '.join(unknown)}: the chat template knows no such "
+                    f"variable; it has: {', '.join(sorted(variables(self.chat_template)))}"
+                )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -29,6 +29,15 @@ class TeacherRecipe(Section):
     max_validation_loss: float | None = Field(
         None, gt=0, description="Highest plausible LM loss, nats a token; default: ln(vocabulary)"
     )
+    allow_zero_weights: bool = Field(
+        False,
+        description="Whether weights may be all zero, as in blocks inserted into a trained model",
+    )
+    ignored_config_fields: tuple[str, ...] = Field(
+        (),
+        description="Fields of its config.json, unknown to the import, that its logits do not "
+        "depend on; left out of the student's",
+    )
 
 
 class StudentRecipe(Section):

@@ -30,7 +30,7 @@ from flagscale.models.distillation_proof import (
     prove_no_loss_when_equal,
 )
 from flagscale.models.hf_description import write_config
-from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model, sizes_for
+from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
@@ -218,9 +218,7 @@ def _prove(
         batch: see `_batch`.
         logits_bsv: this rank's part of what the student predicted before it was stored.
     """
-    shape = ModelShape.load(teacher)
-    sizes = sizes_for(shape, args.parallelism)
-    teacher_model = load_model(teacher, args.seq_length, sizes, args.params_dtype)
+    teacher_model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
     when_equal = prove_no_loss_when_equal(teacher_model, batch)
     model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
     difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)

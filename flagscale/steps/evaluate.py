@@ -212,12 +212,9 @@ def _run_models(
 
 def _load(artifact: Path, seq_length: int, layout: ModelsRecipe) -> CausalLM:
     gc.collect()  # modules refer to each other: the model before goes only now
-    architecture, sizes = ModelShape.load(artifact).architecture, layout.sizes
-    if architecture.num_experts is None:  # it is whole on the ranks that share another's experts
-        sizes = sizes.model_copy(update={"expert_model_parallel_size": 1})
-    model = load_model(artifact, seq_length, sizes, platform.training_dtype("auto"))
+    model = load_model(artifact, seq_length, layout.sizes, platform.training_dtype("auto"))
     # A layer of one's own may keep something else than keys and values, or nothing.
-    return CausalLM(model, can_cache=architecture.spec is None)
+    return CausalLM(model, can_cache=ModelShape.load(artifact).architecture.spec is None)
 
 
 def _metrics(

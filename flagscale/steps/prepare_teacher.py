@@ -39,7 +39,7 @@ from flagscale.models.hf_description import (
     write_tokenizer,
 )
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.layer_outputs import in_transformers, layer_outputs
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
@@ -53,7 +53,7 @@ from flagscale.models.parity import (
 )
 from flagscale.models.probing_texts import probing_texts
 from flagscale.models.source import load_hf_config, weights_folder
-from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, pipeline_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.train.batches import reads_data
@@ -88,7 +88,8 @@ def prepare_teacher(
     facts = open_artifact(dataset, "dataset", check_files=False).facts
     _check_tokenizer(teacher, dataset)
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-        shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
+        config = load_hf_config(teacher.source, teacher.revision)
+        shape = from_hf_config(config, ignored=teacher.ignored_config_fields)
         _check_fits(shape, facts)
         check_layout(shape, models.sizes, facts["seq_length"], section="models")
     with weights_folder(teacher.source, teacher.revision) as folder:
@@ -119,17 +120,18 @@ def prepare_on_rank(
     parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
     facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    shape = from_hf_config(load_hf_config(folder))
+    shape = from_hf_config(load_hf_config(folder), ignored=teacher.ignored_config_fields)
     _check_fits(shape, facts)
     source = HFFolder(folder, teacher.source)
     with tracked("prepare-teacher", recipe, parents=parents) as run:
+        check_tensors(source, shape)
         with (
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
-            describe = partial(_describe, staging, teacher, source, shape)
+            describe = partial(_describe, staging, teacher, source, shape, dataset)
             on_first_rank(source.path, "could not be described", describe)
-            _import(source, shape, models, staging)
+            staging.facts["zero_weights"] = _import(teacher, source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
             staging.facts |= figures | {"seq_length": facts["seq_length"]}
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
@@ -138,14 +140,18 @@ def prepare_on_rank(
 
 
 def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
-    """The teacher's tokenizer must be the one that made the dataset."""
-    own = tokenizer_hash(load_tokenizer(teacher.source, teacher.revision))
-    used = tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
+    """The dataset's tokens must be the teacher's own.
+
+    Which of them are special may differ, as of an instruct model's tokenizer from its base's.
+    """
+    own = pipeline_hash(load_tokenizer(teacher.source, teacher.revision))
+    used = pipeline_hash(load_tokenizer(dataset / "tokenizer"))
     if own != used:
         raise UserError(
             f"{dataset} was made with a tokenizer that does not match the teacher "
-            f"{teacher.source} ({used[:19]}, not {own[:19]}); leave data.tokenizer out of the "
-            "recipe, or give the teacher's source there"
+            f"{teacher.source} ({used[:19]}, not {own[:19]}): a text has other ids; leave "
+            "data.tokenizer out of the recipe, or give the teacher's source there. Where the "
+            "teacher lacks a chat template, give one in data.chat_template"
         )
 
 
@@ -163,15 +169,24 @@ def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
         )
 
 
-def _import(source: HFFolder, shape: ModelShape, models: ModelsRecipe, staging: Staging) -> None:
-    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint."""
-    weights = WeightMap(shape)
-    check_names(source, weights)
+def _import(
+    teacher: TeacherRecipe,
+    source: HFFolder,
+    shape: ModelShape,
+    models: ModelsRecipe,
+    staging: Staging,
+) -> int:
+    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint.
+
+    Returns:
+        How many weights are all zero.
+    """
     model = build_model(shape, 1, models.sizes, source.dtype())
-    fill(model, source, weights)
+    zero = fill(model, source, WeightMap(shape), allow_zero_weights=teacher.allow_zero_weights)
     if is_first_rank():
         shape.save(staging.path)
     save_weights(model, staging.path / WEIGHTS)
+    return zero
 
 
 def _prove(
@@ -196,8 +211,9 @@ def _prove(
     del model  # before transformers' layers come
 
     def compare() -> dict[str, float]:
-        theirs = in_transformers(source.path, tokens, ours.hidden_bsh)
+        theirs = in_transformers(source.path, tokens, ours.hidden_bsh, dtype)
         differences = layer_differences(ours, theirs, dtype)
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded)
         parity = compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype)
         logger.info(
             "in %s a layer differs by at most %.3g of what it adds from transformers', logits by "
@@ -205,16 +221,15 @@ def _prove(
             *(dtype, max(differences), parity.max_logit_difference, parity.num_tokens),
         )
         where = "teacher.max_logit_difference"
-        check_layers(differences, dtype, teacher.max_logit_difference, where)
+        check_layers(differences, dtype, teacher.max_logit_difference, where, rounding)
         check_logits(parity, teacher.max_logit_difference, where)
         return parity.figures() | {"max_layer_difference": max(differences)}
 
-    names = WeightMap(shape).names()
     figures = on_first_rank(source.path, "could not be read", compare)
     _check_loss(teacher, shape, loss)
     return figures | {
         "validation_loss": loss,
-        "parameters": float(sum(math.prod(source.shapes[name]) for name in names)),
+        "parameters": float(sum(math.prod(size) for size in WeightMap(shape).shapes().values())),
         "layers": float(shape.num_layers),
     }
 
@@ -264,16 +279,23 @@ def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
 
 
 def _describe(
-    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape
+    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape, dataset: Path
 ) -> None:
-    """What is no weights: configurations, tokenizer, origin."""
+    """What is no weights: configurations, tokenizer, origin.
+
+    The tokenizer is the dataset's: with the chat template that the student is trained on.
+    """
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
+    for name in teacher.ignored_config_fields:
+        config.__dict__.pop(name, None)
     config.dtype = source.dtype()
     folder.mkdir()
     write_config(config, folder)
-    write_generation_config(source.path, config, folder)
-    tokenizer = load_tokenizer(teacher.source, teacher.revision)
+    corpora = read_manifest(dataset).facts["corpora"]
+    ends = {number for corpus in corpora for number in corpus.get("end_ids", ())}
+    write_generation_config(source.path, config, folder, ends)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
     write_tokenizer(tokenizer, folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = [theirs(text)["input_ids"] for text in probing_texts()]

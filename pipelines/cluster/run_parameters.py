@@ -15,7 +15,7 @@ from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.recipe.sweep import set_in_vain
+from flagscale.recipe.sweep import VARIED, set_in_vain
 from flagscale.run_values import FIELDS, SECTIONS, check_run
 from pipelines import form
 from pipelines.cluster.parameter_values import read_typed, read_yaml
@@ -28,11 +28,12 @@ class RunParameters:
 
     Attributes:
         sent: those that differ from the pipeline's defaults, as given; sections are whole.
-        checked: the sections that the run will work by, as its first step gives them.
+        recipes: that the run will work by, as its first step gives them: one, or a sweep's
+            variants.
     """
 
     sent: dict[str, Any]
-    checked: dict[str, Any]
+    recipes: list[Recipe]
 
 
 def read_parameters(
@@ -74,7 +75,16 @@ def read_parameters(
     checked = check_run(form.made(recipe, platform, list(definitions)), values)
     _refuse_replaced(checked, parts)
     sent = {name: value for name, value in values.items() if value != defaults[name]}
-    return RunParameters(sent, checked)
+    return RunParameters(sent, _recipes(recipe, checked))
+
+
+def _recipes(recipe: Recipe, checked: Mapping[str, Any]) -> list[Recipe]:
+    whole = recipe.model_dump(exclude={"sweep"}) | {n: checked[n] for n in SECTIONS if n in checked}
+    variants = checked.get("sweep_variants", [{}])
+    return [
+        Recipe.model_validate(whole | {n: variant[n] for n in VARIED if n in variant})
+        for variant in variants
+    ]
 
 
 def _refuse_twice(values: Mapping[str, Any], parts: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe
 from flagscale.run_values.kubernetes_names import Name
 from pipelines.cluster.connection import Connection
 from pipelines.cluster.package import Package, make_package
@@ -22,7 +21,7 @@ from pipelines.cluster.run_parameters import read_parameters
 from pipelines.cluster.server import Server, say
 from pipelines.cluster.submission import Order, experiment_name
 from pipelines.commands.arguments import add_platform, add_recipe, read_recipe
-from pipelines.planning import fitted
+from pipelines.planning import check_run, fitted
 from pipelines.platform import load_platform
 from pipelines.sources import notes
 
@@ -206,8 +205,8 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
     with TemporaryDirectory(prefix="flagscale-") as folder:
         package = make_package(recipe, platform, Path(folder), arguments.pipeline_name, where)
         parameters = read_parameters(arguments.parameters, package.definitions, recipe, platform)
-        this_run = _of_this_run(recipe, parameters.checked)
-        sys.stdout.write(notes(this_run, platform, parameters.sent))
+        check_run(parameters.recipes)
+        sys.stdout.write(notes(parameters.recipes[0], platform, parameters.sent))
         yield (
             package,
             Order(
@@ -221,11 +220,6 @@ def order(arguments: argparse.Namespace, name: str | None) -> Iterator[tuple[Pac
                 reuse=arguments.reuse,
             ),
         )
-
-
-def _of_this_run(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
-    own = {n: type(getattr(recipe, n)).model_validate(sections[n]) for n in ("teacher", "data")}
-    return recipe.model_copy(update=own)
 
 
 def _positive(text: str) -> float:

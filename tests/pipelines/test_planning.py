@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe, load_recipe
+from flagscale.recipe import ModelsRecipe, Recipe, load_recipe
+from flagscale.recipe.model_steps import LayoutRecipe
 from pipelines import __main__ as command
 from pipelines import sizes_document
-from pipelines.planning import fitted, plans, this_machine
+from pipelines.planning import check_run, fitted, plans, this_machine
 from pipelines.platform import Platform, load_platform
 
 QWEN = "recipes/qwen3-8b-to-24-layers.yaml"
@@ -118,7 +119,8 @@ def test_a_small_model_keeps_to_one_process():
 
 
 def test_a_mixture_that_is_too_large_is_told_of_expert_parallelism():
-    (plan,) = plans(recipe("Qwen/Qwen3-30B-A3B", 24), platform(models=8))
+    training = recipe().training.model_dump() | {"parallelism": {}}
+    (plan,) = plans(recipe("Qwen/Qwen3-30B-A3B", 24, training=training), platform(models=8))
     (problem,) = plan.problems
     assert problem.endswith("training.parallelism={expert_model_parallel_size: 8}")
 
@@ -157,6 +159,66 @@ def test_a_teacher_of_unknown_size_is_not_checked_and_that_is_said(tmp_path, cap
     assert "not checked: /mnt/models/teacher has no config.json here" in capsys.readouterr().out
     assert command.main(["compile", *arguments, "-o", str(tmp_path / "pipeline.yaml")]) == 0
     assert "note: not checked whether" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        ["plan"],
+        ["compile"],
+        ["run"],
+        ["submit", "--host=http://127.0.0.1:9"],
+        ["schedule", "--host=http://127.0.0.1:9", "--cron=0 0 2 * * *"],
+    ],
+)
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (
+            "models.parallelism={tensor_model_parallel_size: 3}",
+            "models.parallelism: num_attention_heads=32 (of the student) is not divisible by "
+            "tensor_model_parallel_size=3; it can be 1, 2, 4, 8, 16 or 32",
+        ),
+        (
+            "training.parallelism={pipeline_model_parallel_size: 8}",
+            "training.parallelism: num_layers=36 (of the teacher) is not divisible by the "
+            "pipeline's 8 chunks",
+        ),
+    ],
+)
+def test_a_layout_that_a_model_is_not_divisible_by_is_refused_by_all_commands(
+    command_line, field, said, tmp_path, capsys
+):
+    name, *options = command_line
+    where = ["--runs", str(tmp_path / "runs")] if name == "run" else ["--platform", "gke-h100"]
+    if name == "compile":
+        where += ["-o", str(tmp_path / "pipeline.yaml")]
+    assert command.main([name, QWEN, *options, *where, "--set", field]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_variant_of_a_sweep_is_named():
+    swept = recipe(sweep={"vary": {"student.num_layers": [24, 18]}})
+    four = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4}
+    swept = swept.model_copy(update={"models": ModelsRecipe(parallelism=LayoutRecipe(**four))})
+    with pytest.raises(UserError, match=r"variant '.*18.*': models.parallelism: num_layers=18 "):
+        plans(swept, platform(models=4))
+
+
+def test_values_of_a_run_are_refused_too():
+    check_run([recipe()])
+    wrong = recipe(models={"parallelism": {"tensor_model_parallel_size": 3}})
+    with pytest.raises(UserError, match="num_attention_heads=32"):
+        check_run([recipe(), wrong])
+
+
+def test_ranks_that_the_accelerators_are_not_a_multiple_of():
+    with pytest.raises(UserError, match="does not divide the 6 processes"):
+        plans(recipe(), platform(training=6))
+    four = recipe(models={"parallelism": {"tensor_model_parallel_size": 4}})
+    with pytest.raises(UserError, match=r"models\.parallelism asks for 4 processes, but .* has 1 "):
+        plans(four, platform(models=1))
 
 
 def test_every_variant_of_a_sweep_is_planned(tiny_teacher):

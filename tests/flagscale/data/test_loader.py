@@ -29,6 +29,7 @@ from flagscale.data.loader import (
     train_iterator,
     validation_batches,
 )
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
@@ -43,7 +44,7 @@ def write_dataset(
     with new_artifact(path, "dataset", {}) as staging:
         encoder = Encoder(tokenizer, DocumentTokens(0, bos_id), 0.2, 0.2)
         documents = (Document(text, "test") for text in texts)
-        counts = write_splits([Corpus(None, "text", documents, encoder)], staging.path)
+        counts = write_splits([Corpus(None, "text", documents, encoder, BadRows())], staging.path)
         staging.facts = {
             "splits": add_up(counts),
             "eod_id": 0,

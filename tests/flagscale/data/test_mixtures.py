@@ -24,7 +24,8 @@ from flagscale.data.loader import (
     train_iterator,
     validation_batches,
 )
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import dump_conversation
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 
@@ -43,7 +44,7 @@ def _talks(count: int) -> Iterator[Document]:
             {"role": ("user", "assistant")[j % 2], "content": f"{i} {'for ' * (1 + (i + j) % 5)}"}
             for j in range(2 + 2 * (i % 2))
         ]
-        yield Document(dump_messages(turns, "talk"), f"talk:{i}")
+        yield Document(dump_conversation({"messages": turns}, "messages", "talk"), f"talk:{i}")
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +54,11 @@ def blend(
     """A dataset of two texts and conversations, and its index."""
     path = tmp_path_factory.mktemp("blend") / "dataset"
     text = Encoder(chat_tokenizer, DocumentTokens(eod=0, bos=None), 0.2, 0.2)
-    chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2)
+    chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2, SEQ_LENGTH)
     corpora = [
-        Corpus("stories", "text", _numbered("Story", 80), text),
-        Corpus("talk", "chat", _talks(60), chat),
-        Corpus("code", "text", _numbered("with", 30), text),
+        Corpus("stories", "text", _numbered("Story", 80), text, BadRows()),
+        Corpus("talk", "chat", _talks(60), chat, BadRows()),
+        Corpus("code", "text", _numbered("with", 30), text, BadRows()),
     ]
     with new_artifact(path, "dataset", {}) as staging:
         counts = write_splits(corpora, staging.path)

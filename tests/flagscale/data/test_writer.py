@@ -20,6 +20,7 @@ from flagscale.data.counts import Counts, SplitCounts, check_splits
 from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
@@ -37,7 +38,7 @@ def stream(texts: list[str]) -> Iterator[Document]:
 def write(
     documents: Iterator[Document], encoder: Encoder, folder: Path, workers: int | None = None
 ) -> Counts:
-    (counts,) = write_splits([Corpus(None, "text", documents, encoder)], folder, workers)
+    (counts,) = write_splits([Corpus(None, "text", documents, encoder, BadRows())], folder, workers)
     return counts
 
 

@@ -16,7 +16,6 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.source import load_hf_model
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
@@ -69,7 +68,7 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     assert figures["parameters"] == hf_model.num_parameters()
     manifest = open_artifact(output, "teacher")
     assert manifest.facts.items() >= figures.items()
@@ -105,7 +104,7 @@ def test_the_loss_is_that_of_transformers(
     figures = prepare_teacher(
         TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "teacher"
     )
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     batches = validation_batches(
         dataset, tmp_path / "cache", micro_batch_size=1, global_batch_size=1, eval_iters=8
     )
@@ -225,6 +224,39 @@ def test_a_tokenizer_that_does_not_match(source: Path, dataset: Path) -> None:
     tokenizer.save_pretrained(source)
     with pytest.raises(UserError, match="tokenizer that does not match the teacher"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_template_that_the_teacher_lacks(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A base model, and of its instruct model tokenizer or template: the student gets it."""
+    base = Path(shutil.copytree(tiny_teacher, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    end = max(filter(str.isalpha, filter(str.isascii, tokenizer.get_vocab())), key=len)
+    assert tokenizer.chat_template is None
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(base)
+    base_end, tokenizer.eos_token = tokenizer.eos_token, end
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    talk = [{"role": "user", "content": "for"}, {"role": "assistant", "content": "in"}]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"{i}"}, talk[1]]} for i in range(90)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(
+        source=str(tmp_path / "talk.jsonl"),
+        format="chat",
+        tokenizer=str(tmp_path / "instruct"),
+        chat_template=template,
+        seq_length=SEQ_LENGTH,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    prepare_data(recipe, tmp_path / "dataset")
+    teacher = TeacherRecipe(source=str(base), max_validation_loss=20)
+    prepare_teacher(teacher, tmp_path / "dataset", tmp_path / "teacher")
+    stored = load_tokenizer(tmp_path / "teacher" / "hf")
+    assert (stored.chat_template, stored.eos_token) == (template, end)
+    generation = json.loads((tmp_path / "teacher" / "hf" / "generation_config.json").read_text())
+    wanted = tokenizer.convert_tokens_to_ids([base_end, end])
+    assert generation["eos_token_id"] == wanted
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(

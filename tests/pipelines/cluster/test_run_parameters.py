@@ -172,7 +172,8 @@ def test_parts_of_a_section_add_up(recipe: Recipe, definitions: dict[str, Any]) 
 def test_another_teacher_brings_its_tokenizer(recipe: Recipe, definitions: dict[str, Any]) -> None:
     found = run_parameters.read_parameters(["teacher.source=org/other"], definitions, recipe, GKE)
     assert sorted(found.sent) == ["teacher"]
-    assert found.checked["teacher"]["source"] == found.checked["data"]["tokenizer"] == "org/other"
+    (of_this_run,) = found.recipes
+    assert of_this_run.teacher.source == of_this_run.data.tokenizer == "org/other"
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": "own"})})
     assert sorted(read_parameters(["teacher.source=org/other"], definitions, own)) == ["teacher"]
 
@@ -210,10 +211,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, A
 def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, definitions = sweep
     one = recipe.variants[0].sections
-    values = read_parameters(
-        [f"sweep_variants=[{json.dumps(one)}]", "sweep_metric=lm_loss"], definitions, recipe
-    )
-    assert values == {"sweep_variants": [one], "sweep_metric": "lm_loss"}
+    given = [f"sweep_variants=[{json.dumps(one)}]", "sweep_metric=lm_loss"]
+    found = run_parameters.read_parameters(given, definitions, recipe, GKE)
+    assert found.sent == {"sweep_variants": [one], "sweep_metric": "lm_loss"}
+    (of_this_run,) = found.recipes
+    assert of_this_run.sweep is None
+    assert of_this_run.student == recipe.variants[0].recipe.student
 
 
 @pytest.mark.parametrize(
@@ -277,9 +280,10 @@ def test_a_single_field_is_sent_alone_and_takes_effect(
         "student_num_layers": "1",
         "training_lr": "3e-4",
     }
-    assert found.checked["distillation"]["temperature"] == 2.0
-    assert found.checked["student"]["num_layers"] == 1
-    assert found.checked["training"]["lr"] == 3e-4
+    (of_this_run,) = found.recipes
+    assert of_this_run.distillation.temperature == 2.0
+    assert of_this_run.student.num_layers == 1
+    assert of_this_run.training.lr == 3e-4
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from flagscale.execution.exclusive import exclusively
 from flagscale.recipe import ParallelismRecipe, Recipe
 from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
 from pipelines.local.runner import _forget, checkpoint_folder, run_recipe
+from tests.flagscale.web_server import COMMIT, WebServer
 
 
 def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:
@@ -53,6 +54,31 @@ def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
     # The tokenizer is the teacher's, and the tokens depend on it.
     assert filled.data.fingerprint == f"{fingerprint(str(text))}+{fingerprint(str(tmp_path))}"
     assert with_fingerprints(filled) == filled
+
+
+def test_remote_text_and_models_have_fingerprints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = WebServer(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text("one")
+    asked = recipe("o/n", f"{server.url}/a.jsonl")
+    before = with_fingerprints(asked)
+    assert before.teacher.fingerprint == f"commit {COMMIT}"
+    assert before.data.fingerprint is not None
+    assert with_fingerprints(asked) == before
+    server.commit = "d" * 40
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    after = with_fingerprints(asked)
+    assert after.teacher.fingerprint != before.teacher.fingerprint
+    assert after.data.fingerprint != before.data.fingerprint
+    assert not caplog.records
+    server.tells = False
+    silent = with_fingerprints(asked)
+    assert silent.data.fingerprint == silent.teacher.fingerprint  # the tokenizer's
+    assert "a.jsonl: nobody says whether it has changed" in caplog.text
+    server.close()
 
 
 def test_a_blend_is_looked_at_corpus_by_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -118,7 +144,7 @@ def test_where_the_best_checkpoint_is_kept_the_save_interval_is_part_of_the_name
     [
         ({"tensor_model_parallel_size": 3}, r"num_attention_heads=4 .* not divisible by tensor"),
         ({"pipeline_model_parallel_size": 4}, r"num_layers=2 .* not divisible by the pipeline's 4"),
-        ({"context_parallel_size": 3}, r"seq_length=256 .* not divisible by 2 x context"),
+        ({"context_parallel_size": 3}, r"seq_length=256 is not divisible by 2 x context"),
     ],
 )
 def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message) -> None:
