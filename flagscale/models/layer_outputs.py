@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from flagscale.imports import uncollected
 from flagscale.models import reload_hf
 from flagscale.models.megatron import logits
 
@@ -78,7 +79,8 @@ def in_transformers(
         norm with the output layer, makes of the *other* model's states before it. So each is
         compared by itself: what differs in one does not spread to the next.
     """
-    model = reload_hf.streamed(folder)
+    with uncollected():  # transformers imports the model's code only now, and torch's compiler
+        model = reload_hf.streamed(folder)
     made: list[torch.Tensor] = []
     normed: list[torch.Tensor] = []
 
