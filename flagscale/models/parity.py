@@ -9,6 +9,7 @@ another rotary base) changes what it adds by a tenth to more than all of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ FIXED_TEXT = (
 # In 16 bits. Right copies of SmolLM2-135M: 0.013 without allowance for storing, 0.0013, 100%.
 _MAX_LAYER_DIFFERENCE = 0.05
 _TIMES_ROUNDING = 3
+_POSITIONS = 64  # that are compared at a time: logits are large
 _MAX_KL_DIVERGENCE = 0.02
 _MIN_TOP1_AGREEMENT = 0.9
 
@@ -118,19 +120,34 @@ def layer_differences(
     """
     made = made or [*ours.hidden_bsh, ours.logits_bsv]
     last = len(made) - 1
+    befores = [None, *ours.hidden_bsh[:-1], None]
     differences = []
-    for number, (our, their) in enumerate(zip(made, theirs.hidden_bsh, strict=True)):
-        before = torch.zeros_like(their)
-        # Half of it when attention's output is added, half of it when the MLP's is.
-        stored = torch.finfo(dtype).eps * their.abs()
-        if 0 < number < last:
-            before = ours.hidden_bsh[number - 1]
-        elif number == last:  # logits mean the same whatever is added to all
-            our, their = (logits - logits.mean(-1, keepdim=True) for logits in (our, their))
-        distance = ((our - their).abs() - stored).clamp_min(0).norm(dim=-1)
-        added = (their - before).norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        differences.append((distance / added).median().item())
+    for number, parts in enumerate(zip(made, theirs.hidden_bsh, befores, strict=True)):
+        pieces = [[None] if part is None else part.split(_POSITIONS, dim=1) for part in parts]
+        shares = [
+            _share_of_added(our, their, before, dtype, are_logits=number == last)
+            for our, their, before in itertools.zip_longest(*pieces)
+        ]
+        differences.append(torch.cat(shares, dim=1).median().item())
     return differences
+
+
+def _share_of_added(
+    our: torch.Tensor,
+    their: torch.Tensor,
+    before: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    are_logits: bool,
+) -> torch.Tensor:
+    """[b, s], of a part that was given `before`, or nothing."""
+    # Half of it when attention's output is added, half of it when the MLP's is.
+    stored = torch.finfo(dtype).eps * their.abs()
+    if are_logits:  # they mean the same whatever is added to all
+        our, their = (logits - logits.mean(-1, keepdim=True) for logits in (our, their))
+    distance = ((our - their).abs() - stored).clamp_min(0).norm(dim=-1)
+    added = (their if before is None else their - before).norm(dim=-1)
+    return distance / added.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def check_layers(

@@ -2,7 +2,7 @@
 
 A tokenizer needs none, but wherever transformers finds torch it takes it along, with half of what
 models are made of: as long to import as all the rest of the step. Without torch transformers has
-tokenizers and configurations, as it says itself; only to read a GGUF file it needs torch.
+tokenizers and configurations, as it says itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from flagscale.imports import uncollected, without
-from flagscale.models.gguf import is_gguf
 from flagscale.recipe import DataRecipe
 
 
@@ -23,8 +22,7 @@ def prepare_data_alone(data: DataRecipe, output: Path) -> dict[str, float]:
         output: see there.
     """
     begun = "torch" in sys.modules or "transformers" in sys.modules  # too late, as in tests
-    hidden = () if begun or is_gguf(data.tokenizer or "") else ("torch",)
-    with without(*hidden):
+    with without(*() if begun else ("torch",)):
         with uncollected():
             from flagscale.steps.prepare_data import prepare_data
         return prepare_data(data, output)

@@ -15,6 +15,7 @@ import pytest
 from flagscale.data.files import list_files
 from flagscale.errors import UserError
 from flagscale.recipe import load_recipe
+from flagscale.recipe.data import CorpusRecipe
 from pipelines.local.containers import Containers, gone_is_not_found
 from pipelines.local.recipe_files import check_readable, local_files
 
@@ -79,7 +80,8 @@ def test_a_pattern_mounts_what_the_step_would_read(tmp_path: Path) -> None:
     for pattern in ("**/*.txt", "*.txt", "a/*", "[a]/**/*.txt"):
         source = f"{tmp_path}/{pattern}"
         texts = {path for path in files(f"data.source='{source}'") if Path(path).is_file()}
-        assert texts == {file.path for file in list_files(source, is_folder=True)}, pattern
+        corpus = CorpusRecipe(name="corpus", source=source)
+        assert texts == {file.path for file in list_files(corpus)}, pattern
 
 
 def test_names_that_are_no_files_mount_nothing(
