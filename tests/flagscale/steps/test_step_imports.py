@@ -88,8 +88,8 @@ def test_data_are_prepared_without_torch_and_are_the_same(
     texts = [f"{number} is a number, and so is {number + 1}. " * 3 for number in range(60)]
     rows: list[dict[str, Any]] = [{"text": text} for text in texts]
     if kind == "chat":
-        says = [{"role": "user"}, {"role": "assistant"}]
-        rows = [{"messages": [{**who, "content": text} for who in says]} for text in texts]
+        asked = {"role": "user", "content": "And?"}
+        rows = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in texts]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     recipe = DataRecipe(
