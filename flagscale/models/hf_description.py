@@ -16,11 +16,17 @@ from typing import Any
 
 import transformers
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from flagscale.artifacts import write_json
 from flagscale.errors import UserError
+from flagscale.models.probing_texts import probing_texts
 
 # Classes read these, but do not declare them as their own: Qwen2's and Qwen3-MoE's `head_dim`.
 _OF_EVERY_MODEL = {"architectures", "dtype", "head_dim", "model_type"}
@@ -114,6 +120,22 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
             **_write_chat_templates(tokenizer, folder),
         },
     )
+
+
+def check_loads(tokenizer: PreTrainedTokenizerFast, folder: Path, name: str) -> None:
+    """Refuse a folder of which AutoTokenizer makes other tokens than the model was trained on.
+
+    Args:
+        tokenizer: see `check_ids`.
+        folder: with `config.json` and the tokenizer's files.
+        name: see `check_ids`.
+
+    Raises:
+        UserError: the first text that shows it.
+    """
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = [theirs(text)["input_ids"] for text in probing_texts()]
+    check_ids(tokenizer, probing_texts(), ids, name)
 
 
 def check_ids(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoTokenizer
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
@@ -33,7 +32,7 @@ from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
 from flagscale.models.hf_description import (
-    check_ids,
+    check_loads,
     write_config,
     write_generation_config,
     write_tokenizer,
@@ -51,7 +50,6 @@ from flagscale.models.parity import (
     fixed_tokens,
     layer_differences,
 )
-from flagscale.models.probing_texts import probing_texts
 from flagscale.models.source import load_hf_config, weights_folder
 from flagscale.models.tokenizers import load_tokenizer, pipeline_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
@@ -293,8 +291,6 @@ def _describe(
     write_generation_config(source.path, config, folder, ends)
     tokenizer = load_tokenizer(dataset / "tokenizer")
     write_tokenizer(tokenizer, folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    ids = [theirs(text)["input_ids"] for text in probing_texts()]
-    check_ids(tokenizer, probing_texts(), ids, f"tokenizer of {teacher.source}")
+    check_loads(tokenizer, folder, f"tokenizer of {teacher.source}")
     origin = keep_origin(teacher.source, teacher.revision, folder)
     staging.facts |= {"origin": asdict(origin), "dtype": str(source.dtype()).removeprefix("torch.")}

@@ -41,6 +41,7 @@ from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
 
 TOKENS = torch.arange(60)[None]
+LICENSES = ("LICENSE", "NOTICE.txt")  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,13 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     text.mkdir()
     for name in sorted(topics)[:40]:
         (text / f"{name.replace('/', '-')}.txt").write_text(topics[name], encoding="utf-8")
+    source = shutil.copytree(tiny_teacher, folder / "source")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    for name in LICENSES:
+        (source / name).write_text(f"the text of {name}")
     data = DataRecipe(
         source=str(text),
-        tokenizer=str(tiny_teacher),
+        tokenizer=str(source),
         seq_length=32,
         validation_fraction=0.2,
         test_fraction=0.2,
@@ -73,7 +78,7 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder / name for name in ("dataset", "teacher", "student", "distilled", "evaluation")
     )
     prepare_data(data, dataset)
-    prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, teacher)
+    prepare_teacher(TeacherRecipe(source=str(source)), dataset, teacher)
     convert_student(StudentRecipe(num_layers=2), teacher, dataset, student)
     distil_student(
         DistillationRecipe(), training, teacher, student, dataset, folder / "saved", distilled
@@ -151,6 +156,7 @@ def test_nothing_is_in_it_that_is_not_about_the_model(run: Run, exported: Export
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        *LICENSES,
     }
     config, tokenizer, generation = (
         json.loads((exported.folder / f"{name}.json").read_text())
@@ -207,7 +213,9 @@ def test_model_card(run: Run, exported: Exported) -> None:
     values = yaml.safe_load(front_matter)
     assert values["library_name"] == "transformers"
     assert values["pipeline_tag"] == "text-generation"
-    assert "license" not in values  # that of the tests' teacher is unknown
+    assert values["license"] == "apache-2.0"
+    assert (exported.folder / "LICENSE").read_text() == "the text of LICENSE"
+    assert "On plain text, not on conversations: it continues a text. It has no chat" in text
     figures = json.loads((run.evaluation / "metrics.json").read_text())["models"]
     assert "# tiny-student\n" in text
     for model in ("teacher", "student", "distilled"):
@@ -282,6 +290,7 @@ def test_export_of_the_checkpoint(with_experts: Run, tmp_path: Path) -> None:
     assert tokenizer("The list")["input_ids"]
     assert not list(output.glob("*.safetensors"))
     assert not (output / "config.json").exists()
+    assert {path.name for path in output.iterdir()} >= set(LICENSES)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "library_name: megatron-core" in card
     assert "A Megatron-Core GPT (num_experts=2, multi_latent_attention=True, qk_head_dim=8)" in card

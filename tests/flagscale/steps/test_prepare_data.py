@@ -177,6 +177,21 @@ def talks(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_template_that_writes_bos(tokenizer: Path, talks: Path, tmp_path: Path) -> None:
+    """The tokenizer would put one more in front; a conversation has the template's alone."""
+    fast = load_tokenizer(tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 400)]
+    )
+    fast.chat_template = "{{ bos_token }}" + TEMPLATE
+    fast.save_pretrained(tmp_path / "with-bos")
+    prepare_data(recipe(tmp_path / "with-bos", talks, format="chat"), tmp_path / "dataset")
+    for name in SPLITS:
+        for document in split_documents(tmp_path / "dataset", name):
+            assert np.flatnonzero(document == 400).tolist() == [0]
+
+
 def test_conversations(
     chat_tokenizer: Path, talks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
