@@ -42,7 +42,7 @@ class TeacherRecipe(Section):
         False,
         description="Whether weights may be all zero, as in blocks inserted into a trained model",
     )
-    ignored_config_fields: tuple[str, ...] = Field(
+    ignored_config_fields: tuple[Line, ...] = Field(
         (),
         description="Fields of its config.json, unknown to the import, that its logits do not "
         "depend on; left out of the student's",

@@ -15,7 +15,7 @@ from yaml.constructor import ConstructorError
 class Loader(yaml.SafeLoader):
     """A safe loader that refuses a repeated key, as the YAML specification does."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         """A text, in which two halves of a character, as JSON may write it, are that character."""
         text: str = super().construct_scalar(node)
         if not any("\ud800" <= sign <= "\udfff" for sign in text):
