@@ -118,6 +118,11 @@ $(VENV)/.run: $(VENV)/.base teacher-requirements.txt
 	$(PIP) install -qq --no-deps --require-hashes --requirement teacher-requirements.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run
+$(VENV)/.test: $(VENV)/.run $(VENV)/transformers-4/.installed
 	$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/transformers-4/.installed: tests/transformers-4-requirements.txt | $(VENV)/.base
+	rm -rf $(@D)
+	$(PIP) install -qq --no-deps --require-hashes --requirement $< --target $(@D)
 	@touch $@

@@ -27,6 +27,7 @@ from flagscale.artifacts import new_artifact
 from flagscale.data.counts import add_up
 from flagscale.data.encoder import EncodedDocument
 from flagscale.data.loader import Batches, BatchShape, _weights, prepare_index
+from flagscale.data.rows import BadRows
 from flagscale.data.samples import Index
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
@@ -63,7 +64,9 @@ class RandomTokens:
 def write(folder: Path, kinds: dict[str, str], documents: int, seq_length: int) -> None:
     """A dataset with corpora of these names and kinds."""
     numbers = [Document(str(i), "random") for i in range(documents)]
-    corpora = [Corpus(name, kind, numbers, RandomTokens(kind)) for name, kind in kinds.items()]
+    corpora = [
+        Corpus(name, kind, numbers, RandomTokens(kind), BadRows()) for name, kind in kinds.items()
+    ]
     with new_artifact(folder, "dataset", {}) as staging:
         counts = write_splits(corpora, staging.path)
         described = [
@@ -74,6 +77,7 @@ def write(folder: Path, kinds: dict[str, str], documents: int, seq_length: int) 
             "corpora": described,
             "splits": add_up(counts),
             "eod_id": EOD,
+            "bos_id": None,
             "vocab_size": 49152,
             "seq_length": seq_length,
         }

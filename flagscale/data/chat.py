@@ -1,10 +1,4 @@
-"""Conversations -> token ids, and which of them the assistant says.
-
-The tokenizer's chat template writes a conversation out. Where it marks the assistant's parts with
-`{% generation %}`, these are what is learnt. Otherwise a message's part is what the template adds
-for it: the conversation up to a message, with the prompt to answer, must be the beginning of the
-conversation with the message, and that of the whole.
-"""
+"""Conversations -> token ids, and which of them the assistant says."""
 
 from __future__ import annotations
 
@@ -13,19 +7,16 @@ import re
 import threading
 from typing import Any
 
-import jinja2
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from flagscale.data.chat_counts import ChatCounts
 from flagscale.data.encoder import EncodedDocument, choose_split, token_dtype, vocabulary_size
-from flagscale.data.messages import ASSISTANT, Message, load_messages
+from flagscale.data.messages import ASSISTANT, identity, load_conversation
+from flagscale.data.rows import BadRow
 from flagscale.data.sources import Document
-from flagscale.errors import UserError
-
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
+from flagscale.data.template import ChatTemplate, Rendering
 
 
 class ChatEncoder:
@@ -36,15 +27,19 @@ class ChatEncoder:
         eod_id: added at the end, without loss, unless the template ends with it.
         validation_fraction: see `choose_split`.
         test_fraction: likewise.
+        seq_length: what lies behind the token after it is not learnt.
+        arguments: further variables of the template.
+        last_only: learn the last answer of a conversation alone.
 
     Attributes:
         vocab_size: ids are below it.
         dtype: of the ids.
-        control_tokens: conversations so far in which a message holds a special token's name. It is
-            encoded as that token: a template's output does not tell who wrote it.
+        template: the tokenizer's.
+        counts: of the conversations so far.
+        end_ids: added tokens that were learnt right behind an answer's text: they end its turn.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or it knows no such variable.
     """
 
     def __init__(
@@ -53,109 +48,107 @@ class ChatEncoder:
         eod_id: int,
         validation_fraction: float,
         test_fraction: float,
+        seq_length: int,
+        arguments: dict[str, Any] | None = None,
+        last_only: bool = False,
     ) -> None:
-        try:
-            self._template = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise UserError(
-                "data.format='chat': the tokenizer has no chat_template, which says how a "
-                "conversation is written; name one that has (an instruct model's) in "
-                f"data.tokenizer, or use text ({str(error)[:80]})"
-            ) from error
-        self._is_marked = _MARKED.search(self._template) is not None
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self.template = ChatTemplate(tokenizer, arguments or {})
         self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))))
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         # It would only trim blanks from the tokens' places: no special tokens are added here.
         self._backend.post_processor = None
-        self._rendering = threading.Lock()  # of jinja's marks, which know one rendering at a time
         self._eod_id = eod_id
         self._fractions = (validation_fraction, test_fraction)
+        self._capacity = seq_length + 1  # tokens of a sample: labels are shifted by one
+        self._last_only = last_only
+        self._counting = threading.Lock()
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = token_dtype(tokenizer)
-        self.control_tokens = 0
+        self.counts = ChatCounts()
+        self.end_ids: set[int] = set()
+        self._added = set(self._backend.get_added_tokens_decoder())
 
-    def __call__(self, documents: list[Document]) -> list[EncodedDocument]:
-        """Encode a batch and choose the splits; conversations without an answer are left out.
+    def __call__(self, documents: list[Document]) -> list[EncodedDocument | BadRow]:
+        """Encode a batch and choose the splits.
 
-        Raises:
-            UserError: the template refuses a conversation, or does not write it message by message.
+        Conversations of which nothing is learnt are left out and counted. One may become several
+        documents: see `flagscale.data.template`.
         """
-        kept, texts, spans = [], [], []
+        counts = ChatCounts()
+        encoded: list[EncodedDocument | BadRow] = []
+        texts: list[tuple[int, Rendering]] = []
+        firsts: list[EncodedDocument] = []
         for document in documents:
-            messages = load_messages(document.text)
-            if not any(message["role"] == ASSISTANT for message in messages):
+            conversation = load_conversation(document.text)
+            answers = [m for m in conversation.messages if m["role"] == ASSISTANT]
+            if not any(message.get("weight", 1) for message in answers):
+                counts.left_out += 1
                 continue
-            with self._rendering:
-                text, found = self._render(messages, document.origin)
-                self.control_tokens += any(self._special.search(m["content"]) for m in messages)
-            kept.append((document, sum(len(message["content"]) for message in messages)))
-            texts.append(text)
-            spans.append(found)
-        encoded = []
-        for (document, characters), found, encoding in zip(
-            kept, spans, self._backend.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
-            ids = np.array(encoding.ids, self.dtype)
-            starts = np.array([start for start, _ in encoding.offsets], np.int64)
-            mask = np.zeros(len(ids), np.uint8)
-            for start, stop in found:
-                mask[(starts >= start) & (starts < stop)] = 1
-            if not len(ids) or ids[-1] != self._eod_id:
-                ids = np.append(ids, ids.dtype.type(self._eod_id))
-                mask = np.append(mask, np.uint8(0))
-            digest = hashlib.sha256(document.text.encode()).digest()
+            try:
+                found = self.template.render(conversation, self._last_only, document.origin)
+            except BadRow as error:
+                encoded.append(error)
+                continue
+            contents = [message["content"] or "" for message in conversation.messages]
+            counts.control_tokens += any(map(self._special.search, contents))
+            counts.changed_prompts += not all(rendering.is_asked for rendering in found)
+            counts.several_texts += len(found) > 1
+            digest = hashlib.sha256(identity(conversation)).digest()
+            hash64 = int.from_bytes(digest[-8:], "big")
+            characters = sum(map(len, contents))
             split = choose_split(digest, *self._fractions)
-            encoded.append(
-                EncodedDocument(split, int.from_bytes(digest[-8:], "big"), characters, ids, mask)
-            )
+            texts += ((len(firsts), rendering) for rendering in found)
+            firsts.append(EncodedDocument(split, hash64, characters, np.empty(0)))
+        encodings = self._backend.encode_batch(
+            [rendering.text for _, rendering in texts], add_special_tokens=False
+        )
+        kept: set[int] = set()
+        too_long: set[int] = set()
+        for (number, rendering), encoding in zip(texts, encodings, strict=True):
+            ids, mask = self._learnt(rendering, encoding, counts)
+            if not mask[1 : self._capacity].any():
+                if mask[1:].any():
+                    too_long.add(number)
+                continue
+            first = firsts[number]
+            if number in kept:  # the conversation has been counted
+                first = first._replace(hash64=None, characters=0)
+            kept.add(number)
+            encoded.append(first._replace(ids=ids, mask=mask))
+        lost = set(range(len(firsts))) - kept
+        counts.too_long += len(lost & too_long)
+        counts.left_out += len(lost - too_long)
+        with self._counting:
+            self.counts.add(counts)
         return encoded
 
-    def _render(self, messages: list[Message], origin: str) -> tuple[str, list[Span]]:
-        """A conversation's text, and where in it the assistant speaks."""
-        text, marked = self._write(messages, origin)
-        if self._is_marked:
-            return text, marked
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            if i == 0:
-                raise UserError(
-                    f"{origin}: the conversation begins with an answer, and the tokenizer's chat "
-                    "template does not mark answers ({% generation %}); begin with a question"
-                )
-            before, _ = self._write(messages[:i], origin, prompt=True)
-            if not text.startswith(before):
-                before, _ = self._write(messages[:i], origin)
-            after, _ = self._write(messages[: i + 1], origin)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    f"{origin}: message {i + 1} changes how the tokenizer's chat template writes "
-                    "the messages before it, so its own part cannot be told from theirs; use a "
-                    "template that marks answers ({% generation %}), or drop this conversation"
-                )
-            spans.append((len(before), len(after)))
-        return text, spans
-
-    def _write(
-        self, messages: list[Message], origin: str, prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        try:
-            # Its annotation speaks of a single text.
-            written: Any = render_jinja_template(
-                [messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._is_marked,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{origin}: the tokenizer's chat template refuses this conversation: "
-                f"{type(error).__name__}: {str(error)[:200]}"
-            ) from error
-        texts, spans = written
-        return texts[0], spans[0] if self._is_marked else []
+    def _learnt(
+        self, rendering: Rendering, encoding: Encoding, counts: ChatCounts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text, EOD last, and the mask of what is learnt."""
+        ids = np.array(encoding.ids, self.dtype)
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        mask = np.zeros(len(ids), np.uint8)
+        for answer in rendering.answers:
+            own = np.zeros(len(ids), bool)
+            for start, stop in answer.spans:  # a token that only begins before an answer is learnt
+                own |= (places[:, 0] < stop) & (places[:, 1] > start)
+            mask[own] = 1
+            if answer.end is not None:
+                behind = ids[own & (places[:, 0] >= answer.end)][:1].tolist()
+                self.end_ids.update(self._added.intersection(behind))
+            counts.lost_answers += bool(own[self._capacity :].any())
+            counts.changed_answers += not answer.is_exact
+            counts.unmarked_answers += not answer.is_marked
+        last = int(np.flatnonzero(mask)[-1]) if mask.any() else 0
+        counts.seq_length_for_all = max(counts.seq_length_for_all, last)
+        counts.lost_tokens += int(mask[self._capacity :].sum())
+        if mask[1:].any() and not mask[1 : self._capacity].any():
+            first = int(np.flatnonzero(mask[1:])[0]) + 1
+            counts.seq_length_for_some = min(counts.seq_length_for_some or first, first)
+        if not len(ids) or ids[-1] != self._eod_id:
+            ids = np.append(ids, ids.dtype.type(self._eod_id))
+            mask = np.append(mask, np.uint8(0))
+        return ids, mask

@@ -22,7 +22,7 @@ class SplitCounts:
     """What a split holds.
 
     Attributes:
-        documents: texts or conversations.
+        documents: texts, or texts of conversations.
         tokens: with one EOD a document.
         characters: of the texts, or of the messages.
         learnt_tokens: those that a mask does not leave out.
@@ -49,14 +49,14 @@ class Counts:
     Attributes:
         splits: counts of each.
         duplicates: documents whose text had occurred before (they are kept).
-        left_out: conversations without an answer.
+        highest_id: of all tokens; what a vocabulary has beyond need not be in the model.
     """
 
     splits: dict[str, SplitCounts] = field(
         default_factory=lambda: {name: SplitCounts() for name in SPLITS}
     )
     duplicates: int = 0
-    left_out: int = 0
+    highest_id: int = 0
 
     @property
     def documents(self) -> int:
@@ -110,12 +110,35 @@ def check_splits(facts: dict[str, Any], validation_fraction: float, test_fractio
                 f"data.test_fraction={test_fraction}"
             )
             documents, tokens = _whole(facts, part)
+            remedy = _longer(facts, part) or (
+                "Give more or shorter documents (a split never cuts one), lower data.seq_length, "
+                f"or {fraction}"
+            )
             raise UserError(
                 f"{part.whose} has {sum(map(len, part.documents))} documents and {part.tokens} "
                 f"tokens, but {lacking}; the whole corpus has {documents} documents and {tokens} "
-                "tokens. Give more or shorter documents (a split never cuts one), lower "
-                f"data.seq_length, or {fraction}"
+                f"tokens. {remedy}"
             )
+
+
+def _longer(facts: dict[str, Any], part: Part) -> str:
+    """What to change where conversations were too long; nothing where none was."""
+    chats = [
+        corpus["chat"]
+        for corpus in facts["corpora"]
+        if part.name in (None, corpus["name"]) and "chat" in corpus
+    ]
+    too_long = sum(chat["too_long"] for chat in chats)
+    if part.kind != "chat" or not too_long:
+        return ""
+    some = min(chat["seq_length_for_some"] for chat in chats if chat["too_long"])
+    return (
+        f"{too_long} conversations were left out, since their answers begin after the "
+        f"{facts['seq_length'] + 1} tokens that data.seq_length={facts['seq_length']} takes; with "
+        f"{some} one of them has something to learn, and with "
+        f"{max(chat['seq_length_for_all'] for chat in chats)} nothing is lost: raise "
+        "data.seq_length"
+    )
 
 
 def _whole(facts: dict[str, Any], part: Part) -> tuple[int, int]:

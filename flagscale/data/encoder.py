@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.indexed import token_type
+from flagscale.data.rows import BadRow
 from flagscale.data.sources import Document
-from flagscale.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-EOD_TOKEN = "<|endoftext|>"  # noqa: S105 - not a secret
 
 
 class EncodedDocument(NamedTuple):
@@ -24,14 +23,14 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         split: `train`, `validation` or `test`.
-        hash64: 64 bits of the text's SHA-256, to find repeats.
-        characters: of the text.
-        ids: token ids [tokens], EOD last.
+        hash64: 64 bits of the text's SHA-256, to find repeats; None: it came with another document.
+        characters: of the text; 0: they came with another document.
+        ids: token ids [tokens], BOS first if there is one, EOD last.
         mask: uint8 [tokens], 1 where a token is to be learnt; None: all of them.
     """
 
     split: str
-    hash64: int
+    hash64: int | None
     characters: int
     ids: np.ndarray
     mask: np.ndarray | None = None
@@ -43,8 +42,8 @@ class Encode(Protocol):
     vocab_size: int
     dtype: type[np.number[Any]]
 
-    def __call__(self, documents: list[Document], /) -> list[EncodedDocument]:
-        """Encode a batch."""
+    def __call__(self, documents: list[Document], /) -> Sequence[EncodedDocument | BadRow]:
+        """Encode a batch; for a document that cannot be encoded, say what is wrong with it."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -55,25 +54,6 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type[np.number[Any]]:
     """The smallest type of an indexed dataset that holds every id."""
     return token_type(vocabulary_size(tokenizer))
-
-
-def find_eod(tokenizer: PreTrainedTokenizerFast, eod_token: str | None) -> int:
-    """Id of the token between documents: `eod_token`, else `<|endoftext|>` if known, else EOS.
-
-    Raises:
-        UserError: the tokenizer does not know the token, or has no EOS.
-    """
-    vocabulary = tokenizer.get_vocab()
-    if eod_token is None:
-        eod_token = EOD_TOKEN if EOD_TOKEN in vocabulary else tokenizer.eos_token
-        if eod_token is None:
-            raise UserError("data.eod_token: the tokenizer has no EOS token, so one must be named")
-    if eod_token not in vocabulary:
-        known = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        near = difflib.get_close_matches(eod_token, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"special tokens: {', '.join(known)}"
-        raise UserError(f"data.eod_token={eod_token!r}: not in the tokenizer's vocabulary; {hint}")
-    return vocabulary[eod_token]
 
 
 def choose_split(digest: bytes, validation_fraction: float, test_fraction: float) -> str:
@@ -92,23 +72,23 @@ def choose_split(digest: bytes, validation_fraction: float, test_fraction: float
 
 
 class Encoder:
-    """Texts -> token ids with EOD at the end. Safe to call from several threads.
+    """Texts -> token ids between BOS and EOD. Safe to call from several threads.
 
     A special token's name inside a text is text, not a control token: what somebody wrote about
-    `<|endoftext|>` must not end a document. Nothing is added in front (no BOS).
+    `<|endoftext|>` must not end a document.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        eod_id: int,
+        tokens: DocumentTokens,
         validation_fraction: float,
         test_fraction: float,
     ) -> None:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
-        names = {*map(str, tokenizer.all_special_tokens), str(backend.id_to_token(eod_id))}
+        names = {*map(str, tokenizer.all_special_tokens), *_names(backend, tokens)}
         # some tokenizers hold them as ordinary added tokens, which would match inside texts
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         backend.add_special_tokens(
@@ -118,7 +98,8 @@ class Encoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = token_dtype(tokenizer)
         self._backend = backend
-        self._eod_id = eod_id
+        self._before = [] if tokens.bos is None else [tokens.bos]
+        self._after = [tokens.eod]
         self._fractions = (validation_fraction, test_fraction)
 
     def __call__(self, documents: list[Document]) -> list[EncodedDocument]:
@@ -129,12 +110,14 @@ class Encoder:
         for text, found in zip(
             texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
         ):
-            ids = np.empty(len(found) + 1, self.dtype)
-            ids[:-1] = found.ids
-            ids[-1] = self._eod_id
+            ids = np.array([*self._before, *found.ids, *self._after], self.dtype)
             digest = hashlib.sha256(text.encode()).digest()
             split = choose_split(digest, *self._fractions)
             encoded.append(
                 EncodedDocument(split, int.from_bytes(digest[-8:], "big"), len(text), ids)
             )
         return encoded
+
+
+def _names(backend: Tokenizer, tokens: DocumentTokens) -> set[str]:
+    return {str(backend.id_to_token(i)) for i in tokens if i is not None}

@@ -41,13 +41,13 @@ class TextSamples:
     Args:
         samples: Megatron's.
         eod_id: ends a document.
-        reset_attention_mask: EOD does not predict the next document's first token.
+        masks_eod: EOD is not to predict the next document's first token.
     """
 
-    def __init__(self, samples: GPTDataset, eod_id: int, reset_attention_mask: bool) -> None:
+    def __init__(self, samples: GPTDataset, eod_id: int, masks_eod: bool) -> None:
         self._samples = samples
         self._eod_id = eod_id
-        self._reset = reset_attention_mask
+        self._masks_eod = masks_eod
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -57,7 +57,7 @@ class TextSamples:
         tokens = row[:-1]
         starts = starts_after(tokens, self._eod_id)
         loss_mask = np.ones(len(tokens), np.float32)
-        if self._reset:
+        if self._masks_eod:
             loss_mask[tokens == self._eod_id] = 0
         return Sample(tokens, row[1:], loss_mask, starts)
 
@@ -130,7 +130,9 @@ class Index:
     def _samples(self, part: Part, reset_attention_mask: bool) -> Samples:
         eod_id = self._facts["eod_id"]
         if part.kind == "text":
-            return TextSamples(self._gpt_dataset(part), eod_id, reset_attention_mask)
+            # What follows EOD cannot be seen from behind a border, and BOS goes without saying.
+            masks_eod = reset_attention_mask or self._facts["bos_id"] is not None
+            return TextSamples(self._gpt_dataset(part), eod_id, masks_eod)
         numbers = np.concatenate([np.arange(r.start, r.stop) for r in part.documents])
         return ChatSamples(
             self._dataset / part.file,

@@ -26,6 +26,7 @@ from flagscale.data.counts import Counts
 from flagscale.data.encoder import Encode, EncodedDocument
 from flagscale.data.indexed import IndexedWriter
 from flagscale.data.layout import SPLITS, corpus_file, mask_file
+from flagscale.data.rows import BadRow, BadRows
 from flagscale.data.sources import Document
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ class Corpus(NamedTuple):
         kind: `text` or `chat`.
         documents: streamed; read once.
         encode: of the documents; of all corpora with the same vocabulary.
+        bad_rows: those met so far, by whoever reads the documents too.
     """
 
     name: str | None
     kind: str
     documents: Iterable[Document]
     encode: Encode
+    bad_rows: BadRows
 
 
 def write_splits(
@@ -104,19 +107,22 @@ def _write(
 ) -> None:
     batches = _batches(corpus.documents)
 
-    def encode(batch: list[Document]) -> tuple[int, list[EncodedDocument]]:
-        return len(batch), corpus.encode(batch)
-
     with (
         hashes.open("ab") as hash_file,
-        contextlib.closing(_map_in_order(encode, batches, workers)) as encoded,
+        contextlib.closing(_map_in_order(corpus.encode, batches, workers)) as encoded,
     ):
-        for read, batch in encoded:
-            counts.left_out += read - len(batch)
+        for batch in encoded:
+            hashes64 = []
             for item in batch:
+                if isinstance(item, BadRow):
+                    corpus.bad_rows.add(item, encoding=True)
+                    continue
                 writers[item.split].add(item)
                 counts.splits[item.split].add(item)
-            hash_file.write(np.array([item.hash64 for item in batch], np.uint64).tobytes())
+                counts.highest_id = max(counts.highest_id, int(item.ids.max()))
+                if item.hash64 is not None:
+                    hashes64.append(item.hash64)
+            hash_file.write(np.array(hashes64, np.uint64).tobytes())
             progress.report()
 
 

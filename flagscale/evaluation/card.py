@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ def model_card(
     training: Mapping[str, Mapping[str, Any]],
     metrics: Mapping[str, Any],
     export_format: str = "huggingface",
+    has_chat_template: bool = False,
 ) -> str:
     """The text of README.md: YAML front matter that the Hugging Face hub reads, then Markdown.
 
@@ -32,6 +34,7 @@ def model_card(
         training: sections `distillation` and `training` of the recipe.
         metrics: of the evaluation artifact.
         export_format: `huggingface` or `megatron`.
+        has_chat_template: whether its tokenizer has one.
     """
     teacher = origin.base_model or origin.source
     sections = [
@@ -40,7 +43,8 @@ def model_card(
         f"A {_kind(shape)} model of {shape.num_layers} layers and "
         f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
-        f"## How it was trained\n\n{_training(training)}",
+        f"## How it was trained\n\n{_learnt(metrics['kinds'], has_chat_template)}\n\n"
+        f"{_training(training)}",
         f"## How to use it\n\n{_USAGE[export_format]}",
         f"## Licence\n\n{_license(origin, teacher)}",
     ]
@@ -99,8 +103,9 @@ def _front_matter(origin: Origin, export_format: str) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "megatron-core", "modelopt"],
     }
-    if origin.license:
-        values["license"] = origin.license
+    for name in ("license", "license_name", "license_link"):
+        if getattr(origin, name):
+            values[name] = getattr(origin, name)
     if origin.base_model:
         values["base_model"] = origin.base_model
     return values
@@ -146,6 +151,51 @@ def _training(sections: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _learnt(kinds: Sequence[str], has_chat_template: bool) -> str:
+    """What it may be asked: a template that nothing was trained with promises too much."""
+    if kinds == ["chat"]:
+        return "On conversations, written as its chat template writes them."
+    if kinds != ["text"]:
+        return "On plain text and on conversations, written as its chat template writes them."
+    if not has_chat_template:
+        return "On plain text, not on conversations: it continues a text. It has no chat template."
+    return (
+        "On plain text, not on conversations: it continues a text. The chat template that it has "
+        "is the teacher's, and nothing was trained with it. How well the student follows it was "
+        "not measured."
+    )
+
+
 def _license(origin: Origin, teacher: str) -> str:
-    known = f"`{origin.license}`, that" if origin.license else "Not known: it is that"
-    return f"{known} of `{teacher}`, from which this model is derived."
+    name = origin.license_name or origin.license
+    known = f"`{name}`, that" if name else "Not known: it is that"
+    link = f" Its text: {_linked(origin.license_link)}." if origin.license_link else ""
+    note = _llama_note(origin)
+    text = f"{known} of `{teacher}`, from which this model is derived.{link}"
+    return f"{text}\n\n{note}" if note else text
+
+
+def _linked(link: str) -> str:
+    return f"<{link}>" if "://" in link else f"[{link}]({link})"
+
+
+def _llama_note(origin: Origin) -> str | None:
+    """What Meta's community licences want of a model that is made with theirs.
+
+    Llama 3 to 4, sections 1.b.i and 1.b.iii; Llama 2, section 1.b.ii, which wants no name.
+    """
+    found = re.fullmatch(r"llama(\d(?:\.\d)?)", origin.license_name or origin.license or "")
+    if found is None:
+        return None
+    version = found.group(1)
+    notice = (
+        f'a file `NOTICE` must say: "Llama {version} is licensed under the '
+        f"{'LLAMA 2' if version == '2' else f'Llama {version}'} Community License, Copyright (c) "
+        'Meta Platforms, Inc. All Rights Reserved."'
+    )
+    if version == "2":
+        return f"Where this model is distributed, {notice}"
+    return (
+        'Built with Llama. Where this model is distributed, its name must begin with "Llama", a '
+        f"copy of the licence must go along, and {notice}"
+    )

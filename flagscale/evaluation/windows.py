@@ -1,8 +1,8 @@
 """Documents as batches of windows.
 
-A document of n tokens, its end-of-document token included, is cut into windows of `seq_length`
-inputs that do not overlap. The last input of a window predicts the first token of the next, so
-each token but the document's first is predicted exactly once, and never across documents.
+A document of n tokens, BOS and EOD included, is cut into windows of `seq_length` inputs that do not
+overlap. The last input of a window predicts the first token of the next, so each token but the
+document's first is predicted exactly once, and never across documents.
 """
 
 from __future__ import annotations

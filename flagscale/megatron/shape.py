@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flagscale.artifacts import write_json
 from flagscale.errors import UserError
-from flagscale.megatron.families import Family, family_of, read_experts, write_experts
+from flagscale.megatron.config_fields import check_fields, read_rope
+from flagscale.megatron.families import family_of, read_experts, write_experts
 from flagscale.recipe import ArchitectureRecipe, parse_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_JSON = "model.json"
-# Megatron-Core has Llama 3's RoPE scaling with these constants; only the factor can be chosen.
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class ModelShape:
         vocab_size: tokens that the model knows (Hugging Face's `vocab_size`).
         padded_vocab_size: rows of the embedding in Megatron-Core; those past `vocab_size` are
             padding and never reach a loss or an export.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: longest sequence, in tokens; 0: not known.
         norm_epsilon: of every norm.
         rotary_base: RoPE's theta.
         use_rope_scaling: Llama 3's RoPE scaling.
@@ -100,6 +96,21 @@ class ModelShape:
         )
         return cls(**values)
 
+    def check_seq_length(self, seq_length: int) -> None:
+        """Refuse sequences that are longer than the model's positions.
+
+        Args:
+            seq_length: tokens a sample.
+
+        Raises:
+            UserError: both numbers.
+        """
+        if 0 < self.max_position_embeddings < seq_length:
+            raise UserError(
+                f"data.seq_length={seq_length} is more than the teacher's "
+                f"max_position_embeddings={self.max_position_embeddings}"
+            )
+
     @property
     def fits_hugging_face(self) -> bool:
         """Whether a Hugging Face configuration of its family describes the model."""
@@ -124,20 +135,25 @@ def pad_vocab_size(vocab_size: int, divisor: int) -> int:
     return -(-vocab_size // divisor) * divisor
 
 
-def from_hf_config(config: PreTrainedConfig, make_vocab_size_divisible_by: int = 128) -> ModelShape:
+def from_hf_config(
+    config: PreTrainedConfig,
+    make_vocab_size_divisible_by: int = 128,
+    ignored: Collection[str] = (),
+) -> ModelShape:
     """Read the shape off a Hugging Face configuration.
 
     Args:
         config: of a causal language model.
         make_vocab_size_divisible_by: the embedding gets padding rows up to a multiple of this.
+        ignored: unknown fields of the configuration that are not refused, see `check_fields`.
 
     Raises:
         UserError: another family, or a feature that the Megatron-Core model would not honour.
     """
     family = config.model_type
     entry = family_of(family)
-    _refuse_unsupported(config, entry)
-    use_scaling, factor, base = _rope(config, family)
+    check_fields(config, entry, ignored)
+    base, factor = read_rope(config)
     heads = config.num_attention_heads
     if not getattr(config, "head_dim", None):
         check_divides(f"{family} teacher", "hidden_size", config.hidden_size, heads)
@@ -160,8 +176,8 @@ def from_hf_config(config: PreTrainedConfig, make_vocab_size_divisible_by: int =
         max_position_embeddings=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         rotary_base=base,
-        use_rope_scaling=use_scaling,
-        rope_scaling_factor=factor,
+        use_rope_scaling=factor is not None,
+        rope_scaling_factor=factor or 8.0,
         qk_layernorm=entry.qk_layernorm,
         add_qkv_bias=entry.add_qkv_bias,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
@@ -208,58 +224,3 @@ def check_divides(where: str, name: str, value: int, heads: int) -> None:
     """
     if value % heads:
         raise UserError(f"{where}: {name}={value} is not divisible by num_attention_heads={heads}")
-
-
-def _refuse_unsupported(config: PreTrainedConfig, entry: Family) -> None:
-    """Refuse what would be silently wrong."""
-    family = config.model_type
-    for name, allowed in entry.expected.items():
-        value = getattr(config, name, None)
-        if value not in allowed:
-            raise UserError(
-                f"{family} teacher: {name}={value!r} is not supported, {allowed[0]!r} is"
-            )
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    windowed = [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"]
-    if windowed or window is not None:
-        raise UserError(
-            f"{family} teacher: sliding-window attention (sliding_window="
-            f"{getattr(config, 'sliding_window', None)}) is not supported, full attention is"
-        )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and _get(quantised, "quant_method") != "gguf":
-        raise UserError(
-            f"{family} teacher: weights quantised with {_get(quantised, 'quant_method')!r} are not "
-            "supported; give the unquantised model or a GGUF file"
-        )
-
-
-def _rope(config: PreTrainedConfig, family: str) -> tuple[bool, float, float]:
-    """(scaled, factor, base) of the rotary embedding."""
-    rope = dict(config.rope_parameters or {})
-    kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{family} teacher: partial_rotary_factor={rope['partial_rotary_factor']} is not "
-            "supported, 1.0 is"
-        )
-    base = float(rope.get("rope_theta", 10000.0))
-    if kind == "default":
-        return False, 8.0, base
-    if kind != "llama3":
-        raise UserError(
-            f"{family} teacher: rope_type={kind!r} is not supported; supported: default, llama3"
-        )
-    for name, value in _LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise UserError(
-                f"{family} teacher: llama3 RoPE scaling with {name}={rope.get(name)} is not "
-                f"supported; Megatron-Core's is {value}"
-            )
-    return True, float(rope["factor"]), base
-
-
-def _get(value: Any, name: str) -> Any:  # noqa: ANN401 - a mapping or an object
-    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)

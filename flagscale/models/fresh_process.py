@@ -30,14 +30,20 @@ class Reloaded:
     Attributes:
         logits_bsv: float32 [b, s, vocabulary].
         text: greedy continuation of the prompt; None of a model that was run a layer at a time.
+        ids: the tokens of each text.
     """
 
     logits_bsv: torch.Tensor
     text: str | None
+    ids: list[list[int]]
 
 
 def reload_in_fresh_process(
-    folder: Path, tokens: torch.Tensor, prompt: Sequence[int], is_whole: bool | None = None
+    folder: Path,
+    tokens: torch.Tensor,
+    prompt: Sequence[int],
+    texts: Sequence[str] = (),
+    is_whole: bool | None = None,
 ) -> Reloaded:
     """Load an exported folder with transformers alone, in a process of its own.
 
@@ -48,6 +54,7 @@ def reload_in_fresh_process(
         folder: the exported folder.
         tokens: int64 [b, s].
         prompt: tokens to continue.
+        texts: to encode.
         is_whole: load all of the model at once, as its users will, and not a layer at a time;
             default: if there is memory for it.
 
@@ -58,8 +65,8 @@ def reload_in_fresh_process(
         is_whole = _fits(folder)
     with tempfile.TemporaryDirectory(prefix="flagscale-reload-") as name:
         request, answer = Path(name, "request.json"), Path(name, "answer.safetensors")
-        values = {"tokens": tokens.tolist(), "prompt": list(prompt), "whole": is_whole}
-        request.write_text(json.dumps(values))
+        values = {"tokens": tokens.tolist(), "prompt": list(prompt), "texts": list(texts)}
+        request.write_text(json.dumps(values | {"whole": is_whole}))
         done = subprocess.run(  # noqa: S603 - our own script
             [sys.executable, "-I", reload_hf.__file__, str(folder), str(request), str(answer)],
             env={**_loader_path(), "PATH": os.defpath, "HOME": name, "HF_HUB_OFFLINE": "1"},
@@ -71,7 +78,7 @@ def reload_in_fresh_process(
         if done.returncode != 0:
             last_words = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"transformers cannot load the exported {folder}: {last_words}")
-        return Reloaded(logits_bsv=load_file(answer)["logits"], text=json.loads(done.stdout))
+        return Reloaded(logits_bsv=load_file(answer)["logits"], **json.loads(done.stdout))
 
 
 def _fits(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.hf_rules import LAYERS, Rows, Table, rules
+from flagscale.models.hf_rules import LAYERS, Rows, Stack, Table, rules
 
 _NUMBER = re.compile(r"(\d+)\.")
 
@@ -31,14 +31,6 @@ class Located:
 
     parts: tuple[Rows, ...]
     offset: tuple[int, ...]
-
-    def heights(self) -> dict[str, int]:
-        """How many rows each Hugging Face tensor has that is part of this one."""
-        heights: dict[str, int] = {}
-        for part in self.parts:
-            if part.name is not None:
-                heights[part.name] = max(part.stop, heights.get(part.name, 0))
-        return heights
 
     def overlaps(self, length: int) -> Iterator[tuple[int, Rows]]:
         """The rows that `length` rows from the offset on are made of.
@@ -64,12 +56,14 @@ class Counterpart:
         index: in its leading axes: layer and expert, where they are stacked.
         height: rows of that layer's or expert's tensor.
         pieces: where in it the Hugging Face tensor's rows start, in these rows' order.
+        shape: of the Hugging Face tensor.
     """
 
     key: str
     index: tuple[int, ...]
     height: int
     pieces: tuple[tuple[int, Rows], ...]
+    shape: tuple[int, ...]
 
 
 class WeightMap:
@@ -107,14 +101,14 @@ class WeightMap:
             name = LAYERS + (name[number.end() :] if number else name)
         if name not in self._table:
             raise UserError(f"the family has no counterpart of Megatron-Core's {key}")
-        parts = self._table[name]
-        if _is_expert(parts):
+        stack = self._table[name]
+        if stack.is_expert:
             expert = offset.pop(0)
-        return Located(_numbered(parts, layer, expert), tuple(offset))
+        return Located(stack.numbered(layer, expert).parts, tuple(offset))
 
-    def names(self) -> set[str]:
-        """Every tensor of the Hugging Face model."""
-        return set(self.counterparts(()))
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the Hugging Face model, layer by layer."""
+        return {name: counterpart.shape for name, counterpart in self.counterparts(()).items()}
 
     def counterparts(self, keys: Container[str]) -> dict[str, Counterpart]:
         """Every tensor of the Hugging Face model, layer by layer.
@@ -124,35 +118,29 @@ class WeightMap:
         """
         found: dict[str, Counterpart] = {}
         for layer in range(self._num_layers):
-            for name, parts in self._table.items():
+            for name, stack in self._table.items():
                 is_layer = name.startswith(LAYERS)
                 if not is_layer and layer > 0:
                     continue
                 alone = f"{LAYERS}{layer}.{name.removeprefix(LAYERS)}"
                 is_alone = is_layer and alone in keys
-                for expert in range(self._num_experts if _is_expert(parts) else 1):
+                for expert in range(self._num_experts if stack.is_expert else 1):
                     index = (layer,) if is_layer and not is_alone else ()
-                    if _is_expert(parts):
+                    if stack.is_expert:
                         index = (*index, expert)
-                    pieces = _by_name(_numbered(parts, layer, expert))
-                    height = sum(len(part) for part in parts)
                     key = alone if is_alone else name
-                    found |= {
-                        theirs: Counterpart(key, index, height, of_it)
-                        for theirs, of_it in pieces.items()
-                    }
+                    for theirs, pieces in _by_name(stack.numbered(layer, expert)).items():
+                        rows = pieces[-1][1].stop
+                        shape = (rows,) if stack.columns is None else (rows, stack.columns)
+                        found[theirs] = Counterpart(key, index, len(stack), pieces, shape)
         return found
 
 
-def _is_expert(parts: tuple[Rows, ...]) -> bool:
-    return any("{expert}" in (part.name or "") for part in parts)
-
-
-def _by_name(parts: tuple[Rows, ...]) -> dict[str, tuple[tuple[int, Rows], ...]]:
+def _by_name(stack: Stack) -> dict[str, tuple[tuple[int, Rows], ...]]:
     """The parts of each Hugging Face tensor in the order of its rows, and where they start."""
     pieces: dict[str, list[tuple[int, Rows]]] = {}
     at = 0
-    for part in parts:
+    for part in stack.parts:
         if part.name is not None:
             pieces.setdefault(part.name, []).append((at, part))
         at += len(part)
@@ -160,10 +148,3 @@ def _by_name(parts: tuple[Rows, ...]) -> dict[str, tuple[tuple[int, Rows], ...]]
         name: tuple(sorted(found, key=lambda piece: piece[1].start))
         for name, found in pieces.items()
     }
-
-
-def _numbered(parts: tuple[Rows, ...], layer: int, expert: int) -> tuple[Rows, ...]:
-    return tuple(
-        Rows(part.name and part.name.format(layer=layer, expert=expert), part.start, part.stop)
-        for part in parts
-    )

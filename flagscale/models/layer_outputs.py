@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch.utils._pytree import tree_map_only
 
 from flagscale.imports import uncollected
 from flagscale.models import reload_hf
@@ -26,10 +27,13 @@ class Outputs:
         hidden_bsh: float32 [b, s, h] each: the embedding, then what each layer makes of the one
             before.
         logits_bsv: float32 [b, s, vocabulary].
+        rounded: what the same parts, logits included, make of the same states in 16 bits; empty
+            where they were not asked for.
     """
 
     hidden_bsh: tuple[torch.Tensor, ...]
     logits_bsv: torch.Tensor
+    rounded: tuple[torch.Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -65,7 +69,10 @@ def layer_outputs(model: GPTModel, tokens: torch.Tensor) -> Outputs:
 
 @torch.no_grad()
 def in_transformers(
-    folder: Path, tokens: torch.Tensor, hidden_bsh: Sequence[torch.Tensor]
+    folder: Path,
+    tokens: torch.Tensor,
+    hidden_bsh: Sequence[torch.Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> Outputs:
     """Run transformers' model of a folder, a layer at a time, in float32.
 
@@ -73,6 +80,8 @@ def in_transformers(
         folder: of a Hugging Face model.
         tokens: int64 [b, s].
         hidden_bsh: another model's, from `layer_outputs`.
+        dtype: that the other model computed in. Where that is not float32, transformers' layers
+            compute in it too, to tell what rounding alone does.
 
     Returns:
         transformers' own logits; and its embedding, then what each of its layers, at last the
@@ -82,10 +91,18 @@ def in_transformers(
     with uncollected():  # transformers imports the model's code only now, and torch's compiler
         model = reload_hf.streamed(folder)
     made: list[torch.Tensor] = []
+    rounded: list[torch.Tensor] = []
     normed: list[torch.Tensor] = []
 
-    def embedded(_module: Any, _inputs: Any, output: torch.Tensor) -> None:  # noqa: ANN401
+    def rounding(module: torch.nn.Module, *inputs: Any, **named: Any) -> None:  # noqa: ANN401
+        if dtype != torch.float32:
+            # In place: its weights are dropped afterwards.
+            output = module.to(dtype).forward(*_as(inputs, dtype), **_as(named, dtype))
+            rounded.append(_first(output).float())
+
+    def embedded(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ANN401
         made.append(output)
+        rounding(module, *inputs)
 
     def again(
         number: int,
@@ -94,14 +111,17 @@ def in_transformers(
         named: dict[str, Any],
         _output: Any,  # noqa: ANN401
     ) -> None:
-        output = layer.forward(hidden_bsh[number], *inputs[1:], **named)
-        made.append(output[0] if isinstance(output, tuple) else output)
+        made.append(_first(layer.forward(hidden_bsh[number], *inputs[1:], **named)))
+        rounding(layer, hidden_bsh[number], *inputs[1:], **named)
 
     def normed_again(norm: torch.nn.Module, _inputs: Any, _output: Any) -> None:  # noqa: ANN401
         normed.append(norm.forward(hidden_bsh[-1]))
+        rounding(norm, hidden_bsh[-1])
 
     def predicted_again(head: torch.nn.Module, _inputs: Any, _output: Any) -> None:  # noqa: ANN401
         made.append(head.forward(normed.pop()))
+        if rounded:
+            rounding(head, rounded.pop())  # of the norm, which is a part of this one
 
     # Before the hooks that drop the weights.
     model.model.embed_tokens.register_forward_hook(embedded, prepend=True)
@@ -110,4 +130,16 @@ def in_transformers(
     model.model.norm.register_forward_hook(normed_again, prepend=True)
     model.lm_head.register_forward_hook(predicted_again, prepend=True)
     logits_bsv = model(tokens, use_cache=False).logits
-    return Outputs(tuple(made), logits_bsv)
+    return Outputs(tuple(made), logits_bsv, tuple(rounded))
+
+
+def _first(output: Any) -> torch.Tensor:  # noqa: ANN401 - of some layers a tuple
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _as(values: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - whatever a layer is called with
+    """The same with every floating-point tensor in another dtype."""
+    return tree_map_only(
+        torch.Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values
+    )

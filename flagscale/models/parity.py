@@ -9,6 +9,7 @@ another rotary base) changes what it adds by a tenth to more than all of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ FIXED_TEXT = (
 
 # In 16 bits. Right copies of SmolLM2-135M: 0.013 without allowance for storing, 0.0013, 100%.
 _MAX_LAYER_DIFFERENCE = 0.05
+_TIMES_ROUNDING = 3
 _MAX_KL_DIVERGENCE = 0.02
 _MIN_TOP1_AGREEMENT = 0.9
 
@@ -96,56 +98,78 @@ def compare_logits(
     )
 
 
-def layer_differences(ours: Outputs, theirs: Outputs, dtype: torch.dtype) -> list[float]:
+def layer_differences(
+    ours: Outputs, theirs: Outputs, dtype: torch.dtype, made: Sequence[torch.Tensor] = ()
+) -> list[float]:
     """How far each part is from transformers', as a share of what the part adds to its input.
 
     The median over positions: the first ones of many models have a few states a thousand times as
-    large as all others. What storing the result in 16 bits may cost is no difference.
+    large as all others. What storing a state in 16 bits may cost is no difference; it is told for
+    every state by itself, since in the rounding of the largest all others would disappear.
 
     Args:
         ours: from `layer_outputs`.
         theirs: from `in_transformers`, made with ours.
         dtype: that ours were computed in.
+        made: what is compared with theirs; default: ours.
 
     Returns:
         Of the embedding, every layer, and the output layer with its norm.
     """
-    made = [*ours.hidden_bsh, ours.logits_bsv]
+    made = made or [*ours.hidden_bsh, ours.logits_bsv]
     last = len(made) - 1
     differences = []
     for number, (our, their) in enumerate(zip(made, theirs.hidden_bsh, strict=True)):
         before = torch.zeros_like(their)
+        # Half of it when attention's output is added, half of it when the MLP's is.
+        stored = torch.finfo(dtype).eps * their.abs()
         if 0 < number < last:
             before = ours.hidden_bsh[number - 1]
         elif number == last:  # logits mean the same whatever is added to all
             our, their = (logits - logits.mean(-1, keepdim=True) for logits in (our, their))
-        stored = torch.finfo(dtype).eps / 2 * their.norm(dim=-1)
-        distance = ((our - their).norm(dim=-1) - stored).clamp_min(0)
+        distance = ((our - their).abs() - stored).clamp_min(0).norm(dim=-1)
         added = (their - before).norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         differences.append((distance / added).median().item())
     return differences
 
 
-def check_layers(differences: list[float], dtype: torch.dtype, limit: float, where: str) -> None:
+def check_layers(
+    differences: list[float],
+    dtype: torch.dtype,
+    limit: float,
+    where: str,
+    rounding: Sequence[float] = (),
+) -> None:
     """Refuse a model of which a part is not transformers'.
 
     Args:
         differences: from `layer_differences`.
         dtype: that the model computed in.
-        limit: in float32; in 16 bits it is 0.05.
+        limit: in float32; in 16 bits it is 0.05, or three times what rounding does to transformers'
+            own layer where that is more.
         where: the recipe's field that holds the limit.
+        rounding: `layer_differences` of transformers' own layers in `dtype`.
 
     Raises:
         UserError: naming the part that differs most.
     """
-    worst = max(range(len(differences)), key=lambda number: _or_infinite(differences[number]))
+    limits = [limit] * len(differences)
+    if dtype != torch.float32:
+        where = f"the limit of {dtype}"
+        limits = [
+            max(_MAX_LAYER_DIFFERENCE, _TIMES_ROUNDING * own)
+            for own in rounding or [0.0] * len(differences)
+        ]
+    shares = [
+        _or_infinite(difference) / limit
+        for difference, limit in zip(differences, limits, strict=True)
+    ]
+    worst = max(range(len(shares)), key=shares.__getitem__)
     last = len(differences) - 1
     name = {0: "the embedding", last: "the output layer"}.get(worst, f"layer {worst - 1}")
-    if dtype != torch.float32:
-        limit, where = _MAX_LAYER_DIFFERENCE, f"the limit of {dtype}"
-    if not _or_infinite(differences[worst]) <= limit:
+    if not shares[worst] <= 1:
         raise UserError(
-            f"{where}={limit:g}: {name} differs from transformers' by "
+            f"{where}={limits[worst]:g}: {name} differs from transformers' by "
             f"{differences[worst]:.3g} of what it adds"
         )
 

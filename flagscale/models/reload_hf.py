@@ -4,9 +4,9 @@ It imports nothing of this project, so that it proves what it proves. In a proce
 
     python -I reload_hf.py FOLDER REQUEST.json ANSWER.safetensors
 
-That writes the logits of the request's tokens and prints, as JSON, a greedy continuation of the
-request's prompt. A model that is too large to be held whole is run a layer at a time, and continues
-nothing.
+That writes the logits of the request's tokens and prints, as JSON, the token ids of the request's
+texts and a greedy continuation of its prompt. A model that is too large to be held whole is run a
+layer at a time, and continues nothing.
 """
 
 import json
@@ -20,6 +20,9 @@ from safetensors import safe_open
 
 _NEW_TOKENS = 16
 _INDEX = "model.safetensors.index.json"
+# Buffers that follow from the configuration, as old transformers stored them.
+_DERIVED = tuple(f".rotary_emb.{kind}" for kind in ("inv_freq", "cos_cached", "sin_cached"))
+_DERIVED += (".masked_bias",)
 
 
 def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
@@ -52,7 +55,7 @@ def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
         used.update(*names.values())
         module.register_forward_pre_hook(partial(_load, files, names))
         module.register_forward_hook(lambda module, _inputs, _output: module.to("meta") and None)
-    derived = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    derived = {name for name in files if name.endswith(_DERIVED)}
     wrong = used ^ (files.keys() - derived)
     if config.tie_word_embeddings:
         wrong -= {"lm_head.weight"}
@@ -123,8 +126,8 @@ def main(folder: str, request: str, answer: str) -> None:
 
     Args:
         folder: what `save_pretrained` would have written.
-        request: JSON file with `tokens` (lists of ids), `prompt` (ids) and `whole` (whether the
-            model is held whole).
+        request: JSON file with `tokens` (lists of ids), `prompt` (ids), `texts` and `whole`
+            (whether the model is held whole).
         answer: file for the logits, float32 [b, s, vocabulary].
     """
     from safetensors.torch import save_file
@@ -146,7 +149,8 @@ def main(folder: str, request: str, answer: str) -> None:
             do_sample=False,
         )
         text = tokenizer.decode(written[0, prompt.size(1) :])
-    json.dump(text, sys.stdout)
+    ids = [tokenizer(one)["input_ids"] for one in values["texts"]]
+    json.dump({"text": text, "ids": ids}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from flagscale.models.distillation_proof import (
     prove_every_parameter_learns,
     prove_no_loss_when_equal,
 )
+from flagscale.models.hf_description import write_config
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
@@ -198,7 +199,7 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
         return
     shutil.copytree(teacher / "hf", folder / "hf")
     template = load_hf_config(teacher / "hf")
-    hf_config_for(shape, template).save_pretrained(folder / "hf")
+    write_config(hf_config_for(shape, template), folder / "hf")
 
 
 def _prove(

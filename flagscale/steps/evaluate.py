@@ -23,6 +23,7 @@ from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_h
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.measuring import keep, measure
+from flagscale.evaluation.prompts import encode_prompts
 from flagscale.evaluation.report import ReportData, headline, render
 from flagscale.evaluation.teacher import KeptTeacher, check_room
 from flagscale.evaluation.windows import batches
@@ -31,7 +32,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.causal_lm import CausalLM, is_first_replica
 from flagscale.models.megatron import WEIGHTS, from_last_stage, load_model
-from flagscale.models.source import load_tokenizer
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import EvaluationRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 
@@ -90,8 +91,8 @@ def evaluate(
     """
     with tempfile.TemporaryDirectory(prefix="flagscale-evaluate-") as scratch:
         paths = Paths(teacher, student, distilled, dataset, output, Path(scratch))
-        _open(paths, check_files=False)
-        _encode(evaluation.prompts, load_tokenizer(dataset / "tokenizer"))
+        facts = _open(paths, check_files=False)["dataset"].facts
+        _prompts(evaluation, paths, facts, load_tokenizer(dataset / "tokenizer"))
         tokens = sum(len(document) - 1 for document in _documents(dataset, evaluation))
         hidden_size = ModelShape.load(teacher).hidden_size
         check_room(paths.scratch, tokens, hidden_size, platform.training_dtype("auto"))
@@ -158,14 +159,14 @@ def _open(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
     return manifests
 
 
-def _encode(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    encoded = []
-    for prompt in prompts:
-        # As in training: documents begin with their text, without a token of their own.
-        encoded.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        if not encoded[-1]:
-            raise UserError(f"evaluation.prompts: {prompt!r} has no tokens; write some text")
-    return encoded
+def _prompts(
+    evaluation: EvaluationRecipe,
+    paths: Paths,
+    facts: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[list[int]]:
+    vocab_size = ModelShape.load(paths.teacher).vocab_size
+    return encode_prompts(evaluation.prompts, tokenizer, facts["bos_id"], vocab_size)
 
 
 def _documents(dataset: Path, evaluation: EvaluationRecipe) -> list[np.ndarray]:
@@ -181,7 +182,7 @@ def _run_models(
 ) -> tuple[Fidelity, dict[str, list[list[int]]]]:
     """Load and run one model after the other: figures, on every rank, and continuations."""
     tokenizer = load_tokenizer(paths.dataset / "tokenizer")
-    prompts = _encode(evaluation.prompts, tokenizer)
+    prompts = _prompts(evaluation, paths, dataset.facts, tokenizer)
     stop_ids = {int(dataset.facts["eod_id"]), tokenizer.eos_token_id}
     seq_length = int(dataset.facts["seq_length"])
     documents = _documents(paths.dataset, evaluation)
@@ -223,7 +224,11 @@ def _metrics(
         fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
     )
     parameters = {name: count_parameters(getattr(paths, name) / WEIGHTS) for name in _MODELS}
-    return metrics | {"seq_length": int(dataset.facts["seq_length"]), "parameters": parameters}
+    return metrics | {
+        "seq_length": int(dataset.facts["seq_length"]),
+        "kinds": sorted({corpus["kind"] for corpus in dataset.facts["corpora"]}),
+        "parameters": parameters,
+    }
 
 
 def _generations(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint.agreement import on_first_rank, same_outcome
@@ -25,23 +26,32 @@ from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
 from flagscale.models.fresh_process import reload_in_fresh_process
+from flagscale.models.hf_description import (
+    check_ids,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from flagscale.models.hf_export import round_weights, write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
-from flagscale.models.origin import ORIGIN_JSON, Origin
+from flagscale.models.origin import Origin, copy_licenses
 from flagscale.models.parity import (
     check_logits,
     check_weights,
     compare_logits,
     fixed_tokens,
 )
-from flagscale.models.source import load_hf_config, load_tokenizer
+from flagscale.models.probing_texts import probing_texts
+from flagscale.models.source import load_hf_config
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 8
+_TOKENIZER = "tokenizer"  # folder of it beside Megatron-Core's weights
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -108,6 +118,7 @@ def export_on_rank(
                     _sections(parents["distilled"]),
                     _metrics_of(evaluation, parents),
                     export.format,
+                    has_chat_template=any(staging.path.rglob("*.jinja")),
                 )
                 (staging.path / "README.md").write_text(card, encoding="utf-8")
             staging.facts = {**figures, **facts, "format": export.format}
@@ -153,9 +164,10 @@ def _export(
     with same_outcome(folder, "could not be exported"):
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size)
+        tokenizer = load_tokenizer(template)
         if rank == 0:
-            _write_configuration(template, folder, dtype)
-    tokens = fixed_tokens(load_tokenizer(template), shape.max_position_embeddings)
+            _describe(template, tokenizer, folder, dtype)
+    tokens = fixed_tokens(tokenizer, shape.max_position_embeddings)
     computed_in = platform.inference_dtype(dtype)
     model = load_model(distilled, tokens.size(1), models.sizes, computed_in)
     with same_outcome(folder, "could not be exported"):
@@ -165,7 +177,9 @@ def _export(
     del model  # before transformers' comes
 
     def prove() -> tuple[dict[str, float], str | None]:
-        reloaded = reload_in_fresh_process(folder, tokens, tokens[0, :_PROMPT_TOKENS].tolist())
+        prompt = tokens[0, :_PROMPT_TOKENS].tolist()
+        reloaded = reload_in_fresh_process(folder, tokens, prompt, probing_texts())
+        check_ids(tokenizer, probing_texts(), reloaded.ids, f"exported {folder}")
         parity = compare_logits(ours_bsv, reloaded.logits_bsv, computed_in)
         logger.info(
             "transformers loads the export: logits differ by at most %.3g over %d positions; it "
@@ -180,13 +194,16 @@ def _export(
     return figures, {"dtype": export.dtype, "generated": text}
 
 
-def _write_configuration(template: Path, folder: Path, dtype: torch.dtype) -> None:
-    """The model's own configuration, with the dtype on disk, and the tokenizer."""
-    ignored = shutil.ignore_patterns(ORIGIN_JSON)
-    shutil.copytree(template, folder, dirs_exist_ok=True, ignore=ignored)
+def _describe(
+    template: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, dtype: torch.dtype
+) -> None:
+    """All but the weights: the model's own configuration, with the dtype on disk, the tokenizer."""
     config = load_hf_config(template)
     config.dtype = dtype
-    config.save_pretrained(folder)
+    write_config(config, folder)
+    write_generation_config(template, config, folder)
+    write_tokenizer(tokenizer, folder)
+    copy_licenses(template, folder)
 
 
 def _copy_megatron(
@@ -202,7 +219,9 @@ def _copy_megatron(
     def copy() -> None:
         shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
         shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
-        load_tokenizer(distilled / "hf").save_pretrained(folder / "tokenizer")
+        (folder / _TOKENIZER).mkdir()
+        write_tokenizer(load_tokenizer(distilled / "hf"), folder / _TOKENIZER)
+        copy_licenses(distilled / "hf", folder)
 
     on_first_rank(folder, "could not be copied", copy)
     shape, stored = ModelShape.load(folder), StoredTensors(folder / WEIGHTS)

@@ -14,13 +14,17 @@ from transformers import PreTrainedTokenizerFast
 from flagscale import tracking
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
+from flagscale.data.chat_counts import told, total
 from flagscale.data.counts import Counts, add_up, check_splits, measure_epoch
-from flagscale.data.encoder import Encoder, find_eod
+from flagscale.data.document_tokens import DocumentTokens, find_document_tokens
+from flagscale.data.encoder import Encode, Encoder
 from flagscale.data.layout import SPLITS
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document, documents
+from flagscale.data.states import is_remote, remote_state
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
-from flagscale.models.source import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
 from flagscale.recipe.data import CorpusRecipe
 
@@ -36,10 +40,9 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
 
     Returns:
         `<split>_documents`, `_tokens`, `_characters` and `_sequences` (of `seq_length`, an epoch),
-        `duplicate_documents` and `tokens_per_second` (reading included); where there are
-        conversations also `<split>_learnt_tokens` and `_truncated`, `conversations_left_out` (they
-        have no answer) and `conversations_with_control_tokens` (a message holds a special token's
-        name).
+        `bad_rows` (left out), `duplicate_documents` and `tokens_per_second` (reading included);
+        where there are conversations also `<split>_learnt_tokens` and `_truncated`, and
+        `conversations_NAME` for each number of `ChatCounts`.
 
     Raises:
         UserError: a corpus, the tokenizer or a split does not serve; nothing is left at `output`.
@@ -49,13 +52,18 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
     params = {"data": data.model_dump(mode="json")}
     with tracking.step_run("prepare-data", params) as run:
         tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_revision)
-        eod_id = find_eod(tokenizer, data.eod_token)
-        corpora = [_corpus(corpus, data, tokenizer, eod_id) for corpus in data.corpora]
+        if data.chat_template is not None:  # the student's too: it lies in the artifact
+            tokenizer.chat_template = data.chat_template
+        tokens = find_document_tokens(tokenizer, data.eod_token, data.bos_token)
+        states = [_state(corpus, data) for corpus in data.corpora]
+        corpora = [_corpus(corpus, data, tokenizer, tokens) for corpus in data.corpora]
         start = time.monotonic()
         with new_artifact(output, "dataset", params, log=run.log_manifest) as staging:
             counts = write_splits(corpora, staging.path, data.workers)
             seconds = time.monotonic() - start
-            facts = _facts(data, corpora, counts, eod_id)
+            facts = _facts(data, corpora, counts, tokens)
+            for corpus, state in zip(facts["corpora"], states, strict=True):
+                corpus["state"] = state
             check_splits(facts, data.validation_fraction, data.test_fraction)
             facts["epochs"] = {
                 name: asdict(measure_epoch(staging.path, facts, name)) for name in SPLITS
@@ -69,27 +77,63 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
     return metrics
 
 
+def _state(corpus: CorpusRecipe, data: DataRecipe) -> str | None:
+    """What a remote source holds, as far as it says."""
+    if not is_remote(corpus):
+        return None
+    state = remote_state(corpus)
+    if data.fingerprint is None and corpus.revision is None:
+        logger.warning(
+            "%s: read as it is now (%s). KFP's cache knows it by its address alone: for a run that "
+            "is to see a change give another data.fingerprint, or --no-cache",
+            corpus.source,
+            state or "nobody says what state that is",
+        )
+    return state
+
+
 def _corpus(
-    corpus: CorpusRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerFast, eod_id: int
+    corpus: CorpusRecipe,
+    data: DataRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: DocumentTokens,
 ) -> Corpus:
-    kind = "chat" if corpus.format == "chat" else "text"
-    encoder = ChatEncoder if kind == "chat" else Encoder
-    encode = encoder(tokenizer, eod_id, data.validation_fraction, data.test_fraction)
+    fractions = (data.validation_fraction, data.test_fraction)
+    encode: Encode
+    if corpus.format == "chat":
+        kind = "chat"
+        encode = ChatEncoder(
+            tokenizer,
+            tokens.eod,  # BOS is what its template writes
+            *fractions,
+            seq_length=data.seq_length,
+            arguments=data.chat_template_kwargs,
+            last_only=data.train_on == "last",
+        )
+        if encode.template.tells_the_date:
+            logger.warning(
+                "the chat template writes today's date, so the tokens depend on the day; to choose "
+                "one, set the template's variable in data.chat_template_kwargs (date_string)"
+            )
+    else:
+        kind = "text"
+        encode = Encoder(tokenizer, tokens, *fractions)
+    bad_rows = BadRows(corpus.max_bad_rows)
     if data.blend is None:
-        return Corpus(None, kind, documents(corpus), encode)
-    return Corpus(corpus.name, kind, _named(corpus), encode)
+        return Corpus(None, kind, documents(corpus, bad_rows), encode, bad_rows)
+    return Corpus(corpus.name, kind, _named(corpus, bad_rows), encode, bad_rows)
 
 
-def _named(corpus: CorpusRecipe) -> Iterator[Document]:
+def _named(corpus: CorpusRecipe, bad_rows: BadRows) -> Iterator[Document]:
     """Its documents; errors say which corpus of the blend they are about."""
     try:
-        yield from documents(corpus)
+        yield from documents(corpus, bad_rows)
     except UserError as error:
         raise UserError(f"data.blend, corpus {corpus.name!r}: {error}") from error
 
 
 def _facts(
-    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], eod_id: int
+    data: DataRecipe, corpora: list[Corpus], counts: list[Counts], tokens: DocumentTokens
 ) -> dict[str, Any]:
     described = [
         {
@@ -97,7 +141,8 @@ def _facts(
             "source": recipe.source,
             "kind": corpus.kind,
             "weight": recipe.weight,
-            "control_tokens": getattr(corpus.encode, "control_tokens", 0),
+            **_of_chat(corpus.encode),
+            **corpus.bad_rows.facts(),
             **asdict(found),
         }
         for corpus, recipe, found in zip(corpora, data.corpora, counts, strict=True)
@@ -107,10 +152,18 @@ def _facts(
         "corpora": described,
         "splits": add_up(counts),
         "duplicate_documents": sum(found.duplicates for found in counts),
-        "eod_id": eod_id,
+        "eod_id": tokens.eod,
+        "bos_id": tokens.bos,
+        "highest_id": max(found.highest_id for found in counts),
         "vocab_size": corpora[0].encode.vocab_size,
         "seq_length": data.seq_length,
     }
+
+
+def _of_chat(encode: Encode) -> dict[str, Any]:
+    if not isinstance(encode, ChatEncoder):
+        return {}
+    return {"chat": asdict(encode.counts), "end_ids": sorted(encode.end_ids)}
 
 
 def _report(facts: dict[str, Any]) -> None:
@@ -126,21 +179,12 @@ def _report(facts: dict[str, Any]) -> None:
     if facts["duplicate_documents"]:
         repeats = facts["duplicate_documents"]
         logger.info("%d documents repeat an earlier one; they were kept", repeats)
-    truncated = sum(epoch["truncated"] for epoch in facts["epochs"].values())
-    if truncated:
-        limit = facts["seq_length"] + 1
-        logger.warning("%d conversations lose what exceeds %d tokens", truncated, limit)
     for corpus in facts["corpora"]:
         name = corpus["name"] or corpus["source"]
-        if corpus["left_out"]:
-            logger.warning("%s: %d conversations without answer left out", name, corpus["left_out"])
-        if corpus["control_tokens"]:
-            logger.warning(
-                "%s: messages of %d conversations hold a special token's name, which is encoded as "
-                "that token",
-                name,
-                corpus["control_tokens"],
-            )
+        if corpus["bad_rows"]:
+            logger.warning("%s: %d rows that cannot be used left out", name, corpus["bad_rows"])
+        for line in told(corpus.get("chat"), facts["seq_length"]):
+            logger.warning("%s: %s", name, line)
 
 
 def _metrics(facts: dict[str, Any], seconds: float) -> dict[str, float]:
@@ -152,10 +196,11 @@ def _metrics(facts: dict[str, Any], seconds: float) -> dict[str, float]:
             del counts["learnt_tokens"], counts["truncated"]
         metrics |= {f"{name}_{key}": float(value) for key, value in counts.items()}
     if chats:
-        metrics["conversations_left_out"] = float(sum(c["left_out"] for c in chats))
-        metrics["conversations_with_control_tokens"] = float(
-            sum(c["control_tokens"] for c in chats)
-        )
+        metrics |= {
+            f"conversations_{key}": float(value)
+            for key, value in asdict(total(corpus["chat"] for corpus in chats)).items()
+        }
+    metrics["bad_rows"] = float(sum(corpus["bad_rows"] for corpus in facts["corpora"]))
     metrics["duplicate_documents"] = float(facts["duplicate_documents"])
     tokens = sum(found["tokens"] for found in facts["splits"].values())
     metrics["tokens_per_second"] = tokens / max(seconds, 1e-9)

@@ -11,14 +11,13 @@ import logging
 import math
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from flagscale.artifacts import Staging, open_artifact, read_manifest
 from flagscale.checkpoint import save_weights
@@ -32,12 +31,18 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.gguf import is_gguf
+from flagscale.models.hf_description import (
+    check_loads,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.layer_outputs import in_transformers, layer_outputs
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.models.origin import find_origin
+from flagscale.models.origin import keep_origin
 from flagscale.models.parity import (
     check_layers,
     check_logits,
@@ -45,12 +50,8 @@ from flagscale.models.parity import (
     fixed_tokens,
     layer_differences,
 )
-from flagscale.models.source import (
-    load_hf_config,
-    load_tokenizer,
-    tokenizer_hash,
-    weights_folder,
-)
+from flagscale.models.source import load_hf_config, weights_folder
+from flagscale.models.tokenizers import load_tokenizer, pipeline_hash
 from flagscale.recipe import ModelsRecipe, TeacherRecipe
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.train.batches import reads_data
@@ -85,7 +86,8 @@ def prepare_teacher(
     facts = open_artifact(dataset, "dataset", check_files=False).facts
     _check_tokenizer(teacher, dataset)
     if not is_gguf(teacher.source):  # before the weights, which may be long in coming
-        shape = from_hf_config(load_hf_config(teacher.source, teacher.revision))
+        config = load_hf_config(teacher.source, teacher.revision)
+        shape = from_hf_config(config, ignored=teacher.ignored_config_fields)
         _check_fits(shape, facts)
         check_layout(shape, models.sizes, facts["seq_length"], section="models")
     with weights_folder(teacher.source, teacher.revision) as folder:
@@ -116,18 +118,19 @@ def prepare_on_rank(
     parents = {"dataset": open_artifact(dataset, "dataset", check_files=is_first_rank())}
     facts = parents["dataset"].facts
     recipe = {"teacher": teacher.model_dump(mode="json")}
-    shape = from_hf_config(load_hf_config(folder))
+    shape = from_hf_config(load_hf_config(folder), ignored=teacher.ignored_config_fields)
     _check_fits(shape, facts)
     source = HFFolder(folder, teacher.source)
     with tracked("prepare-teacher", recipe, parents=parents) as run:
+        check_tensors(source, shape)
         with (
             platform.runtime(parallelism=models.sizes),
             written(output, "teacher", recipe, parents, run) as staging,
         ):
-            _import(source, shape, models, staging)
+            describe = partial(_describe, staging, teacher, source, shape, dataset)
+            on_first_rank(source.path, "could not be described", describe)
+            staging.facts["zero_weights"] = _import(teacher, source, shape, models, staging)
             figures = _prove(teacher, source, shape, dataset, models, staging.path)
-            if is_first_rank():
-                _describe(staging, teacher, source, shape)
             staging.facts |= figures | {"seq_length": facts["seq_length"]}
             staging.tokenizer_hash = parents["dataset"].tokenizer_hash
         run.log_metrics(figures)
@@ -135,41 +138,49 @@ def prepare_on_rank(
 
 
 def _check_tokenizer(teacher: TeacherRecipe, dataset: Path) -> None:
-    """The teacher's tokenizer must be the one that made the dataset."""
-    own = tokenizer_hash(load_tokenizer(teacher.source, teacher.revision))
-    used = tokenizer_hash(load_tokenizer(dataset / "tokenizer"))
+    """The dataset's tokens must be the teacher's own.
+
+    Which of them are special may differ, as of an instruct model's tokenizer from its base's.
+    """
+    own = pipeline_hash(load_tokenizer(teacher.source, teacher.revision))
+    used = pipeline_hash(load_tokenizer(dataset / "tokenizer"))
     if own != used:
         raise UserError(
             f"{dataset} was made with a tokenizer that does not match the teacher "
-            f"{teacher.source} ({used[:19]}, not {own[:19]}); leave data.tokenizer out of the "
-            "recipe, or give the teacher's source there"
+            f"{teacher.source} ({used[:19]}, not {own[:19]}): a text has other ids; leave "
+            "data.tokenizer out of the recipe, or give the teacher's source there. Where the "
+            "teacher lacks a chat template, give one in data.chat_template"
         )
 
 
 def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
     """Whether the model can take the dataset's tokens and sequences."""
-    highest = max(facts["vocab_size"] - 1, facts["eod_id"])
-    if highest >= shape.vocab_size:
+    if facts["highest_id"] >= shape.vocab_size:
         raise UserError(
-            f"tokenizer that does not match the teacher: it has token {highest}, the model's "
-            f"vocab_size={shape.vocab_size}"
+            f"tokenizer that does not match the teacher: the dataset has token "
+            f"{facts['highest_id']}, the model's vocab_size={shape.vocab_size}"
         )
-    if facts["seq_length"] > shape.max_position_embeddings:
-        raise UserError(
-            f"data.seq_length={facts['seq_length']} is more than the teacher's "
-            f"max_position_embeddings={shape.max_position_embeddings}"
-        )
+    shape.check_seq_length(facts["seq_length"])
 
 
-def _import(source: HFFolder, shape: ModelShape, models: ModelsRecipe, staging: Staging) -> None:
-    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint."""
-    weights = WeightMap(shape)
-    check_names(source, weights)
+def _import(
+    teacher: TeacherRecipe,
+    source: HFFolder,
+    shape: ModelShape,
+    models: ModelsRecipe,
+    staging: Staging,
+) -> int:
+    """Write the source's weights, in its dtype, as Megatron-Core's checkpoint.
+
+    Returns:
+        How many weights are all zero.
+    """
     model = build_model(shape, 1, models.sizes, source.dtype())
-    fill(model, source, weights)
+    zero = fill(model, source, WeightMap(shape), allow_zero_weights=teacher.allow_zero_weights)
     if is_first_rank():
         shape.save(staging.path)
     save_weights(model, staging.path / WEIGHTS)
+    return zero
 
 
 def _prove(
@@ -194,8 +205,9 @@ def _prove(
     del model  # before transformers' layers come
 
     def compare() -> dict[str, float]:
-        theirs = in_transformers(source.path, tokens, ours.hidden_bsh)
+        theirs = in_transformers(source.path, tokens, ours.hidden_bsh, dtype)
         differences = layer_differences(ours, theirs, dtype)
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded)
         parity = compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype)
         logger.info(
             "in %s a layer differs by at most %.3g of what it adds from transformers', logits by "
@@ -203,16 +215,15 @@ def _prove(
             *(dtype, max(differences), parity.max_logit_difference, parity.num_tokens),
         )
         where = "teacher.max_logit_difference"
-        check_layers(differences, dtype, teacher.max_logit_difference, where)
+        check_layers(differences, dtype, teacher.max_logit_difference, where, rounding)
         check_logits(parity, teacher.max_logit_difference, where)
         return parity.figures() | {"max_layer_difference": max(differences)}
 
-    names = WeightMap(shape).names()
     figures = on_first_rank(source.path, "could not be read", compare)
     _check_loss(teacher, shape, loss)
     return figures | {
         "validation_loss": loss,
-        "parameters": float(sum(math.prod(source.shapes[name]) for name in names)),
+        "parameters": float(sum(math.prod(size) for size in WeightMap(shape).shapes().values())),
         "layers": float(shape.num_layers),
     }
 
@@ -262,19 +273,24 @@ def _check_loss(teacher: TeacherRecipe, shape: ModelShape, loss: float) -> None:
 
 
 def _describe(
-    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape
+    staging: Staging, teacher: TeacherRecipe, source: HFFolder, shape: ModelShape, dataset: Path
 ) -> None:
-    """What is no weights: configurations, tokenizer, origin."""
+    """What is no weights: configurations, tokenizer, origin.
+
+    The tokenizer is the dataset's: with the chat template that the student is trained on.
+    """
     folder = staging.path / "hf"
     config = hf_config_for(shape, load_hf_config(source.path))
+    for name in teacher.ignored_config_fields:
+        config.__dict__.pop(name, None)
     config.dtype = source.dtype()
-    config.save_pretrained(folder)
-    if (source.path / GENERATION_CONFIG_NAME).exists():
-        generation = GenerationConfig.from_pretrained(source.path)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
-    load_tokenizer(teacher.source, teacher.revision).save_pretrained(folder)
-    origin = find_origin(teacher.source, teacher.revision)
-    origin.save(folder)
+    folder.mkdir()
+    write_config(config, folder)
+    corpora = read_manifest(dataset).facts["corpora"]
+    ends = {number for corpus in corpora for number in corpus.get("end_ids", ())}
+    write_generation_config(source.path, config, folder, ends)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
+    write_tokenizer(tokenizer, folder)
+    check_loads(tokenizer, folder, f"tokenizer of {teacher.source}")
+    origin = keep_origin(teacher.source, teacher.revision, folder)
     staging.facts |= {"origin": asdict(origin), "dtype": str(source.dtype()).removeprefix("torch.")}

@@ -7,6 +7,7 @@ reads a resolved recipe), so that the runner does not keep torch in memory for h
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -20,8 +21,28 @@ from flagscale.recipe.data import CorpusRecipe
 if TYPE_CHECKING:
     from flagscale.megatron.shape import ModelShape
 
+logger = logging.getLogger(__name__)
+
 _PACKAGE = "package:"
 _LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
+# Fields of `training` whose values, but for the defaults, not every machine can honour.
+_OF_THE_MACHINE = {
+    "transformer_impl",
+    "fp8",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "log_straggler",
+    "record_memory_history",
+    "recompute_modules",
+    "parallelism",
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
 
 
@@ -60,19 +81,52 @@ class SourceCheck:
 
 
 def with_fingerprints(recipe: Recipe) -> Recipe:
-    """The recipe with `teacher.fingerprint` and `data.fingerprint` filled in for local sources.
+    """The recipe with `teacher.fingerprint` and `data.fingerprint` filled in.
 
-    The cache sees a recipe's text; these make it see that a file behind an equal path has changed.
+    The cache sees a recipe's text; these make it see that what is behind an equal path, address or
+    id has changed.
+
+    Raises:
+        UserError: remote text is not there.
     """
     teacher, data = recipe.teacher, recipe.data
     if teacher.fingerprint is None:
-        teacher = teacher.model_copy(update={"fingerprint": fingerprint(teacher.source)})
+        found = _of_model(teacher.source, teacher.revision)
+        teacher = teacher.model_copy(update={"fingerprint": found})
     if data.fingerprint is None:
-        sources = [*(corpus.source for corpus in data.corpora), data.tokenizer]
-        parts = [fingerprint(source) for source in sources if source]
+        parts = [_of_corpus(corpus) for corpus in data.corpora]
+        if data.tokenizer:
+            parts.append(_of_model(data.tokenizer, data.tokenizer_revision))
         known = [part for part in parts if part]
         data = data.model_copy(update={"fingerprint": "+".join(known) or None})
     return recipe.model_copy(update={"teacher": teacher, "data": data})
+
+
+def _of_corpus(corpus: CorpusRecipe) -> str | None:
+    if found := fingerprint(corpus.source):
+        return found
+    from flagscale.data.states import is_remote, remote_state
+
+    return _told(corpus.source, remote_state(corpus)) if is_remote(corpus) else None
+
+
+def _of_model(source: str, revision: str | None) -> str | None:
+    found = fingerprint(source)
+    if found is None and _HUB_ID.fullmatch(source):
+        from flagscale.hub import commit_of
+
+        return _told(source, commit_of(source, revision, "model"))
+    return found
+
+
+def _told(source: str, state: str | None) -> str | None:
+    if state is None:
+        logger.warning(
+            "%s: nobody says whether it has changed; results of earlier runs with it are used "
+            "again (--no-cache makes them anew)",
+            source,
+        )
+    return state
 
 
 def fingerprint(source: str) -> str | None:
@@ -113,10 +167,13 @@ def check_sources(recipe: Recipe) -> None:
         UserError: one of them is missing or unreadable, the teacher is of a family that is not
             supported, the student does not fit it, or one of them cannot be divided over the ranks.
     """
+    from flagscale.data.sources import documents, kind_of_source
+    from flagscale.data.states import is_remote
     from flagscale.megatron.shape import from_hf_config
     from flagscale.models.source import load_hf_config
 
-    teacher = from_hf_config(load_hf_config(recipe.teacher.source, recipe.teacher.revision))
+    config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
+    teacher = from_hf_config(config, ignored=recipe.teacher.ignored_config_fields)
     if recipe.sweep is None:
         _check_student(recipe, teacher)
     for variant in recipe.variants:
@@ -125,9 +182,8 @@ def check_sources(recipe: Recipe) -> None:
         except UserError as error:
             raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
     for corpus in recipe.data.corpora:
-        if not _is_on_the_hub(corpus):
-            from flagscale.data.sources import documents
-
+        # of a dataset on the hub the first document may be a large download
+        if not (is_remote(corpus) and kind_of_source(corpus) == "huggingface"):
             next(documents(corpus))
 
 
@@ -135,16 +191,37 @@ def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
     from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    check_layouts(recipe, teacher, student_shape(teacher, recipe.student))
+    student = student_shape(teacher, recipe.student)
+    check_layouts(recipe, teacher, student)
+    asked = recipe.training.model_dump(exclude_defaults=True).keys() & _OF_THE_MACHINE
+    if recipe.student.init == "scratch" or asked:
+        _ask_megatron(recipe, student)
 
 
-def _is_on_the_hub(corpus: CorpusRecipe) -> bool:
-    """Whether reading the first document would download a data set."""
-    source = corpus.source
-    if corpus.format in ("auto", "chat"):
-        remote = "/" in source and fingerprint(source) is None
-        return remote and "://" not in source and not source.startswith(("/", ".", "~"))
-    return corpus.format == "huggingface"
+def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
+    """Make what the training step would make of the student, save for its weights.
+
+    Megatron-Core, and this machine, know more than a recipe: which kernels there are, what layers
+    of one's own are, which sizes go together.
+    """
+    from flagscale.megatron import platform
+    from flagscale.megatron.arguments import training_arguments
+    from flagscale.megatron.layer_specs import custom_spec
+    from flagscale.megatron.performance import resolved
+    from flagscale.megatron.transformer_config import transformer_config
+
+    training = recipe.training
+    try:
+        if not platform.HAS_GPU:
+            recipe.check_on_cpu()
+        training.check_world_size(platform.processes(training.parallelism))
+        training = resolved(training, student, distilled=recipe.distillation.loss != "none")
+        args = training_arguments(student, recipe.data.seq_length, training)
+        config = transformer_config(args)
+        if student.architecture.spec is not None:
+            custom_spec(student.architecture.spec, config)
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"the student or its training cannot be built: {error}") from error
 
 
 def _main() -> int:

@@ -1,13 +1,16 @@
-"""Megatron-Core running; an object store (moto's, which speaks S3); a web server with troubles."""
+"""Megatron-Core running, also on ranks; an object store (moto's, which speaks S3); a web server
+with troubles."""
 
 import logging
+import subprocess
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.flagscale.fork_server import ForkServer
 from tests.flagscale.web_server import WebServer
 
 
@@ -18,6 +21,35 @@ def runtime() -> Iterator[None]:
 
     with platform.runtime():
         yield
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("fork-server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_ranks(fork_server: ForkServer) -> Iterator[None]:
+    """Ranks of steps are forks; `execution/` has its own."""
+
+    def rank_command(step: str, function: str, processes: int, *_: str) -> list[str]:
+        return fork_server.command(processes, "-m", "flagscale.execution.launch", step, function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flagscale.execution.launch.rank_command", rank_command)
+        yield
+
+
+@pytest.fixture(scope="session")
+def torchrun(fork_server: ForkServer) -> Callable[..., object]:
+    """Runs a script in so many ranks: `torchrun(2, SCRIPT, "argument")`."""
+
+    def run(processes: int, *what: object, **more: object) -> object:
+        return subprocess.run(fork_server.command(processes, *what), check=True, **more)
+
+    return run
 
 
 @pytest.fixture(scope="session")

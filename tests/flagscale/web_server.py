@@ -1,6 +1,6 @@
 """A web server of a folder that has troubles: it answers 503, hangs up, or breaks off half-way.
 
-It also speaks as much of the Hugging Face hub's protocol as fetching a model takes.
+It also speaks as much of the Hugging Face hub's protocol as fetching a model or a dataset takes.
 """
 
 import hashlib
@@ -24,12 +24,16 @@ class WebServer:
         troubles: of the next requests for files, one each: a status, `HANGS_UP` or `HALF`; 200 is
             none.
         requests: what was asked for.
+        tells: whether it says when a file was changed.
+        commit: of everything on the hub that it plays.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.troubles: list[int | str] = []
         self.requests: list[str] = []
+        self.tells = True
+        self.commit = COMMIT
         handler = type("Handler", (_Handler,), {"web": self})
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), partial(handler, directory=str(folder))
@@ -59,8 +63,13 @@ class _Handler(SimpleHTTPRequestHandler):
     def _answer(self) -> None:
         self.web.requests.append(f"{self.command} {self.path}")
         self._half = False
+        if "/tree/" in self.path:
+            self._send_tree(self.path.partition("?")[0].split("/tree/")[1].partition("/")[2])
+            return
         if self.path.startswith("/api/"):
-            self._send_json({"id": "o/n", "sha": COMMIT, "siblings": []})
+            names = [path.name for path in sorted(self.web.folder.iterdir()) if path.is_file()]
+            siblings = [{"rfilename": name} for name in names]
+            self._send_json({"id": "o/n", "sha": self.web.commit, "siblings": siblings})
             return
         trouble = self.web.troubles.pop(0) if self.web.troubles else None
         if trouble == HANGS_UP:
@@ -80,10 +89,14 @@ class _Handler(SimpleHTTPRequestHandler):
             else:
                 super().do_GET()
 
+    def send_header(self, keyword: str, value: str) -> None:
+        if self.web.tells or keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
     def end_headers(self) -> None:
         if getattr(self, "_is_hub", False):
             path = self.web.folder / self.path[1:]
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", self.web.commit)
             if path.is_file():
                 self.send_header("ETag", hashlib.sha1(path.read_bytes()).hexdigest())
         super().end_headers()
@@ -95,6 +108,25 @@ class _Handler(SimpleHTTPRequestHandler):
             self.close_connection = True
         else:
             shutil.copyfileobj(source, outputfile)
+
+    def _send_tree(self, name: str) -> None:
+        """What the hub says of a folder's files, all below it."""
+        folder = self.web.folder / name
+        if not folder.is_dir():
+            self._missing()
+            return
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        self._send_json(
+            [
+                {
+                    "type": "file",
+                    "path": str(path.relative_to(self.web.folder)),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                }
+                for path in files
+            ]
+        )
 
     def _missing(self) -> None:
         self.send_response(404)

@@ -1,9 +1,6 @@
 """Who reads what of a checkpoint: of ranks that need the same, one does, and hands it on."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +19,7 @@ WORKER = Path(__file__).with_name("reading_worker.py")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, torchrun):
     """What every rank of every layout read of weights that one process saved."""
     folder = tmp_path_factory.mktemp("reading")
     with platform.runtime():
@@ -30,12 +27,7 @@ def folder(tmp_path_factory):
             save_weights(build_model(shape_of(experts), 16), folder / kind(experts))
             shape_of(experts).save(folder / kind(experts))
     for processes in (2, 4):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        torchrun(processes, WORKER, folder)
     return folder
 
 

@@ -1,10 +1,16 @@
-"""A tokenizer small enough to be trained in a moment."""
+"""A tokenizer small enough to be trained in a moment; a hub with a dataset."""
 
+import time
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.flagscale.web_server import WebServer
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +62,23 @@ def marking_tokenizer(chat_tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
         "MARK", "{% generation %}"
     )
     return marking
+
+
+@pytest.fixture
+def hub(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
+    """A hub on which every dataset is the server's folder."""
+    url, cache = web_server.url, str(web_server.folder.parent / "cache")
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": cache,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    datasets_url = url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+    for name, value in {"HF_ENDPOINT": url, "HUB_DATASETS_URL": datasets_url}.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    # The hub's client asks six times itself, which would take a test half a minute.
+    at_once = SimpleNamespace(sleep=lambda _seconds: None, time=time.time)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", at_once)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    return web_server

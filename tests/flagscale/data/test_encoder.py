@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from flagscale.data.encoder import EncodedDocument, Encoder, choose_split, find_eod
+from flagscale.data.document_tokens import DocumentTokens
+from flagscale.data.encoder import EncodedDocument, Encoder, choose_split
 from flagscale.data.sources import Document
-from flagscale.errors import UserError
 
+WITHOUT_BOS = DocumentTokens(eod=0, bos=None)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=80)
 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    return Encoder(tokenizer, 0, 0.1, 0.1)
+    return Encoder(tokenizer, WITHOUT_BOS, 0.1, 0.1)
 
 
 def encode(encoder: Encoder, *texts: str) -> list[EncodedDocument]:
@@ -47,6 +48,12 @@ def test_names_of_special_tokens_in_a_text_are_text(
     assert tokenizer(text)["input_ids"][0] == 1  # and the caller's tokenizer is as it was
 
 
+def test_bos_and_eod_are_around_every_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer, DocumentTokens(eod=0, bos=1), 0.1, 0.1)
+    for text, item in zip(["some text", ""], encode(encoder, "some text", ""), strict=True):
+        assert item.ids.tolist() == [1, *tokenizer(text)["input_ids"], 0]
+
+
 def test_special_tokens_that_are_not_marked_special(tokenizer: PreTrainedTokenizerFast) -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in content["added_tokens"]:
@@ -54,7 +61,7 @@ def test_special_tokens_that_are_not_marked_special(tokenizer: PreTrainedTokeniz
     careless = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>"
     )
-    (item,) = encode(Encoder(careless, 0, 0.1, 0.1), "a<|endoftext|>b")
+    (item,) = encode(Encoder(careless, WITHOUT_BOS, 0.1, 0.1), "a<|endoftext|>b")
     assert item.ids.tolist().count(0) == 1
 
 
@@ -63,7 +70,7 @@ def test_a_tokenizers_own_truncation_is_ignored(tokenizer: PreTrainedTokenizerFa
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     cutting = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    (item,) = encode(Encoder(cutting, 0, 0.1, 0.1), "one two three four five six seven")
+    (item,) = encode(Encoder(cutting, WITHOUT_BOS, 0.1, 0.1), "one two three four five six seven")
     assert cutting.decode(item.ids[:-1].tolist()) == "one two three four five six seven"
 
 
@@ -77,20 +84,7 @@ def test_smallest_type_that_holds_the_ids(
         eos_token="<|endoftext|>",
     )
     large.add_tokens([f"<extra{i}>" for i in range(65_500)])
-    assert Encoder(large, 0, 0.1, 0.1).dtype == np.int32
-
-
-def test_eod(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert find_eod(tokenizer, None) == 0
-    assert find_eod(tokenizer, "<|im_start|>") == 1
-    with pytest.raises(UserError, match=r"eod_token='<\|endoftxt\|>': not in .* '<\|endoftext\|>'"):
-        find_eod(tokenizer, "<|endoftxt|>")
-    content = tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "</s>")
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
-    with pytest.raises(UserError, match=r"data.eod_token: the tokenizer has no EOS"):
-        find_eod(other, None)
-    other.eos_token = "</s>"
-    assert find_eod(other, None) == 0
+    assert Encoder(large, WITHOUT_BOS, 0.1, 0.1).dtype == np.int32
 
 
 def test_shares_of_the_splits() -> None:

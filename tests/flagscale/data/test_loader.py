@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import hash_files, new_artifact
 from flagscale.data.counts import SplitCounts, add_up
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
 from flagscale.data.loader import (
@@ -28,6 +29,7 @@ from flagscale.data.loader import (
     train_iterator,
     validation_batches,
 )
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
@@ -36,14 +38,17 @@ from flagscale.megatron import platform
 SEQ_LENGTH = 16
 
 
-def write_dataset(path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Path:
+def write_dataset(
+    path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str], bos_id: int | None = None
+) -> Path:
     with new_artifact(path, "dataset", {}) as staging:
-        encoder = Encoder(tokenizer, 0, 0.2, 0.2)
+        encoder = Encoder(tokenizer, DocumentTokens(0, bos_id), 0.2, 0.2)
         documents = (Document(text, "test") for text in texts)
-        counts = write_splits([Corpus(None, "text", documents, encoder)], staging.path)
+        counts = write_splits([Corpus(None, "text", documents, encoder, BadRows())], staging.path)
         staging.facts = {
             "splits": add_up(counts),
             "eod_id": 0,
+            "bos_id": bos_id,
             "vocab_size": encoder.vocab_size,
             "seq_length": SEQ_LENGTH,
         }
@@ -281,6 +286,27 @@ def test_text_is_packed_as_megatrons_builder_does(dataset: Path, tmp_path: Path)
     for i, batch in enumerate(itertools.islice(ours, len(theirs))):
         for name in ("tokens", "labels", "loss_mask", "position_ids"):
             assert torch.equal(batch[name][0], theirs[i][name])
+
+
+def test_documents_begin_with_bos(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Borders are before it, and EOD is not to learn that it comes next."""
+    texts = [f"Text number {i} counts {i * i}. " * (1 + i % 3) for i in range(60)]
+    dataset = write_dataset(tmp_path / "dataset", tokenizer, texts, bos_id=1)
+    for document in split_documents(dataset, "train"):
+        assert document[0] == 1
+        assert document[-1] == 0
+        assert not np.isin(document[1:-1], [0, 1]).any()
+    for reset in (False, True):
+        batches = train(dataset, tmp_path / f"{reset}", reset_attention_mask=reset)
+        for batch in itertools.islice(batches, 8):
+            tokens, labels = batch["tokens"], batch["labels"]
+            ends = tokens == 0
+            assert (labels[ends] == 1).all()
+            assert torch.equal(batch["loss_mask"] == 0, ends)
+            if reset:
+                begins = batch["position_ids"] == 0
+                begins[:, 0] = tokens[:, 0] == 1
+                assert torch.equal(begins, tokens == 1)
 
 
 @pytest.mark.skipif(not platform.HAS_GPU, reason="needs a GPU")

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import new_artifact
 from flagscale.data.chat import ChatEncoder
 from flagscale.data.counts import add_up, measure_epoch
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import parts_of, read_manifest
 from flagscale.data.loader import (
@@ -23,7 +24,8 @@ from flagscale.data.loader import (
     train_iterator,
     validation_batches,
 )
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import dump_conversation
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 
@@ -42,7 +44,7 @@ def _talks(count: int) -> Iterator[Document]:
             {"role": ("user", "assistant")[j % 2], "content": f"{i} {'for ' * (1 + (i + j) % 5)}"}
             for j in range(2 + 2 * (i % 2))
         ]
-        yield Document(dump_messages(turns, "talk"), f"talk:{i}")
+        yield Document(dump_conversation({"messages": turns}, "messages", "talk"), f"talk:{i}")
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +53,12 @@ def blend(
 ) -> tuple[Path, Path]:
     """A dataset of two texts and conversations, and its index."""
     path = tmp_path_factory.mktemp("blend") / "dataset"
-    text, chat = (kind(chat_tokenizer, 0, 0.2, 0.2) for kind in (Encoder, ChatEncoder))
+    text = Encoder(chat_tokenizer, DocumentTokens(eod=0, bos=None), 0.2, 0.2)
+    chat = ChatEncoder(chat_tokenizer, 0, 0.2, 0.2, SEQ_LENGTH)
     corpora = [
-        Corpus("stories", "text", _numbered("Story", 80), text),
-        Corpus("talk", "chat", _talks(60), chat),
-        Corpus("code", "text", _numbered("with", 30), text),
+        Corpus("stories", "text", _numbered("Story", 80), text, BadRows()),
+        Corpus("talk", "chat", _talks(60), chat, BadRows()),
+        Corpus("code", "text", _numbered("with", 30), text, BadRows()),
     ]
     with new_artifact(path, "dataset", {}) as staging:
         counts = write_splits(corpora, staging.path)
@@ -71,6 +74,7 @@ def blend(
             ],
             "splits": add_up(counts),
             "eod_id": 0,
+            "bos_id": None,
             "vocab_size": text.vocab_size,
             "seq_length": SEQ_LENGTH,
         }

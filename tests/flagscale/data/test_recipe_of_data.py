@@ -3,6 +3,7 @@ import pytest
 from flagscale.errors import UserError
 from flagscale.recipe import DataRecipe, parse_section
 
+CHAT = {"source": "a", "format": "chat"}
 ONE = {"name": "one", "source": "a.jsonl"}
 
 
@@ -38,6 +39,20 @@ def test_a_blend() -> None:
         ({"blend": [ONE | {"name": "a/b"}]}, "blend.0.name='a/b'"),
         ({"blend": [{"name": "a"}]}, "blend.0.source: required"),
         ({"blend": [ONE], "text_field": "body"}, "text_field='body' does nothing beside blend"),
+        ({"source": "a", "train_on": "last"}, "train_on: does nothing without conversations"),
+        ({"blend": [ONE], "chat_template": "{{ messages }}"}, "chat_template: does nothing"),
+        (CHAT | {"train_on": "first"}, "train_on='first'"),
+        (CHAT | {"chat_template": "no/file.jinja"}, "no template's text .* No such file"),
+        (CHAT | {"chat_template": "{% if messages %}"}, "the chat template is none: line 1: "),
+        (CHAT | {"chat_template": "{{ text }}"}, "the chat template writes no messages"),
+        (
+            CHAT | {"chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs: tools: comes from the rows",
+        ),
+        (
+            CHAT | {"chat_template": "{{ messages }}", "chat_template_kwargs": {"thinking": True}},
+            "thinking: the chat template knows no such variable; it has: messages",
+        ),
         ({"blend": [ONE], "max_documents": 5}, "max_documents=5 does nothing beside blend"),
         (
             {"blend": [ONE | {"wieght": 2}]},

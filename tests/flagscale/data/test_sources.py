@@ -1,4 +1,5 @@
 import bz2
+import csv
 import gzip
 import itertools
 import json
@@ -8,16 +9,19 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 from fsspec.implementations.http import HTTPFileSystem
 
-from flagscale.data.messages import dump_messages
+from flagscale.data.messages import dump_conversation, load_conversation
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import documents
 from flagscale.errors import UserError
 from flagscale.recipe import DataRecipe
-from tests.flagscale.web_server import HALF, HANGS_UP, WebServer
+from tests.flagscale.web_server import COMMIT, HALF, HANGS_UP, WebServer
 
 
 def texts(source: object, **options: object) -> list[str]:
@@ -80,21 +84,28 @@ def test_unknown_ending_with_a_given_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+    ("ending", "compress", "refusal"),
+    [
+        ("gz", gzip.compress, "BadGzipFile"),
+        ("bz2", bz2.compress, "OSError: Invalid data stream"),
+        ("xz", lzma.compress, "LZMAError"),
+        ("zst", zstd.compress, "ZstdError"),
+    ],
 )
-def test_compressed(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+def test_compressed(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], refusal: str
+) -> None:
+    """In several pieces, as `cat` makes them; half a file is not taken for the whole."""
     path = tmp_path / f"data.jsonl.{ending}"
-    path.write_bytes(compress(b'{"text": "packed"}\n\n{"text": "twice"}'))
+    pieces = [b'{"text": "packed"}\n\n', b'{"text": "twice"}']
+    path.write_bytes(b"".join(map(compress, pieces)))
     assert texts(path) == ["packed", "twice"]
-
-
-def test_truncated_archive(tmp_path: Path) -> None:
-    path = tmp_path / "data.txt.gz"
-    path.write_bytes(gzip.compress(bytes(range(256)) * 500)[:-300])
-    with pytest.raises(UserError, match=r"data.txt.gz: (cannot be read|not UTF-8)"):
+    assert texts(path, format="text") == [b"".join(pieces).decode()]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot be read: (EOFError|ZstdError)"):
         texts(path)
-    path.write_bytes(b"not gzip at all")
-    with pytest.raises(UserError, match=r"data.txt.gz: cannot be read: BadGzipFile"):
+    path.write_bytes(b"not compressed at all")
+    with pytest.raises(UserError, match=f"data.jsonl.{ending}: cannot be read: {refusal}"):
         texts(path)
 
 
@@ -133,36 +144,52 @@ def test_parquet(tmp_path: Path) -> None:
     assert texts(path, text_field="body") == rows
     with pytest.raises(UserError, match=r"no field 'text'; there are: id, body. Set data.text_f"):
         texts(path)
-    with pytest.raises(UserError, match=r"row 1: field 'id' must be text, found int '0'"):
+    with pytest.raises(UserError, match=r"row 1: field 'id': must be text, found int '0'"):
         texts(path, text_field="id")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"rows.parquet: cannot be read: ArrowInvalid"):
         texts(path)
 
 
-def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"text": "fine"}, {"body": "x", "id": 1})
-    stream = documents(DataRecipe(source=str(path)).corpora[0])
-    assert next(stream).text == "fine"  # nothing further has been read
-    with pytest.raises(UserError, match=r"a.jsonl:2: no field 'text'; there are: body, id"):
-        next(stream)
-    path.write_text('{"text": "fine"}\n\n{"text": "no')
-    with pytest.raises(UserError, match=r"a.jsonl:3: not valid JSON: .* at column 10"):
-        texts(path)
-    write_jsonl(path, ["text"])
-    with pytest.raises(UserError, match=r"a.jsonl:1: must be an object, found list"):
-        texts(path)
-    write_jsonl(path, {"text": 7})
-    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text' must be text, found int '7'"):
-        texts(path)
-    path.write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl:1: not UTF-8"):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"body": "x", "id": 1}', "no field 'text'; there are: body, id. Set data.text_field"),
+        (b'{"text": "no', "not valid JSON: Unterminated string starting at at column 10"),
+        (b'["text"]', "must be an object, found list \"['text']\""),
+        (b'{"text": 7}', "field 'text': must be text, found int '7'"),
+        (b'{"text": "\xff"}', "not UTF-8 text; convert it, or set data.format"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON: it is nested too deeply"),
+        (b'{"x": ' + b"1" * 5000 + b"}", "not readable JSON: Exceeds the limit"),
+    ],
+)
+def test_a_bad_line_is_named_and_left_out(
+    tmp_path: Path, line: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+    bad_rows = BadRows()
+    found = documents(DataRecipe(source=str(path)).corpora[0], bad_rows)
+    assert next(found).text == "one"  # nothing further has been read
+    assert [document.text for document in found] == ["two"]
+    (told,) = bad_rows.facts()["first_bad_rows"]
+    assert told.startswith(f"{path}:3: ")
+    assert reason in told
+    assert f"left out: {told}" in caplog.text
+    assert (bad_rows.count, bad_rows.rows) == (1, 3)
+    with pytest.raises(UserError, match=r"(?s)1 of 2 rows so far .*more than 0 .*a.jsonl:3: "):
+        texts(path, max_bad_rows=0)
+    path.write_bytes(line)
+    with pytest.raises(UserError, match=r"(?s)1 of 1 rows .*no other holds text.*a.jsonl:1: "):
         texts(path)
 
 
 def test_blank_documents_and_half_characters(tmp_path: Path) -> None:
     rows = [{"text": t} for t in ("", "  \n", None, "a\ud83d b", "c")]
-    assert texts(write_jsonl(tmp_path / "a.jsonl", *rows)) == ["a\ufffd b", "c"]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    assert texts(path) == ["a\ufffd b", "c"]
+    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "second"}')
+    assert texts(path) == ["first", "second"]
 
 
 def test_max_documents(tmp_path: Path) -> None:
@@ -170,10 +197,61 @@ def test_max_documents(tmp_path: Path) -> None:
     assert texts(path, max_documents=4) == ["0", "1", "2", "3"]
 
 
-def test_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(UserError, match=r"a.txt: not UTF-8 text \(byte 0xe9"):
-        texts(tmp_path / "a.txt")
+def test_a_passage_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"(?s)a.txt: not UTF-8 text \(byte 0xe9\); convert it"):
+        texts(path)
+    path.write_bytes(b"good\n" * 1000 + b"\n" + b"caf\xe9\n" * 1000 + b"\n" + b"fine\n" * 1000)
+    assert texts(path) == ["good\n" * 1000 + "\n", "fine\n" * 1000]
+    (tmp_path / "b.txt").write_text("whole")
+    assert texts(tmp_path) == ["whole"]
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = ["NA", "007", "2020-01-01", 'she said, "no"\n\nand left', "", "x" * 200_000, "é"]
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream).writerows([["id", "text"], *([i, row] for i, row in enumerate(rows))])
+    assert texts(path) == [row for row in rows if row]
+    with pytest.raises(UserError, match=r"a.csv: no field 'body'; there are: id, text. Set data.t"):
+        texts(path, text_field="body")
+    path.rename(tmp_path / "a.tsv")
+    (tmp_path / "a.tsv").write_text('text\tn\none, two\t1\n\n"three\tfour"\t2\nfive\n')
+    assert texts(tmp_path / "a.tsv") == ["one, two", "three\tfour"]
+    with pytest.raises(UserError, match=r"a.tsv:5: 1 values for 2 columns"):
+        texts(tmp_path / "a.tsv", max_bad_rows=0)
+    path.write_bytes(b"text,n\ncaf\xe9,1\ngood,2\n")
+    assert texts(path) == ["good"]
+    path.write_text('text,n\n"a quote" too many",1\ngood,2\n')
+    with pytest.raises(UserError, match=r"a.csv:2: not valid CSV: ',' expected after '\"'"):
+        texts(path)
+
+
+def test_arrow(tmp_path: Path) -> None:
+    """As the datasets library saves it, and as Arrow's own files."""
+    table = pa.table({"id": [1, 2, 3], "text": ["one", None, "three"]})
+    datasets.DatasetDict(
+        {"train": datasets.Dataset(table), "test": datasets.Dataset(table.slice(0, 1))}
+    ).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == ["one", "three"]
+    assert texts(tmp_path / "saved", split="test") == ["one"]
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["one", "three"]
+    with pytest.raises(UserError, match=r"no field 'body'; there are: id, text. Set data.text_f"):
+        texts(tmp_path / "a.arrow", text_field="body")
+    (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"a.arrow: cannot be read: ArrowInvalid"):
+        texts(tmp_path / "a.arrow")
+
+
+def test_a_cell_of_a_column_that_is_not_utf8(tmp_path: Path) -> None:
+    cells = pa.array([b"one", b"\xff", b"three"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": cells}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["one", "three"]
+    with pytest.raises(UserError, match=r"a.parquet: row 2: not UTF-8"):
+        texts(tmp_path / "a.parquet", max_bad_rows=0)
 
 
 @pytest.mark.parametrize("source", ["/no/such/file.txt", "gone.jsonl", "./nowhere", "/no/*.txt"])
@@ -190,8 +268,9 @@ def test_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["", "  "])
 def test_no_source(source: str) -> None:
-    with pytest.raises(UserError, match="must name a source"):
-        texts(source)
+    for kind in ("auto", "text", "huggingface"):
+        with pytest.raises(UserError, match="must name a source"):
+            texts(source, format=kind)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -218,9 +297,9 @@ def test_huggingface_dataset(tmp_path: Path) -> None:
     options = {"format": "huggingface"}
     assert texts(tmp_path, **options) == [f"t{i}" for i in range(50)]
     assert texts(tmp_path, max_documents=2, **options) == ["t0", "t1"]
-    with pytest.raises(UserError, match=r"row 0: no field 'body'; there are: text, n"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: no field 'body'; there are: text, n"):
         texts(tmp_path, text_field="body", **options)
-    with pytest.raises(UserError, match=r"data.split=dev.*Available splits: \['train'\]"):
+    with pytest.raises(UserError, match=r"no data.split='dev'; there are: train. Set"):
         texts(tmp_path, split="dev", **options)
 
 
@@ -228,6 +307,42 @@ def test_huggingface_dataset(tmp_path: Path) -> None:
 def test_huggingface_out_of_reach() -> None:
     with pytest.raises(UserError, match=r"'some/dataset': no such file, and as a Hugging Face"):
         texts("some/dataset")
+
+
+def test_a_dataset_on_the_hub(hub: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Its splits are the library's; what looks like a time stays text, a bad row has its place."""
+    days = [f"2020-01-0{i}" for i in range(1, 10)]
+    (hub.folder / "README.md").write_text("# A dataset")
+    train = write_jsonl(hub.folder / "train.jsonl", *({"text": day} for day in days))
+    train.write_text(train.read_text() + "no\n")
+    write_jsonl(hub.folder / "test.jsonl", {"text": "held out"})
+    assert texts("o/n") == days
+    assert texts("o/n", split="test") == ["held out"]
+    assert f"left out: datasets/o/n@{COMMIT}/train.jsonl:10: not valid JSON" in caplog.text
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    (hub.folder / "test.jsonl").unlink()
+    (hub.folder / "test.csv.gz").write_bytes(gzip.compress(b"text,n\nNA,1\n007,2\n"))
+    train.rename(hub.folder / "train.csv").write_text("text\nunused\n")
+    assert texts("o/n", split="test") == ["NA", "007"]
+    (hub.folder / "test.csv.gz").unlink()
+    (hub.folder / "train.csv").rename(hub.folder / "train.json").write_text(
+        "no\n"
+    )  # lines or one array: the library finds out
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"as a Hugging Face dataset .* it cannot be read: Arrow"):
+        texts("o/n")
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    (hub.folder / "train.json").write_text(json.dumps([{"text": day} for day in "abc"]))
+    assert texts("o/n") == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("in_a_pod")
+def test_a_hub_that_is_away_for_a_while(hub: WebServer) -> None:
+    write_jsonl(hub.folder / "train.jsonl", *({"text": f"{i}" * 100} for i in range(99)))
+    expected = texts("o/n")
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    hub.troubles = [HANGS_UP, 503, 429, 500] * 6
+    assert texts("o/n") == expected
 
 
 @pytest.fixture
@@ -290,28 +405,51 @@ def test_conversations(tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": f"hé {i}"}] for i in range(3)]
     rows = [{"messages": turn, "id": 1} for turn in turns]
     path = write_jsonl(tmp_path / "a.jsonl", *rows, {"messages": None}, {"messages": []})
-    wanted = [dump_messages(turn, "") for turn in turns]
+    wanted = [dump_conversation({"messages": turn}, "messages", "") for turn in turns]
     assert talks(path) == wanted
     assert talks(tmp_path) == wanted
     # a column of structs has every key in every row
     answer = {"role": "assistant", "content": "", "name": "x"}
     full = [[{**turn[0], "name": None}, answer] for turn in turns]
-    pq.write_table(pa.table({"chat": full}), tmp_path / "b.parquet")
-    (found, *_) = talks(tmp_path / "b.parquet", messages_field="chat")
-    assert json.loads(found) == [turns[0][0], answer]
+    tools = [[{"name": "f"}], None, []]
+    pq.write_table(pa.table({"chat": full, "tools": tools}), tmp_path / "b.parquet")
+    (found, other, _) = talks(tmp_path / "b.parquet", messages_field="chat")
+    assert load_conversation(found).messages == [turns[0][0], answer]
+    assert load_conversation(found).tools == [{"name": "f"}]
+    assert load_conversation(other).tools is None
     datasets.Dataset.from_dict({"messages": turns}).to_parquet(tmp_path / "hub" / "c.parquet")
     assert talks(tmp_path / "hub") == wanted
+
+
+def test_what_a_call_was_given_comes_back_from_a_column_of_json(tmp_path: Path) -> None:
+    """Objects of different keys, which the datasets library writes as text."""
+    answer = {"role": "assistant", "content": "", "args": {"x": 1}}
+    features = datasets.Features(
+        {
+            "messages": datasets.List(
+                {
+                    "role": datasets.Value("string"),
+                    "content": datasets.Value("string"),
+                    "args": datasets.Json(),
+                }
+            )
+        }
+    )
+    rows = {"messages": [[answer], [{**answer, "args": [1, "z"]}]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    found = [load_conversation(talk).messages[0]["args"] for talk in talks(tmp_path)]
+    assert found == [{"x": 1}, [1, "z"]]
 
 
 def test_where_there_are_no_conversations(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"messages": "hello"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no field 'messages'; .* Set data.messages_fi"):
         talks(path)
-    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text': must be a list of messages"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: field 'text' is text, but no JSON: str 'a'"):
         talks(path, messages_field="text")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "b.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"known ending \(.jsonl, .ndjson, .parquet\)$"):
+    with pytest.raises(UserError, match=r"known ending \(.jsonl, .ndjson, .parquet, .*w\)$"):
         talks(tmp_path / "b")
     with pytest.raises(UserError, match="python-docs' has no conversations"):
         talks("python-docs")

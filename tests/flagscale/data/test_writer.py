@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from flagscale.artifacts import hash_files, is_disk_full
 from flagscale.data import writer
 from flagscale.data.counts import Counts, SplitCounts, check_splits
+from flagscale.data.document_tokens import DocumentTokens
 from flagscale.data.encoder import Encoder
 from flagscale.data.layout import SPLITS
+from flagscale.data.rows import BadRows
 from flagscale.data.sources import Document
 from flagscale.data.writer import Corpus, write_splits
 from flagscale.errors import UserError
@@ -26,7 +28,7 @@ from flagscale.errors import UserError
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    return Encoder(tokenizer, 0, 0.25, 0.25)
+    return Encoder(tokenizer, DocumentTokens(0, None), 0.25, 0.25)
 
 
 def stream(texts: list[str]) -> Iterator[Document]:
@@ -36,7 +38,7 @@ def stream(texts: list[str]) -> Iterator[Document]:
 def write(
     documents: Iterator[Document], encoder: Encoder, folder: Path, workers: int | None = None
 ) -> Counts:
-    (counts,) = write_splits([Corpus(None, "text", documents, encoder)], folder, workers)
+    (counts,) = write_splits([Corpus(None, "text", documents, encoder, BadRows())], folder, workers)
     return counts
 
 

@@ -42,6 +42,11 @@ def run(what):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_ranks():
+    """None: here it is torchrun that is tried."""
+
+
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """A cluster with a launcher's pod, whose environment this process has."""

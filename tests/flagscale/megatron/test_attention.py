@@ -1,24 +1,19 @@
 """The core attention against plain attention in float64, packed documents, two ranks of CP."""
 
 import math
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flagscale.megatron import platform
 from flagscale.megatron.attention import SDPACoreAttention
-from flagscale.recipe import ParallelismRecipe
 
+WORKER = Path(__file__).with_name("context_parallel_worker.py")
 HEADS, GROUPS, CHANNELS, VALUE_CHANNELS = 4, 2, 8, 6
 
 
@@ -197,42 +192,9 @@ def document_mask(length: int, border: int) -> torch.Tensor:
     return ~allowed[None, None]
 
 
-def context_parallel_rank(rank: int, size: int, port: int, folder: Path) -> None:
-    """One process: its halves' results, with and without a mask, and the refusals."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    with platform.runtime(parallelism=ParallelismRecipe(context_parallel_size=size)):
-        groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
-        attention = make_attention({"context_parallel_size": size}, pg_collection=groups)
-        whole = inputs(24, value_channels=VALUE_CHANNELS)
-        *tensors, gradient = (halves(x, rank, size) for x in whole)
-        mask = halves(document_mask(24, 10), rank, size, dim=2)
-        found = {
-            name: with_gradients(lambda *x, m=given: attention(*x, m), tensors, gradient)
-            for name, given in (("causal", None), ("masked", mask))
-        }
-        packed = packed_params([24 // size])
-        with pytest.raises(ValueError, match=f"packed sequences with context_parallel_size={size}"):
-            attention(*tensors, None, packed_seq_params=packed)
-        with pytest.raises(ValueError, match="must be this rank's and all positions"):
-            attention(*tensors, document_mask(24, 10))
-    torch.save(found, folder / f"{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_ranks_compute_what_one_does(tmp_path, size):
-    mp.spawn(context_parallel_rank, (size, free_port(), tmp_path), nprocs=size)
+def test_context_parallel_ranks_compute_what_one_does(torchrun, tmp_path, size):
+    torchrun(size, WORKER, tmp_path)
     *tensors, gradient = inputs(24, value_channels=VALUE_CHANNELS)
     alone = make_attention()
     for name, mask in (("causal", None), ("masked", document_mask(24, 10))):

@@ -11,7 +11,7 @@ from variants import random_model
 from flagscale.megatron import platform
 from flagscale.megatron.shape import from_hf_config
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model
 
@@ -33,10 +33,10 @@ def imported() -> Callable[[Path], GPTModel]:
 
     def read(folder: Path) -> GPTModel:
         shape = from_hf_config(AutoConfig.from_pretrained(folder))
-        source, weights = HFFolder(folder), WeightMap(shape)
-        check_names(source, weights)
+        source = HFFolder(folder)
+        check_tensors(source, shape)
         model = build_model(shape, 128, params_dtype=source.dtype())
-        fill(model, source, weights)
+        fill(model, source, WeightMap(shape))
         return model
 
     return read

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flagscale.models import fresh_process
 from flagscale.models.fresh_process import reload_in_fresh_process
 from flagscale.models.reload_hf import streamed, whole
 
 TOKENS = torch.arange(100)[None]
+TEXTS = ["Lists:\n\n1. one", "été 中文 \U0001f600", ""]
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -18,11 +19,13 @@ def test_it_needs_nothing_of_this_project(
     tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    reloaded = reload_in_fresh_process(tiny_teacher, TOKENS, [5, 6, 7], is_whole)
+    reloaded = reload_in_fresh_process(tiny_teacher, TOKENS, [5, 6, 7], TEXTS, is_whole)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tiny_teacher)(TOKENS).logits
     torch.testing.assert_close(reloaded.logits_bsv, expected, atol=1e-5, rtol=0)
     assert bool(reloaded.text) == is_whole
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    assert reloaded.ids == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 def test_a_folder_that_does_not_load_is_a_failure(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,15 @@ from flagscale.errors import UserError
 from flagscale.megatron.families import FAMILIES
 from flagscale.megatron.shape import ModelShape, from_hf_config
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.hf_import import check_names, fill
+from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, logits
+from flagscale.models.rotary import inverse_frequencies
 
 TOKENS = torch.randint(300, (2, 128), generator=torch.Generator().manual_seed(0))
 FILE = "model.safetensors"
+UP, O_BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.bias"
+EXPERT = "model.layers.2.mlp.experts.3.gate_proj.weight"
 
 
 @pytest.mark.usefixtures("runtime")
@@ -145,31 +149,65 @@ def qwen(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "message"),
+    ("variant", "changes", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", None, "1 weights are missing, first model.layers.1"),
-        ("model.layers.1.self_attn.o_proj.bias", torch.ones(64), "are left over, first model.l"),
+        ("qwen2 tied", {UP: None}, f"1 weights are missing, first {UP}. They must be"),
+        ("qwen2 tied", {O_BIAS: (64,)}, f"1 weights are left over, first {O_BIAS}. They must be"),
         (
-            "model.layers.3.input_layernorm.weight",
-            torch.ones(64),
-            "left over, first model.layers.3",
+            "llama tied",  # attention_bias of its configuration is false
+            {f"model.layers.{n}.self_attn.q_proj.bias": (64,) for n in range(3)},
+            "3 weights are left over, first model.layers.0.self_attn.q_proj.bias",
         ),
-        ("lm_head.weight", torch.ones(300, 64), "lm_head.weight is not model.embed_tokens.weight"),
-        ("lm_head.weight", torch.ones(200, 64), "lm_head.weight is not model.embed_tokens.weight"),
+        ("llama tied", {"model.layers.0.mlp.up_proj.weight_scale": (1,)}, "1 weights are left"),
+        ("qwen3 untied", {"score.weight": (2, 64)}, "1 weights are left over, first score.weight"),
+        (
+            "qwen2 tied",
+            {f"model.layers.{n}.input_layernorm.weight": (64,) for n in (3, 4, 5)},
+            "3 weights are left over.*files have 6 layers, .* says num_hidden_layers=3",
+        ),
+        ("qwen2 tied", {"lm_head.weight": (300, 64)}, "weight is not .*tie_word_embeddings=true"),
+        ("qwen2 tied", {"lm_head.weight": (200, 64)}, "weight is not .*tie_word_embeddings=true"),
+        ("qwen2 untied", {"lm_head.weight": None}, "first lm_head.weight.*embeddings=false, which"),
+        ("qwen3_moe, one expert a token", {EXPERT: None}, f"1 weights are missing, first {EXPERT}"),
     ],
 )
 def test_every_tensor_must_be_there_and_used(
-    qwen: Path, name: str, tensor: torch.Tensor | None, message: str
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    variant: str,
+    changes: dict[str, tuple[int, ...] | None],
+    message: str,
 ) -> None:
-    source = _with(qwen, **{name: tensor})
+    make_model(variant).save_pretrained(tmp_path)
+    tensors = {name: None if size is None else torch.ones(size) for name, size in changes.items()}
     with pytest.raises(UserError, match=f"model the source: .*{message}"):
-        check_names(source, WeightMap(_shape(qwen)))
+        check_tensors(_with(tmp_path, **tensors), _shape(tmp_path))
 
 
-def test_what_may_be_stored_besides(qwen: Path) -> None:
+def test_what_may_be_stored_besides(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = load_file(qwen / FILE)["model.embed_tokens.weight"]
-    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    check_names(_with(qwen, **{"lm_head.weight": table}, **derived), WeightMap(_shape(qwen)))
+    attention = "model.layers.0.self_attn."
+    shape = _shape(qwen)
+    derived = {
+        attention + "rotary_emb.inv_freq": inverse_frequencies(16, shape.rotary_base).bfloat16(),
+        attention + "rotary_emb.cos_cached": torch.ones(1, 1, 256, 16),
+        attention + "masked_bias": torch.tensor(-1e9),
+    }
+    source = _with(qwen, **{"lm_head.weight": table}, **derived)
+    with caplog.at_level("INFO"):
+        check_tensors(source, shape)
+    assert "lm_head.weight is model.embed_tokens.weight once more, and left out" in caplog.text
+    assert f"3 buffers that follow from the configuration are left out, first {attention}m" in (
+        caplog.text
+    )
+    assert source.dtype() == torch.float32  # whatever they are in
+
+
+def test_frequencies_that_do_not_follow_from_the_configuration(qwen: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    source = _with(qwen, **{name: inverse_frequencies(16, 10000.0)})
+    with pytest.raises(UserError, match=rf"{name} holds other .*\(rope_theta=1e\+06\)"):
+        check_tensors(source, _shape(qwen))
 
 
 @pytest.mark.parametrize(
@@ -182,21 +220,19 @@ def test_what_may_be_stored_besides(qwen: Path) -> None:
         ("model.norm.weight", (65,), "(65,), but .* (64,)"),
     ],
 )
-@pytest.mark.usefixtures("runtime")
 def test_another_shape_is_refused(
     qwen: Path, name: str, shape: tuple[int, ...], message: str
 ) -> None:
     source = _with(qwen, **{name: torch.ones(shape)})
-    model = build_model(_shape(qwen), 8)
     escaped = re.escape(message).replace(r"\.\*", ".*")
-    with pytest.raises(UserError, match=f"model the source: {name} has the shape {escaped}"):
-        fill(model, source, WeightMap(_shape(qwen)))
+    with pytest.raises(UserError, match=f"1 weights have another shape, first {name}: {escaped}"):
+        check_tensors(source, _shape(qwen))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", 0.0, "is all zero"),
+        (UP, 0.0, r"set teacher\.allow_zero_weights"),
         ("model.layers.0.self_attn.q_proj.weight", float("nan"), "not finite"),
         ("model.layers.0.self_attn.q_proj.bias", float("inf"), "not finite"),
     ],
@@ -208,14 +244,28 @@ def test_weights_that_no_trained_model_has_are_refused(
     model = build_model(_shape(qwen), 8)
     tensor = load_file(qwen / FILE)[name]
     source = _with(qwen, **{name: torch.full_like(tensor, value)})
-    with pytest.raises(UserError, match=f"model the source: {name} .*{message}"):
-        fill(model, source, WeightMap(_shape(qwen)))
+    with pytest.raises(UserError, match=rf"model the source: .*{name}.* {message}"):
+        fill(model, source, WeightMap(_shape(qwen)), allow_zero_weights=value != 0)
 
 
 @pytest.mark.usefixtures("runtime")
 def test_a_bias_may_be_zero(qwen: Path) -> None:
     source = _with(qwen, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
-    fill(build_model(_shape(qwen), 8), source, WeightMap(_shape(qwen)))
+    assert fill(build_model(_shape(qwen), 8), source, WeightMap(_shape(qwen))) == 0
+
+
+@pytest.mark.usefixtures("runtime")
+def test_zero_weights_can_be_allowed(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inserted = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    state = load_file(qwen / FILE)
+    source = _with(qwen, **{name: torch.zeros_like(state[name]) for name in inserted})
+    weights = WeightMap(_shape(qwen))
+    with pytest.raises(UserError, match=f"2 weights are all zero, first {inserted[1]}; if they"):
+        fill(build_model(_shape(qwen), 8), source, weights)
+    model = build_model(_shape(qwen), 8)
+    assert fill(model, source, weights, allow_zero_weights=True) == 2
+    assert f"2 weights are all zero, first {inserted[1]}" in caplog.text
+    assert not model.decoder.layers[1].mlp.linear_fc2.weight.any()
 
 
 def test_dtypes_that_differ_or_do_not_train(qwen: Path) -> None:
@@ -228,16 +278,98 @@ def test_dtypes_that_differ_or_do_not_train(qwen: Path) -> None:
         _with(qwen, **{name: whole}).dtype()
 
 
-def test_an_index_that_is_wrong(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+INDEX = "model.safetensors.index.json"
+LAST = "model-00005-of-00005.safetensors"
+
+
+@pytest.fixture
+def shards(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
     make_model("llama tied").save_pretrained(tmp_path, max_shard_size="100KB")
-    index = tmp_path / "model.safetensors.index.json"
-    text = index.read_text()
-    index.write_text(
-        text.replace('"model.norm.weight": "model-00005', '"model.norm.weight": "model-00001')
-    )
-    assert index.read_text() != text
-    with pytest.raises(UserError, match=r"model.norm.weight is not in model-00001-of-00005"):
+    return tmp_path
+
+
+def _index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _once_more(folder: Path) -> None:
+    state = load_file(folder / LAST) | {"model.embed_tokens.weight": torch.ones(300, 64)}
+    save_file(state, folder / LAST, {"format": "pt"})
+
+
+WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an index that puts a tensor elsewhere": (
+        lambda folder: _index(
+            folder, lambda places: places.update({"model.norm.weight": LAST.replace("5-", "1-")})
+        ),
+        "1 tensors are not where .* has them, first model.norm.weight, .* not in model-00001",
+    ),
+    "an index that does not list a tensor": (
+        lambda folder: _index(folder, lambda places: places.pop("model.norm.weight")),
+        f"1 tensors of its files are not in {INDEX}, first model.norm.weight of {LAST}",
+    ),
+    "an index that names what no file has": (
+        lambda folder: _index(folder, lambda places: places.update(new=LAST)),
+        f"1 tensors are not where .* first new, which is not in {LAST}",
+    ),
+    "a shard that is not there": (
+        lambda folder: (folder / LAST).unlink(),
+        f"1 of the 5 files that {INDEX} names are missing, first {LAST}",
+    ),
+    "a tensor in two shards": (_once_more, "embed_tokens.weight is in two files, model-00001-of.*"),
+    "a shard that is cut off": (
+        lambda folder: (folder / LAST).write_bytes((folder / LAST).read_bytes()[:-9]),
+        rf"cannot be read: {LAST} \(\d+ bytes\)",
+    ),
+    "a pointer of Git LFS": (
+        lambda folder: (folder / LAST).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        f"cannot be read: {LAST} is a pointer of Git LFS, not the weights: git lfs pull",
+    ),
+    "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "cannot be read"),
+    "shards without their index": (
+        lambda folder: (folder / INDEX).unlink(),
+        "neither .* is there; there is model-00001-of-.*, which is not read; convert them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FOLDERS)
+def test_a_folder_must_be_what_its_index_says(shards: Path, case: str) -> None:
+    spoil, message = WRONG_FOLDERS[case]
+    spoil(shards)
+    with pytest.raises(UserError, match=message):
+        HFFolder(shards)
+
+
+def test_pickled_weights_are_to_be_converted(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "README.md"):
+        (tmp_path / name).touch()
+    wanted = r"there is pytorch_model.bin, which is not read; convert them: .*\.save_pretrained"
+    with pytest.raises(UserError, match=wanted):
         HFFolder(tmp_path)
+
+
+def test_a_single_file_beside_an_index_is_the_same_model(shards: Path) -> None:
+    """transformers reads the single file."""
+    state = {
+        name: tensor
+        for path in sorted(shards.glob("model-*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    single = shards / FILE
+    save_file(state, single, {"format": "pt"})
+    HFFolder(shards).check_single_file()
+    stale = state | {UP: state[UP] + 1e-6}
+    fewer = {name: tensor for name, tensor in state.items() if name != UP}
+    for other in (stale, fewer, state | {UP: state[UP].bfloat16()}):
+        save_file(other, single, {"format": "pt"})
+        with pytest.raises(UserError, match=f"two models: they differ in {UP}. Remove"):
+            HFFolder(shards).check_single_file()
+    _index(shards, lambda places: places.update(dict.fromkeys(places, FILE)))
+    save_file(stale, single, {"format": "pt"})
+    HFFolder(shards).check_single_file()  # the index names it
 
 
 def test_a_folder_without_safetensors(tmp_path: Path) -> None:

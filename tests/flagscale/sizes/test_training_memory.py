@@ -1,9 +1,6 @@
 """A training's memory by arithmetic, against what its ranks allocate: within 15%."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +38,7 @@ RANKS = [(name, rank) for name in CASES for rank in range(CASES[name][0])]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, torchrun):
     """Folder of what every rank of every case held."""
     folder = tmp_path_factory.mktemp("training-memory")
     for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
@@ -61,12 +58,7 @@ def measured(tmp_path_factory):
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     for processes in (1, 2):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        torchrun(processes, WORKER, folder)
     renew("training", rows(folder))
     return folder
 

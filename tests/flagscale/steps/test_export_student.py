@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flagscale.artifacts import MANIFEST, hash_files, open_artifact, write_json
 from flagscale.checkpoint import save_weights
@@ -41,6 +41,7 @@ from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
 
 TOKENS = torch.arange(60)[None]
+LICENSES = ("LICENSE", "NOTICE.txt")  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,13 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     text.mkdir()
     for name in sorted(topics)[:40]:
         (text / f"{name.replace('/', '-')}.txt").write_text(topics[name], encoding="utf-8")
+    source = shutil.copytree(tiny_teacher, folder / "source")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    for name in LICENSES:
+        (source / name).write_text(f"the text of {name}")
     data = DataRecipe(
         source=str(text),
-        tokenizer=str(tiny_teacher),
+        tokenizer=str(source),
         seq_length=32,
         validation_fraction=0.2,
         test_fraction=0.2,
@@ -73,7 +78,7 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder / name for name in ("dataset", "teacher", "student", "distilled", "evaluation")
     )
     prepare_data(data, dataset)
-    prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, teacher)
+    prepare_teacher(TeacherRecipe(source=str(source)), dataset, teacher)
     convert_student(StudentRecipe(num_layers=2), teacher, dataset, student)
     distil_student(
         DistillationRecipe(), training, teacher, student, dataset, folder / "saved", distilled
@@ -139,7 +144,35 @@ def test_export_in_float32(run: Run, exported: Exported) -> None:
         expected = logits(load_model(run.distilled, 60), TOKENS)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=0)
-    assert not (exported.folder / "origin.json").exists()
+
+
+def test_nothing_is_in_it_that_is_not_about_the_model(run: Run, exported: Exported) -> None:
+    """And what is, is under the names of transformers 4 and 5: test_hf_description.py."""
+    assert {path.name for path in exported.folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *LICENSES,
+    }
+    config, tokenizer, generation = (
+        json.loads((exported.folder / f"{name}.json").read_text())
+        for name in ("config", "tokenizer_config", "generation_config")
+    )
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    known = GenerationConfig().to_dict().keys()
+    assert {"bos_token_id", "eos_token_id", "pad_token_id"} <= generation.keys() <= known
+    assert "_from_model_config" not in generation
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    for leftover in ("is_local", "local_files_only", "backend", "name_or_path"):
+        assert leftover not in tokenizer
+    for path in exported.folder.glob("*.json"):
+        if path.name != "manifest.json":
+            assert str(run.distilled.parent) not in path.read_text(encoding="utf-8")
 
 
 def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
@@ -152,6 +185,8 @@ def test_export_in_bfloat16(run: Run, tmp_path: Path) -> None:
     )
     assert figures["max_logit_difference"] <= 1e-5
     assert {t.dtype for t in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((output / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     with platform.runtime():
         rounded = load_model(run.distilled, 60)
@@ -178,7 +213,9 @@ def test_model_card(run: Run, exported: Exported) -> None:
     values = yaml.safe_load(front_matter)
     assert values["library_name"] == "transformers"
     assert values["pipeline_tag"] == "text-generation"
-    assert "license" not in values  # that of the tests' teacher is unknown
+    assert values["license"] == "apache-2.0"
+    assert (exported.folder / "LICENSE").read_text() == "the text of LICENSE"
+    assert "On plain text, not on conversations: it continues a text. It has no chat" in text
     figures = json.loads((run.evaluation / "metrics.json").read_text())["models"]
     assert "# tiny-student\n" in text
     for model in ("teacher", "student", "distilled"):
@@ -253,6 +290,7 @@ def test_export_of_the_checkpoint(with_experts: Run, tmp_path: Path) -> None:
     assert tokenizer("The list")["input_ids"]
     assert not list(output.glob("*.safetensors"))
     assert not (output / "config.json").exists()
+    assert {path.name for path in output.iterdir()} >= set(LICENSES)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "library_name: megatron-core" in card
     assert "A Megatron-Core GPT (num_experts=2, multi_latent_attention=True, qk_head_dim=8)" in card
@@ -291,7 +329,7 @@ def test_a_student_whose_weights_are_zero(run: Run, spoilt: Path) -> None:
 def test_logits_that_differ_are_a_failure(run: Run, spoilt: Path) -> None:
     """A configuration that is not the model's: transformers computes something else."""
     config = json.loads((spoilt / "hf/config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 500.0
+    config["rope_parameters"]["rope_theta"] = config["rope_theta"] = 500.0
     write_json(spoilt / "hf/config.json", config)
     _reseal(spoilt)
     evaluation = _evaluation_of(spoilt, run.evaluation, spoilt.with_name("evaluation"))

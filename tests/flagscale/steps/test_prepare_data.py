@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import open_artifact
@@ -20,10 +22,11 @@ from flagscale.data.layout import SPLITS
 from flagscale.data.loader import split_documents, train_iterator
 from flagscale.data.writer import Corpus
 from flagscale.errors import UserError
-from flagscale.models.source import load_tokenizer, tokenizer_hash
+from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.recipe import DataRecipe
 from flagscale.steps import prepare_data as step
 from flagscale.steps.prepare_data import prepare_data
+from tests.flagscale.web_server import WebServer
 
 CODE = """
 import sys
@@ -88,6 +91,62 @@ def test_dataset(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     assert next(batches)["tokens"].shape == (2, 32)
 
 
+def test_documents_of_a_model_with_bos(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    """As its tokenizer begins texts; a pad token that no text holds is not among what is held."""
+    fast = load_tokenizer(tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 400)]
+    )
+    fast.save_pretrained(tmp_path / "with-bos")
+    output = tmp_path / "dataset"
+    prepare_data(recipe(tmp_path / "with-bos", corpus), output)
+    facts = open_artifact(output, "dataset").facts
+    assert (facts["bos_id"], facts["eod_id"]) == (400, 0)
+    assert (facts["highest_id"], facts["vocab_size"]) == (400, 402)
+    for name in SPLITS:
+        for document in split_documents(output, name):
+            assert document[0] == 400
+            assert document[-1] == 0
+    without = recipe(tmp_path / "with-bos", corpus, bos_token=None)
+    prepare_data(without, tmp_path / "without")
+    facts = open_artifact(tmp_path / "without", "dataset").facts
+    assert facts["bos_id"] is None
+    assert facts["highest_id"] < 400
+
+
+def test_bad_rows_are_told(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    lines = corpus.read_text().splitlines()
+    corpus.write_text("\n".join([*lines[:9], "no", *lines[9:], "[]"]))
+    output = tmp_path / "dataset"
+    metrics = prepare_data(recipe(tokenizer, corpus), output)
+    assert metrics["bad_rows"] == 2
+    (facts,) = open_artifact(output, "dataset").facts["corpora"]
+    assert facts["bad_rows"] == 2
+    assert [row.split(": ")[0] for row in facts["first_bad_rows"]] == [
+        f"{corpus}:10",
+        f"{corpus}:{len(lines) + 2}",
+    ]
+    with pytest.raises(UserError, match=r"(?s)2 of 20. rows so far .* more than 1 .*:10: not"):
+        prepare_data(recipe(tokenizer, corpus, max_bad_rows=1), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dataset_says_what_state_of_remote_text_it_was_made_of(
+    tokenizer: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = WebServer(tmp_path)
+    url = f"{server.url}/{corpus.name}"
+    prepare_data(recipe(tokenizer, url), tmp_path / "one")
+    (facts,) = open_artifact(tmp_path / "one", "dataset").facts["corpora"]
+    assert facts["state"].startswith("files ")
+    assert f"{url}: read as it is now ({facts['state']}). KFP's cache knows it by" in caplog.text
+    caplog.clear()
+    prepare_data(recipe(tokenizer, url, fingerprint="known"), tmp_path / "two")
+    assert "KFP's cache" not in caplog.text
+    server.close()
+
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -118,6 +177,21 @@ def talks(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_template_that_writes_bos(tokenizer: Path, talks: Path, tmp_path: Path) -> None:
+    """The tokenizer would put one more in front; a conversation has the template's alone."""
+    fast = load_tokenizer(tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 400)]
+    )
+    fast.chat_template = "{{ bos_token }}" + TEMPLATE
+    fast.save_pretrained(tmp_path / "with-bos")
+    prepare_data(recipe(tmp_path / "with-bos", talks, format="chat"), tmp_path / "dataset")
+    for name in SPLITS:
+        for document in split_documents(tmp_path / "dataset", name):
+            assert np.flatnonzero(document == 400).tolist() == [0]
+
+
 def test_conversations(
     chat_tokenizer: Path, talks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,8 +201,9 @@ def test_conversations(
     assert metrics["conversations_left_out"] == metrics["duplicate_documents"] == 1
     assert sum(metrics[f"{name}_documents"] for name in SPLITS) == 101
     assert sum(metrics[f"{name}_truncated"] for name in SPLITS) == 2
-    assert "2 conversations lose what exceeds 33 tokens" in caplog.text
-    assert "1 conversations without answer left out" in caplog.text
+    assert metrics["conversations_lost_answers"] == 2
+    assert "2 answers lose their end, or all, beyond 33 tokens (620 tokens that" in caplog.text
+    assert "1 conversations without an answer that is learnt left out" in caplog.text
     manifest = open_artifact(output, "dataset")
     assert manifest.facts["corpora"][0]["kind"] == "chat"
     assert {f"{name}.mask.bin" for name in SPLITS} < set(manifest.files)
@@ -147,6 +222,45 @@ def test_conversations(
         train_iterator(output, tmp_path / "cache", micro_batch_size=2, global_batch_size=2, seed=0)
     )
     assert 0 < batch["loss_mask"].mean() < 1
+
+
+def test_conversations_that_are_all_too_long(chat_tokenizer: Path, tmp_path: Path) -> None:
+    talks = tmp_path / "talks.jsonl"
+    chat = [{"role": "user", "content": "Why? " * 40}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": [*chat, *chat][: 2 + 2 * (i % 2)]} for i in range(42)]
+    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = recipe(chat_tokenizer, talks, format="chat")
+    with pytest.raises(
+        UserError, match=r"train split.* 42 conversations were left out.* data.seq_length=32 takes"
+    ) as refused:
+        prepare_data(data, tmp_path / "dataset")
+    some, every = map(int, re.findall(r"with (\d+) ", str(refused.value)))
+    assert 32 < some < every
+
+
+def test_a_template_of_ones_own(tokenizer: Path, talks: Path, tmp_path: Path) -> None:
+    """From a file, with a variable; it lies in the artifact, whence the student gets it."""
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(
+        "{{ greeting }}" + TEMPLATE.replace("{{ message.role", "as {{ message.role")
+    )
+    data = recipe(
+        tokenizer,
+        talks,
+        format="chat",
+        chat_template=str(template),
+        chat_template_kwargs={"greeting": "Hello!\n"},
+        seq_length=64,
+    )
+    assert data.chat_template == template.read_text()
+    assert DataRecipe.model_validate(data.model_dump(mode="json")) == data
+    template.unlink()  # the steps may run elsewhere
+    output = tmp_path / "dataset"
+    prepare_data(data, output)
+    stored = load_tokenizer(output / "tokenizer")
+    assert stored.chat_template == data.chat_template
+    words = stored.convert_ids_to_tokens(split_documents(output, "test")[0])
+    assert "".join(words).startswith("Hello!ĊasĠuser:ĠWhatĠis")
 
 
 def blend(tokenizer: Path, *corpora: dict[str, object], **changes: object) -> DataRecipe:
@@ -206,7 +320,7 @@ def test_what_can_be_put_right_in_a_blend(
         ),
         (
             blend(chat_tokenizer, good, {"name": "c", "source": str(corpus), "format": "chat"}),
-            "corpus 'c': .*corpus.jsonl:1: no field 'messages'; there are: text",
+            "(?s)corpus 'c': .*corpus.jsonl:1: no field 'messages'; there are: text",
         ),
     ]
     for data, message in cases:

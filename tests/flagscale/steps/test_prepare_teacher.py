@@ -16,7 +16,7 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import load_model, logits
-from flagscale.models.source import load_hf_model, load_tokenizer
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import DataRecipe, LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_data import prepare_data
 from flagscale.steps.prepare_teacher import prepare_teacher
@@ -68,7 +68,7 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
     assert figures["logit_spread"] > 1
     assert figures["top1_agreement"] == 1
     assert 3 < figures["validation_loss"] < 5.5  # ln(1000) is 6.9
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     assert figures["parameters"] == hf_model.num_parameters()
     manifest = open_artifact(output, "teacher")
     assert manifest.facts.items() >= figures.items()
@@ -76,6 +76,8 @@ def test_teacher_artifact(tiny_teacher: Path, dataset: Path, tmp_path: Path) -> 
         "source": str(tiny_teacher),
         "base_model": None,
         "license": None,
+        "license_name": None,
+        "license_link": None,
     }
     data = open_artifact(dataset, "dataset")
     assert manifest.tokenizer_hash == data.tokenizer_hash
@@ -102,7 +104,7 @@ def test_the_loss_is_that_of_transformers(
     figures = prepare_teacher(
         TeacherRecipe(source=str(tiny_teacher)), dataset, tmp_path / "teacher"
     )
-    hf_model = load_hf_model(tiny_teacher)
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     batches = validation_batches(
         dataset, tmp_path / "cache", micro_batch_size=1, global_batch_size=1, eval_iters=8
     )
@@ -179,6 +181,26 @@ def test_weights_that_are_zero_or_not_finite(source: Path, dataset: Path, value:
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
 
 
+def test_what_the_user_knows_to_be_right(source: Path, dataset: Path) -> None:
+    """Blocks that were inserted and do nothing yet, and a field that is nobody's business."""
+    weights = load_file(source / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.1.{name}.weight"].zero_()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"of_tomorrow": 1}))
+    output = source.with_name("teacher")
+    with pytest.raises(UserError, match=r"ignored_config_fields=.'of_tomorrow'"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, output)
+    recipe = {"source": str(source), "ignored_config_fields": ["of_tomorrow"]}
+    with pytest.raises(UserError, match=r"2 weights are all zero, first .*allow_zero_weights"):
+        prepare_teacher(TeacherRecipe(**recipe), dataset, output)
+    prepare_teacher(TeacherRecipe(**recipe, allow_zero_weights=True), dataset, output)
+    assert open_artifact(output, "teacher").facts["zero_weights"] == 2
+    assert "of_tomorrow" not in json.loads((output / "hf" / "config.json").read_text())
+    shutil.rmtree(output)
+
+
 def test_corrupt_weights(source: Path, dataset: Path) -> None:
     (source / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=f"model of {source} cannot be read"):
@@ -224,16 +246,58 @@ def test_a_tokenizer_that_does_not_match(source: Path, dataset: Path) -> None:
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
 
 
+def test_a_template_that_the_teacher_lacks(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A base model, and of its instruct model tokenizer or template: the student gets it."""
+    base = Path(shutil.copytree(tiny_teacher, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    end = max(filter(str.isalpha, filter(str.isascii, tokenizer.get_vocab())), key=len)
+    assert tokenizer.chat_template is None
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(base)
+    base_end, tokenizer.eos_token = tokenizer.eos_token, end
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    talk = [{"role": "user", "content": "for"}, {"role": "assistant", "content": "in"}]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"{i}"}, talk[1]]} for i in range(90)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(
+        source=str(tmp_path / "talk.jsonl"),
+        format="chat",
+        tokenizer=str(tmp_path / "instruct"),
+        chat_template=template,
+        seq_length=SEQ_LENGTH,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    prepare_data(recipe, tmp_path / "dataset")
+    teacher = TeacherRecipe(source=str(base), max_validation_loss=20)
+    prepare_teacher(teacher, tmp_path / "dataset", tmp_path / "teacher")
+    stored = load_tokenizer(tmp_path / "teacher" / "hf")
+    assert (stored.chat_template, stored.eos_token) == (template, end)
+    generation = json.loads((tmp_path / "teacher" / "hf" / "generation_config.json").read_text())
+    wanted = tokenizer.convert_tokens_to_ids([base_end, end])
+    assert generation["eos_token_id"] == wanted
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(
     tiny_teacher: Path, text: Path, tmp_path: Path
 ) -> None:
+    """It is refused if a text holds one of these."""
     source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(source)
+    recipe = TeacherRecipe(source=str(source))
     dataset = _prepare_data(source, text, tmp_path / "dataset")
+    with pytest.raises(UserError, match=r"data.seq_length=32 is more than"):  # what is checked next
+        prepare_teacher(recipe, dataset, tmp_path / "teacher")
+    texts = Path(shutil.copytree(text, tmp_path / "texts"))
+    (texts / "one-more.txt").write_text("That is <extra>.")
+    dataset = _prepare_data(source, texts, tmp_path / "another")
     with pytest.raises(UserError, match="has token 1000, the model's vocab_size=1000"):
-        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+        prepare_teacher(recipe, dataset, tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
 
 
@@ -250,3 +314,16 @@ def test_an_unsupported_family(source: Path, dataset: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(UserError, match="model_type='gemma' is not supported; supported: llama"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
+
+
+def test_a_tokenizer_that_others_would_not_load(
+    tiny_teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of a Qwen2 folder transformers 5 makes Qwen2's: told before the weights are imported."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"AutoTokenizer does not make the model's own tokens: "):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -47,18 +45,13 @@ def short_documents(tmp_path_factory, tiny_teacher):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, teacher, student, short_documents):
+def results(tmp_path_factory, torchrun, teacher, student, short_documents):
     """Folder of what every case left, one torchrun a number of processes."""
     folder = tmp_path_factory.mktemp("layouts")
     inputs = {"teacher": str(teacher), "student": str(student), "dataset": str(short_documents)}
     (folder / "inputs.json").write_text(json.dumps(inputs))
     for processes in sorted({case.processes for case in CASES}):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        torchrun(processes, WORKER, folder)
     return folder
 
 

@@ -8,9 +8,15 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.execution.exclusive import exclusively
-from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.megatron import platform
+from flagscale.recipe import ParallelismRecipe, Recipe, ResourcesRecipe
 from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
 from pipelines.local.runner import _forget, checkpoint_folder, run_recipe
+from pipelines.placement import check
+from pipelines.platform import load_platform
+from tests.flagscale.web_server import COMMIT, WebServer
+
+ONE_ACCELERATOR = ResourcesRecipe(accelerator_count=1)
 
 
 def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:
@@ -53,6 +59,31 @@ def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
     # The tokenizer is the teacher's, and the tokens depend on it.
     assert filled.data.fingerprint == f"{fingerprint(str(text))}+{fingerprint(str(tmp_path))}"
     assert with_fingerprints(filled) == filled
+
+
+def test_remote_text_and_models_have_fingerprints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = WebServer(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text("one")
+    asked = recipe("o/n", f"{server.url}/a.jsonl")
+    before = with_fingerprints(asked)
+    assert before.teacher.fingerprint == f"commit {COMMIT}"
+    assert before.data.fingerprint is not None
+    assert with_fingerprints(asked) == before
+    server.commit = "d" * 40
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    after = with_fingerprints(asked)
+    assert after.teacher.fingerprint != before.teacher.fingerprint
+    assert after.data.fingerprint != before.data.fingerprint
+    assert not caplog.records
+    server.tells = False
+    silent = with_fingerprints(asked)
+    assert silent.data.fingerprint == silent.teacher.fingerprint  # the tokenizer's
+    assert "a.jsonl: nobody says whether it has changed" in caplog.text
+    server.close()
 
 
 def test_a_blend_is_looked_at_corpus_by_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -147,6 +178,7 @@ def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message)
             r"of the teacher: not on the last of 2 .* 2 to",
         ),
         (["layers.1", "decoder.layers.3"], 1, "must begin with one of embedding, decoder"),
+        (["decoder.layers.1.mpl", "decoder.layers.3"], 1, "is called mpl; did you mean mlp?"),
     ],
 )
 def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, message) -> None:
@@ -157,6 +189,63 @@ def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, me
         check_sources(Recipe.model_validate(values))
     values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.3"]]
     check_sources(Recipe.model_validate(values))
+
+
+GPU_ONLY = [
+    ({"fp8": "hybrid"}, "training.fp8=hybrid"),
+    ({"transformer_impl": "transformer_engine"}, "training.transformer_impl=transformer_engine"),
+    ({"log_straggler": True}, "training.log_straggler=True"),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
+        "training.recompute_modules=layernorm",
+    ),
+]
+
+
+@pytest.mark.skipif(platform.HAS_GPU, reason="there is a GPU")
+@pytest.mark.parametrize(("training", "message"), GPU_ONLY)
+def test_what_only_a_gpu_can_do_is_refused_before_a_run(
+    tiny_teacher: Path, training: dict[str, object], message: str
+) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["training"] |= training
+    whole = Recipe.model_validate(values)
+    with pytest.raises(UserError, match=f"{message}: needs a GPU"):
+        check_sources(whole)
+    with pytest.raises(UserError, match=f"on this platform: {message}: needs a GPU"):
+        check(load_platform("cpu-only"), whole)
+    check(load_platform("gke-h100"), whole.model_copy(update={"resources": ONE_ACCELERATOR}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"spec": "no.such:thing"}, "cannot import no.such"),
+        ({"spec": "os:getcwd"}, "architecture.spec='os:getcwd': TypeError"),
+        ({"num_experts": 3}, None),
+    ],
+)
+def test_megatron_is_asked_about_a_student_from_scratch(
+    tiny_teacher: Path, architecture: dict[str, object], message: str | None
+) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["student"] = {"init": "scratch", "architecture": architecture}
+    values["distillation"], values["export"] = {"loss": "none"}, {"format": "megatron"}
+    whole = Recipe.model_validate(values)
+    if message is None:
+        check_sources(whole)
+        return
+    with pytest.raises(UserError, match=message):
+        check_sources(whole)
+
+
+def test_sequences_longer_than_the_teachers_positions(tiny_teacher: Path) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["data"]["seq_length"] = 100_000
+    with pytest.raises(
+        UserError, match=r"data\.seq_length=100000 is more than the teacher's max_pos"
+    ):
+        check_sources(Recipe.model_validate(values))
 
 
 def test_good_sources_pass(tiny_teacher: Path) -> None:

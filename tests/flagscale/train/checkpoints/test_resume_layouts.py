@@ -1,10 +1,7 @@
 """Interrupted on one parallel layout, resumed on another: the losses of an unbroken training."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,7 +88,7 @@ def rest(kind: str, first: str, second: str) -> Task:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, teacher, dataset):
+def folder(tmp_path_factory, torchrun, teacher, dataset):
     """What every task left: one process first and last, one torchrun a number of processes."""
     folder = tmp_path_factory.mktemp("resume")
     inputs = {"teacher": str(teacher), "dataset": str(dataset)}
@@ -103,12 +100,7 @@ def folder(tmp_path_factory, teacher, dataset):
     for task in (*(whole(kind) for kind in kinds), *(one for one in parts if one.processes == 1)):
         run(task, folder, inputs)
     for processes in (2, 4):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node", str(processes), str(WORKER), str(folder)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        torchrun(processes, WORKER, folder)
     for task in (one for one in rests if one.processes == 1):
         run(task, folder, inputs)
     return folder

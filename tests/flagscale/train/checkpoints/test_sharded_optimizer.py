@@ -5,7 +5,6 @@ import math
 import hypothesis
 import pytest
 import torch
-from checkpoint_shape import SHAPE
 from hypothesis import strategies
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -18,6 +17,7 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import sharded_optimizer
 from flagscale.train.setup import build_model_chunks, setup_training
+from tests.flagscale.checkpoint.checkpoint_shape import SHAPE
 
 
 @hypothesis.given(strategies.lists(strategies.integers(1, 5), max_size=4), strategies.data())

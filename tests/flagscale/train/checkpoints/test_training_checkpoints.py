@@ -168,10 +168,8 @@ def test_of_another_training_is_refused(trainer, checkpoints):
 
 def start(folder, *command):
     SHAPE.save(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[3])}
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", *map(str, command), str(folder)], env=environment
-    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[3])}
+    return subprocess.Popen([*map(str, command), str(folder)], env=environment)
 
 
 def end(process):
@@ -183,14 +181,13 @@ def end(process):
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory):
+def workers(tmp_path_factory, fork_server):
     """Folder and process of each script; at the same time, for most of theirs is imports."""
     names = ("faults", "kills")
     faults, kills = folders = [tmp_path_factory.mktemp(name) for name in names]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     processes = (
-        start(faults, *torchrun, HERE / "fault_worker.py"),
-        start(kills, HERE / "kill_worker.py"),
+        start(faults, *fork_server.command(2, HERE / "fault_worker.py")),
+        start(kills, sys.executable, "-W", "ignore", HERE / "kill_worker.py"),
     )
     yield dict(zip(names, zip(folders, processes, strict=True), strict=True))
     for process in processes:
