@@ -4,7 +4,8 @@
 
 A random Llama of 608M parameters in bfloat16, its student of half the layers, little text. Every
 step runs in a fresh process, or on ranks. What counts is how much more a process holds at its peak
-than one that runs the same step with a model of next to nothing. Artifacts stay in FOLDER: give it
+than one that runs the same step with a model of next to nothing. Beside it stands what the planner
+expects of the fullest rank, and how far the growth is from that. Artifacts stay in FOLDER: give it
 again, and `--steps`, to measure a step anew.
 """
 
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flagscale.artifacts import MANIFEST, new_artifact, open_artifact
 from flagscale.checkpoint.stored import StoredTensors
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import (
     DataRecipe,
     DistillationRecipe,
@@ -34,10 +36,14 @@ from flagscale.recipe import (
     ExportRecipe,
     LayoutRecipe,
     ModelsRecipe,
+    ParallelismRecipe,
     StudentRecipe,
     TeacherRecipe,
     TrainingRecipe,
 )
+from flagscale.sizes.layout import Layout
+from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.steps import MODEL_STEPS
 
 _VOCABULARY = 1024
 _EOD = "<|endoftext|>"
@@ -90,14 +96,16 @@ def main() -> None:
             if step == "convert-student" and step in options.steps:
                 distil(folder)
     held = sizes(options.folder / options.size)
+    plan = planned(options.folder / options.size, options.tensor_parallel)
     for step in options.steps:
         least, most = (peaks[size, step] for size in ("nothing", options.size))
         grown = [rank - base for rank, base in zip(most.ranks, least.ranks, strict=True)]
         sys.stdout.write(
             f"{step:16} models {held[step] / 1e9:5.2f} GB, growth "
             f"{', '.join(f'{rank / 1e9:5.2f}' for rank in grown)} GB "
-            f"({max(grown) / held[step]:.2f} x), peak {max(most.ranks) / 1e9:.2f} GB, of a process "
-            f"that it starts {most.child / 1e9:.2f} GB\n"
+            f"({max(grown) / held[step]:.2f} x), planned {plan[step] / 1e9:5.2f} GB "
+            f"({max(grown) / plan[step] - 1:+.0%}), peak {max(most.ranks) / 1e9:.2f} GB, "
+            f"of a process that it starts {most.child / 1e9:.2f} GB\n"
         )
 
 
@@ -227,6 +235,20 @@ def sizes(folder: Path) -> dict[str, int]:
         "evaluate": teacher + student,
         "export-student": student,
     }
+
+
+def planned(folder: Path, tensor_parallel: int) -> dict[str, int]:
+    """Bytes of the fullest rank of each step, as `python -m pipelines plan` computes them."""
+    setup = ModelSteps(
+        ModelShape.load(folder / "teacher"),
+        ModelShape.load(folder / "student"),
+        source_bytes=2,
+        export_bytes=2,
+        seq_length=open_artifact(folder / "dataset", "dataset").facts["seq_length"],
+        evaluated=EvaluationRecipe().micro_batch_size,
+    )
+    layout = Layout.of(ParallelismRecipe(tensor_model_parallel_size=tensor_parallel))
+    return {step: sum(of_rank(setup, layout, 0).values()) for step, of_rank in MODEL_STEPS.items()}
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class _Late(MetaPathFinder):
 @contextmanager
 def _late_decorators() -> Iterator[None]:
     """Inside, torch's decorators wait for the first call; without torch nothing happens."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     compile_now = getattr(torch, "compile", None)
     if torch is None or compile_now is None or hasattr(compile_now, "is_late"):
         yield

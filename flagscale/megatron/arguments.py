@@ -30,6 +30,8 @@ class Arguments:
         recompute_modules: which, if `selective`; None: core attention.
         overlap_grad_reduce: of data-parallel ranks, with the backward pass.
         overlap_param_gather: of data-parallel ranks, with the forward pass.
+        tp_comm_overlap: of tensor-parallel ranks, with their own matrix products; see
+            `flagscale.megatron.user_buffers`.
         ddp_bucket_size: parameters that these two communicate at once; None: Megatron-Core's.
         apply_rope_fusion: transformer-engine's kernel for positions.
         bias_activation_fusion: one kernel for SwiGLU.
@@ -65,6 +67,7 @@ class Arguments:
     recompute_modules: tuple[str, ...] | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    tp_comm_overlap: bool = False
     ddp_bucket_size: int | None = None
     apply_rope_fusion: bool = False
     bias_activation_fusion: bool = False
@@ -134,6 +137,7 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         recompute_modules=training.recompute_modules,
         overlap_grad_reduce=bool(training.overlap_grad_reduce),
         overlap_param_gather=bool(training.overlap_param_gather),
+        tp_comm_overlap=bool(training.tp_comm_overlap),
         ddp_bucket_size=training.ddp_bucket_size,
         apply_rope_fusion=bool(training.apply_rope_fusion),
         bias_activation_fusion=bool(training.bias_activation_fusion),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
@@ -46,6 +48,20 @@ def resolved(
                 "parallelism.use_distributed_optimizer=true": sharded,
             },
         ),
+        "tp_comm_overlap": _switch(
+            training,
+            "tp_comm_overlap",
+            # It needs more of a machine than can be asked for before the ranks have started.
+            on=False,
+            needs={
+                layers: engine,
+                "precision=bf16": platform.training_dtype(training.precision) == torch.bfloat16,
+                "fp8=none": training.fp8 == "none",
+                "parallelism.sequence_parallel=true": training.parallelism.sequence_parallel,
+                # Megatron-Core switches it off for all layers where it meets one of another kind.
+                "plain layers of attention and MLP": _is_plain(shape),
+            },
+        ),
         "apply_rope_fusion": _switch(
             training,
             "apply_rope_fusion",
@@ -77,6 +93,12 @@ def resolved(
             "overlap_grad_reduce=false; leave it out, or set overlap_grad_reduce=true"
         )
     return training.model_copy(update=values)
+
+
+def _is_plain(shape: ModelShape) -> bool:
+    """Whether all layers are attention and one MLP, whatever their norms are."""
+    norms = {"normalization", "qk_layernorm"}
+    return shape.architecture.model_dump(exclude_defaults=True).keys() <= norms
 
 
 def _switch(

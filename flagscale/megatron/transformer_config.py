@@ -97,6 +97,7 @@ def _parallelism(args: Arguments) -> dict[str, Any]:
         "expert_model_parallel_size": sizes.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
         "pipeline_dtype": args.params_dtype,
+        "tp_comm_overlap": args.tp_comm_overlap,
     }
     if sizes.virtual_pipeline_model_parallel_size is not None:
         # The batched exchange mixes up chunks where two ranks are each other's both neighbours.

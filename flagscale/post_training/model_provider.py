@@ -57,7 +57,15 @@ def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GP
     # Never in FP8: it is what the student is held to. And the scales of `delayed`, which no
     # checkpoint has of a teacher, would start anew whenever training is resumed.
     teacher_args = replace(
-        args, shape=shape, parallelism=sizes, recompute_granularity="none", fp8="none"
+        args,
+        shape=shape,
+        parallelism=sizes,
+        recompute_granularity="none",
+        fp8="none",
+        # User buffers have the student's width; only one set of them can be.
+        tp_comm_overlap=args.tp_comm_overlap
+        and shape.hidden_size == args.shape.hidden_size
+        and shape.architecture.is_default,
     )
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
     load_weights(teacher, folder / "weights")

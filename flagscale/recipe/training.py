@@ -27,6 +27,7 @@ CHANGES_NO_RESULT = (
     "parallelism",
     "overlap_grad_reduce",
     "overlap_param_gather",
+    "tp_comm_overlap",
     "ddp_bucket_size",
     "apply_rope_fusion",
     "bias_activation_fusion",
@@ -118,6 +119,11 @@ class TrainingRecipe(Section):
         "auto",
         description="Gather parameters during the forward pass; needs overlap_grad_reduce and a "
         "distributed optimiser; auto: on a GPU",
+    )
+    tp_comm_overlap: Switch = Field(
+        "auto",
+        description="Exchange tensor-parallel activations while matrices are multiplied; needs "
+        "sequence_parallel, transformer_engine in bf16 and NVSwitch; auto: off",
     )
     ddp_bucket_size: PositiveInt | None = Field(
         None, description="Parameters that are communicated at once; default: Megatron-Core's"
@@ -221,7 +227,12 @@ class TrainingRecipe(Section):
                 "overlap_param_gather=true needs parallelism.use_distributed_optimizer=true: "
                 "without, every rank has all parameters"
             )
-        for name in ("apply_rope_fusion", "cross_entropy_loss_fusion"):
+        if self.tp_comm_overlap is True and not self.parallelism.sequence_parallel:
+            raise ValueError(
+                "tp_comm_overlap=true needs parallelism.sequence_parallel=true: without, ranks "
+                "exchange nothing that it could hide"
+            )
+        for name in ("apply_rope_fusion", "cross_entropy_loss_fusion", "tp_comm_overlap"):
             if self.transformer_impl == "local" and getattr(self, name) is True:
                 raise ValueError(
                     f"{name}=true with transformer_impl=local: it is transformer-engine's kernel; "

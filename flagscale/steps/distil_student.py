@@ -20,6 +20,7 @@ from flagscale.megatron.arguments import Arguments, training_arguments, with_tea
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.performance import resolved
 from flagscale.megatron.shape import MODEL_JSON, ModelShape
+from flagscale.megatron.user_buffers import user_buffers
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
@@ -120,6 +121,7 @@ def distil_on_rank(
         tracked("distil-student", recipe, f"{paths.checkpoints}/{folder.name}") as run,
         platform.runtime(training.seed, training.parallelism, training.rerun_mode),
         use_args(args),
+        user_buffers(args),
     ):
         trainer = _trainer(args, training, paths.student)
         saved = TrainingCheckpoints(

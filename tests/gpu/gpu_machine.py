@@ -28,3 +28,11 @@ def skip_without_transformer_engine() -> None:
     """Skip the test if it is not installed; one that does not import is an error."""
     if not has_transformer_engine():
         pytest.skip("transformer-engine is not installed (NVIDIA's image has it)")
+
+
+def skip_without_multicast() -> None:
+    """Skip what goes through transformer-engine's user buffers."""
+    import transformer_engine_torch
+
+    if not transformer_engine_torch.device_supports_multicast():
+        pytest.skip("CUDA multicast is needed (NVSwitch)")

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_machine import skip_without_gpus, skip_without_transformer_engine
-from layout_cases import CASES, GROUPED, KINDS, Case
+from gpu_machine import (
+    skip_without_gpus,
+    skip_without_multicast,
+    skip_without_transformer_engine,
+)
+from layout_cases import CASES, KINDS, ON_GPU, Case
 
 WORKER = Path(__file__).parents[1] / "flagscale" / "train" / "layout_worker.py"
 SECONDS = 1500  # of one torchrun
@@ -31,7 +35,7 @@ def cases_of(precision: str) -> list[Case]:
     if precision == "fp32":
         return CASES
     if precision == "bf16":
-        return [*CASES, *GROUPED]
+        return [*CASES, *ON_GPU]
     return [case for case in CASES if case.name in FP8_CASES]
 
 
@@ -51,6 +55,8 @@ class LayoutRuns:
     def result(self, precision: str, case: Case, kind: str) -> dict:
         """What a case left: `records` and `validation`, or `error`. Skips what cannot be here."""
         skip_without(precision, case.processes)
+        if case.training.get("tp_comm_overlap"):
+            skip_without_multicast()
         self._train("fp32", 1)  # it makes the first weights that have none
         self._train(precision, case.processes)
         return json.loads((self.folder(precision, case.name, kind) / "result.json").read_text())

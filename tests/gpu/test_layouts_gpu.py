@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from layout_cases import CASES, GROUPED, KINDS, Case
+from layout_cases import CASES, KINDS, ON_GPU, Case
 from layout_runs import FP8_CASES, FP8_RECIPES, LayoutRuns, cases_of
 from layout_worker import MODELS
 
@@ -93,7 +93,7 @@ def test_layout_equals_one_process(runs, shape_of, precision, case, kind):
     ("case", "kind"),
     [
         pytest.param(case, kind, id=f"{case.name}-{kind}")
-        for case in [*CASES, *GROUPED]
+        for case in [*CASES, *ON_GPU]
         for kind in KINDS
         if case.processes == 1 and kind not in case.refused
     ],

@@ -117,7 +117,8 @@ CASES = [
     Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, model="experts"),
 ]
 # What only a GPU with transformer-engine runs; see tests/gpu.
-GROUPED = [
+ON_GPU = [
     Case("one process, grouped experts", 1, model="grouped experts"),
     Case("EP2, grouped experts", 2, EXPERT, model="grouped experts"),
+    Case("TP2 SP, tp_comm_overlap", 2, TENSOR | SEQUENCE, {"tp_comm_overlap": True}),
 ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layout_cases import CASES, GROUPED, KINDS, Case
+from layout_cases import CASES, KINDS, ON_GPU, Case
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights, save_weights
@@ -26,6 +26,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
+from flagscale.megatron.user_buffers import user_buffers
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
@@ -98,7 +99,8 @@ def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
     args = training_arguments(shape, 64, training)
     if kind == "distillation":
         args = with_teacher(args, Path(inputs["teacher"]), distillation)
-    with platform.runtime(training.seed, training.parallelism), use_args(args):
+    runtime = platform.runtime(training.seed, training.parallelism)
+    with runtime, use_args(args), user_buffers(args):
         chunks = build_model_chunks(args)
         start = weights(case, kind, folder, inputs)
         if not start.exists():  # one process comes first
@@ -156,7 +158,7 @@ def forget_fp8_scales() -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     inputs = json.loads((folder / "inputs.json").read_text())
-    for case in [*CASES, *GROUPED]:
+    for case in [*CASES, *ON_GPU]:
         wanted = case.name in inputs["cases"] if "cases" in inputs else case in CASES
         if not wanted or case.processes != int(os.environ["WORLD_SIZE"]):
             continue
