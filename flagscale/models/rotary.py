@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flagscale.megatron.config_fields import LLAMA3_ROPE
 
@@ -20,6 +19,9 @@ def inverse_frequencies(width: int, base: float, factor: float = 0) -> torch.Ten
     Returns:
         float32 [width / 2].
     """
+    # Not before it is needed: a model's code brings all of transformers' generation along.
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     rope = {"rope_type": "default", "rope_theta": base}
     if factor:
         rope |= {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
