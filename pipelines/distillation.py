@@ -43,7 +43,7 @@ def build_pipeline(
             `source_version`.
 
     Raises:
-        UserError: the platform cannot hold the training.
+        UserError: the platform cannot hold the training, or the recipe is too long.
     """
     if recipe.sweep is not None:
         return build_sweep(recipe, platform, code_version)
@@ -51,6 +51,7 @@ def build_pipeline(
         placement.check(platform, recipe)
     parameters = form.parameters(recipe, platform, code_version)
     made = form.made(recipe, platform, [parameter.name for parameter in parameters])
+    form.check_size(made, {parameter.name: parameter.default for parameter in parameters})
 
     def wire(values: Mapping[str, Any]) -> None:
         placed = Placement(platform, recipe, values)

@@ -5,8 +5,11 @@ A section's single fields come right after it, and all of the platform's (`where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED
 from flagscale.run_values import FIELDS, SECTIONS, Field, Made, PlatformFacts
@@ -15,6 +18,7 @@ from pipelines.parameters import Parameter
 from pipelines.platform import Platform
 
 _IN_THE_POD = "/tmp/flagscale"  # noqa: S108
+_MOST_CHARACTERS = 100_000  # Linux takes 128 KiB an argument, in which KFP writes more than these
 
 
 def parameters(
@@ -68,6 +72,32 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
         recipe=facts,
         platform=_facts(platform, recipe) if platform else None,
     )
+
+
+def check_size(made: Made, values: Mapping[str, Any]) -> None:
+    """Refuse values that no step could be started with: KFP hands them over in one argument.
+
+    Args:
+        made: the first step is given it as well.
+        values: of all parameters of a run, or of the pipeline.
+
+    Raises:
+        UserError: they are too long together, and which is the longest.
+    """
+    sizes = {name: len(json.dumps(value)) for name, value in values.items()}
+    total = sum(sizes.values()) + len(made.model_dump_json(ensure_ascii=True))
+    if total > _MOST_CHARACTERS:
+        longest = max(sizes, key=lambda name: sizes[name])
+        remedy = (
+            "vary fewer values, or make several sweeps"
+            if longest == "sweep_variants"
+            else "keep long texts in files, or leave some out"
+        )
+        raise UserError(
+            f"{longest}: takes {sizes[longest]:,} characters; with all other parameters a step "
+            f"would be given {total:,} in one argument, and can be given {_MOST_CHARACTERS:,}; "
+            f"{remedy}"
+        )
 
 
 def _facts(platform: Platform, recipe: Recipe) -> PlatformFacts:

@@ -14,6 +14,8 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
+from flagscale.run_values.literal import carried
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -45,7 +47,7 @@ def make_pipeline(
         name: in lower case and dashes.
         display_name: in the UI.
         description: in the UI.
-        parameters: in the UI's order.
+        parameters: in the UI's order; their defaults as steps are to get them.
         wire: makes the tasks, given each parameter's channel by name.
     """
 
@@ -57,7 +59,7 @@ def make_pipeline(
             inspect.Parameter(
                 p.name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=p.default,
+                default=carried(p.default),
                 annotation=type(p.default),
             )
             for p in parameters

@@ -32,9 +32,15 @@ def check(platform: Platform, recipe: Recipe) -> None:
             f"recipe {recipe.name} on this platform: resources.accelerator_count={wanted}, but a "
             f"training pod has {there} here; leave it out to use all of them"
         )
+    accelerators = pods_of(platform, recipe, "training").accelerator_count
+    if not accelerators:
+        try:
+            recipe.check_on_cpu()
+        except ValueError as error:
+            raise UserError(f"recipe {recipe.name} on this platform: {error}") from error
     try:
         recipe.check_models(platform.steps.models.accelerator_count)
-        recipe.check_accelerators(pods_of(platform, recipe, "training").accelerator_count)
+        recipe.check_accelerators(accelerators)
     except ValueError as error:
         raise UserError(
             f"recipe {recipe.name} on this platform: {error}; resources.accelerator_count makes "

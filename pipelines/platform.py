@@ -6,7 +6,6 @@ gke-h100` puts both together; the same recipe runs on every platform.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,8 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import Section, parse_section
+from flagscale.recipe.section import NUMBER, PositiveInt, Source, Text
 from flagscale.recipe.strict_yaml import load
-from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Variable
+from flagscale.run_values.buckets import check_bucket_url
+from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Plain, Variable
 from flagscale.run_values.network import Network
 from flagscale.secrets import has_credentials, is_secret_name
 from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, free
@@ -69,7 +70,7 @@ class Shared(Section):
     claim: ClaimName | None = Field(None, description="An existing PersistentVolumeClaim")
     create: NewVolume | None = Field(None, description="Or a new one for each run")
     mount_path: MountPath = Field("/mnt/flagscale", description="Where steps see the volume")
-    url: str | None = Field(
+    url: Source | None = Field(
         None, description="Or a folder of an object store, e.g. s3://bucket/distillation"
     )
 
@@ -79,10 +80,11 @@ class Shared(Section):
         given = [name for name, value in ways.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"needs one of {', '.join(ways)}, but has {given or 'none'}")
-        if self.url is not None and not re.match("(s3|gs|az)://[^/]", self.url):
-            raise ValueError(
-                f"url={self.url!r} must start with s3://, gs:// or az://, and name a bucket"
-            )
+        if self.url is not None:
+            try:
+                check_bucket_url(self.url)
+            except ValueError as error:
+                raise ValueError(f"url={self.url!r} {error}") from None
         if self.url is not None and "mount_path" in self.model_fields_set:
             raise ValueError(
                 f"mount_path={self.mount_path} with url={self.url}: nothing is mounted"
@@ -130,7 +132,7 @@ class Trainer(Section):
     """Kubeflow Trainer, whose TrainJobs train on several nodes, or on one that hears signals."""
 
     runtime: Name = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
-    min_nodes: Literal[1, 2] = Field(
+    min_nodes: Annotated[Literal[1, 2], NUMBER] = Field(
         2,
         description="`resources.nodes` from which on a training is a TrainJob; 1: always, so that "
         "one that is asked to stop saves at once",
@@ -149,7 +151,7 @@ class Trainer(Section):
 class Platform(Section):
     """A cluster, as far as pipelines need to know it."""
 
-    description: str = Field("", description="For people")
+    description: Text = Field("", description="For people")
     images: Images = Images()
     steps: Steps = Steps()
     shared: Shared | None = Field(
@@ -157,11 +159,9 @@ class Platform(Section):
     )
     mlflow: Mlflow = Mlflow()
     secrets: tuple[SecretEnvironment, ...] = ()
-    env: dict[Variable, str] = Field({}, description="Of all steps; no secrets")
+    env: dict[Variable, Plain] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
-    run_as_user: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
-        1000, description="User id of the steps, never root"
-    )
+    run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
 
     def uses_trainjob(self, nodes: int) -> bool:
         """Whether a training on so many nodes is a TrainJob, or the work of its step's own pod."""

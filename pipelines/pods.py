@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from kubernetes.utils import parse_quantity
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from flagscale.recipe import Section
-from flagscale.recipe.section import PositiveInt
-from flagscale.run_values.kubernetes_names import LabelKey, LabelValue, ResourceName
+from flagscale.recipe.section import Line, NonNegativeInt, Positive, PositiveInt
+from flagscale.run_values.kubernetes_names import LabelKey, LabelValue, Plain, ResourceName
 from flagscale.run_values.toleration import Toleration
 from flagscale.sizes.machine import ACCELERATORS
 from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName
@@ -24,17 +24,19 @@ def _known_accelerator(name: str) -> str:
     return name
 
 
-AcceleratorName = Annotated[str, AfterValidator(_known_accelerator)]
+AcceleratorName = Annotated[Line, AfterValidator(_known_accelerator)]
 
 
 class Retries(Section):
     """How often a failed pod is started again; a training goes on from its last checkpoint."""
 
-    count: Annotated[int, Field(ge=0)] = Field(
+    count: NonNegativeInt = Field(
         2, description="Times; also those that a TrainJob's nodes are started anew"
     )
     backoff: Duration = Field("30s", description="Pause before the first")
-    factor: PositiveInt = Field(2, description="Each pause is so much longer than the last")
+    factor: Annotated[PositiveInt, Field(le=100)] = Field(
+        2, description="Each pause is so much longer than the last"
+    )
     max_duration: Duration = Field(
         "604800s",
         description="From the first start: no retry begins later, and one that runs ends then",
@@ -59,17 +61,19 @@ class Pods(Section):
     """What the pods of one kind of step get."""
 
     accelerator_type: ResourceName = Field("nvidia.com/gpu", description="Kubernetes resource name")
-    accelerator_count: Annotated[int, Field(ge=0)] = Field(0, description="Accelerators a pod")
+    accelerator_count: Annotated[NonNegativeInt, Field(le=2**16)] = Field(
+        0, description="Accelerators a pod"
+    )
     accelerator: AcceleratorName | None = Field(
         None, description="Its model, whose memory and speed `plan` knows, e.g. H100-80GB"
     )
     accelerator_memory: Quantity | None = Field(
         None, description="Of one accelerator, where `accelerator` does not say it"
     )
-    accelerator_tflops: PositiveFloat | None = Field(
+    accelerator_tflops: Positive | None = Field(
         None, description="Its dense bf16 speed at most; ditto"
     )
-    price_per_hour: PositiveFloat | None = Field(
+    price_per_hour: Positive | None = Field(
         None, description="Of one pod, in any currency; for `plan`"
     )
     cpu: CpuQuantity = Field("2", description="Kubernetes CPU quantity, requested")
@@ -80,7 +84,7 @@ class Pods(Section):
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels of the nodes")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that are no obstacle")
     labels: dict[LabelKey, LabelValue] = Field({}, description="Of the pods")
-    annotations: dict[LabelKey, str] = Field({}, description="Of the pods")
+    annotations: dict[LabelKey, Plain] = Field({}, description="Of the pods")
     queue: QueueName | None = Field(None, description="Kueue's local queue (a label of the pods)")
     priority: QueueName | None = Field(
         None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"

@@ -15,7 +15,6 @@ conversion through the cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -25,7 +24,6 @@ from kfp.dsl.base_component import BaseComponent
 from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
 from components.record_sweep.component import record_sweep
-from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
@@ -35,7 +33,6 @@ from pipelines.platform import Platform
 from pipelines.wiring import always, check, figures, place_record, prepare, teach
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
-_MOST_CHARACTERS = 100_000  # Linux takes 128 KiB an argument, in which the artifacts stand as well
 
 
 def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) -> BaseComponent:
@@ -57,12 +54,6 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
             placement.check(platform, variant.recipe)
     parallelism = sweep.parallelism if platform else _AT_A_TIME_HERE
     variants = [variant.sections for variant in recipe.variants]
-    size = len(json.dumps(variants))
-    if size > _MOST_CHARACTERS:
-        raise UserError(
-            f"sweep.vary: {len(variants)} variants take {size:,} characters, but a pod can be "
-            f"given {_MOST_CHARACTERS:,}; vary fewer values, or make several sweeps"
-        )
     parameters = form.parameters(
         recipe,
         platform,
@@ -82,6 +73,7 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
         ],
     )
     made = form.made(recipe, platform, [parameter.name for parameter in parameters])
+    form.check_size(made, {parameter.name: parameter.default for parameter in parameters})
 
     def wire(values: Mapping[str, Any]) -> None:
         placed = Placement(platform, recipe, values)

@@ -15,6 +15,7 @@ from components.evaluate.component import evaluate
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
 from flagscale.run_values import SECTIONS, Made
+from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
 
 _FIGURES = {
@@ -44,7 +45,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
         The values for the other steps: sections and variants as the check gives them.
     """
     given = {name: values[name] for name in made.parameters}
-    checked = check_recipe(made=made.model_dump(mode="json", exclude_none=True), **given)
+    checked = check_recipe(made=carried(made.model_dump(mode="json", exclude_none=True)), **given)
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, "sweep_variants") if name in values]
@@ -118,7 +119,7 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
     started = distil_student_on_nodes(
         nodes=placed.nodes,
         accelerator_count=values["where_training_accelerator_count"],
-        pods=placed.node_pods,
+        pods=carried(placed.node_pods),
         **given,
         **always(values),
     )

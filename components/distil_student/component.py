@@ -46,7 +46,7 @@ def distil_student(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
-            checkpoints=checkpoints,
+            checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
         )
         step.report(figures, training_metrics)

@@ -54,7 +54,7 @@ def distil_student_on_nodes(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
-            checkpoints=checkpoints,
+            checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             nodes=nodes,
             accelerator_count=accelerators_of(accelerator_count),

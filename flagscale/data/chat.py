@@ -68,7 +68,7 @@ class ChatEncoder:
         self.dtype = token_dtype(tokenizer)
         self.counts = ChatCounts()
         self.end_ids: set[int] = set()
-        self._added = np.array(sorted(self._backend.get_added_tokens_decoder()), np.int64)
+        self._added = set(self._backend.get_added_tokens_decoder())
 
     def __call__(self, documents: list[Document]) -> list[EncodedDocument | BadRow]:
         """Encode a batch and choose the splits.
@@ -137,8 +137,8 @@ class ChatEncoder:
                 own |= (places[:, 0] < stop) & (places[:, 1] > start)
             mask[own] = 1
             if answer.end is not None:
-                behind = ids[own & (places[:, 0] >= answer.end)][:1]
-                self.end_ids.update(behind[np.isin(behind, self._added)].tolist())
+                behind = ids[own & (places[:, 0] >= answer.end)][:1].tolist()
+                self.end_ids.update(self._added.intersection(behind))
             counts.lost_answers += bool(own[self._capacity :].any())
             counts.changed_answers += not answer.is_exact
             counts.unmarked_answers += not answer.is_marked

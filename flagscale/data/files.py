@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
 import aiohttp
@@ -38,6 +38,13 @@ class File(NamedTuple):
 
     filesystem: Any  # fsspec.AbstractFileSystem, which has no type information
     path: str
+
+    @classmethod
+    def at(cls, place: str) -> File:
+        """The file, folder or pattern of a path or URL; what exists here is taken as it stands."""
+        if os.path.lexists(place):
+            return cls(fsspec.filesystem("file"), os.path.abspath(place))
+        return cls(*fsspec.url_to_fs(place))
 
     def open(self, packed: bool = False) -> IO[bytes]:
         """Open it for reading, unpacked unless it is to be left as it is."""
@@ -73,7 +80,7 @@ def list_files(corpus: CorpusRecipe) -> list[File]:
         UserError: there are none, or they cannot be listed.
     """
     where = f"data.source={corpus.source!r}"
-    source = str(Path(corpus.source).expanduser()) if corpus.source[0] == "~" else corpus.source
+    source = os.path.expanduser(corpus.source)
     try:
         filesystem, folder, paths = patiently(lambda: _list(source), f"list {source}", passes)
     except Exception as error:  # each kind of storage raises its own
@@ -124,13 +131,9 @@ def _is_web(source: str) -> bool:
 
 def _list(source: str) -> tuple[Any, str | None, list[str]]:
     """The filesystem; a folder if it is one; the files."""
-    # A name that exists is taken as it stands, whatever signs are in it. To ask a web server for a
-    # star would be asking in vain.
-    if os.path.lexists(source):
-        filesystem, path = fsspec.filesystem("file"), os.path.abspath(source)
-    else:
-        filesystem, path = fsspec.url_to_fs(source)
+    filesystem, path = File.at(source)
     filesystem.invalidate_cache()  # of an earlier look
+    # Whatever signs are in a name, it may exist; but no web server is asked for a star.
     info = None if _is_web(source) and "*" in _name(source) else _info(filesystem, path)
     if info is None:
         return filesystem, None, _glob(filesystem, path) if is_glob(source) else []

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 from backports import zstd
 
 from flagscale.data.files import File, first_line, is_glob, kind_of, list_files
@@ -103,8 +102,6 @@ def detect(source: str) -> str:
     """The format by the source's name: a source, `huggingface`, or `files` of possibly several."""
     if source == "python-docs":
         return source
-    if not source.strip():
-        raise UserError(f"data.source={source!r}: must name a source of text")
     path = Path(source).expanduser()
     if path.is_dir():
         return "huggingface" if has_configurations(path) else "files"
@@ -121,6 +118,8 @@ def detect(source: str) -> str:
 
 def kind_of_source(corpus: CorpusRecipe) -> str:
     """What its recipe says, or else `detect`."""
+    if not corpus.source.strip():
+        raise UserError(f"data.source={corpus.source!r}: must name a source of text")
     return detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
 
 
@@ -172,8 +171,7 @@ def _dataset(corpus: CorpusRecipe, column: Column) -> Iterator[Row]:
     try:
         split = patiently(lambda: load_split(corpus), f"open {source}", _is_away)
         if split.files and all(kind_of(path) in STRUCTURED for path in split.files):
-            files = [File(*fsspec.url_to_fs(path)) for path in split.files]
-            yield from _read(files, None, column, is_hub_away)
+            yield from _read(list(map(File.at, split.files)), None, column, is_hub_away)
         else:
             rows = resumed(split.rows, f"read {source}", is_hub_away)
             for number, values in enumerate(rows):

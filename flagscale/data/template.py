@@ -204,10 +204,11 @@ class _Row:
         places: list[Place] = []
         for key, piece in pieces(message):
             after = places[-1].stop if places else 0
-            begun = _begun(piece, text, shared)
-            starts = (shared, begun) if is_prompted else (begun, shared)
-            found = (find(piece, text, max(after, start)) for start in starts)
-            place = next(filter(None, found), None)
+            place = find(piece, text, max(after, shared)) if is_prompted else None
+            if place is None:
+                place = find(piece, text, max(after, _begun(piece, text, shared)))
+            if place is None:
+                place = find(piece, text, max(after, shared))
             if place is None:
                 raise BadRow(
                     self._where,

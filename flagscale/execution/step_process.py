@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from flagscale import variables
 from flagscale.errors import Interrupted, UserError
@@ -33,12 +33,14 @@ from flagscale.execution.notes import note_error, note_process
 from flagscale.execution.signals import end_with_runner, signals_raise
 from flagscale.imports import uncollected
 from flagscale.recipe import SectionT, parse_section
+from flagscale.run_values.literal import literal
 from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
 from flagscale.stop import deferred_stop
 from flagscale.tracking import step_failed
 
 logger = logging.getLogger(__name__)
 
+ValueT = TypeVar("ValueT")
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 143
 
@@ -75,11 +77,20 @@ class Step:
     def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
         """A section of the recipe, checked again: KFP hands over its numbers as floats.
 
+        Args:
+            kind: of section.
+            values: as KFP carried them.
+
         Raises:
             UserError: a field is unknown or has a wrong value.
         """
         self._importing.close()
-        return parse_section(kind, values, where=self.name)
+        return parse_section(kind, literal(values), where=self.name)
+
+    def literal(self, value: ValueT) -> ValueT:
+        """A parameter that is no section, without what it was carried in (`carried`)."""
+        found: ValueT = literal(value)
+        return found
 
     def input(self, name: str, artifact: Input) -> Path:
         """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
@@ -215,7 +226,7 @@ def step_process(
 
     Args:
         name: of the step.
-        experiment: MLflow's, where the environment does not name one.
+        experiment: MLflow's, as KFP carried it; where the environment does not name one.
         accelerators: how many its pod was given; the step fails where torch cannot use them.
         is_rank: another process started this one, and will tell its error.
 
@@ -224,7 +235,7 @@ def step_process(
     """
     configure_logging()
     if experiment:
-        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", experiment)
+        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", literal(experiment))
     with signals_raise():
         try:
             note_process()

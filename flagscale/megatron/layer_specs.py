@@ -108,7 +108,10 @@ def custom_spec(name: str, config: TransformerConfig) -> ModuleSpec:
         public = ", ".join(n for n in vars(module) if not n.startswith("_")) or "nothing"
         raise UserError(f"{where}: {module_name} has no {attribute}; it has {public}") from error
     # A ModuleSpec can be called too, which builds the module.
-    made = found if isinstance(found, ModuleSpec) or not callable(found) else found(config)
+    try:
+        made = found if isinstance(found, ModuleSpec) or not callable(found) else found(config)
+    except Exception as error:  # whatever a function of one's own raises
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(made, ModuleSpec):
         raise UserError(
             f"{where}: must be a megatron.core ModuleSpec or a function of the TransformerConfig "

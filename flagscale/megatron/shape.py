@@ -40,7 +40,7 @@ class ModelShape:
         vocab_size: tokens that the model knows (Hugging Face's `vocab_size`).
         padded_vocab_size: rows of the embedding in Megatron-Core; those past `vocab_size` are
             padding and never reach a loss or an export.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: longest sequence, in tokens; 0: not known.
         norm_epsilon: of every norm.
         rotary_base: RoPE's theta.
         use_rope_scaling: Llama 3's RoPE scaling.
@@ -95,6 +95,21 @@ class ModelShape:
             ArchitectureRecipe, values["architecture"], where=f"{path}, architecture"
         )
         return cls(**values)
+
+    def check_seq_length(self, seq_length: int) -> None:
+        """Refuse sequences that are longer than the model's positions.
+
+        Args:
+            seq_length: tokens a sample.
+
+        Raises:
+            UserError: both numbers.
+        """
+        if 0 < self.max_position_embeddings < seq_length:
+            raise UserError(
+                f"data.seq_length={seq_length} is more than the teacher's "
+                f"max_position_embeddings={self.max_position_embeddings}"
+            )
 
     @property
     def fits_hugging_face(self) -> bool:

@@ -87,7 +87,7 @@ _OPTIONAL = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"
 _UNSAID: dict[str, dict[str, Any]] = {"qwen3moe": {"norm_topk_prob": True}}
 _ROPE_FACTORS, _EMBEDDING, _OUTPUT = "rope_freqs.weight", "token_embd.weight", "output.weight"
 _UNREADABLE = (
-    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError),
     NotImplementedError,  # a way of quantising that the gguf package cannot undo
 )
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -124,7 +124,8 @@ class GGUFFile:
             }
         self._architecture = str(self._values.get("general.architecture"))
         self._check_fixed()
-        self.config = self._config()
+        with self._readable():
+            self.config = self._config()
         self._shapes = WeightMap(from_hf_config(self.config)).shapes()
         self._places = self._locate(self._shapes)
 
@@ -178,6 +179,9 @@ class GGUFFile:
         lacking = sorted(names.keys() - own.keys() - _OPTIONAL)
         if lacking:
             raise self._refused(f"it has no {start}{lacking[0]}")
+        for key in names.keys() & own.keys():
+            if isinstance(own[key], list):
+                raise self._refused(f"{start}{key} differs from layer to layer: {own[key]}")
         values = {names[key]: own[key] for key in names if key in own}
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -189,8 +193,6 @@ class GGUFFile:
             fixed |= dict.fromkeys(_KEYS_OF_EXPERTS, (0,))
         for key, value in own.items():
             allowed = fixed.get(key, ())
-            if key in names and isinstance(value, list):
-                raise self._refused(f"{start}{key} differs from layer to layer: {value}")
             if key not in names and value not in allowed:
                 right = f"{allowed[0]!r} is supported" if allowed else "unknown here"
                 raise self._refused(f"{start}{key}={value!r}: {right}")

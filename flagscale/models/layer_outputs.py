@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.utils._pytree import tree_map_only
 
+from flagscale.imports import uncollected
 from flagscale.models import reload_hf
 from flagscale.models.megatron import logits
 
@@ -87,7 +88,8 @@ def in_transformers(
         norm with the output layer, makes of the *other* model's states before it. So each is
         compared by itself: what differs in one does not spread to the next.
     """
-    model = reload_hf.streamed(folder)
+    with uncollected():  # transformers imports the model's code only now, and torch's compiler
+        model = reload_hf.streamed(folder)
     made: list[torch.Tensor] = []
     rounded: list[torch.Tensor] = []
     normed: list[torch.Tensor] = []

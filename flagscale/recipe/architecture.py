@@ -6,11 +6,11 @@ has it too.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import NonNegative, Scale, Section, Width
 
 _MOE = (
     "moe_router_topk",
@@ -24,13 +24,16 @@ _MOE = (
 # Training and kernels aside, what a Hugging Face configuration of experts says.
 _EXPERTS = {"num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size"}
 _NOT_OF_THE_MODEL = {"moe_grouped_gemm", "moe_aux_loss_coeff"}
+_SPEC = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+_SIZE: TypeAdapter[Any] = TypeAdapter(Width | None)
+_SWITCH: TypeAdapter[Any] = TypeAdapter(bool)
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
 class ArchitectureRecipe(Section):
     """Megatron's model arguments that a plain Llama or Qwen lacks."""
 
-    spec: str | None = Field(
+    spec: Annotated[str, Field(max_length=1000, pattern=_SPEC)] | None = Field(
         None,
         description="Layer spec of your own: 'module:name' of a Megatron-Core ModuleSpec, or of a "
         "function that makes one of the TransformerConfig",
@@ -39,36 +42,36 @@ class ArchitectureRecipe(Section):
     qk_layernorm: bool | None = Field(
         None, description="Norm on queries and keys (MLA: on the latents); default: the teacher's"
     )
-    num_experts: PositiveInt | None = Field(None, description="Experts a layer (MoE)")
-    moe_router_topk: PositiveInt = Field(2, description="Experts a token")
+    num_experts: Width | None = Field(None, description="Experts a layer (MoE)")
+    moe_router_topk: Width = Field(2, description="Experts a token")
     moe_router_pre_softmax: bool | None = Field(
         None,
         description="Weigh the chosen experts by a softmax over all, not over the chosen; default: "
         "with one expert a token only",
     )
-    moe_ffn_hidden_size: PositiveInt | None = Field(
+    moe_ffn_hidden_size: Width | None = Field(
         None, description="Width of an expert; default: ffn_hidden_size"
     )
-    moe_shared_expert_intermediate_size: PositiveInt | None = Field(
+    moe_shared_expert_intermediate_size: Width | None = Field(
         None, description="Width of the expert that every token takes; default: none"
     )
-    moe_layer_freq: PositiveInt = Field(
+    moe_layer_freq: Width = Field(
         1, description="Layers 1, 1 + this, ... have experts, the others one MLP"
     )
     moe_grouped_gemm: bool = Field(False, description="All experts in one kernel; GPU only")
-    moe_aux_loss_coeff: float = Field(0.0, ge=0, description="Weight of the load-balancing loss")
-    multi_latent_attention: bool = Field(False, description="DeepSeek's MLA")
-    q_lora_rank: PositiveInt | None = Field(
-        None, description="MLA: rank of the queries; default: whole"
+    moe_aux_loss_coeff: NonNegative = Field(
+        0.0, le=1e6, description="Weight of the load-balancing loss"
     )
-    kv_lora_rank: PositiveInt = Field(32, description="MLA: rank of keys and values")
-    qk_head_dim: PositiveInt = Field(128, description="MLA: channels without positions")
-    qk_pos_emb_head_dim: PositiveInt = Field(64, description="MLA: channels with positions; even")
-    v_head_dim: PositiveInt = Field(128, description="MLA: channels of a value head")
-    mtp_num_layers: PositiveInt | None = Field(
+    multi_latent_attention: bool = Field(False, description="DeepSeek's MLA")
+    q_lora_rank: Width | None = Field(None, description="MLA: rank of the queries; default: whole")
+    kv_lora_rank: Width = Field(32, description="MLA: rank of keys and values")
+    qk_head_dim: Width = Field(128, description="MLA: channels without positions")
+    qk_pos_emb_head_dim: Width = Field(64, description="MLA: channels with positions; even")
+    v_head_dim: Width = Field(128, description="MLA: channels of a value head")
+    mtp_num_layers: Width | None = Field(
         None, description="Multi-token prediction: depths; distillation.loss=none only"
     )
-    mtp_loss_scaling_factor: float = Field(0.1, gt=0, description="Weight of the MTP losses")
+    mtp_loss_scaling_factor: Scale = Field(0.1, description="Weight of the MTP losses")
     heterogeneous_layers_config: dict[str, Any] | None = Field(
         None,
         description="{block_configs: [{attention: ..., mlp: ...}, one a layer]}, as in Megatron-"
@@ -126,9 +129,10 @@ class ArchitectureRecipe(Section):
                 )
         blocks = config.get("block_configs")
         if set(config) != {"block_configs"} or not isinstance(blocks, list) or not blocks:
+            held = ", ".join(map(repr, config)) or "nothing"
             raise ValueError(
                 "heterogeneous_layers_config: must hold block_configs alone, a list of "
-                f"{{attention, mlp}}, one a layer, and holds {', '.join(config) or 'nothing'}"
+                f"{{attention, mlp}}, one a layer, and holds {held}"
             )
         for number, block in enumerate(blocks, start=1):
             _check_block(number, block)
@@ -176,3 +180,10 @@ def _check_block(number: int, block: Any) -> None:  # noqa: ANN401 - whatever YA
                 f"{where}: {name}={part!r}: must say exactly one of no_op: true, "
                 f"replace_with_linear: true, {size}: N"
             )
+        for key, value in part.items():
+            try:
+                (_SIZE if key == size else _SWITCH).validate_python(value)
+            except ValidationError as error:
+                raise ValueError(
+                    f"{where}: {name}.{key}={value!r}: {error.errors()[0]['msg']}"
+                ) from None

@@ -8,10 +8,21 @@ from typing import Protocol
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.training import TrainingRecipe
 
 # Inside attention and MLP, what gives whole hidden states whatever the number of tensor ranks.
 _INSIDE_LAYER = re.compile(r"\.(?:self_attention|mlp)\.")
 _WHOLE_INSIDE_LAYER = re.compile(r"\.(?:self_attention\.linear_proj|mlp\.linear_fc2)$")
+
+_OF_A_GPU = (
+    "apply_rope_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "log_straggler",
+    "record_memory_history",
+)
+# Megatron-Core 0.16.1 recomputes these with transformer-engine's help.
+_OF_TRANSFORMER_ENGINE = {"layernorm", "mla_up_proj", "moe_act"}
 
 
 class TrainingOptions(Protocol):
@@ -64,6 +75,34 @@ def check_combination(
         )
     if architecture is not None:
         _check_layout(training.parallelism, architecture)
+
+
+def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | None) -> None:
+    """Refuse what only a GPU, or transformer-engine on it, can do.
+
+    Args:
+        training: the recipe's section, of a training without accelerators.
+        architecture: the student's; None: the teacher's.
+
+    Raises:
+        ValueError: the field with its value.
+    """
+    asked: dict[str, object] = {name: True for name in _OF_A_GPU if getattr(training, name) is True}
+    if training.fp8 != "none":
+        asked["fp8"] = training.fp8
+    if training.transformer_impl == "transformer_engine":
+        asked["transformer_impl"] = training.transformer_impl
+    modules = _OF_TRANSFORMER_ENGINE & {*(training.recompute_modules or ())}
+    if modules:
+        asked["recompute_modules"] = ", ".join(sorted(modules))
+    named = [f"training.{name}={value}" for name, value in asked.items()]
+    if architecture is not None and architecture.moe_grouped_gemm:
+        named.append("student.architecture.moe_grouped_gemm=True")
+    if named:
+        raise ValueError(
+            f"{', '.join(named)}: needs a GPU, and the training has none; leave it out, or give "
+            "the training's pods accelerators"
+        )
 
 
 def _is_legacy(training: TrainingOptions) -> bool:

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flagscale.recipe.chat_template import read_template, variables
-from flagscale.recipe.section import Fraction, PositiveInt, Section
+from flagscale.recipe.section import (
+    Fraction,
+    Line,
+    NonNegativeInt,
+    PositiveInt,
+    Scale,
+    Section,
+    Source,
+    Text,
+    Token,
+    Width,
+)
 
 _DEFAULT_SOURCE = "python-docs"
 # What transformers' `apply_chat_template` gives a template by these names, or takes for itself.
@@ -16,6 +27,8 @@ _GIVEN = {
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "return_assistant_tokens_mask", "tokenize"),
 }
+_SMALLEST_FRACTION = 1e-9
+_FEWEST_DOCUMENTS = 4  # one to train on, one to validate, two to test: intervals need two
 
 
 class _Reading(Section):
@@ -37,17 +50,17 @@ class _Reading(Section):
         description="auto: by the source's name (.txt/.md, .jsonl, .parquet, ...; else a dataset); "
         "chat: conversations, in files and datasets as auto finds them",
     )
-    text_field: str = Field("text", description="Key or column of the text in structured sources")
-    messages_field: str = Field(
+    text_field: Line = Field("text", description="Key or column of the text in structured sources")
+    messages_field: Line = Field(
         "messages",
         description="chat: key or column of the [{role, content}, ...]; where `messages` is not "
         "there, ShareGPT's `conversations`",
     )
-    subset: str | None = Field(None, description="Hugging Face dataset configuration")
-    split: str = Field("train", description="Split of a Hugging Face dataset or folder to read")
-    revision: str | None = Field(None, description="Hugging Face dataset revision")
+    subset: Line | None = Field(None, description="Hugging Face dataset configuration")
+    split: Line = Field("train", description="Split of a Hugging Face dataset or folder to read")
+    revision: Line | None = Field(None, description="Hugging Face dataset revision")
     max_documents: PositiveInt | None = Field(None, description="Read no more than this many")
-    max_bad_rows: Annotated[int, Field(ge=0)] | None = Field(
+    max_bad_rows: NonNegativeInt | None = Field(
         None,
         description="Rows that cannot be used are left out up to this many; default: 0.1% of the "
         "rows, and at least 10",
@@ -60,16 +73,16 @@ class CorpusRecipe(_Reading):
     name: str = Field(
         pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$", max_length=63, description="In file names"
     )
-    source: str = Field(description="As data.source")
-    weight: float = Field(
-        1.0, gt=0, description="Share of the training samples, relative to the other corpora's"
+    source: Source = Field(description="As data.source")
+    weight: Scale = Field(
+        1.0, description="Share of the training samples, relative to the other corpora's"
     )
 
 
 class DataRecipe(_Reading):
     """Which text, how it is split and packed."""
 
-    source: str | None = Field(
+    source: Source | None = Field(
         _DEFAULT_SOURCE,
         description="'python-docs', a file, folder, glob or fsspec URL, or a Hugging Face dataset; "
         "null where there is a blend",
@@ -77,22 +90,22 @@ class DataRecipe(_Reading):
     blend: list[CorpusRecipe] | None = Field(
         None, description="Several corpora, trained on in proportion to their weights"
     )
-    fingerprint: str | None = Field(
+    fingerprint: Text | None = Field(
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
-    tokenizer: str | None = Field(None, description="Default: the teacher's")
-    tokenizer_revision: str | None = None
-    eod_token: str | None = Field(
+    tokenizer: Source | None = Field(None, description="Default: the teacher's")
+    tokenizer_revision: Line | None = None
+    eod_token: Token | None = Field(
         None,
         description="Token after each document; default: EOS, or what ended documents where EOS "
         "ends turns",
     )
-    bos_token: str | None = Field(
+    bos_token: Text | None = Field(
         "auto",
         description="Token before each document; auto: the one that the tokenizer puts before a "
         "text; null or '': none",
     )
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None,
         description="chat: the text of a chat template, or a file with it; default: the "
         "tokenizer's. Exported with the student",
@@ -103,10 +116,12 @@ class DataRecipe(_Reading):
     train_on: Literal["all", "last"] = Field(
         "all", description="chat: learn every answer of a conversation, or its last alone"
     )
-    seq_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a sample")
+    seq_length: Annotated[Width, Field(ge=8)] = Field(256, description="Tokens a sample")
     validation_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
     test_fraction: Fraction = Field(0.05, description="Share of documents, by hash")
-    workers: PositiveInt | None = Field(None, description="Tokenising threads; default: cores")
+    workers: Annotated[PositiveInt, Field(le=1024)] | None = Field(
+        None, description="Tokenising threads; default: cores"
+    )
 
     @property
     def corpora(self) -> list[CorpusRecipe]:
@@ -184,11 +199,20 @@ class DataRecipe(_Reading):
     @model_validator(mode="after")
     def _check(self) -> DataRecipe:
         for name in ("validation_fraction", "test_fraction"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name}=0 leaves nothing to measure on; try 0.05")
+            if getattr(self, name) < _SMALLEST_FRACTION:
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} leaves nothing to measure on; try 0.05"
+                )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction="
                 f"{self.test_fraction} leave no training documents; their sum must be below 1"
+            )
+        most = [corpus.max_documents for corpus in self.corpora]
+        known = [count for count in most if count is not None]
+        if len(known) == len(most) and sum(known) < _FEWEST_DOCUMENTS:
+            raise ValueError(
+                f"max_documents={sum(known)}: training, validation and test together need at least "
+                f"{_FEWEST_DOCUMENTS} documents"
             )
         return self

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flagscale.recipe.section import Section
+from flagscale.recipe.section import Scale, Section
+
+# Beyond these, float32 has nothing left of the difference between two softened distributions.
+Temperature = Annotated[float, Scale, Field(ge=0.01, le=1000)]
+Module = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=250)]
+Loss = Annotated[str, Field(max_length=20)]
 
 
 class DistillationRecipe(Section):
@@ -15,16 +20,19 @@ class DistillationRecipe(Section):
     loss: Literal["logits", "none"] = Field(
         "logits", description="logits: KL to the teacher; none: plain LM training, the baseline"
     )
-    temperature: float = Field(1.0, gt=0, description="Softens both distributions; loss x T^2")
+    temperature: Temperature = Field(1.0, description="Softens both distributions; loss x T^2")
     skip_lm_loss: bool = Field(True, description="Train on the KD loss alone")
-    kd_loss_scale: float = Field(
-        1.0, gt=0, description="Weight of the KD loss beside the LM loss (skip_lm_loss: false)"
+    kd_loss_scale: Scale = Field(
+        1.0, description="Weight of the KD loss beside the LM loss (skip_lm_loss: false)"
     )
-    intermediate_loss_scale: float = Field(
-        1.0, gt=0, description="Weight of the intermediate terms' mean beside the logits term"
+    intermediate_loss_scale: Scale = Field(
+        1.0, description="Weight of the intermediate terms' mean beside the logits term"
     )
-    intermediate_layer_pairs: tuple[tuple[str, str] | tuple[str, str, str], ...] = Field(
-        (), description="(student module, teacher module[, cosine|mse]) whose outputs are matched"
+    intermediate_layer_pairs: tuple[tuple[Module, Module] | tuple[Module, Module, Loss], ...] = (
+        Field(
+            (),
+            description="(student module, teacher module[, cosine|mse]) whose outputs are matched",
+        )
     )
 
     @model_validator(mode="after")

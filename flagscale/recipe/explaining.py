@@ -10,6 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+_LONGEST_SHOWN = 300  # characters of a value
+
 
 def explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """A line about each wrong field: its value, and what would be right."""
@@ -31,6 +33,14 @@ def message(kind: Any, item: Any) -> str:  # noqa: ANN401 - a type expression, E
     return f"{item['msg']}, e.g. {examples}" if examples else str(item["msg"])
 
 
+def shown(value: object) -> str:
+    """A value as it stands in an error, or its beginning."""
+    text = repr(value)
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    return f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
 def _only_counts(item: Any, places: Sequence[tuple[int | str, ...]]) -> bool:  # noqa: ANN401
     """Whether a list is called too short only because pydantic left out its wrong items."""
     place = item["loc"]
@@ -50,12 +60,12 @@ def _line(kind: type[BaseModel], item: Any) -> str:  # noqa: ANN401 - pydantic's
         known = _fields(_type_at(kind, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-        return f"  {name}={item['input']!r}: unknown field; {hint}"
+        return f"  {name}={shown(item['input'])}: unknown field; {hint}"
     if item["type"] == "missing":
         return f"  {name}: required, and not given"
     if isinstance(item["input"], dict):  # a cross-field check: the message names the values
         return f"  {name}: {message(kind, item)}"
-    return f"  {name}={item['input']!r}: {message(kind, item)}"
+    return f"  {name}={shown(item['input'])}: {message(kind, item)}"
 
 
 def _type_at(kind: Any, location: Sequence[str | int]) -> Any:  # noqa: ANN401 - a type expression

@@ -5,19 +5,15 @@ from __future__ import annotations
 from pydantic import Field
 
 from flagscale.recipe.parallelism import ParallelismRecipe
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import Ranks, Section
 
 
 class LayoutRecipe(Section):
     """Sizes of Megatron's process groups: as many processes as hold one copy of the model."""
 
-    tensor_model_parallel_size: PositiveInt = Field(1, description="TP: ranks that share a tensor")
-    pipeline_model_parallel_size: PositiveInt = Field(
-        1, description="PP: ranks that share the layers"
-    )
-    expert_model_parallel_size: PositiveInt = Field(
-        1, description="EP: ranks that share the experts"
-    )
+    tensor_model_parallel_size: Ranks = Field(1, description="TP: ranks that share a tensor")
+    pipeline_model_parallel_size: Ranks = Field(1, description="PP: ranks that share the layers")
+    expert_model_parallel_size: Ranks = Field(1, description="EP: ranks that share the experts")
 
 
 class ModelsRecipe(Section):

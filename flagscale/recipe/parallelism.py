@@ -6,27 +6,25 @@ import math
 
 from pydantic import Field, model_validator
 
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import Ranks, Section
 
 
 class ParallelismRecipe(Section):
     """Sizes of Megatron's process groups. What is left of the processes is data parallelism."""
 
-    tensor_model_parallel_size: PositiveInt = Field(1, description="TP: ranks that share a tensor")
+    tensor_model_parallel_size: Ranks = Field(1, description="TP: ranks that share a tensor")
     sequence_parallel: bool = Field(
         False, description="Split norms and residuals over TP ranks by sequence; needs TP > 1"
     )
-    pipeline_model_parallel_size: PositiveInt = Field(
-        1, description="PP: ranks that share the layers"
-    )
-    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+    pipeline_model_parallel_size: Ranks = Field(1, description="PP: ranks that share the layers")
+    virtual_pipeline_model_parallel_size: Ranks | None = Field(
         None, description="Chunks a pipeline rank, interleaved; distillation.loss=none only"
     )
-    context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share a sequence")
-    expert_model_parallel_size: PositiveInt = Field(
+    context_parallel_size: Ranks = Field(1, description="CP: ranks that share a sequence")
+    expert_model_parallel_size: Ranks = Field(
         1, description="EP: ranks that share the experts; divides TP x CP x DP"
     )
-    processes: PositiveInt | None = Field(
+    processes: Ranks | None = Field(
         None, description="On each node; default: one a GPU, on a CPU as few as hold the model"
     )
     use_distributed_optimizer: bool | None = Field(

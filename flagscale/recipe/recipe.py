@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.combinations import check_combination
+from flagscale.recipe.combinations import check_combination, check_on_cpu
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
@@ -18,11 +18,14 @@ from flagscale.recipe.sweep import SweepRecipe, with_first_values
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, variants
 
+# Kubernetes' and MLflow's objects are called after it.
+_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
+
 
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)
+    name: str = Field(pattern=_NAME, max_length=63, examples=["tiny"])
     teacher: TeacherRecipe
     student: StudentRecipe
     data: DataRecipe = DataRecipe()
@@ -105,6 +108,14 @@ class Recipe(Section):
                 f"the model steps has {accelerator_count} accelerator(s): a process needs one of "
                 "its own"
             )
+
+    def check_on_cpu(self) -> None:
+        """Refuse a training that its pods, which have no accelerators, could not do.
+
+        Raises:
+            ValueError: what only a GPU can do.
+        """
+        check_on_cpu(self.training, self.student.architecture)
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.

@@ -4,27 +4,59 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import (
+    Positive,
+    PositiveInt,
+    Prose,
+    Ranks,
+    Section,
+    Tolerance,
+    one_line,
+)
+
+_LONGEST_NAME = 256  # characters that MLflow's databases keep
+
+
+def _model_name(name: str) -> str:
+    """MLflow's own rule, by which it would refuse the model when everything else is done."""
+    if "/" in name or ":" in name:
+        raise ValueError("must have no / and no :, which separate name and version in MLflow")
+    if name in (".", "..") or name.startswith(".."):
+        raise ValueError("must not read like a path")
+    return name
+
+
+ExperimentName = Annotated[
+    str, Field(max_length=_LONGEST_NAME, examples=["distillation"]), AfterValidator(one_line)
+]
+ModelName = Annotated[
+    str,
+    Field(max_length=_LONGEST_NAME, examples=["acme-tiny"]),
+    AfterValidator(one_line),
+    AfterValidator(_model_name),
+]
 
 
 class EvaluationRecipe(Section):
     """How the models are compared on the held-out test split."""
 
-    max_documents: PositiveInt | None = Field(
+    max_documents: Annotated[PositiveInt, Field(ge=2)] | None = Field(
         None, description="Evenly spread over the test split; default: the whole split"
     )
     max_document_tokens: PositiveInt | None = Field(
         None, description="Predict no more of each document's start; default: whole documents"
     )
     micro_batch_size: PositiveInt = Field(4, description="Sequences a forward pass")
-    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+    bootstrap_samples: Annotated[PositiveInt, Field(ge=100, le=10**6)] = Field(
         1000, description="Resamples of the documents for the confidence intervals"
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="Mass of the intervals")
-    prompts: tuple[str, ...] = Field((), description="Continued by every model, side by side")
-    max_new_tokens: PositiveInt = Field(40, description="Tokens a continuation")
+    confidence: Annotated[Positive, Field(lt=1)] = Field(0.95, description="Mass of the intervals")
+    prompts: tuple[Prose, ...] = Field((), description="Continued by every model, side by side")
+    max_new_tokens: Annotated[PositiveInt, Field(le=2**16)] = Field(
+        40, description="Tokens a continuation"
+    )
 
 
 class ExportRecipe(Section):
@@ -38,13 +70,12 @@ class ExportRecipe(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Weights on disk; huggingface only"
     )
-    max_logit_difference: float = Field(
+    max_logit_difference: Tolerance = Field(
         1e-3,
-        gt=0,
         description="Largest |logit| difference after the round trip that is accepted in float32, "
         "as a share of the logits' standard deviation; ditto",
     )
-    registered_model_name: str | None = Field(
+    registered_model_name: ModelName | None = Field(
         None, description="Name in the MLflow model registry; default: the recipe's name"
     )
 
@@ -63,7 +94,7 @@ class ExportRecipe(Section):
 class TrackingRecipe(Section):
     """Where MLflow puts the runs. The server comes from MLFLOW_TRACKING_URI, else SQLite."""
 
-    experiment: str = Field("flagscale-distillation", min_length=1)
+    experiment: ExperimentName = Field("flagscale-distillation", description="Created if missing")
 
 
 class ResourcesRecipe(Section):
@@ -72,9 +103,9 @@ class ResourcesRecipe(Section):
     Ignored by `pipelines run`.
     """
 
-    nodes: PositiveInt = Field(
+    nodes: Ranks = Field(
         1, description="Pods that train together; from 2 on as a TrainJob of Kubeflow Trainer"
     )
-    accelerator_count: PositiveInt | None = Field(
+    accelerator_count: Ranks | None = Field(
         None, description="Use so many of the platform's accelerators a training pod; default: all"
     )

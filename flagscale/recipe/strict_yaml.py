@@ -1,4 +1,7 @@
-"""YAML as people mean it, where PyYAML is silent: a key given twice is an error, 3e-4 a number."""
+"""YAML as people mean it, where PyYAML is silent: a key given twice is an error, 3e-4 a number.
+
+What is written by `Dumper` has quotes wherever some reader would miss them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,17 @@ from yaml.constructor import ConstructorError
 
 class Loader(yaml.SafeLoader):
     """A safe loader that refuses a repeated key, as the YAML specification does."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """A text, in which two halves of a character, as JSON may write it, are that character."""
+        text: str = super().construct_scalar(node)
+        if not any("\ud800" <= sign <= "\udfff" for sign in text):
+            return text
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            problem = f"{text!r} holds half of a surrogate pair"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         """Read a mapping; later, merge keys (`<<`) mix those of others into it."""
@@ -35,10 +49,34 @@ Loader.add_implicit_resolver(
 )
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that every reader reads alike.
+
+    PyYAML writes some texts without quotes that others take for something else: 7e2 is a number to
+    `load`; so is 0o17 to Go's YAML, with which KFP and kubectl read, and y and n are no texts.
+    """
+
+
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",  # a text that might be one of these gets quotes
+    re.compile(
+        r"""(?: [-+]? (?: \.[0-9_]+ | [0-9][0-9_]* (?:\.[0-9_]*)? ) (?: [eE][-+]?[0-9_]+ )?
+          | [-+]? 0 [bBoOxX] \w+ | [0-9]+ (?: -[0-9]+ ){2} .* | [yYnN] )$""",
+        re.VERBOSE,
+    ),
+    list("+-.0123456789yYnN"),
+)
+
+
 def load(text: str) -> Any:  # noqa: ANN401 - whatever it holds
     """Read the one document of a text.
 
     Raises:
         yaml.YAMLError: it is no YAML, or a mapping gives a key twice.
     """
-    return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+    except RecursionError:
+        raise yaml.YAMLError("is nested too deeply") from None
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None

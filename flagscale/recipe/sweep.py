@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.models import StudentRecipe
-from flagscale.recipe.section import PositiveInt, Section
+from flagscale.recipe.section import Ranks, Section
 from flagscale.recipe.training import TrainingRecipe
 
 MOST_VARIANTS = 64
@@ -33,7 +33,7 @@ class SweepRecipe(Section):
         description="section.field: [values]; every combination is a variant. Sections: student, "
         "distillation, training. A field that stands only here may be left out of its section"
     )
-    parallelism: PositiveInt = Field(
+    parallelism: Ranks = Field(
         2, description="Variants at a time, on a cluster; this machine takes one after another"
     )
     metric: Metric = Field("kl", description="Figure of the evaluation that orders the leaderboard")

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from flagscale.recipe.parallelism import ParallelismRecipe
-from flagscale.recipe.section import Fraction, PositiveInt, Section
+from flagscale.recipe.section import (
+    NUMBER,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    Seed,
+)
 
 # Fields that change no result but by rounding (see `decisive`): a training may go on with others.
 CHANGES_NO_RESULT = (
@@ -62,21 +71,22 @@ class TrainingRecipe(Section):
     train_iters: PositiveInt = Field(description="Optimiser steps")
     micro_batch_size: PositiveInt = Field(1, description="Sequences a forward pass")
     global_batch_size: PositiveInt = Field(1, description="Sequences an optimiser step")
-    lr: float = Field(gt=0, description="Peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end")
+    lr: Annotated[Positive, Field(le=1)] = Field(description="Peak learning rate")
+    min_lr: NonNegative = Field(0.0, description="Learning rate at the end")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
-    lr_warmup_iters: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warmup")
+    lr_warmup_iters: NonNegativeInt = Field(0, description="Steps of linear warmup")
     lr_wsd_decay_iters: PositiveInt | None = Field(None, description="WSD: steps of the decay")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegative = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
-    adam_eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0, description="Gradient norm limit; 0: none")
-    seed: int = Field(1234, ge=0, description="Data order and dropout")
+    # Below, float32 knows it as 0, and divides zeros by it.
+    adam_eps: Annotated[Positive, Field(ge=1e-30, le=1)] = 1e-8
+    clip_grad: NonNegative = Field(1.0, description="Gradient norm limit; 0: none")
+    seed: Seed = Field(1234, description="Data order and dropout")
     eval_interval: PositiveInt = Field(50, description="Steps between validations")
     eval_iters: PositiveInt = Field(4, description="Global batches a validation")
     save_interval: PositiveInt = Field(50, description="Steps between checkpoints")
-    save_interval_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    save_interval_minutes: Positive | None = Field(
         10.0,
         description="A checkpoint also when so many minutes have passed since the last; null: "
         "by steps alone",
@@ -139,7 +149,7 @@ class TrainingRecipe(Section):
     rerun_mode: Literal["disabled", "validate_results"] = Field(
         "disabled", description="Megatron-Core's rerun state machine: recompute suspicious steps"
     )
-    timing_log_level: Literal[0, 1, 2] = Field(
+    timing_log_level: Annotated[Literal[0, 1, 2], NUMBER] = Field(
         0, description="Log where a step's time goes at each validation: not, coarse, fine"
     )
     log_straggler: bool = Field(
@@ -165,6 +175,11 @@ class TrainingRecipe(Section):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"lr={self.lr} with weight_decay={self.weight_decay}: a step takes lr x "
+                "weight_decay of each weight away, and must leave some; it must be below 1"
+            )
         if self.lr_warmup_iters >= self.train_iters:
             raise ValueError(
                 f"lr_warmup_iters={self.lr_warmup_iters} must be below "

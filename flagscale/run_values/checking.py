@@ -123,6 +123,8 @@ def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]
         try:
             recipe.check_models(of_models)
             recipe.check_accelerators(of_training)
+            if "where_training_accelerator_count" in values and not of_training:
+                recipe.check_on_cpu()
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
 

@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from flagscale.recipe import Section
-from flagscale.recipe.section import PositiveInt
-from flagscale.run_values.kubernetes_names import LabelKey, ResourceName, Variable
+from flagscale.recipe.section import PositiveInt, Source
+from flagscale.run_values.kubernetes_names import LabelKey, Plain, ResourceName, Variable
 
-Capability = Annotated[str, Field(pattern=r"^[A-Z][A-Z_]*$", examples=["IPC_LOCK"])]
-HostFolder = Annotated[str, Field(pattern=r"^/[^:]*[^:/]$", examples=["/opt/network/lib"])]
+Capability = Annotated[str, Field(pattern=r"^[A-Z][A-Z_]*$", max_length=63, examples=["IPC_LOCK"])]
+HostFolder = Annotated[Source, Field(pattern=r"^/[^:]*[^:/]$", examples=["/opt/network/lib"])]
 _OURS = "sidecar.istio.io/inject"
 
 
@@ -25,7 +25,7 @@ class Network(Section):
     resources: dict[ResourceName, PositiveInt] = Field(
         {}, description="Of each pod, beside its accelerators: name: count"
     )
-    annotations: dict[LabelKey, str] = Field(
+    annotations: dict[LabelKey, Plain] = Field(
         {}, description="Of the pods, e.g. the names of more networks"
     )
     capabilities: tuple[Capability, ...] = Field(
@@ -37,7 +37,7 @@ class Network(Section):
     host_folders: dict[HostFolder, HostFolder] = Field(
         {}, description="Folders of the node that pods read: on the node: in the pod"
     )
-    env: dict[Variable, str] = Field({}, description="Of the ranks, e.g. NCCL's; no secrets")
+    env: dict[Variable, Plain] = Field({}, description="Of the ranks, e.g. NCCL's; no secrets")
 
     @model_validator(mode="after")
     def _check(self) -> Network:

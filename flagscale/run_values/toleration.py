@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from flagscale.recipe import Section
+from flagscale.recipe.section import NonNegativeInt
 from flagscale.run_values.kubernetes_names import LabelKey, LabelValue
 
 
@@ -17,7 +18,7 @@ class Toleration(Section):
     operator: Literal["Exists", "Equal"] = "Equal"
     value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    tolerationSeconds: int | None = None  # noqa: N815 - Kubernetes' spelling
+    tolerationSeconds: NonNegativeInt | None = None  # noqa: N815 - Kubernetes' spelling
 
     @model_validator(mode="after")
     def _check(self) -> Toleration:

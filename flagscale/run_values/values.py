@@ -12,8 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from flagscale.errors import UserError
 from flagscale.recipe import parse_section
-from flagscale.recipe.explaining import message
+from flagscale.recipe.explaining import message, shown
+from flagscale.recipe.results import ExperimentName
+from flagscale.recipe.section import Line, Source
 from flagscale.recipe.sweep import Metric
+from flagscale.run_values.buckets import check_bucket_url
 from flagscale.run_values.fields import FIELDS
 from flagscale.run_values.kubernetes_names import ClaimName, ImageName, LabelKey, LabelValue, Name
 from flagscale.run_values.made import PlatformFacts
@@ -21,6 +24,7 @@ from flagscale.run_values.toleration import Toleration
 from flagscale.secrets import has_credentials, hide_in_urls
 
 _MAY_BE_EMPTY = {"tracking_experiment", *(field.name for field in FIELDS)}
+_TEXTS: dict[str, Any] = {"tracking_experiment": ExperimentName, "training_checkpoints": Source}
 _OF_PODS: dict[str, Any] = {
     "_volume_claim": ClaimName,
     "_mlflow_secret": Name,
@@ -46,6 +50,8 @@ def check_value(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
         )
     if value == "" and key not in _MAY_BE_EMPTY:
         raise UserError(f"parameter {key}: is empty; leave it out for the default")
+    if isinstance(value, str) and value:
+        _check_kind(key, value, _TEXTS.get(key, Line))
     if key == "sweep_metric" and value not in get_args(Metric):
         known = ", ".join(get_args(Metric))
         raise UserError(f"parameter sweep_metric={value}: must be one of {known}")
@@ -66,7 +72,7 @@ def _check_of_pods(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
                     f"{{{label}: '{wanted}'}}"
                 )
     # A text in the pipeline: KFP puts it into a Kubernetes quantity.
-    if key.endswith("_accelerator_count") and not re.fullmatch("[0-9]+", str(value)):
+    if key.endswith("_accelerator_count") and not re.fullmatch("[0-9]{1,5}", str(value)):
         raise UserError(f"parameter {key}={value}: must be a whole number, 0 or more")
     for end, kind in _OF_PODS.items():
         if key.endswith(end):
@@ -78,7 +84,9 @@ def _check_kind(key: str, value: Any, kind: Any) -> None:  # noqa: ANN401 - a ty
         TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise UserError(f"parameter {key}: {wrong['input']!r}: {message(kind, wrong)}") from None
+        raise UserError(
+            f"parameter {key}: {shown(wrong['input'])}: {message(kind, wrong)}"
+        ) from None
 
 
 def check_checkpoints(place: str, platform: PlatformFacts) -> None:
@@ -93,10 +101,12 @@ def check_checkpoints(place: str, platform: PlatformFacts) -> None:
     """
     mount, url = platform.mount_path, platform.url
     if "://" in place and not platform.uses_trainjob:
-        if re.match("(s3|gs|az)://[^/]", place):
-            return
-        right = "a URL must start with s3://, gs:// or az://, and name a bucket"
-    elif url is not None:
+        try:
+            check_bucket_url(place)
+        except ValueError as error:
+            raise UserError(f"parameter training_checkpoints={place}: a URL {error}") from None
+        return
+    if url is not None:
         right = "must be a URL of an object store; a folder is lost with its pod"
     elif mount is None:
         if place.startswith("/"):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flagscale.run_values import SECTIONS, Made, check_run
+from flagscale.run_values.literal import carried, literal
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,17 @@ def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
 
     Args:
         made: the pipeline.
-        arguments: the component's, by name: the pipeline's parameters are among them.
+        arguments: the component's as KFP carries them, by name: the pipeline's parameters are among
+            them.
 
     Returns:
-        The recipe's sections, then a sweep's variants; empty for what is no parameter of this
-        pipeline.
+        The recipe's sections, then a sweep's variants, as KFP can carry them; empty for what is no
+        parameter of this pipeline.
 
     Raises:
         UserError: what is wrong.
     """
-    checked = check_run(made, {name: arguments[name] for name in made.parameters})
+    checked = check_run(made, {name: literal(arguments[name]) for name in made.parameters})
     logger.info("recipe %s: %d parameters are right", made.recipe["name"], len(made.parameters))
-    return (*(checked.get(name, {}) for name in SECTIONS), checked.get("sweep_variants", []))
+    found = (*(checked.get(name, {}) for name in SECTIONS), checked.get("sweep_variants", []))
+    return tuple(carried(value) for value in found)

@@ -160,11 +160,7 @@ def _check_fits(shape: ModelShape, facts: dict[str, Any]) -> None:
             f"tokenizer that does not match the teacher: the dataset has token "
             f"{facts['highest_id']}, the model's vocab_size={shape.vocab_size}"
         )
-    if facts["seq_length"] > shape.max_position_embeddings:
-        raise UserError(
-            f"data.seq_length={facts['seq_length']} is more than the teacher's "
-            f"max_position_embeddings={shape.max_position_embeddings}"
-        )
+    shape.check_seq_length(facts["seq_length"])
 
 
 def _import(

@@ -105,7 +105,10 @@ def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     import yaml
 
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    from flagscale.recipe import strict_yaml
+
+    values = recipe.model_dump(mode="json")
+    return str(yaml.dump(values, Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _start(recipe: Recipe, runs: Path) -> PipelineRun:

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from flagscale.errors import UserError
+from flagscale.imports import uncollected
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.global_vars import get_timers
@@ -78,7 +79,8 @@ def setup_training(chunks: list[GPTModel], args: Arguments, training: TrainingRe
     wrapped = [
         _wrap(chunk, args, ddp_config, first=number == 0) for number, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(_optimizer_config(args, training), wrapped)
+    with uncollected():  # torch's optimisers import its compiler when one is made
+        optimizer = get_megatron_optimizer(_optimizer_config(args, training), wrapped)
     platform.tune_optimizer(optimizer)
     no_sync = [chunk.no_sync for chunk in wrapped]
     for chunk in wrapped:

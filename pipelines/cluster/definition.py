@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flagscale.errors import UserError
+from flagscale.run_values.literal import literal
 from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.server import Server
 
@@ -77,7 +78,7 @@ class Definition:
         of_task = given.get("taskOutputParameter", {})
         name = given.get("componentInputParameter") or of_task.get("outputParameterKey")
         inputs = self.spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
-        return self.parameters.get(name, inputs.get(name, {}).get("defaultValue"))
+        return literal(self.parameters.get(name, inputs.get(name, {}).get("defaultValue")))
 
     def _task(self, path: Sequence[str]) -> dict[str, Any] | None:
         holder = self.spec.get("root", {})

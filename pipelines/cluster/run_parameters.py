@@ -17,6 +17,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, set_in_vain
 from flagscale.run_values import FIELDS, SECTIONS, check_run
+from flagscale.run_values.literal import literal
 from pipelines import form
 from pipelines.cluster.parameter_values import read_typed, read_yaml
 from pipelines.platform import Platform
@@ -55,7 +56,7 @@ def read_parameters(
         UserError: an unknown name, a value of another type, one that pods would fail of, a
             recipe that would be refused, or a field that is given twice.
     """
-    defaults = {name: definition["defaultValue"] for name, definition in definitions.items()}
+    defaults = {name: literal(one["defaultValue"]) for name, one in definitions.items()}
     values = copy.deepcopy(defaults)
     parts: dict[str, Any] = {}
     for item in given:
@@ -72,7 +73,9 @@ def read_parameters(
         else:
             raise UserError(_unknown(key, text, definitions, recipe))
     _refuse_twice(values, parts)
-    checked = check_run(form.made(recipe, platform, list(definitions)), values)
+    made = form.made(recipe, platform, list(definitions))
+    checked = check_run(made, values)
+    form.check_size(made, values)
     _refuse_replaced(checked, parts)
     sent = {name: value for name, value in values.items() if value != defaults[name]}
     return RunParameters(sent, _recipes(recipe, checked))

@@ -14,6 +14,7 @@ import kfp_server_api
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
+from flagscale.run_values.literal import carried
 from pipelines.cluster.client import TIMEOUT_SECONDS
 from pipelines.cluster.package import Package
 from pipelines.cluster.server import Server, say
@@ -135,7 +136,7 @@ def _content(server: Server, package: Package, order: Order) -> dict[str, Any]:
     """
     return {
         **_source(server, package, order),
-        "runtime_config": kfp_server_api.V2beta1RuntimeConfig(parameters=order.parameters),
+        "runtime_config": kfp_server_api.V2beta1RuntimeConfig(parameters=carried(order.parameters)),
         "service_account": order.service_account,
         "plugins_input": {"mlflow": {"experiment_name": order.tracking_experiment}},
     }

@@ -25,6 +25,23 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = "package:"
 _LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
+# Fields of `training` whose values, but for the defaults, not every machine can honour.
+_OF_THE_MACHINE = {
+    "transformer_impl",
+    "fp8",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "log_straggler",
+    "record_memory_history",
+    "recompute_modules",
+    "parallelism",
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
 
@@ -174,7 +191,37 @@ def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
     from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    check_layouts(recipe, teacher, student_shape(teacher, recipe.student))
+    student = student_shape(teacher, recipe.student)
+    check_layouts(recipe, teacher, student)
+    asked = recipe.training.model_dump(exclude_defaults=True).keys() & _OF_THE_MACHINE
+    if recipe.student.init == "scratch" or asked:
+        _ask_megatron(recipe, student)
+
+
+def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:
+    """Make what the training step would make of the student, save for its weights.
+
+    Megatron-Core, and this machine, know more than a recipe: which kernels there are, what layers
+    of one's own are, which sizes go together.
+    """
+    from flagscale.megatron import platform
+    from flagscale.megatron.arguments import training_arguments
+    from flagscale.megatron.layer_specs import custom_spec
+    from flagscale.megatron.performance import resolved
+    from flagscale.megatron.transformer_config import transformer_config
+
+    training = recipe.training
+    try:
+        if not platform.HAS_GPU:
+            recipe.check_on_cpu()
+        training.check_world_size(platform.processes(training.parallelism))
+        training = resolved(training, student, distilled=recipe.distillation.loss != "none")
+        args = training_arguments(student, recipe.data.seq_length, training)
+        config = transformer_config(args)
+        if student.architecture.spec is not None:
+            custom_spec(student.architecture.spec, config)
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"the student or its training cannot be built: {error}") from error
 
 
 def _main() -> int:

@@ -27,6 +27,7 @@ from flagscale.errors import UserError
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
 from flagscale.recipe.training import decisive
+from flagscale.run_values.literal import carried
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.local.containers import Containers
 from pipelines.local.output import quiet_kfp
@@ -60,6 +61,11 @@ def run_recipe(
     """
     from flagscale import tracking
 
+    if image is not None:  # it gets no GPU
+        try:
+            recipe.check_on_cpu()
+        except ValueError as error:
+            raise UserError(f"--image {image}: {error}") from error
     recipe = with_fingerprints(recipe)
     runs = _plain(runs)
     try:
@@ -139,7 +145,7 @@ def run_pipeline(
     from flagscale import tracking
 
     runs = _plain(runs)
-    begin = time.monotonic()
+    begin, given = time.monotonic(), carried(arguments)
     folder = _run_folder(runs, recipe.name)
     (folder / "recipe.yaml").write_text(tracking.recipe_yaml(recipe), encoding="utf-8")
     stopper = Stopper()
@@ -165,9 +171,9 @@ def run_pipeline(
         ):
             try:
                 if containers:
-                    containers.run(pipeline, arguments)
+                    containers.run(pipeline, given)
                 else:
-                    pipeline(**arguments)
+                    pipeline(**given)
             except RuntimeError as error:  # KFP's, which does not say why
                 raise steps.failure() from error
         result.seconds = time.monotonic() - begin

@@ -16,6 +16,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from flagscale.artifacts import write_json
 from flagscale.execution.notes import FOLDER_VARIABLE, read_error
+from flagscale.run_values.literal import literal
 from pipelines.local.stopping import Stopped, Stopper
 from pipelines.outcome import StepFailed, duration
 
@@ -101,7 +102,7 @@ class Plan:
 
 def _default(pipeline: BaseComponent, parameter: str) -> Any:  # noqa: ANN401 - any JSON value
     inputs = pipeline.pipeline_spec.root.input_definitions.parameters
-    return json_format.MessageToDict(inputs[parameter].default_value)
+    return literal(json_format.MessageToDict(inputs[parameter].default_value))
 
 
 def _names(items: Sequence[Any]) -> list[str]:

@@ -178,7 +178,7 @@ def test_variants_that_no_pod_could_be_given_are_refused(recipe: Recipe) -> None
     values = recipe.model_dump(mode="json")
     values["distillation"]["intermediate_layer_pairs"] = pairs
     values["sweep"]["vary"] = {"training.seed": list(range(64))}
-    with pytest.raises(UserError, match=r"64 variants take 3\d\d,\d+ characters"):
+    with pytest.raises(UserError, match=r"sweep_variants: takes 3\d\d,\d+ characters"):
         build_sweep(Recipe.model_validate(values), None, "")
 
 

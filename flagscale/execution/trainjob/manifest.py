@@ -179,7 +179,8 @@ def _environment(
 ) -> list[dict[str, Any]]:
     """The launcher's variables; secrets stay references, what depends on its pod becomes a value.
 
-    `given` wins over the launcher's, and they over `defaults`.
+    `given` wins over the launcher's, and they over `defaults`. In those the launcher's pod and a
+    platform file write, Kubernetes replaces `$(NAME)`; what this process found out is as it is.
     """
     found: dict[str, dict[str, Any]] = {
         name: {"name": name, "value": value} for name, value in defaults.items()
@@ -190,13 +191,18 @@ def _environment(
             continue
         if "fieldRef" in source or "resourceFieldRef" in source:
             if name in os.environ:
-                found[name] = {"name": name, "value": os.environ[name]}
+                found[name] = {"name": name, "value": _escaped(os.environ[name])}
         elif source:
             found[name] = {"name": name, "valueFrom": source}
         else:
             found[name] = {"name": name, "value": variable.get("value", "")}
-    found |= {name: {"name": name, "value": value} for name, value in given.items()}
+    found |= {name: {"name": name, "value": _escaped(value)} for name, value in given.items()}
     return list(found.values())
+
+
+def _escaped(value: str) -> str:
+    """As Kubernetes reads a `$` that is one, and no reference to another variable."""
+    return value.replace("$", "$$")
 
 
 def _resources(nodes: Nodes) -> dict[str, dict[str, str]]:

@@ -6,15 +6,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
 from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Section
-from flagscale.recipe.section import PositiveInt
-from flagscale.run_values.kubernetes_names import LabelKey
+from flagscale.recipe.section import Line, NonNegativeInt, PositiveInt
+from flagscale.run_values.kubernetes_names import LabelKey, Plain
 from flagscale.run_values.network import Network
 
 IN_ONE_POD = "in the step's own pod (resources.nodes=1, trainer.min_nodes=2)"
@@ -23,17 +22,17 @@ IN_ONE_POD = "in the step's own pod (resources.nodes=1, trainer.min_nodes=2)"
 class NodePods(Section):
     """The training's pods, one a node: what the platform file says of them."""
 
-    cpu: str = Field("2", description="Kubernetes CPU quantity, requested")
-    memory: str = Field("16Gi", description="Kubernetes memory quantity, request and limit")
-    accelerator_type: str = Field("nvidia.com/gpu", description="Resource name of accelerators")
-    runtime: str = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
+    cpu: Line = Field("2", description="Kubernetes CPU quantity, requested")
+    memory: Line = Field("16Gi", description="Kubernetes memory quantity, request and limit")
+    accelerator_type: Line = Field("nvidia.com/gpu", description="Resource name of accelerators")
+    runtime: Line = Field("torch-distributed", description="A (Cluster)TrainingRuntime")
     timeout_seconds: PositiveInt | None = Field(
         None, description="A training that runs longer is ended, and counts as failed"
     )
-    restarts: Annotated[int, Field(ge=0)] = Field(
+    restarts: NonNegativeInt = Field(
         2, description="Times that all are started anew when one was stopped, killed or lost"
     )
-    annotations: dict[LabelKey, str] = Field({}, description="Of the pods")
+    annotations: dict[LabelKey, Plain] = Field({}, description="Of the pods")
     network: Network = Network()
 
 

@@ -110,6 +110,31 @@ def test_a_card_that_names_files_decides(tmp_path: Path) -> None:
         texts(tmp_path, subset="three")
 
 
+def test_a_card_that_says_how_to_read_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;n\none, two;1\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n---\n"
+    )
+    assert texts(tmp_path) == ["one, two"]
+
+
+@pytest.mark.parametrize(
+    ("card", "decides"),
+    [
+        ("---\nlicense: mit\nconfigs:\n- config_name: a\n---\ntext", True),
+        ("---\r\nconfigs:\r\n- config_name: a\r\n---\r\n", True),
+        ("# A title\n\n---\nconfigs: 1\n---\n", False),
+        ("---\nlicense: mit\n---\n\nconfigs:\n", False),
+        ("---\n- no: [ mapping\n---\n", False),
+        ("", False),
+    ],
+)
+def test_which_cards_decide(tmp_path: Path, card: str, decides: bool) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    write(tmp_path / "a.jsonl", "a")
+    assert (detect(str(tmp_path)) == "huggingface") == decides
+
+
 @pytest.mark.parametrize("asked", [{"subset": "x"}, {"split": "test"}, {"revision": "main"}])
 def test_what_files_do_not_have(tmp_path: Path, asked: dict[str, str]) -> None:
     path = write(tmp_path / "test.jsonl", "a")

@@ -186,7 +186,10 @@ def test_a_bad_line_is_named_and_left_out(
 
 def test_blank_documents_and_half_characters(tmp_path: Path) -> None:
     rows = [{"text": t} for t in ("", "  \n", None, "a\ud83d b", "c")]
-    assert texts(write_jsonl(tmp_path / "a.jsonl", *rows)) == ["a\ufffd b", "c"]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    assert texts(path) == ["a\ufffd b", "c"]
+    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "second"}')
+    assert texts(path) == ["first", "second"]
 
 
 def test_max_documents(tmp_path: Path) -> None:
@@ -265,8 +268,9 @@ def test_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["", "  "])
 def test_no_source(source: str) -> None:
-    with pytest.raises(UserError, match="must name a source"):
-        texts(source)
+    for kind in ("auto", "text", "huggingface"):
+        with pytest.raises(UserError, match="must name a source"):
+            texts(source, format=kind)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -315,7 +319,15 @@ def test_a_dataset_on_the_hub(hub: WebServer, caplog: pytest.LogCaptureFixture) 
     assert texts("o/n") == days
     assert texts("o/n", split="test") == ["held out"]
     assert f"left out: datasets/o/n@{COMMIT}/train.jsonl:10: not valid JSON" in caplog.text
-    train.rename(hub.folder / "train.json")  # lines or one array: the library finds out
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    (hub.folder / "test.jsonl").unlink()
+    (hub.folder / "test.csv.gz").write_bytes(gzip.compress(b"text,n\nNA,1\n007,2\n"))
+    train.rename(hub.folder / "train.csv").write_text("text\nunused\n")
+    assert texts("o/n", split="test") == ["NA", "007"]
+    (hub.folder / "test.csv.gz").unlink()
+    (hub.folder / "train.csv").rename(hub.folder / "train.json").write_text(
+        "no\n"
+    )  # lines or one array: the library finds out
     huggingface_hub.HfFileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=r"as a Hugging Face dataset .* it cannot be read: Arrow"):
         texts("o/n")

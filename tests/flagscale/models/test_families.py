@@ -237,6 +237,77 @@ def test_fields_that_may_change_what_is_computed_are_refused(
         from_hf_config(AutoConfig.for_model(model_type, sliding_window=None, **fields))
 
 
+# Fields of config.json as it is on the Hub, beside sizes.
+OF_LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1}
+OF_LLAMA |= {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
+OF_QWEN = {"attention_dropout": 0.0, "use_sliding_window": False, "rope_theta": 1000000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M-Instruct": {
+        **OF_LLAMA,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    },
+    "Llama-3.1-8B-Instruct": {
+        **OF_LLAMA,
+        "eos_token_id": [128001, 128008, 128009],
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192},
+        "rope_theta": 500000.0,
+    },
+    "Mistral-7B-v0.3": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+    "Qwen2.5-0.5B": {
+        **OF_QWEN,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_window_layers": 24,
+        "sliding_window": 32768,
+        "use_mrope": False,
+    },
+    "Qwen3-8B": {
+        **OF_QWEN,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "max_window_layers": 36,
+        "rope_scaling": None,
+        "sliding_window": None,
+    },
+    "Qwen3-30B-A3B": {
+        **OF_QWEN,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name: str) -> None:
+    shape = from_hf_config(AutoConfig.for_model(**PUBLISHED[name]))
+    assert shape.use_rope_scaling == ("Llama-3.1" in name)
+    assert shape.rotary_base == PUBLISHED[name]["rope_theta"]
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_fields_without_effect_are_passed_over(model_type: str) -> None:
     plain = from_hf_config(AutoConfig.for_model(model_type, sliding_window=None))

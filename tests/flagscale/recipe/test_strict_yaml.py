@@ -53,3 +53,19 @@ def test_one_key_in_two_mappings_is_fine() -> None:
 )
 def test_exponents_are_numbers_as_in_json(text: str, value: object) -> None:
     assert strict_yaml.load(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"\\ud83d\\ude42"', "🙂"), ('{"\\ud83d\\ude42": [1]}', {"🙂": [1]}), ('"\\u00e9"', "é")],
+)
+def test_a_character_beyond_16_bits_may_be_written_as_json_does(text: str, value: object) -> None:
+    assert strict_yaml.load(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\ud83d"', '"\\ude42\\ud83d"', "[" * 2000, "9" * 5000, "2026-13-45"]
+)
+def test_what_python_cannot_hold_is_no_yaml(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        strict_yaml.load(text)

@@ -181,6 +181,26 @@ def test_weights_that_are_zero_or_not_finite(source: Path, dataset: Path, value:
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, source.with_name("teacher"))
 
 
+def test_what_the_user_knows_to_be_right(source: Path, dataset: Path) -> None:
+    """Blocks that were inserted and do nothing yet, and a field that is nobody's business."""
+    weights = load_file(source / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.1.{name}.weight"].zero_()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"of_tomorrow": 1}))
+    output = source.with_name("teacher")
+    with pytest.raises(UserError, match=r"ignored_config_fields=.'of_tomorrow'"):
+        prepare_teacher(TeacherRecipe(source=str(source)), dataset, output)
+    recipe = {"source": str(source), "ignored_config_fields": ["of_tomorrow"]}
+    with pytest.raises(UserError, match=r"2 weights are all zero, first .*allow_zero_weights"):
+        prepare_teacher(TeacherRecipe(**recipe), dataset, output)
+    prepare_teacher(TeacherRecipe(**recipe, allow_zero_weights=True), dataset, output)
+    assert open_artifact(output, "teacher").facts["zero_weights"] == 2
+    assert "of_tomorrow" not in json.loads((output / "hf" / "config.json").read_text())
+    shutil.rmtree(output)
+
+
 def test_corrupt_weights(source: Path, dataset: Path) -> None:
     (source / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=f"model of {source} cannot be read"):

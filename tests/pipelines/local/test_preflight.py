@@ -8,10 +8,15 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.execution.exclusive import exclusively
-from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.megatron import platform
+from flagscale.recipe import ParallelismRecipe, Recipe, ResourcesRecipe
 from pipelines.local.preflight import check_sources, fingerprint, with_fingerprints
 from pipelines.local.runner import _forget, checkpoint_folder, run_recipe
+from pipelines.placement import check
+from pipelines.platform import load_platform
 from tests.flagscale.web_server import COMMIT, WebServer
+
+ONE_ACCELERATOR = ResourcesRecipe(accelerator_count=1)
 
 
 def recipe(teacher: object, source: object = "python-docs", **student: object) -> Recipe:
@@ -173,6 +178,7 @@ def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message)
             r"of the teacher: not on the last of 2 .* 2 to",
         ),
         (["layers.1", "decoder.layers.3"], 1, "must begin with one of embedding, decoder"),
+        (["decoder.layers.1.mpl", "decoder.layers.3"], 1, "is called mpl; did you mean mlp?"),
     ],
 )
 def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, message) -> None:
@@ -183,6 +189,63 @@ def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, me
         check_sources(Recipe.model_validate(values))
     values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.3"]]
     check_sources(Recipe.model_validate(values))
+
+
+GPU_ONLY = [
+    ({"fp8": "hybrid"}, "training.fp8=hybrid"),
+    ({"transformer_impl": "transformer_engine"}, "training.transformer_impl=transformer_engine"),
+    ({"log_straggler": True}, "training.log_straggler=True"),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
+        "training.recompute_modules=layernorm",
+    ),
+]
+
+
+@pytest.mark.skipif(platform.HAS_GPU, reason="there is a GPU")
+@pytest.mark.parametrize(("training", "message"), GPU_ONLY)
+def test_what_only_a_gpu_can_do_is_refused_before_a_run(
+    tiny_teacher: Path, training: dict[str, object], message: str
+) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["training"] |= training
+    whole = Recipe.model_validate(values)
+    with pytest.raises(UserError, match=f"{message}: needs a GPU"):
+        check_sources(whole)
+    with pytest.raises(UserError, match=f"on this platform: {message}: needs a GPU"):
+        check(load_platform("cpu-only"), whole)
+    check(load_platform("gke-h100"), whole.model_copy(update={"resources": ONE_ACCELERATOR}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"spec": "no.such:thing"}, "cannot import no.such"),
+        ({"spec": "os:getcwd"}, "architecture.spec='os:getcwd': TypeError"),
+        ({"num_experts": 3}, None),
+    ],
+)
+def test_megatron_is_asked_about_a_student_from_scratch(
+    tiny_teacher: Path, architecture: dict[str, object], message: str | None
+) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["student"] = {"init": "scratch", "architecture": architecture}
+    values["distillation"], values["export"] = {"loss": "none"}, {"format": "megatron"}
+    whole = Recipe.model_validate(values)
+    if message is None:
+        check_sources(whole)
+        return
+    with pytest.raises(UserError, match=message):
+        check_sources(whole)
+
+
+def test_sequences_longer_than_the_teachers_positions(tiny_teacher: Path) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    values["data"]["seq_length"] = 100_000
+    with pytest.raises(
+        UserError, match=r"data\.seq_length=100000 is more than the teacher's max_pos"
+    ):
+        check_sources(Recipe.model_validate(values))
 
 
 def test_good_sources_pass(tiny_teacher: Path) -> None:
