@@ -321,9 +321,21 @@ def test_a_tokenizer_that_others_would_not_load(
 ) -> None:
     """Of a Qwen2 folder transformers 5 makes Qwen2's: told before the weights are imported."""
     source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_text())
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    (source / "config.json").write_text(json.dumps(config))
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01  # biases are 0 otherwise
+    model.save_pretrained(source)
     with pytest.raises(UserError, match=r"AutoTokenizer does not make the model's own tokens: "):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
