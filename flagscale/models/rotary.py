@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig
 
 from flagscale.megatron.config_fields import LLAMA3_ROPE
 
@@ -20,6 +19,7 @@ def inverse_frequencies(width: int, base: float, factor: float = 0) -> torch.Ten
         float32 [width / 2].
     """
     # Not before it is needed: a model's code brings all of transformers' generation along.
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = {"rope_type": "default", "rope_theta": base}
