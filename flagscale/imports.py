@@ -6,10 +6,15 @@ the garbage collector from looking through what they make.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
 
 @contextmanager
@@ -47,3 +52,61 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def compile_when_called() -> None:
+    """Let what Megatron-Core compiles be compiled when it is called, not as it is imported.
+
+    Its `jit_fuser`, which is `torch.compile`, decorates functions that are seldom called, and loads
+    torch's compiler, which takes as long as torch itself. What is called is compiled as before.
+    """
+    if not any(isinstance(finder, _LateFuser) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _LateFuser())
+
+
+class _LateFuser(MetaPathFinder):
+    """Finds `megatron.core.jit` where Python would, and puts off what its decorator does."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "megatron.core.jit":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_late(module: ModuleType) -> None:
+            load(module)
+            module.jit_fuser = functools.partial(  # type: ignore[attr-defined]
+                compiled_at_first_call, compile_now=module.jit_fuser
+            )
+
+        spec.loader.exec_module = load_late  # type: ignore[method-assign]
+        return spec
+
+
+def compiled_at_first_call(
+    function: Callable[..., Any], compile_now: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function that is compiled when it is first called.
+
+    Args:
+        function: the plain one.
+        compile_now: `torch.compile`, with its options.
+    """
+    import torch
+
+    compiled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the function takes
+        nonlocal compiled
+        if torch.compiler.is_compiling():  # one that calls this one, which becomes part of it
+            return function(*args, **kwargs)
+        if compiled is None:
+            compiled = compile_now(function)
+        return compiled(*args, **kwargs)
+
+    return call

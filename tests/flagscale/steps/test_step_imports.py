@@ -17,12 +17,14 @@ from flagscale.steps.prepare_data import prepare_data
 ROOT = Path(__file__).parents[3]
 # What none needs: transformers' trainer takes `datasets` along, and that pandas.
 NEVER = {"datasets", "pandas", "transformers.trainer", "kfp"}
+# torch's compiler is as much to import as torch itself.
+COMPILER = {"torch._dynamo", "torch._inductor"}
 NOT_IMPORTED = {
-    "prepare_teacher": {"modelopt", "matplotlib", *NEVER},
-    "convert_student": {"matplotlib", *NEVER},
-    "distil_student": {"matplotlib", "transformers.modeling_utils", *NEVER},
-    "evaluate": {"modelopt", *NEVER},
-    "export_student": {"modelopt", "matplotlib", *NEVER},
+    "prepare_teacher": {"modelopt", "matplotlib", *COMPILER, *NEVER},
+    "convert_student": {"matplotlib", *COMPILER, *NEVER},
+    "distil_student": {"matplotlib", "transformers.modeling_utils", *COMPILER, *NEVER},
+    "evaluate": {"modelopt", *COMPILER, *NEVER},
+    "export_student": {"modelopt", "matplotlib", *COMPILER, *NEVER},
     "distil_student_on_nodes": {"torch", "megatron", "modelopt", "transformers", *NEVER},
     "check_recipe": {"torch", "transformers", "mlflow", "pyarrow", *NEVER},
     "leaderboard": {"torch", "megatron", "modelopt", "transformers", *NEVER},
