@@ -118,8 +118,6 @@ def detect(source: str) -> str:
 
 def kind_of_source(corpus: CorpusRecipe) -> str:
     """What its recipe says, or else `detect`."""
-    if not corpus.source.strip():
-        raise UserError(f"data.source={corpus.source!r}: must name a source of text")
     return detect(corpus.source) if corpus.format in ("auto", "chat") else corpus.format
 
 
