@@ -89,11 +89,12 @@ def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
     """Bytes of the host where the first rank compares a model with transformers' own.
 
     transformers' layers come one by one, in fp32 beside what is read of the file; the largest is a
-    table. Then two models' logits are compared: they, their logarithms, and what is made of them.
+    table. Then logits are compared: ours, transformers' of its own states and of ours, and the
+    logarithms of two.
     """
     logits = FLOAT32 * steps.proof_tokens * shape.padded_vocab_size
     table = (FLOAT32 + steps.source_bytes) * shape.padded_vocab_size * shape.hidden_size
-    return max(7 * logits, table + 2 * logits) + 2 * _hidden(shape, steps)
+    return max(5 * logits, table + 2 * logits) + 2 * _hidden(shape, steps)
 
 
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:

@@ -7,6 +7,7 @@ every later step will load it, and compared with transformers' model of the sour
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import tempfile
@@ -202,7 +203,8 @@ def _prove(
     model = load_model(artifact, seq_length, models.sizes, dtype)
     ours = layer_outputs(model, tokens)
     loss = _validation_loss(model, shape, dataset, seq_length, models)
-    del model  # before transformers' layers come
+    del model
+    gc.collect()  # its modules know each other; and before transformers' layers come
 
     def compare() -> dict[str, float]:
         theirs = in_transformers(source.path, tokens, ours.hidden_bsh, dtype)
