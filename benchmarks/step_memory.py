@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flagscale.artifacts import MANIFEST, new_artifact, open_artifact
-from flagscale.checkpoint.stored import StoredTensors
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import (
     DataRecipe,
@@ -43,6 +40,7 @@ from flagscale.recipe import (
 )
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.parameters import parameters
 from flagscale.sizes.steps import MODEL_STEPS
 
 _VOCABULARY = 1024
@@ -220,15 +218,16 @@ def distil(folder: Path) -> None:
         staging.tokenizer_hash = parents["student"].tokenizer_hash
 
 
+def shapes(folder: Path) -> tuple[ModelShape, ModelShape]:
+    """Of the teacher and of the student, which has half of its layers."""
+    teacher = ModelShape.load(folder / "teacher")
+    return teacher, replace(teacher, num_layers=teacher.num_layers // 2)
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the models that each step must hold at once, in float32, which a CPU computes in."""
-    teacher = 0
-    for path in (folder / "source").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-            teacher += sum(4 * math.prod(shape) for shape in shapes)
-    stored = StoredTensors(folder / "student" / "weights")
-    student = sum(4 * math.prod(tensor.shape) for tensor in stored.tensors.values())
+    alone = Layout.of(ParallelismRecipe())
+    teacher, student = (4 * parameters(shape, alone, 0).total for shape in shapes(folder))
     return {
         "prepare-teacher": teacher,
         "convert-student": teacher + student,
@@ -240,8 +239,7 @@ def sizes(folder: Path) -> dict[str, int]:
 def planned(folder: Path, tensor_parallel: int) -> dict[str, int]:
     """Bytes of the fullest rank of each step, as `python -m pipelines plan` computes them."""
     setup = ModelSteps(
-        ModelShape.load(folder / "teacher"),
-        ModelShape.load(folder / "student"),
+        *shapes(folder),
         source_bytes=2,
         export_bytes=2,
         seq_length=open_artifact(folder / "dataset", "dataset").facts["seq_length"],
