@@ -181,15 +181,20 @@ def test_another_students_evaluation_is_other_work(
     assert first == again != other
 
 
+def unchecked(**values: object) -> EvaluationRecipe:
+    """What the recipe refuses already; a tokenizer, or a dataset, may still come to the same."""
+    return EvaluationRecipe().model_copy(update=values)
+
+
 def test_refuses_a_prompt_without_tokens(artifacts: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation.prompts: '' has no tokens"):
-        run(artifacts, tmp_path / "evaluation", EvaluationRecipe(prompts=("",)))
+        run(artifacts, tmp_path / "evaluation", unchecked(prompts=("",)))
     assert not (tmp_path / "evaluation").exists()
 
 
 def test_refuses_a_single_document(artifacts: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 document\(s\)"):
-        run(artifacts, tmp_path / "evaluation", EvaluationRecipe(max_documents=1))
+        run(artifacts, tmp_path / "evaluation", unchecked(max_documents=1))
     assert not (tmp_path / "evaluation").exists()
 
 
