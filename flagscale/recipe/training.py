@@ -19,12 +19,7 @@ from flagscale.recipe.section import (
     Seed,
 )
 
-# Fields that change no result but by rounding (see `decisive`): a training may go on with others.
-CHANGES_NO_RESULT = (
-    "async_save",
-    "keep_checkpoints",
-    "micro_batch_size",
-    "parallelism",
+OVERLAPS_AND_FUSIONS = (
     "overlap_grad_reduce",
     "overlap_param_gather",
     "tp_comm_overlap",
@@ -34,6 +29,14 @@ CHANGES_NO_RESULT = (
     "bias_dropout_fusion",
     "cross_entropy_loss_fusion",
     "gradient_accumulation_fusion",
+)
+# Fields that change no result but by rounding (see `decisive`): a training may go on with others.
+CHANGES_NO_RESULT = (
+    "async_save",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "parallelism",
+    *OVERLAPS_AND_FUSIONS,
     "recompute_granularity",
     "recompute_modules",
     "record_memory_history",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, parse_section
 from flagscale.recipe.data import CorpusRecipe
+from flagscale.recipe.training import OVERLAPS_AND_FUSIONS
 
 if TYPE_CHECKING:
     from flagscale.megatron.shape import ModelShape
@@ -27,20 +28,13 @@ _PACKAGE = "package:"
 _LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
 # Fields of `training` whose values, but for the defaults, not every machine can honour.
 _OF_THE_MACHINE = {
+    *OVERLAPS_AND_FUSIONS,
     "transformer_impl",
     "fp8",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "ddp_bucket_size",
-    "apply_rope_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
-    "log_straggler",
-    "record_memory_history",
     "recompute_modules",
     "parallelism",
+    "log_straggler",
+    "record_memory_history",
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BAD_SOURCE = 3  # exit code: standard output holds the user's error
