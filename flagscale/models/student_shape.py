@@ -10,7 +10,7 @@ from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 
 def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ...]:
-    """Which of the teacher's layers, counted from 0, a pruned or copied student starts from.
+    """Which of the teacher's layers, counted from 0, the student starts from; all for `same`.
 
     Without `keep_layers` they are spread evenly, first and last included.
 

@@ -11,9 +11,10 @@ from flagscale.recipe.combinations import check_combination, check_on_cpu
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
-from flagscale.recipe.models import StudentRecipe, TeacherRecipe
+from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, variants

@@ -50,10 +50,12 @@ def test_a_resolved_recipe_is_read_back_the_same(file: Path) -> None:
 
 
 CONTRADICTIONS = [
-    ("student", {"hidden_size": 64}, "hidden_size=64 needs init=scratch, but init=prune"),
-    ("student", {"num_layers": None}, "init=prune needs num_layers or keep_layers"),
-    ("student", {"init": "copy"}, "init=copy keeps every layer"),
-    ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers needs init=prune"),
+    ("student", {"hidden_size": 64}, "hidden_size=64 needs init=scratch, but init=depth"),
+    ("student", {"num_layers": None}, "init=depth needs num_layers or keep_layers"),
+    ("student", {"init": "same"}, "init=same keeps every layer"),
+    ("student", {"init": "prune"}, "init='prune': is called depth now"),
+    ("student", {"init": "copy"}, "init='copy': is called same now"),
+    ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers needs init=depth"),
     ("student", {"num_layers": None, "keep_layers": [3, 1]}, "keep_layers=[3, 1] must rise"),
     ("student", {"num_layers": None, "keep_layers": [1, 1]}, "keep_layers=[1, 1] must rise"),
     ("student", {"num_layers": None, "keep_layers": []}, "keep_layers=[] must rise"),
