@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.section import NonNegativeInt, Section, Seed, Width
+from flagscale.recipe.pretrained import PretrainedFields
+from flagscale.recipe.section import NonNegativeInt, Seed, Width
 
 _RENAMED = {"prune": "depth", "copy": "same"}
 
@@ -18,12 +19,15 @@ def _not_renamed(value: object) -> object:
     return value
 
 
-class StudentRecipe(Section):
+class StudentRecipe(PretrainedFields):
     """What the student looks like and what its weights start from."""
 
-    init: Annotated[Literal["depth", "same", "scratch"], BeforeValidator(_not_renamed)] = Field(
+    init: Annotated[
+        Literal["depth", "same", "pretrained", "scratch"], BeforeValidator(_not_renamed)
+    ] = Field(
         "depth",
-        description="depth: a subset of the teacher's layers; same: all of them; scratch: random",
+        description="depth: a subset of the teacher's layers; same: all of them; pretrained: the "
+        "model `source`; scratch: random",
     )
     num_layers: Width | None = Field(None, description="Layers; default: the teacher's")
     keep_layers: tuple[NonNegativeInt, ...] | None = Field(
@@ -49,6 +53,7 @@ class StudentRecipe(Section):
             )
         if self.architecture is not None and self.init != "scratch":
             raise ValueError(f"architecture needs init=scratch, but init={self.init}")
+        self._check_pretrained(self.init)
         self._check_layers()
         self._check_heads()
         return self
@@ -56,8 +61,8 @@ class StudentRecipe(Section):
     def _check_layers(self) -> None:
         if self.init == "depth" and self.num_layers is None and self.keep_layers is None:
             raise ValueError("init=depth needs num_layers or keep_layers")
-        if self.init == "same" and (self.num_layers or self.keep_layers):
-            raise ValueError("init=same keeps every layer: remove num_layers and keep_layers")
+        if self.init in ("same", "pretrained") and (self.num_layers or self.keep_layers):
+            raise ValueError(f"init={self.init} keeps every layer: remove num_layers, keep_layers")
         if self.keep_layers is not None:
             if self.init != "depth":
                 raise ValueError(f"keep_layers needs init=depth, but init={self.init}")

@@ -19,7 +19,7 @@ import yaml
 
 from flagscale.errors import UserError
 from flagscale.megatron.families import family_of
-from flagscale.megatron.shape import ModelShape, pad_vocab_size
+from flagscale.megatron.shape import VOCABULARY_DIVISOR, ModelShape, pad_vocab_size
 from flagscale.recipe import ArchitectureRecipe, TeacherRecipe
 
 KNOWN = Path(__file__).with_name("known_models.yaml")
@@ -93,7 +93,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             num_query_groups=config.get("num_key_value_heads") or heads,
             kv_channels=config.get("head_dim") or hidden // heads,
             vocab_size=config["vocab_size"],
-            padded_vocab_size=pad_vocab_size(config["vocab_size"], 128),
+            padded_vocab_size=pad_vocab_size(config["vocab_size"], VOCABULARY_DIVISOR),
             max_position_embeddings=config.get("max_position_embeddings", 0),
             norm_epsilon=config.get("rms_norm_eps", 1e-6),
             rotary_base=config.get("rope_theta", 1e4),
