@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN_JSON = "origin.json"
 LICENSES = "licenses"  # beside it: the files that go along with the weights
+PRETRAINED = "pretrained"  # folder of the same two, of what the student's own weights come from
 _CARD = "README.md"
 _GOES_ALONG = re.compile(
     r"(?i)[^/]*(licen[cs]e|notice|copying|copyright|patents|use[-_ ]?policy|acceptable[-_ ]?use|"
@@ -36,7 +37,7 @@ _GOES_ALONG = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model card says of the teacher.
+    """What a model card says of the teacher, or of the model that the student was.
 
     Attributes:
         source: as the recipe names it.
@@ -83,7 +84,7 @@ def keep_origin(source: str, revision: str | None, hf_folder: Path) -> Origin:
     Without a card it stays unknown. A link to a file that does not go along leads to the hub.
 
     Args:
-        source: of the teacher, which has been loaded already.
+        source: of the model, which has been loaded already.
         revision: branch, tag or commit of a Hugging Face id.
         hf_folder: existing folder for `origin.json` and `licenses/`.
     """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -15,6 +16,7 @@ from megatron.core.parallel_state import get_pipeline_model_parallel_group
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_layers, save_weights
+from flagscale.checkpoint.agreement import on_first_rank
 from flagscale.checkpoint.weights import count_parameters
 from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
@@ -23,21 +25,24 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
-from flagscale.megatron.shape import ModelShape, hf_config_for
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.distillation_proof import (
     PROOF_LOSS,
     prove_every_parameter_learns,
     prove_no_loss_when_equal,
 )
-from flagscale.models.hf_description import write_config
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
+from flagscale.models.pretrained import Pretrained, prove
 from flagscale.models.random_weights import with_random_weights
-from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.steps.describe_student import describe_student
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
 
 logger = logging.getLogger(__name__)
+
+_CUT = ("depth", "same")  # out of the teacher
 
 
 def convert_student(
@@ -49,22 +54,25 @@ def convert_student(
 ) -> dict[str, float]:
     """Make the student and prove ModelOpt's distillation conversion of it.
 
-    Its layers are cut out of the teacher's checkpoint; the teacher is there for the proofs alone,
-    beside one student.
+    Its layers are cut out of the teacher's checkpoint, or it is a Hugging Face model of its own,
+    imported and proven as the teacher was. The teacher is there for the proofs alone, beside one
+    student.
 
     Args:
         student: what it looks like and starts from.
         teacher: a `teacher` artifact.
-        dataset: a `dataset` artifact; one validation sample serves the proofs.
+        dataset: a `dataset` artifact; one validation sample serves the proofs, a few more those of
+            a model of its own.
         output: the `student` artifact to write.
         models: how the step is spread over processes.
 
     Returns:
-        Layers, parameters, and the proofs' figures.
+        Layers, parameters, and the proofs' figures; of a model of its own also those of
+        `flagscale.models.pretrained.prove`.
 
     Raises:
-        UserError: the student does not fit the teacher or the processes, the tokenizers differ, or
-            a proof failed.
+        UserError: the student does not fit the teacher or the processes, the tokenizers differ, its
+            source cannot be read or is not supported, or a proof failed.
     """
     parents = _parents(teacher, dataset, check_files=True)
     if parents["teacher"].tokenizer_hash != parents["dataset"].tokenizer_hash:
@@ -72,30 +80,49 @@ def convert_student(
             f"{dataset} was tokenized with {parents['dataset'].tokenizer_hash}, but the teacher's "
             f"tokenizer is {parents['teacher'].tokenizer_hash}: prepare the data with the latter"
         )
-    teacher_shape = ModelShape.load(teacher)
-    for shape in (teacher_shape, student_shape(teacher_shape, student)):
-        seq_length = parents["dataset"].facts["seq_length"]
-        check_layout(shape, models.sizes, seq_length, section="models")
-    return call_on_ranks(
-        "convert-student",
-        convert_on_rank,
-        models.processes,
-        student=student,
-        teacher=teacher,
-        dataset=dataset,
-        output=output,
-        models=models,
-    )
+    _check_shapes(student, ModelShape.load(teacher), dataset, parents["dataset"].facts, models)
+    with pretrained_folder(student.pretrained) as folder:
+        return call_on_ranks(
+            "convert-student",
+            convert_on_rank,
+            models.processes,
+            student=student,
+            folder=folder,
+            teacher=teacher,
+            dataset=dataset,
+            output=output,
+            models=models,
+        )
 
 
 def convert_on_rank(
-    student: StudentRecipe, teacher: Path, dataset: Path, output: Path, models: ModelsRecipe
+    student: StudentRecipe,
+    folder: Path | None,
+    teacher: Path,
+    dataset: Path,
+    output: Path,
+    models: ModelsRecipe,
 ) -> dict[str, float]:
-    """The work of one rank, or of the only process; see `convert_student`."""
+    """The work of one rank, or of the only process; see `convert_student`.
+
+    Args:
+        student: see there.
+        folder: of the model that the student is, if it is one of its own.
+        teacher: see there.
+        dataset: see there.
+        output: see there.
+        models: see there.
+    """
     parents = _parents(teacher, dataset, check_files=False)
-    shape = student_shape(ModelShape.load(teacher), student)
     seq_length = parents["dataset"].facts["seq_length"]
     stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
+    teacher_shape, source = ModelShape.load(teacher), None
+    if student.pretrained is not None and folder is not None:
+        facts = parents["dataset"].facts
+        source = open_student(student.pretrained, folder, teacher_shape, facts)
+        shape, stored = source.shape, source.source.dtype()
+    else:
+        shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     recipe = {"student": student.model_dump(mode="json")}
@@ -106,16 +133,19 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch = _batch(dataset)
-        model = _build(student, shape, teacher, args, stored)
-        if student.init != "scratch":
+        model = _build(student, source, shape, teacher, args, stored)
+        if student.init in _CUT:
             staging.facts["keep_layers"] = _kept(student, teacher)
         figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
-        if is_first_rank():
-            _save_description(shape, teacher, staging.path)
+        describe = partial(describe_student, source, shape, teacher, dataset, staging.path)
+        on_first_rank(staging.path, "could not be described", describe)
         save_weights(model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
+        if source is not None:
+            staging.facts |= source.facts()
+            figures |= prove(source, staging.path, dataset, models.sizes)
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
@@ -130,6 +160,22 @@ def convert_on_rank(
                 figures["kd_loss_when_equal"],
             )
     return figures
+
+
+def _check_shapes(
+    student: StudentRecipe,
+    teacher: ModelShape,
+    dataset: Path,
+    facts: Mapping[str, Any],
+    models: ModelsRecipe,
+) -> None:
+    """Refuse what the processes cannot share, or what is not the teacher's, before long work."""
+    check_layout(teacher, models.sizes, facts["seq_length"], section="models")
+    if student.pretrained is not None:
+        check_pretrained(student.pretrained, teacher, dataset, facts, models.sizes)
+        return
+    shape = student_shape(teacher, student)
+    check_layout(shape, models.sizes, facts["seq_length"], section="models")
 
 
 def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:
@@ -159,15 +205,23 @@ def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
 
 
 def _build(
-    student: StudentRecipe, shape: ModelShape, teacher: Path, args: Arguments, stored: torch.dtype
+    student: StudentRecipe,
+    source: Pretrained | None,
+    shape: ModelShape,
+    teacher: Path,
+    args: Arguments,
+    stored: torch.dtype,
 ) -> GPTModel:
     """This rank's part of the student, with weights that lose nothing when they are stored.
 
-    A teacher's own weights do not anyway: the student is stored as the teacher is.
+    Weights that were there do not anyway: the student is stored as they are.
     """
     build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
     if student.init == "scratch":
         model = with_random_weights(build, student.seed)
+    elif source is not None:
+        model = build()
+        source.fill(model)
     else:
         model, kept = build(), _kept(student, teacher)
         num_layers = ModelShape.load(teacher).num_layers
@@ -185,21 +239,6 @@ def _check_layers(model: GPTModel, shape: ModelShape) -> float:
     if layers != shape.num_layers:
         raise UserError(f"the student has {layers:.0f} layers, but must have {shape.num_layers}")
     return layers.item()
-
-
-def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
-    """All of the artifact but weights: the tokenizer and what else the teacher's `hf/` holds.
-
-    The configuration goes along too, as the student's, unless none describes the student.
-    """
-    shape.save(folder)
-    if not shape.fits_hugging_face:
-        configurations = shutil.ignore_patterns("config.json", "generation_config.json")
-        shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
-        return
-    shutil.copytree(teacher / "hf", folder / "hf")
-    template = load_hf_config(teacher / "hf")
-    write_config(hf_config_for(shape, template), folder / "hf")
 
 
 def _prove(
