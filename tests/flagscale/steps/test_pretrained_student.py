@@ -196,7 +196,6 @@ def spoil_weights(source: Path, value: float) -> None:
         (lambda folder: spoil_config(folder, vocab_size=900), "the student: the dataset has token"),
         (lambda folder: spoil_weights(folder, 0.0), "set student.allow_zero_weights=true"),
         (lambda folder: spoil_weights(folder, float("nan")), "values that are not finite"),
-        (lambda folder: spoil_config(folder, rope_parameters=None, rope_theta=1e4), "layer [01]"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ],
 )
