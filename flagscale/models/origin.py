@@ -121,10 +121,25 @@ def keep_origin(source: str, revision: str | None, hf_folder: Path) -> Origin:
     return origin
 
 
+def pretrained_origin(hf_folder: Path) -> Origin | None:
+    """Where a student's own weights come from; None where they were made of the teacher's."""
+    place = hf_folder / PRETRAINED
+    return Origin.load(place) if place.is_dir() else None
+
+
 def copy_licenses(hf_folder: Path, folder: Path) -> None:
-    """Copy what `keep_origin` kept of the licence's files, beside a model card."""
-    if (hf_folder / LICENSES).is_dir():
-        shutil.copytree(hf_folder / LICENSES, folder, dirs_exist_ok=True)
+    """Copy what `keep_origin` kept of the licence's files, beside a model card.
+
+    Those of what the weights are derived from; a teacher that they are not, in `teacher/`.
+    """
+    theirs, own = hf_folder / LICENSES, hf_folder / PRETRAINED / LICENSES
+    if (hf_folder / PRETRAINED).is_dir():
+        places = {own: folder, theirs: folder / "teacher"}
+    else:
+        places = {theirs: folder}
+    for source, place in places.items():
+        if source.is_dir():
+            shutil.copytree(source, place, dirs_exist_ok=True)
 
 
 def _of_package(name: str) -> Iterable[Path]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.pretrained import PretrainedFields
-from flagscale.recipe.section import NonNegativeInt, Seed, Width
+from flagscale.recipe.section import NonNegativeInt, PositiveInt, Seed, Width
 
 _RENAMED = {"prune": "depth", "copy": "same"}
 
@@ -31,7 +31,18 @@ class StudentRecipe(PretrainedFields):
     )
     num_layers: Width | None = Field(None, description="Layers; default: the teacher's")
     keep_layers: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="Teacher layers to keep, from 0; default: spread evenly, ends included"
+        None, description="Teacher layers to keep, from 0; default: chosen by layer_importance"
+    )
+    layer_importance: Literal["even", "kl", "block_influence"] = Field(
+        "even",
+        description="depth: even: layers are kept spread evenly, ends included; kl: those go, one "
+        "by one, without which the teacher stays closest to itself; block_influence: those go that "
+        "turn their input the least (ShortGPT)",
+    )
+    calibration_tokens: PositiveInt | None = Field(
+        None,
+        description="Text of the train split that importance is measured on, in whole sequences; "
+        "default: 4096",
     )
     hidden_size: Width | None = Field(None, description="scratch only; default: teacher's")
     ffn_hidden_size: Width | None = Field(None, description="scratch only; ditto")
@@ -55,8 +66,14 @@ class StudentRecipe(PretrainedFields):
             raise ValueError(f"architecture needs init=scratch, but init={self.init}")
         self._check_pretrained(self.init)
         self._check_layers()
+        self._check_calibration()
         self._check_heads()
         return self
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether calibration text decides which of the teacher's layers are kept."""
+        return self.layer_importance != "even"
 
     def _check_layers(self) -> None:
         if self.init == "depth" and self.num_layers is None and self.keep_layers is None:
@@ -72,6 +89,22 @@ class StudentRecipe(PretrainedFields):
                 raise ValueError(
                     f"num_layers={self.num_layers} but keep_layers names {len(self.keep_layers)}"
                 )
+
+    def _check_calibration(self) -> None:
+        if self.measures_layers and self.init != "depth":
+            raise ValueError(
+                f"layer_importance={self.layer_importance} needs init=depth, but init={self.init}"
+            )
+        if self.measures_layers and self.keep_layers is not None:
+            raise ValueError(
+                f"layer_importance={self.layer_importance} has no effect with keep_layers="
+                f"{list(self.keep_layers)}: give num_layers instead"
+            )
+        if self.calibration_tokens is not None and not self.measures_layers:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens} has no effect with "
+                f"layer_importance={self.layer_importance}: nothing is measured"
+            )
 
     def _check_heads(self) -> None:
         heads, groups = self.num_attention_heads, self.num_query_groups

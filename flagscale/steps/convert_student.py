@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,14 @@ from flagscale.models.distillation_proof import (
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.pretrained import Pretrained, prove
 from flagscale.models.random_weights import with_random_weights
-from flagscale.models.student_shape import layers_to_keep, student_shape
+from flagscale.models.student_shape import student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.describe_student import describe_student
+from flagscale.steps.layer_choice import choose_layers, needs, record
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
 
 logger = logging.getLogger(__name__)
-
-_CUT = ("depth", "same")  # out of the teacher
 
 
 def convert_student(
@@ -133,9 +132,8 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch = _batch(dataset)
-        model = _build(student, source, shape, teacher, args, stored)
-        if student.init in _CUT:
-            staging.facts["keep_layers"] = _kept(student, teacher)
+        choice = choose_layers(student, teacher, dataset, args)
+        model = _build(student, source, shape, teacher, choice.kept, args, stored)
         figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
         describe = partial(describe_student, source, shape, teacher, dataset, staging.path)
@@ -147,10 +145,12 @@ def convert_on_rank(
             staging.facts |= source.facts()
             figures |= prove(source, staging.path, dataset, models.sizes)
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        figures |= needs(shape, seq_length, stored)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
+            record(choice, shape, staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
                 "%.1g against itself; every parameter learns; reloads to the same logits",
@@ -200,15 +200,12 @@ def _batch(dataset: Path) -> dict[str, torch.Tensor]:
     return told[0]
 
 
-def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
-    return list(layers_to_keep(ModelShape.load(teacher).num_layers, student))
-
-
 def _build(
     student: StudentRecipe,
     source: Pretrained | None,
     shape: ModelShape,
     teacher: Path,
+    kept: Sequence[int],
     args: Arguments,
     stored: torch.dtype,
 ) -> GPTModel:
@@ -223,9 +220,8 @@ def _build(
         model = build()
         source.fill(model)
     else:
-        model, kept = build(), _kept(student, teacher)
-        num_layers = ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", kept, num_layers)
+        model, num_layers = build(), ModelShape.load(teacher).num_layers
+        logger.info("keeping layers %s of %d", list(kept), num_layers)
         load_layers(model, teacher / WEIGHTS, kept, num_layers)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(stored))
