@@ -45,7 +45,8 @@ def model_card(
         f"---\n{yaml.safe_dump(_front_matter(weights, export_format), sort_keys=False)}---",
         f"# {name}",
         f"A {_kind(shape)} model of {shape.num_layers} layers and "
-        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher, pretrained)}",
+        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, "
+        f"{_made(training, teacher, pretrained)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_learnt(metrics['kinds'], has_chat_template)}\n\n"
         f"{_training(training)}",
@@ -138,7 +139,7 @@ def _taught(origin: Origin, teacher: str) -> str:
     link = f" ({_linked(origin.license_link)})" if origin.license_link else ""
     note = _llama_note(origin)
     text = (
-        f"It has learnt from what `{teacher}` predicts, {known}{link}; files of that licence, where "
+        f"It has learnt from what `{teacher}` predicts, {known}{link}; that licence's files, where "
         "there are any, are in `teacher/`."
     )
     return f"{text}\n\n{note}" if note else text

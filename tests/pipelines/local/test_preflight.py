@@ -61,6 +61,22 @@ def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
     assert with_fingerprints(filled) == filled
 
 
+def test_a_student_that_is_a_model_has_a_fingerprint_too(tmp_path: Path) -> None:
+    """In a sweep one of all its students: whichever changes, none is taken from the cache."""
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+        (place / "config.json").write_text("one")
+    one = recipe(tmp_path, init="pretrained", source=str(places[0]))
+    assert with_fingerprints(one).student.fingerprint == fingerprint(str(places[0]))
+    assert with_fingerprints(recipe(tmp_path)).student.fingerprint is None
+    values = one.model_dump(mode="json")
+    values["sweep"] = {"vary": {"student.source": [str(place) for place in places]}}
+    sweep = Recipe.model_validate(values)
+    both = "+".join(str(fingerprint(str(place))) for place in places)
+    assert with_fingerprints(sweep).student.fingerprint == both
+
+
 def test_remote_text_and_models_have_fingerprints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,6 +267,31 @@ def test_sequences_longer_than_the_teachers_positions(tiny_teacher: Path) -> Non
 def test_good_sources_pass(tiny_teacher: Path) -> None:
     check_sources(recipe(tiny_teacher, num_layers=4))
     check_sources(recipe(tiny_teacher, init="scratch", num_layers=3))
+    check_sources(recipe(tiny_teacher, init="pretrained", source=str(tiny_teacher)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "student: model_type='gemma' is not supported"),
+        ({"max_position_embeddings": 16}, "is more than the student's max_position_embeddings=16"),
+        ({"num_attention_heads": 3}, "student: hidden_size=64 is not divisible"),
+        ({"tokenizer": 1}, "its tokenizer is not that of .* tokens differ, first '.*', which is"),
+    ],
+)
+def test_a_student_that_is_another_model(
+    tiny_teacher: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    del config["head_dim"]
+    if "tokenizer" in change:
+        text = (source / "tokenizer.json").read_text(encoding="utf-8")
+        (source / "tokenizer.json").write_text(text.replace('"the"', '"thexx"'), encoding="utf-8")
+    else:
+        (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        check_sources(recipe(tiny_teacher, init="pretrained", source=str(source)))
 
 
 @pytest.mark.parametrize(
