@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,7 @@ def prune_width(
         forward_loop(converted)
 
     with (
-        _known_to_modelopt(model),
-        tempfile.TemporaryDirectory(prefix="flagscale-minitron-") as folder,
+        _known_to_modelopt(model) as estimators,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),  # it prints every score
     ):
@@ -86,11 +84,9 @@ def prune_width(
             mode=[("mcore_minitron", config)],
             constraints={"export_config": dict(sizes)},
             dummy_input=None,
-            config={"forward_loop": run, "scores_path": f"{folder}/scores/"},
+            config={"forward_loop": run},
         )
-        (found,) = (Path(folder) / "scores").iterdir()
-        state = torch.load(found, weights_only=False)
-    return _scores(state["activations_per_rank"], width)
+    return _scores(estimators[0].activations_per_rank, width)
 
 
 def move_weights(pruned: GPTModel, model: GPTModel) -> None:
@@ -170,7 +166,19 @@ DMRegistry.register({RMSNorm: "flagscale RMSNorm", LayerNorm: "flagscale LayerNo
 
 
 class _Estimators(mcore_minitron.ImportanceEstimatorRegistry):  # type: ignore[misc]
-    """ModelOpt's hooks, without the mean over no tokens: NaN, which no later token would mend."""
+    """ModelOpt's hooks, whose sums stay; without means over no tokens: NaN, which no later token
+    would mend.
+
+    Attributes:
+        activations_per_rank: the sums by modules' names, of each pipeline stage.
+    """
+
+    activations_per_rank: list[dict[str, Any]]
+
+    def get_activations_and_layer_scores(self) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+        """See ModelOpt's."""
+        self.activations_per_rank, layers = super().get_activations_and_layer_scores()
+        return self.activations_per_rank, layers
 
     def register_hook(
         self,
@@ -189,13 +197,22 @@ class _Estimators(mcore_minitron.ImportanceEstimatorRegistry):  # type: ignore[m
 
 
 @contextlib.contextmanager
-def _known_to_modelopt(model: GPTModel) -> Iterator[None]:
+def _known_to_modelopt(model: GPTModel) -> Iterator[list[_Estimators]]:
     """Inside, ModelOpt takes our core attention for one that it knows, and our hooks for its own.
 
     It knows two core attentions: Megatron-Core's plain one, and transformer-engine's, which is a
     mock where that is not installed, so that even asking fails. Ours stands where the plain one
     would, and is given the two sizes that the plain one has, for ModelOpt to change.
+
+    Yields:
+        The hooks of each model that is pruned inside.
     """
+    made: list[_Estimators] = []
+
+    def estimators(converted: GPTModel) -> _Estimators:
+        made.append(_Estimators(converted))
+        return made[-1]
+
     heads = model.config.num_attention_heads
     for module in model.modules():
         if isinstance(module, SDPACoreAttention):
@@ -203,13 +220,13 @@ def _known_to_modelopt(model: GPTModel) -> Iterator[None]:
             module.hidden_size_per_partition = heads * model.config.kv_channels
     replaced = (
         (dynamic, "DotProductAttention", SDPACoreAttention),
-        (mcore_minitron, "ImportanceEstimatorRegistry", _Estimators),
+        (mcore_minitron, "ImportanceEstimatorRegistry", estimators),
     )
     before = [getattr(module, name) for module, name, _ in replaced]
     try:
         for module, name, ours in replaced:
             setattr(module, name, ours)
-        yield
+        yield made
     finally:
         for (module, name, _), theirs in zip(replaced, before, strict=True):
             setattr(module, name, theirs)
