@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.section import NonNegativeInt, Seed, Width
+from flagscale.recipe.section import NonNegativeInt, PositiveInt, Seed, Width
 from flagscale.recipe.targets import TARGETS, TargetsRecipe
 
 _RENAMED = {"prune": "depth", "copy": "same"}
@@ -61,7 +61,18 @@ class StudentRecipe(TargetsRecipe):
     )
     num_layers: Width | None = Field(None, description="Layers; default: the teacher's")
     keep_layers: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="Teacher layers to keep, from 0; default: spread evenly, ends included"
+        None, description="Teacher layers to keep, from 0; default: chosen by layer_importance"
+    )
+    layer_importance: Literal["even", "kl", "block_influence"] = Field(
+        "even",
+        description="depth: even: layers are kept spread evenly, ends included; kl: those go, one "
+        "by one, without which the teacher stays closest to itself; block_influence: those go that "
+        "turn their input the least (ShortGPT)",
+    )
+    calibration_tokens: PositiveInt | None = Field(
+        None,
+        description="Text of the train split that importance is measured on, in whole sequences; "
+        "default: 4096",
     )
     hidden_size: Width | None = Field(
         None, description="width and scratch only, as the next two; default: the teacher's"
@@ -106,8 +117,14 @@ class StudentRecipe(TargetsRecipe):
                 )
         self._check_cut()
         self._check_layers()
+        self._check_calibration()
         self._check_heads()
         return self
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether calibration text decides which of the teacher's layers are kept."""
+        return self.layer_importance != "even"
 
     def _check_cut(self) -> None:
         """Something must be cut, or else `same` is what is meant."""
@@ -115,7 +132,7 @@ class StudentRecipe(TargetsRecipe):
             return
         if self.cuts_depth and self.num_layers is None and self.keep_layers is None:
             raise ValueError(f"init={self.init} needs num_layers, keep_layers or a target")
-        if self.cuts_width and all(getattr(self, name) is None for name in _WIDTHS):
+        if self.cuts_width and not self.given_widths:
             raise ValueError(f"init={self.init} needs {', '.join(_WIDTHS)} or a target")
 
     def _check_layers(self) -> None:
@@ -126,6 +143,24 @@ class StudentRecipe(TargetsRecipe):
                 raise ValueError(
                     f"num_layers={self.num_layers} but keep_layers names {len(self.keep_layers)}"
                 )
+
+    def _check_calibration(self) -> None:
+        if self.measures_layers and not self.cuts_depth:
+            raise ValueError(
+                f"layer_importance={self.layer_importance} needs init={' or '.join(_DEPTH)}, but "
+                f"init={self.init}"
+            )
+        if self.measures_layers and self.keep_layers is not None:
+            raise ValueError(
+                f"layer_importance={self.layer_importance} has no effect with keep_layers="
+                f"{list(self.keep_layers)}: give num_layers instead"
+            )
+        measures = self.measures_layers or self.cuts_width
+        if self.calibration_tokens is not None and not measures:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens} has no effect with "
+                f"layer_importance={self.layer_importance}: nothing is measured"
+            )
 
     def _check_heads(self) -> None:
         heads, groups = self.num_attention_heads, self.num_query_groups

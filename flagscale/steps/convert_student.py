@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +34,9 @@ from flagscale.models.hf_description import write_config
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
-from flagscale.models.student_shape import layers_to_keep, student_shape
+from flagscale.models.student_shape import student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.steps.layer_choice import choose_layers, needs, record
 from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
@@ -106,9 +108,8 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch = _batch(dataset)
-        model = _build(student, shape, teacher, args, stored)
-        if student.init != "scratch":
-            staging.facts["keep_layers"] = _kept(student, teacher)
+        choice = choose_layers(student, teacher, dataset, args)
+        model = _build(student, shape, teacher, choice.kept, args, stored)
         figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
         if is_first_rank():
@@ -117,10 +118,12 @@ def convert_on_rank(
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        figures |= needs(shape, seq_length, stored)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
+            record(choice, shape, staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
                 "%.1g against itself; every parameter learns; reloads to the same logits",
@@ -154,12 +157,13 @@ def _batch(dataset: Path) -> dict[str, torch.Tensor]:
     return told[0]
 
 
-def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
-    return list(layers_to_keep(ModelShape.load(teacher).num_layers, student))
-
-
 def _build(
-    student: StudentRecipe, shape: ModelShape, teacher: Path, args: Arguments, stored: torch.dtype
+    student: StudentRecipe,
+    shape: ModelShape,
+    teacher: Path,
+    kept: Sequence[int],
+    args: Arguments,
+    stored: torch.dtype,
 ) -> GPTModel:
     """This rank's part of the student, with weights that lose nothing when they are stored.
 
@@ -169,9 +173,8 @@ def _build(
     if student.init == "scratch":
         model = with_random_weights(build, student.seed)
     else:
-        model, kept = build(), _kept(student, teacher)
-        num_layers = ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", kept, num_layers)
+        model, num_layers = build(), ModelShape.load(teacher).num_layers
+        logger.info("keeping layers %s of %d", list(kept), num_layers)
         load_layers(model, teacher / WEIGHTS, kept, num_layers)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(stored))
