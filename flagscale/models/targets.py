@@ -203,8 +203,9 @@ class _Costs:
             "target_parameters": lambda: f"{parameters_in_use(shape):,} parameters",
             "target_active_parameters": lambda: f"{active_in_use(shape):,} active parameters",
             "target_memory": lambda: f"{memory_in_use(shape, seq_length, platform) / 1e9:.3g} GB",
-            "target_speed": lambda: f"{1 / seconds_a_token(shape, seq_length, platform):,.0f} "
-            "tokens/s",
+            "target_speed": lambda: (
+                f"{1 / seconds_a_token(shape, seq_length, platform):,.0f} tokens/s"
+            ),
         }
         return ", ".join(
             figure() for name, figure in figures.items() if getattr(student, name) is not None

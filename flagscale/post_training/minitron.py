@@ -166,8 +166,7 @@ DMRegistry.register({RMSNorm: "flagscale RMSNorm", LayerNorm: "flagscale LayerNo
 
 
 class _Estimators(mcore_minitron.ImportanceEstimatorRegistry):  # type: ignore[misc]
-    """ModelOpt's hooks, whose sums stay; without means over no tokens: NaN, which no later token
-    would mend.
+    """ModelOpt's hooks without means over no tokens: NaN, which no later token would mend.
 
     Attributes:
         activations_per_rank: the sums by modules' names, of each pipeline stage.

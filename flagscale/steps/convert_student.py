@@ -25,6 +25,7 @@ from flagscale.megatron.arguments import Arguments, model_arguments, with_teache
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
+from flagscale.models.cut_shape import cut_shape
 from flagscale.models.distillation_proof import (
     PROOF_LOSS,
     prove_every_parameter_learns,
@@ -35,8 +36,10 @@ from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import student_shape
+from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.layer_choice import choose_layers, needs, record
+from flagscale.steps.narrowing import Narrowing, check_pruning, narrow_student, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ def convert_student(
             f"{dataset} was tokenized with {parents['dataset'].tokenizer_hash}, but the teacher's "
             f"tokenizer is {parents['teacher'].tokenizer_hash}: prepare the data with the latter"
         )
+    check_pruning(student, models)
     teacher_shape = ModelShape.load(teacher)
     for shape in (teacher_shape, student_shape(teacher_shape, student)):
         seq_length = parents["dataset"].facts["seq_length"]
@@ -95,12 +99,13 @@ def convert_on_rank(
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `convert_student`."""
     parents = _parents(teacher, dataset, check_files=False)
+    recipe = {"student": student.model_dump(mode="json")}
+    student = meet_targets(ModelShape.load(teacher), student)
     shape = student_shape(ModelShape.load(teacher), student)
     seq_length = parents["dataset"].facts["seq_length"]
     stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
     dtype = platform.inference_dtype(stored)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
-    recipe = {"student": student.model_dump(mode="json")}
     with (
         tracked("convert-student", recipe, parents=parents) as run,
         platform.runtime(student.seed, models.sizes),
@@ -109,7 +114,7 @@ def convert_on_rank(
     ):
         batch = _batch(dataset)
         choice = choose_layers(student, teacher, dataset, args)
-        model = _build(student, shape, teacher, choice.kept, args, stored)
+        model, narrowing = _build(student, teacher, dataset, choice.kept, args, stored)
         figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
         if is_first_rank():
@@ -123,6 +128,7 @@ def convert_on_rank(
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
+            record_narrowing(narrowing, staging, run)
             record(choice, shape, staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
@@ -159,26 +165,30 @@ def _batch(dataset: Path) -> dict[str, torch.Tensor]:
 
 def _build(
     student: StudentRecipe,
-    shape: ModelShape,
     teacher: Path,
+    dataset: Path,
     kept: Sequence[int],
     args: Arguments,
     stored: torch.dtype,
-) -> GPTModel:
+) -> tuple[GPTModel, Narrowing | None]:
     """This rank's part of the student, with weights that lose nothing when they are stored.
 
     A teacher's own weights do not anyway: the student is stored as the teacher is.
     """
+    shape, teacher_shape, narrowing = args.shape, ModelShape.load(teacher), None
     build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
     if student.init == "scratch":
         model = with_random_weights(build, student.seed)
     else:
-        model, num_layers = build(), ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", list(kept), num_layers)
-        load_layers(model, teacher / WEIGHTS, kept, num_layers)
+        as_wide = cut_shape(teacher_shape, {"num_layers": shape.num_layers})
+        model = build_model(as_wide, args.seq_length, args.parallelism, args.params_dtype)
+        logger.info("keeping layers %s of %d", list(kept), teacher_shape.num_layers)
+        load_layers(model, teacher / WEIGHTS, kept, teacher_shape.num_layers)
+        if shape != as_wide:
+            model, narrowing = narrow_student(student, dataset, model, (as_wide, shape), build)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(stored))
-    return model
+    return model, narrowing
 
 
 def _check_layers(model: GPTModel, shape: ModelShape) -> float:
