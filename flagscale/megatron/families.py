@@ -35,6 +35,7 @@ class Family:
         qk_layernorm: norm on every query and key head.
         add_qkv_bias: bias on the query, key and value projections.
         has_experts: every layer is a router and experts, in place of one MLP.
+        hidden_size_of_whole_heads: transformers refuses another, even where `head_dim` is given.
         further: fields of its configuration, beyond those of all families, that have one supported
             value: what they may be.
     """
@@ -44,6 +45,7 @@ class Family:
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     has_experts: bool = False
+    hidden_size_of_whole_heads: bool = False
     further: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2", "LlamaForCausalLM"),
+    "llama": Family(
+        "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2", "LlamaForCausalLM", hidden_size_of_whole_heads=True
+    ),
     "mistral": Family("Mistral 7B v0.2, v0.3; Nemo; Small 24B", "MistralForCausalLM"),
     "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", add_qkv_bias=True),
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", qk_layernorm=True),

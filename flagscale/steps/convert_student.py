@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_group
 
 from flagscale.artifacts import Manifest, open_artifact
-from flagscale.checkpoint import load_layers, save_weights
+from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.agreement import on_first_rank
 from flagscale.checkpoint.weights import count_parameters
 from flagscale.data.loader import prepare_validation_index, validation_batches
@@ -31,13 +31,15 @@ from flagscale.models.distillation_proof import (
     prove_every_parameter_learns,
     prove_no_loss_when_equal,
 )
-from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
-from flagscale.models.pretrained import Pretrained, prove
-from flagscale.models.random_weights import with_random_weights
+from flagscale.models.megatron import WEIGHTS, forward, load_model
+from flagscale.models.pretrained import prove
 from flagscale.models.student_shape import student_shape
+from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.describe_student import describe_student
-from flagscale.steps.layer_choice import choose_layers, needs, record
+from flagscale.steps.layer_choice import needs, record
+from flagscale.steps.make_student import make_student
+from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
 
@@ -79,6 +81,7 @@ def convert_student(
             f"{dataset} was tokenized with {parents['dataset'].tokenizer_hash}, but the teacher's "
             f"tokenizer is {parents['teacher'].tokenizer_hash}: prepare the data with the latter"
         )
+    check_pruning(student, models)
     _check_shapes(student, ModelShape.load(teacher), dataset, parents["dataset"].facts, models)
     with pretrained_folder(student.pretrained) as folder:
         return call_on_ranks(
@@ -113,6 +116,7 @@ def convert_on_rank(
         models: see there.
     """
     parents = _parents(teacher, dataset, check_files=False)
+    recipe = {"student": student.model_dump(mode="json")}
     seq_length = parents["dataset"].facts["seq_length"]
     stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
     teacher_shape, source = ModelShape.load(teacher), None
@@ -121,10 +125,10 @@ def convert_on_rank(
         source = open_student(student.pretrained, folder, teacher_shape, facts)
         shape, stored = source.shape, source.source.dtype()
     else:
+        student = meet_targets(teacher_shape, student)
         shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
-    recipe = {"student": student.model_dump(mode="json")}
     with (
         tracked("convert-student", recipe, parents=parents) as run,
         platform.runtime(student.seed, models.sizes),
@@ -132,15 +136,14 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch = _batch(dataset)
-        choice = choose_layers(student, teacher, dataset, args)
-        model = _build(student, source, shape, teacher, choice.kept, args, stored)
-        figures = {"layers": _check_layers(model, shape)}
-        logits_bsv = forward(model, batch["tokens"])
+        made = make_student(student, source, teacher, dataset, args, stored)
+        figures = {"layers": _check_layers(made.model, shape)}
+        logits_bsv = forward(made.model, batch["tokens"])
         describe = partial(describe_student, source, shape, teacher, dataset, staging.path)
         on_first_rank(staging.path, "could not be described", describe)
-        save_weights(model, staging.path / WEIGHTS, stored)
+        save_weights(made.model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
-        del model  # what is proven is the artifact
+        del made.model  # what is proven is the artifact
         if source is not None:
             staging.facts |= source.facts()
             figures |= prove(source, staging.path, dataset, models.sizes)
@@ -150,7 +153,8 @@ def convert_on_rank(
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
-            record(choice, shape, staging, run)
+            record_narrowing(made.narrowing, staging, run)
+            record(made.choice, shape, staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
                 "%.1g against itself; every parameter learns; reloads to the same logits",
@@ -198,34 +202,6 @@ def _batch(dataset: Path) -> dict[str, torch.Tensor]:
     torch.distributed.broadcast_object_list(told, src=0)
     assert told[0] is not None, "the first rank is one of them"
     return told[0]
-
-
-def _build(
-    student: StudentRecipe,
-    source: Pretrained | None,
-    shape: ModelShape,
-    teacher: Path,
-    kept: Sequence[int],
-    args: Arguments,
-    stored: torch.dtype,
-) -> GPTModel:
-    """This rank's part of the student, with weights that lose nothing when they are stored.
-
-    Weights that were there do not anyway: the student is stored as they are.
-    """
-    build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
-    if student.init == "scratch":
-        model = with_random_weights(build, student.seed)
-    elif source is not None:
-        model = build()
-        source.fill(model)
-    else:
-        model, num_layers = build(), ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", list(kept), num_layers)
-        load_layers(model, teacher / WEIGHTS, kept, num_layers)
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(stored))
-    return model
 
 
 def _check_layers(model: GPTModel, shape: ModelShape) -> float:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 LAYER_IMPORTANCE = "layer_importance.json"
-_CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 4096
 _SHAPE = (
     "num_layers",
     "hidden_size",
@@ -72,7 +72,8 @@ def choose_layers(
     count = ModelShape.load(teacher).num_layers
     if not student.measures_layers:
         return LayerChoice(layers_to_keep(count, student))
-    text = _calibration(student, dataset)
+    tokens = student.calibration_tokens or CALIBRATION_TOKENS
+    text = calibration_text(tokens, student.seed, dataset)
     model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
     gone = count - num_layers(count, student)
     logger.info("measuring which %d of %d layers can go, on %d tokens", gone, count, text.tokens)
@@ -136,14 +137,12 @@ def _record_importance(choice: LayerChoice, folder: Path, run: tracking.StepRun)
     return facts
 
 
-def _calibration(student: StudentRecipe, dataset: Path) -> Calibration:
-    """The first rank reads it for all."""
+def calibration_text(tokens: int, seed: int, dataset: Path) -> Calibration:
+    """What importance is measured on; the first rank reads it for all. All ranks call it."""
     told: list[Calibration | None] = [None]
     if is_first_rank():
-        tokens = student.calibration_tokens or _CALIBRATION_TOKENS
         with tempfile.TemporaryDirectory(prefix="flagscale-calibration-") as cache:
-            device = platform.device().type
-            told = [calibration(dataset, Path(cache), tokens, student.seed, device)]
+            told = [calibration(dataset, Path(cache), tokens, seed, platform.device().type)]
     torch.distributed.broadcast_object_list(told, src=0)
     assert told[0] is not None, "the first rank is one of them"
     return told[0]
