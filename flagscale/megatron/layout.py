@@ -34,12 +34,13 @@ def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> N
 
     Raises:
         UserError: a size of `models.parallelism` or `training`, what it does not divide, and the
-            sizes that would do; or sequences beyond the teacher's positions.
+            sizes that would do; or sequences beyond a model's positions.
     """
     models, training = recipe.models.sizes, recipe.training.parallelism
     seq_length, chunks = recipe.data.seq_length, training.virtual_pipeline_model_parallel_size or 1
     both = {"the student": student, "the teacher": teacher}
     teacher.check_seq_length(seq_length)
+    student.check_seq_length(seq_length, "student")
     expert = models.expert_model_parallel_size
     if expert > 1 and all(shape.architecture.num_experts is None for shape in both.values()):
         raise UserError(

@@ -38,13 +38,15 @@ def convert_for_distillation(
         seed: of the projection between hidden sizes that differ.
 
     Raises:
-        ValueError: the two vocabularies differ, or an intermediate layer does not exist, or is not
+        ValueError: the two vocabularies differ (what is padding of one is a token of the other, or
+            its rows are not as many), or an intermediate layer does not exist, or is not
             on the last pipeline stage, the one that computes losses.
     """
-    if student.vocab_size != teacher.vocab_size:
+    sizes = [(model.unpadded_vocab_size, model.vocab_size) for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the student's vocabulary ({student.vocab_size}, padded) must be the teacher's "
-            f"({teacher.vocab_size})"
+            "the student's vocabulary ({}, padded to {}) must be the teacher's ({}, padded to "
+            "{})".format(*sizes[0], *sizes[1])
         )
     config = mtd_megatron.DistillationConfig(
         skip_lm_loss=distillation.skip_lm_loss,

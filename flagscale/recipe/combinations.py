@@ -8,6 +8,7 @@ from typing import Protocol
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.training import TrainingRecipe
 
 # Inside attention and MLP, what gives whole hidden states whatever the number of tensor ranks.
@@ -75,6 +76,27 @@ def check_combination(
         )
     if architecture is not None:
         _check_layout(training.parallelism, architecture)
+
+
+def check_width_pruning(student: StudentRecipe, sizes: ParallelismRecipe) -> None:
+    """Refuse to prune widths on ranks that share a tensor or the experts.
+
+    Args:
+        student: the recipe's section.
+        sizes: of the process groups of the model steps.
+
+    Raises:
+        ValueError: the size, and what would do.
+    """
+    if not student.cuts_width:
+        return
+    for field in ("tensor_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(sizes, field) > 1:
+            raise ValueError(
+                f"student.init={student.init} with models.parallelism.{field}="
+                f"{getattr(sizes, field)}: ModelOpt's mcore_minitron prunes whole tensors; set it "
+                "to 1, and pipeline_model_parallel_size to as many ranks as the teacher needs"
+            )
 
 
 def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | None) -> None:
