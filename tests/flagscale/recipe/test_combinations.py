@@ -45,7 +45,6 @@ SPLIT_OVER_TENSOR_RANKS = [
     "decoder.layers.1.mlp.linear_fc1",
     "decoder.layers.1.self_attention.linear_qkv",
     "decoder.layers.1.self_attention.core_attention",
-    "output_layer",
 ]
 
 
