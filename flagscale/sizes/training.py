@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import DistillationRecipe
 from flagscale.sizes.activations import (
     FLOAT32,
     Computation,
@@ -13,6 +14,7 @@ from flagscale.sizes.activations import (
     norm_activations,
     stage_activations,
 )
+from flagscale.sizes.intermediate import projection_parameters, term_activations
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.parameters import first_projections, parameters, stage_layers
 
@@ -33,7 +35,7 @@ class Training:
         micro_batches: forward passes a step of one data-parallel rank.
         computation: dtype and layers.
         distributed_optimizer: its state is shared by the ranks with equal weights.
-        skip_lm_loss: no LM loss beside the KD loss.
+        distillation: the loss, where there is a teacher.
         device: `cuda` or `cpu`.
     """
 
@@ -42,7 +44,7 @@ class Training:
     micro_batches: int = 1
     computation: Computation = field(default_factory=Computation)
     distributed_optimizer: bool = False
-    skip_lm_loss: bool = True
+    distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
 
 
@@ -80,6 +82,11 @@ def training_state(
     }
     if teacher is not None:
         kept["teacher"] = size * parameters(teacher, layout, stage).total
+        projected = projection_parameters(training.distillation, student, teacher, layout, stage)
+        if projected:
+            share = -(-projected // layout.optimizer_ranks)
+            state = share if training.distributed_optimizer else projected
+            kept["projections"] = (size + FLOAT32) * projected + (_master(size) + MOMENTS) * state
     return kept
 
 
@@ -123,6 +130,10 @@ def _step(
     layers = stage_layers(student, layout, stage)
     in_flight = min(layout.pipeline - stage, training.micro_batches)
     kept = in_flight * stage_activations(student, layers, layout, computation, tokens)
+    if teacher is not None:
+        kept += in_flight * term_activations(
+            training.distillation, student, teacher, layout, stage, computation, tokens
+        )
     again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
     if computation.recompute == "full":
         again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)
@@ -171,7 +182,7 @@ def _loss(
     if teacher is None:
         return FLOAT32 * logits + max((size if size < FLOAT32 else 0) * logits, gradient)
     kept = 2 * size * logits
-    if not training.skip_lm_loss:
+    if not training.distillation.skip_lm_loss:
         kept += FLOAT32 * logits
     chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
     return max(kept + KD_BUFFERS * chunk, kept - size * logits + gradient)
