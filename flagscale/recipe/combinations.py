@@ -157,7 +157,7 @@ def _check_distillation(
                 f"{option} with distillation.loss={distillation.loss}: {reason}, or set "
                 "distillation.loss=none"
             )
-    check_layer_pairs(distillation, training)
+    check_layer_pairs(distillation, training, architecture)
 
 
 def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 
@@ -54,8 +55,15 @@ def layer_of(name: str) -> tuple[int, str] | None:
     return None if layer is None else (int(layer[1]), layer[2] or "")
 
 
-def check_layer_pairs(distillation: DistillationRecipe, training: TrainedSo) -> None:
+def check_layer_pairs(
+    distillation: DistillationRecipe, training: TrainedSo, architecture: ArchitectureRecipe
+) -> None:
     """Refuse terms whose value or gradient would be wrong under the training's other options.
+
+    Args:
+        distillation: the recipe's section.
+        training: the recipe's section, or a run's arguments.
+        architecture: the student's.
 
     Raises:
         ValueError: both options with their values, and what would be right.
@@ -63,7 +71,8 @@ def check_layer_pairs(distillation: DistillationRecipe, training: TrainedSo) -> 
     for student, teacher, *_ in distillation.intermediate_layer_pairs:
         for name in (student, teacher):
             _check_tensor_ranks(name, training.parallelism.tensor_model_parallel_size)
-            _check_norm(name, training.transformer_impl)
+            if not architecture.multi_latent_attention:
+                _check_norm(name, training.transformer_impl)
         _check_recompute(student, training)
     if distillation.attention_layer_pairs:
         _check_attention(distillation, training)
