@@ -73,7 +73,8 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
     """log(weight p + (1 - weight) q)."""
-    return torch.log(weight * log_p.exp() + (1 - weight) * log_q.exp())
+    mixture = weight * log_p.exp() + (1 - weight) * log_q.exp()
+    return torch.where(mixture > 0, mixture, 1).log()  # the log of what is no token is not used
 
 
 def _top_k_kl(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:
