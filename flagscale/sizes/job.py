@@ -51,6 +51,8 @@ class Job:
     def training_setup(self) -> Training:
         """What decides on the training's memory."""
         training, machine = self.recipe.training, self.training
+        distillation = self.recipe.distillation
+        fused = distillation.fuse_output_layer
         on_gpu = machine.device == "cuda"
         precision = training.precision
         if precision == "auto":
@@ -67,7 +69,8 @@ class Job:
                 training.recompute_granularity,
             ),
             distributed_optimizer=on_gpu if sharded is None else sharded,
-            skip_lm_loss=self.recipe.distillation.skip_lm_loss,
+            skip_lm_loss=distillation.skip_lm_loss,
+            fuse_output_layer=fused is True or (fused == "auto" and not on_gpu),
             device=machine.device,
         )
 

@@ -24,6 +24,10 @@ CASES = {
     "one process": (1, {}, {}, {}),
     "no teacher": (1, {}, {}, {"loss": "none"}),
     "LM loss too": (1, {}, {}, {"skip_lm_loss": False}),
+    "logits held": (1, {}, {}, {"fuse_output_layer": False}),
+    "logits held, LM loss too": (1, {}, {}, {"fuse_output_layer": False, "skip_lm_loss": False}),
+    "bf16, logits held": (1, {}, {"precision": "bf16"}, {"fuse_output_layer": False}),
+    "TP2, logits held": (2, {"tensor_model_parallel_size": 2}, {}, {"fuse_output_layer": False}),
     "bf16": (1, {}, {"precision": "bf16"}, {}),
     "full recomputation": (1, {}, {"recompute_granularity": "full"}, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}, {}, {}),
@@ -101,6 +105,7 @@ def estimated(name: str, rank: int) -> tuple[int, int, int]:
         ),
         distributed_optimizer=bool(recipe.parallelism.use_distributed_optimizer),
         skip_lm_loss=distillation.skip_lm_loss,
+        fuse_output_layer=distillation.fuse_output_layer == "auto",
     )
     teacher = None if distillation.loss == "none" else TEACHER
     stage = rank if layout.pipeline > 1 else 0
