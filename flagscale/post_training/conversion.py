@@ -9,10 +9,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.fused_output_layer import fuse_output_layer
 from flagscale.post_training.losses import (
     HiddenStateCosineLoss,
-    LogitsKLLoss,
+    LogitsLoss,
     MSELoss,
     WeightedLossBalancer,
 )
@@ -65,7 +66,7 @@ def convert_for_distillation(
     model = mtd.convert(student, mode=[("kd_loss", mode)])
     mtd_megatron.adjust_distillation_model_for_mcore(model, config)
     _keep_logits_for_the_kd_loss(model)
-    fuse_output_layer(model, _TemporaryForwardKL(distillation.temperature), distillation)
+    fuse_output_layer(model, divergence_of(distillation), distillation)
     return model
 
 
@@ -75,7 +76,7 @@ def _criteria(
     if not student.post_process:
         return {}
     criteria: dict[tuple[str, str], torch.nn.Module] = {
-        _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
+        _OUTPUT_LAYERS: LogitsLoss(student.config, divergence_of(distillation))
     }
     with torch.random.fork_rng(devices=[]):
         # The same projection on every layout; the GPU's generator, not forked, stays as it is.
@@ -131,20 +132,3 @@ def _keep_logits_for_the_kd_loss(model: mtd.DistillationModel) -> None:
 
 def _skips_lm_loss(model: mtd.DistillationModel) -> bool:
     return model.loss_balancer.skip_lm_loss
-
-
-class _TemporaryForwardKL:
-    """Until the family of divergences lands."""
-
-    def __init__(self, temperature):
-        self.temperature = temperature
-
-    def loss_and_gradient(self, student_nv, teacher_nv, group=None, *, with_gradient=True):
-        from flagscale.post_training.kl_divergence import forward_kl
-
-        with torch.enable_grad():
-            student = student_nv.detach().requires_grad_(with_gradient)
-            loss = forward_kl(student * 1.0, teacher_nv, self.temperature, group)
-            if with_gradient:
-                student_nv.copy_(torch.autograd.grad(loss.sum(), student)[0])
-        return loss.detach(), student_nv if with_gradient else None

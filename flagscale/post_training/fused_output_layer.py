@@ -29,12 +29,8 @@ from megatron.core.tensor_parallel.mappings import (
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padding
-from flagscale.post_training.linear_divergence import (
-    Divergence,
-    HeadInput,
-    Terms,
-    linear_divergence,
-)
+from flagscale.post_training.divergences import Divergence
+from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
 from flagscale.post_training.upstream import mtd
 from flagscale.recipe import DistillationRecipe
 

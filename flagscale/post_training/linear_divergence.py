@@ -14,32 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from flagscale.megatron.gpt_builder import PADDING_LOGIT
 from flagscale.post_training.cross_entropy import cross_entropy_and_gradient
+from flagscale.post_training.divergences import Divergence
 
 # Of a chunk's logits, all buffers together. More tokens at once read the weights less often.
 CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 2**30}
 _BLOCK_ELEMENTS = 2**20  # of a weight's fp32 copy, where the CPU computes on one
 _FLOAT32 = 4
-
-
-class Divergence(Protocol):
-    """Of two rows of logits."""
-
-    def loss_and_gradient(
-        self,
-        student_nv: torch.Tensor,
-        teacher_nv: torch.Tensor,
-        group: dist.ProcessGroup | None = None,
-        *,
-        with_gradient: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Each row's loss, float32 [N], and its gradient, over the student's logits."""
 
 
 @dataclass(frozen=True)
