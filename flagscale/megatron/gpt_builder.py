@@ -18,8 +18,9 @@ from flagscale.recipe.combinations import check_combination
 if TYPE_CHECKING:
     import megatron.legacy.model
 
-# Far below any logit, so that its probability is 0 in every dtype, and finite, so that 0 x it is 0.
-PADDING_LOGIT = -1e4
+# Far below any logit, so that its probability is 0 in every dtype and at every temperature (1000 at
+# most), and finite, so that 0 x it is 0.
+PADDING_LOGIT = -1e6
 
 
 def build_gpt_model(
@@ -111,4 +112,5 @@ def mask_padding(module: torch.nn.Module, inputs: Any, output: Any) -> None:  # 
     """Give the padded vocabulary's columns of an output layer's logits probability 0: a hook."""
     logits_sbv, _ = output
     if isinstance(logits_sbv, torch.Tensor):  # else the layer is fused with the loss
-        logits_sbv[..., module.tokens :] = PADDING_LOGIT
+        lowest = torch.finfo(logits_sbv.dtype).min
+        logits_sbv[..., module.tokens :] = max(PADDING_LOGIT, lowest)

@@ -27,6 +27,7 @@ class Job:
         student: its shape.
         models: a pod of the model steps.
         training: a pod of the training.
+        student_source: where the student is a model of its own: what is known of it.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Job:
     student: ModelShape
     models: Machine
     training: Machine
+    student_source: Teacher | None = None
 
     @property
     def distilled_from(self) -> ModelShape | None:
@@ -51,8 +53,6 @@ class Job:
     def training_setup(self) -> Training:
         """What decides on the training's memory."""
         training, machine = self.recipe.training, self.training
-        distillation = self.recipe.distillation
-        fused = distillation.fuse_output_layer
         on_gpu = machine.device == "cuda"
         precision = training.precision
         if precision == "auto":
@@ -69,8 +69,7 @@ class Job:
                 training.recompute_granularity,
             ),
             distributed_optimizer=on_gpu if sharded is None else sharded,
-            skip_lm_loss=distillation.skip_lm_loss,
-            fuse_output_layer=fused is True or (fused == "auto" and not on_gpu),
+            distillation=self.recipe.distillation,
             device=machine.device,
         )
 
@@ -81,6 +80,7 @@ class Job:
             teacher=self.teacher.shape,
             student=self.student,
             source_bytes=self.teacher.dtype_bytes,
+            student_source_bytes=self.student_source and self.student_source.dtype_bytes,
             export_bytes=_EXPORTED[self.recipe.export.dtype],
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,
@@ -95,7 +95,7 @@ class Job:
     @property
     def student_bytes(self) -> int:
         """Of the untrained student's weights in its artifact."""
-        return self.teacher.dtype_bytes * parameters(self.student).total
+        return (self.student_source or self.teacher).dtype_bytes * parameters(self.student).total
 
     @property
     def distilled_bytes(self) -> int:
