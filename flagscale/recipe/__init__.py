@@ -20,7 +20,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.student import StudentRecipe
+from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -35,6 +35,7 @@ __all__ = [
     "ModelsRecipe",
     "ParallelismRecipe",
     "Recipe",
+    "ReconstructionRecipe",
     "ResourcesRecipe",
     "Section",
     "SectionT",

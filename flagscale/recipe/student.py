@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.section import NonNegativeInt, PositiveInt, Section, Seed, Width
+from flagscale.recipe.section import NonNegativeInt, Positive, PositiveInt, Section, Seed, Width
 
+_CALIBRATION_TOKENS = 2048
 _RENAMED = {"prune": "depth", "copy": "same"}
 
 
@@ -16,6 +17,19 @@ def _not_renamed(value: object) -> object:
     if isinstance(value, str) and value in _RENAMED:
         raise ValueError(f"is called {_RENAMED[value]} now")
     return value
+
+
+class ReconstructionRecipe(Section):
+    """Kept layers are fitted to what the teacher makes of the same text, before any training."""
+
+    tokens: PositiveInt = Field(
+        4096, description="Text of the train split that they are fitted on, in whole sequences"
+    )
+    ridge: Positive = Field(
+        1.0,
+        description="How much changed weights cost, as a share of their inputs' mean square: more "
+        "for less text",
+    )
 
 
 class StudentRecipe(Section):
@@ -38,7 +52,12 @@ class StudentRecipe(Section):
     calibration_tokens: PositiveInt | None = Field(
         None,
         description="Text of the train split that importance is measured on, in whole sequences; "
-        "default: 4096",
+        "default: 2048",
+    )
+    reconstruction: ReconstructionRecipe | None = Field(
+        None,
+        description="depth: fit each kept layer's down projection to what the teacher feeds its "
+        "next kept layer, by ridge regression; default: the teacher's weights as they are",
     )
     hidden_size: Width | None = Field(None, description="scratch only; default: teacher's")
     ffn_hidden_size: Width | None = Field(None, description="scratch only; ditto")
@@ -70,6 +89,13 @@ class StudentRecipe(Section):
         """Whether calibration text decides which of the teacher's layers are kept."""
         return self.layer_importance != "even"
 
+    @property
+    def measured_tokens(self) -> int:
+        """How many tokens of it there are at most; 0 where nothing is measured."""
+        if not self.measures_layers:
+            return 0
+        return self.calibration_tokens or _CALIBRATION_TOKENS
+
     def _check_layers(self) -> None:
         if self.init == "depth" and self.num_layers is None and self.keep_layers is None:
             raise ValueError("init=depth needs num_layers or keep_layers")
@@ -86,6 +112,10 @@ class StudentRecipe(Section):
                 )
 
     def _check_calibration(self) -> None:
+        if self.reconstruction is not None and self.init != "depth":
+            raise ValueError(
+                f"reconstruction needs init=depth, but init={self.init}: no layer is missing"
+            )
         if self.measures_layers and self.init != "depth":
             raise ValueError(
                 f"layer_importance={self.layer_importance} needs init=depth, but init={self.init}"

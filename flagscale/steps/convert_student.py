@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import student_shape
 from flagscale.recipe import ModelsRecipe, StudentRecipe
-from flagscale.steps.layer_choice import choose_layers, needs, record
+from flagscale.steps.layer_choice import LayerChoice, choose_layers, fit_layers, needs, record
 from flagscale.steps.on_ranks import tracked, written
 
 logger = logging.getLogger(__name__)
@@ -78,6 +77,11 @@ def convert_student(
     for shape in (teacher_shape, student_shape(teacher_shape, student)):
         seq_length = parents["dataset"].facts["seq_length"]
         check_layout(shape, models.sizes, seq_length, section="models")
+    if student.reconstruction is not None and teacher_shape.architecture.num_experts is not None:
+        raise UserError(
+            "student.reconstruction: the teacher has experts, each of which sees few of the "
+            "tokens that are fitted on; leave it out"
+        )
     return call_on_ranks(
         "convert-student",
         convert_on_rank,
@@ -109,7 +113,7 @@ def convert_on_rank(
     ):
         batch = _batch(dataset)
         choice = choose_layers(student, teacher, dataset, args)
-        model = _build(student, shape, teacher, choice.kept, args, stored)
+        model = _build(student, shape, teacher, choice, args, stored)
         figures = {"layers": _check_layers(model, shape)}
         logits_bsv = forward(model, batch["tokens"])
         if is_first_rank():
@@ -161,7 +165,7 @@ def _build(
     student: StudentRecipe,
     shape: ModelShape,
     teacher: Path,
-    kept: Sequence[int],
+    choice: LayerChoice,
     args: Arguments,
     stored: torch.dtype,
 ) -> GPTModel:
@@ -174,8 +178,9 @@ def _build(
         model = with_random_weights(build, student.seed)
     else:
         model, num_layers = build(), ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", list(kept), num_layers)
-        load_layers(model, teacher / WEIGHTS, kept, num_layers)
+        logger.info("keeping layers %s of %d", list(choice.kept), num_layers)
+        load_layers(model, teacher / WEIGHTS, choice.kept, num_layers)
+        fit_layers(student, model, choice)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(stored))
     return model
