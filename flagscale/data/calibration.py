@@ -11,6 +11,7 @@ import torch
 
 from flagscale.data.layout import read_manifest
 from flagscale.data.loader import MicroBatch, train_iterator
+from flagscale.data.samples import Index
 
 # Enough for matrix products to be fast; what is held of each token is large.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -54,6 +55,7 @@ def calibration(dataset: Path, cache: Path, tokens: int, seed: int, device: str)
     """
     seq_length = int(read_manifest(dataset)["facts"]["seq_length"])
     samples, length = max(1, tokens // seq_length), min(tokens, seq_length)
+    Index(dataset, cache, "train", seed).build()  # the other ranks wait for what is read
     iterator = train_iterator(dataset, cache, micro_batch_size=1, global_batch_size=1, seed=seed)
     names = ("tokens", "labels", "loss_mask")
     rows = [

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape, check_divides
+from flagscale.models.cut_shape import check_cut, cut_shape
+from flagscale.models.targets import meet_targets
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 
@@ -58,11 +60,13 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
         UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
             or not one block configuration a layer.
     """
+    student = meet_targets(teacher, student)
     layers = num_layers(teacher.num_layers, student)
     if student.keep_layers is not None:
         layers_to_keep(teacher.num_layers, student)  # the teacher has them
     if student.init != "scratch":
-        return replace(teacher, num_layers=layers)
+        check_cut(teacher, student.given_widths)
+        return cut_shape(teacher, student.given_widths | {"num_layers": layers})
     hidden = student.hidden_size or teacher.hidden_size
     heads = student.num_attention_heads or teacher.num_attention_heads
     groups = student.num_query_groups or teacher.num_query_groups

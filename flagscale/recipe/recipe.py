@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.combinations import check_combination, check_on_cpu
+from flagscale.recipe.combinations import check_combination, check_on_cpu, check_width_pruning
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
@@ -62,6 +62,7 @@ class Recipe(Section):
         """Refuse what its sections ask for together and would not get."""
         # Without one it is the teacher's, which is known when that has been fetched.
         check_combination(self.distillation, self.training, self.student.architecture)
+        check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
             changed = architecture.model_dump(mode="json", exclude_defaults=True)

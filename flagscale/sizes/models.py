@@ -6,7 +6,7 @@ without bf16 units, faster. Only convert-student holds two models at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flagscale.megatron.shape import ModelShape
 from flagscale.sizes.activations import (
@@ -47,6 +47,7 @@ class ModelSteps:
         proof_tokens: of the fixed text.
         measured_tokens: that the importance of layers is measured on; 0: it is not.
         fitted_tokens: that kept layers are fitted on; 0: they are not.
+        student_source_bytes: of a weight of a student that is a model of its own.
     """
 
     teacher: ModelShape
@@ -59,6 +60,7 @@ class ModelSteps:
     proof_tokens: int = PROOF_TOKENS
     measured_tokens: int = 0
     fitted_tokens: int = 0
+    student_source_bytes: int | None = None
 
     @property
     def computed_bytes(self) -> int:
@@ -104,9 +106,14 @@ def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     """Teacher and student with one sample's activations; gradients go as soon as they are seen.
 
-    Before, where the recipe says so: the teacher alone with what goes into each of its layers, then
-    the student with what each of its layers is fitted to.
+    A student that is a model of its own is first imported and proven, as the teacher was. One that
+    is cut is measured and fitted first: the teacher alone with what goes into each of its layers,
+    then the student with what each of its layers is fitted to.
     """
+    phases = _calibrated(steps, layout, stage)
+    if steps.student_source_bytes is not None:
+        steps = replace(steps, source_bytes=steps.student_source_bytes)
+        phases = [prepare_teacher(replace(steps, teacher=steps.student), layout, stage)]
     size = steps.computed_bytes
     student = parameters(steps.student, layout, stage)
     computation = Computation(size)
@@ -124,7 +131,7 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
             for index in layers
         )
     }
-    phases = [held | step]
+    phases.append(held | step)
     if stage == layout.pipeline - 1:
         logits = steps.seq_length * steps.student.padded_vocab_size // layout.tensor
         chunks = KD_BUFFERS * FLOAT32 * min(logits, KD_CHUNK[steps.device])
@@ -132,7 +139,7 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
         loss = (3 * size + FLOAT32) * logits + max(chunks, size * student.table)
         kept = stage_activations(steps.student, layers, layout, computation, steps.seq_length)
         phases.append(held | {"activations": kept, "logits": loss})
-    return _fullest([*phases, *_calibrated(steps, layout, stage)])
+    return _fullest(phases)
 
 
 def _calibrated(steps: ModelSteps, layout: Layout, stage: int) -> list[Parts]:

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from flagscale import tracking
 from flagscale.artifacts import Staging, write_json
 from flagscale.data.calibration import Calibration, calibration
+from flagscale.errors import UserError
 from flagscale.evaluation.layer_importance import LayerImportance, measure_importance
 from flagscale.evaluation.student_report import render
 from flagscale.execution.launch import is_first_rank
@@ -74,7 +75,7 @@ def choose_layers(
         dataset: the artifact whose train split is measured on.
         args: that the models are built with.
     """
-    if student.init == "scratch":
+    if student.init in ("scratch", "pretrained"):
         return LayerChoice()
     count = ModelShape.load(teacher).num_layers
     gone = count - num_layers(count, student)
@@ -84,16 +85,29 @@ def choose_layers(
         return choice
     model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
     if measured:
-        text = _text(student.measured_tokens, student.seed, dataset)
+        text = calibration_text(student.measured_tokens, student.seed, dataset)
         logger.info("measuring which %d of %d layers can go, %d tokens", gone, count, text.tokens)
         found = measure_importance(model, text.batches, student.layer_importance, gone)
         choice.kept, choice.importance, choice.importance_digest = found.kept, found, text.digest
     if student.reconstruction is not None:
-        choice.text = _text(student.reconstruction.tokens, student.seed, dataset)
+        choice.text = calibration_text(student.reconstruction.tokens, student.seed, dataset)
         choice.targets = layer_targets(model, choice.text.whole, choice.kept)
     del model
     gc.collect()  # modules refer to each other
     return choice
+
+
+def check_reconstruction(student: StudentRecipe, teacher: ModelShape) -> None:
+    """Refuse to fit what would not be fitted well.
+
+    Raises:
+        UserError: the teacher has experts.
+    """
+    if student.reconstruction is not None and teacher.architecture.num_experts is not None:
+        raise UserError(
+            "student.reconstruction: the teacher has experts, each of which sees few of the "
+            "tokens that are fitted on; leave it out"
+        )
 
 
 def fit_layers(student: StudentRecipe, model: GPTModel, choice: LayerChoice) -> None:
@@ -175,8 +189,8 @@ def _record_importance(choice: LayerChoice, folder: Path, run: tracking.StepRun)
     return facts
 
 
-def _text(tokens: int, seed: int, dataset: Path) -> Calibration:
-    """The first rank reads it for all."""
+def calibration_text(tokens: int, seed: int, dataset: Path) -> Calibration:
+    """What is measured, or fitted, on; the first rank reads it for all. All ranks call it."""
     told: list[Calibration | None] = [None]
     if is_first_rank():
         with tempfile.TemporaryDirectory(prefix="flagscale-calibration-") as cache:
