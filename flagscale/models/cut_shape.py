@@ -11,7 +11,7 @@ from flagscale.megatron.shape import ModelShape
 
 # Of experts; the others are fields of a shape.
 _OF_EXPERTS = ("num_experts", "moe_ffn_hidden_size")
-_WHOLE_ROWS = 8  # numbers, in bf16
+OF_WHOLE_ROWS, WHOLE_ROWS = ("hidden_size", "moe_ffn_hidden_size"), 8  # numbers, in bf16
 
 
 def widths(shape: ModelShape) -> dict[str, int]:
@@ -78,10 +78,10 @@ def check_cut(teacher: ModelShape, sizes: Mapping[str, int]) -> None:
             f"student.num_experts={sizes['num_experts']}: the teacher chooses {chosen} for each "
             "token; give at least as many"
         )
-    for name in ("hidden_size", "moe_ffn_hidden_size") if "num_experts" in known else ():
-        if sizes.get(name, 0) % _WHOLE_ROWS:
+    for name in OF_WHOLE_ROWS if "num_experts" in known else ():
+        if sizes.get(name, 0) % WHOLE_ROWS:
             raise UserError(
-                f"student.{name}={sizes[name]} is no multiple of {_WHOLE_ROWS}: transformers' "
+                f"student.{name}={sizes[name]} is no multiple of {WHOLE_ROWS}: transformers' "
                 "experts take matrices in rows of 16 bytes"
             )
     hidden = sizes.get("hidden_size", teacher.hidden_size)

@@ -127,7 +127,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"init": "depth_and_width", "target_parameters": 4e7},
-        r"with max_depth_pruning=0.2 and max_width_pruning=0.4.* raise the bounds",
+        r"init=depth_and_width, max_depth_pruning=0.2, max_width_pruning=0.4: the nearest is",
     ),
     (
         {"init": "width", "target_parameters": 2e8},
