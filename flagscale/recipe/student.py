@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
+from flagscale.recipe.pretrained import PretrainedFields
 from flagscale.recipe.section import NonNegativeInt, PositiveInt, Seed, Width
 from flagscale.recipe.targets import TARGETS, TargetsRecipe
 
@@ -48,16 +49,17 @@ def _not_renamed(value: object) -> object:
     return value
 
 
-class StudentRecipe(TargetsRecipe):
+class StudentRecipe(TargetsRecipe, PretrainedFields):
     """What the student looks like and what its weights start from."""
 
     init: Annotated[
-        Literal["depth", "width", "depth_and_width", "same", "scratch"],
+        Literal["depth", "width", "depth_and_width", "same", "pretrained", "scratch"],
         BeforeValidator(_not_renamed),
     ] = Field(
         "depth",
         description="depth: a subset of the teacher's layers; width: all of them, narrower, by "
-        "activations; depth_and_width: both; same: all of the teacher; scratch: random",
+        "activations; depth_and_width: both; same: all of the teacher; pretrained: the model "
+        "`source`; scratch: random",
     )
     num_layers: Width | None = Field(None, description="Layers; default: the teacher's")
     keep_layers: tuple[NonNegativeInt, ...] | None = Field(
@@ -105,8 +107,8 @@ class StudentRecipe(TargetsRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> StudentRecipe:
-        if self.init == "same" and (self.num_layers or self.keep_layers):
-            raise ValueError("init=same keeps every layer: remove num_layers and keep_layers")
+        if self.init in ("same", "pretrained") and (self.num_layers or self.keep_layers):
+            raise ValueError(f"init={self.init} keeps every layer: remove num_layers, keep_layers")
         for name, inits in _ONLY_FOR.items():
             value = getattr(self, name)
             if value is not None and self.init not in inits:
@@ -115,6 +117,7 @@ class StudentRecipe(TargetsRecipe):
                 raise ValueError(
                     f"{name}{shown} needs init={' or '.join(inits)}, but init={self.init}{hint}"
                 )
+        self._check_pretrained(self.init)
         self._check_cut()
         self._check_layers()
         self._check_calibration()

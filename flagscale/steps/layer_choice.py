@@ -67,7 +67,7 @@ def choose_layers(
         dataset: the artifact whose train split is measured on.
         args: that the models are built with.
     """
-    if student.init == "scratch":
+    if student.init in ("scratch", "pretrained"):
         return LayerChoice()
     count = ModelShape.load(teacher).num_layers
     if not student.measures_layers:
