@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from flagscale.sizes.job import Job
+from flagscale.models.cut_shape import cut_widths, widths
+from flagscale.sizes.job import Job
 from flagscale.sizes.parameters import parameters
 from flagscale.sizes.steps import FORWARD_EFFICIENCY, STORAGE_RATE, TRAINING_EFFICIENCY, StepPlan
 from pipelines.planning import Plan
@@ -86,6 +88,14 @@ def _model(shape: Any) -> str:  # noqa: ANN401 - a ModelShape
     count = parameters(shape).total
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return f"{size} parameters, {shape.num_layers} layers"
+
+
+def _narrower(job: Job) -> str:
+    """What is pruned of the teacher's widths: a target may have chosen it."""
+    if not job.recipe.student.cuts_width:
+        return ""
+    cut = cut_widths(job.teacher.shape, job.student)
+    return "".join(f", {name} {size}" for name, size in cut.items())
 
 
 def _memory(step: StepPlan) -> tuple[str, ...]:

@@ -42,6 +42,12 @@ def cut_shape(teacher: ModelShape, sizes: Mapping[str, int]) -> ModelShape:
     return replace(shape, architecture=teacher.architecture.model_copy(update=experts))
 
 
+def cut_widths(wide: ModelShape, narrow: ModelShape) -> dict[str, int]:
+    """The widths that differ, by the recipe's names, as the narrower shape has them."""
+    before = widths(wide)
+    return {name: size for name, size in widths(narrow).items() if size != before[name]}
+
+
 def check_cut(teacher: ModelShape, sizes: Mapping[str, int]) -> None:
     """Refuse what a teacher cannot be cut to.
 

@@ -7,18 +7,10 @@ from collections.abc import Iterable
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from flagscale.megatron.shape import ModelShape
-from flagscale.models.cut_shape import widths
 from flagscale.models.megatron import forward
 from flagscale.post_training.minitron import Scores, move_weights, prune_width
 
 _MODELOPT_NAMES = {"num_experts": "num_moe_experts"}
-
-
-def cut_widths(wide: ModelShape, narrow: ModelShape) -> dict[str, int]:
-    """The widths that differ, by the recipe's names, as the narrower shape has them."""
-    before = widths(wide)
-    return {name: size for name, size in widths(narrow).items() if size != before[name]}
 
 
 def narrow_model(

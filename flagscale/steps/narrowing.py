@@ -15,7 +15,8 @@ from flagscale import tracking
 from flagscale.artifacts import Staging
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.narrow import cut_widths, narrow_model
+from flagscale.models.cut_shape import cut_widths
+from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.combinations import check_width_pruning

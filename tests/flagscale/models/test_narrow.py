@@ -14,11 +14,11 @@ from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
-from flagscale.models.cut_shape import cut_shape
+from flagscale.models.cut_shape import cut_shape, cut_widths
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, forward, logits
-from flagscale.models.narrow import cut_widths, narrow_model
+from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores, move_weights, prune_width
 
 TEXT = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(1))
