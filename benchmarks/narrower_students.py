@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoTokenizer
 
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape, from_hf_config
@@ -31,6 +30,7 @@ from flagscale.models.megatron import build_model, forward
 from flagscale.models.narrow import narrow_model
 from flagscale.models.source import load_hf_config, weights_folder
 from flagscale.models.student_shape import student_shape
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import StudentRecipe
 from flagscale.sizes.use import parameters_in_use
 
@@ -119,7 +119,7 @@ def main() -> None:
         shape = from_hf_config(load_hf_config(source))
         teacher = build_model(shape, LENGTH)
         fill(teacher, HFFolder(folder), WeightMap(shape))
-        calibrated, rows = text(AutoTokenizer.from_pretrained(folder))
+        calibrated, rows = text(load_tokenizer(source))
         cosines = block_influence(teacher, calibrated)
         influence = {layer: score.mean().item() for layer, score in cosines.items()}
         expected = [forward(teacher, row[None]).float().log_softmax(-1) for row in rows]
