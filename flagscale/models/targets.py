@@ -31,6 +31,7 @@ from flagscale.sizes.use import (
     memory_in_use,
     parameters_in_use,
     seconds_a_token,
+    weight_bytes,
 )
 
 Sizes = dict[str, int]
@@ -195,7 +196,7 @@ class _Costs:
             shares.append(active_in_use(shape) / student.target_active_parameters)
         platform, seq_length = student.target_platform or "", student.target_seq_length
         if student.target_memory is not None:
-            used = memory_in_use(shape, seq_length, platform)
+            used = memory_in_use(shape, seq_length, weight_bytes(platform))
             shares.append(used / (1e9 * student.target_memory))
         if student.target_speed is not None:
             shares.append(student.target_speed * seconds_a_token(shape, seq_length, platform))
@@ -205,10 +206,11 @@ class _Costs:
         """The figures of a student that the targets are about."""
         shape, student = cut_shape(self._teacher, sizes), self._student
         platform, seq_length = student.target_platform or "", student.target_seq_length
+        memory = memory_in_use(shape, seq_length, weight_bytes(platform))
         figures = {
             "target_parameters": lambda: f"{parameters_in_use(shape):,} parameters",
             "target_active_parameters": lambda: f"{active_in_use(shape):,} active parameters",
-            "target_memory": lambda: f"{memory_in_use(shape, seq_length, platform) / 1e9:.3g} GB",
+            "target_memory": lambda: f"{memory / 1e9:.3g} GB",
             "target_speed": lambda: (
                 f"{1 / seconds_a_token(shape, seq_length, platform):,.0f} tokens/s"
             ),
