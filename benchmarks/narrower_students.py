@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -91,9 +92,8 @@ def make(
         number, _, rest = after.partition(".")
         theirs = f"{before}{dot}{kept[int(number)]}.{rest}" if dot else name
         parameter.data.copy_(weights[theirs].data)
-    narrow = build_model(shape, LENGTH)
-    narrow_model(model, narrow, cut_widths(deep, shape), rows.split(4))
-    return narrow
+    sizes = cut_widths(deep, shape)
+    return narrow_model(model, partial(build_model, shape, LENGTH), sizes, rows.split(4))[0]
 
 
 def compare(

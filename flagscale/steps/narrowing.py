@@ -73,10 +73,11 @@ def narrow_student(
         build: makes this rank's part of the student.
     """
     tokens = student.calibration_tokens or CALIBRATION_TOKENS
-    text, model = calibration_text(tokens, student.seed, dataset), build()
+    text = calibration_text(tokens, student.seed, dataset)
     sizes = cut_widths(*shapes)
     logger.info("pruning to %s by activations on %d tokens", sizes, text.tokens)
-    scores = narrow_model(wide, model, sizes, [batch["tokens"] for batch in text.batches])
+    batches = [batch["tokens"] for batch in text.batches]
+    model, scores = narrow_model(wide, build, sizes, batches)
     del wide
     gc.collect()  # modules refer to each other
     return model, Narrowing(sizes, scores, text.tokens, text.digest)

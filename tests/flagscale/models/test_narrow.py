@@ -1,6 +1,7 @@
 """Narrower models against tensors that are sliced here, in Hugging Face's layout, by the scores."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,8 @@ def test_the_most_important_are_kept(
     hf_model.save_pretrained(tmp_path / "wide")
     wide = from_hf_config(hf_model.config)
     shape = narrower(wide)
-    model = build_model(shape, 128)
-    scores = narrow_model(
-        imported(tmp_path / "wide"), model, cut_widths(wide, shape), TEXT.split(1)
-    )
+    teacher, build = imported(tmp_path / "wide"), partial(build_model, shape, 128)
+    model, scores = narrow_model(teacher, build, cut_widths(wide, shape), TEXT.split(1))
     assert all(score.isfinite().all() for score in scores.values())
     weights = load_file(tmp_path / "wide" / "model.safetensors")
     (tmp_path / "sliced").mkdir()
@@ -147,8 +146,9 @@ def test_nothing_cut_is_the_teacher(
     make_model("llama tied").save_pretrained(tmp_path)
     teacher, again = imported(tmp_path), imported(tmp_path)
     shape = from_hf_config(make_model("llama tied").config)
-    model = build_model(shape, 128)
-    assert narrow_model(again, model, cut_widths(shape, shape), TEXT.split(1)) == {}
+    build = partial(build_model, shape, 128)
+    model, scores = narrow_model(again, build, cut_widths(shape, shape), TEXT.split(1))
+    assert scores == {}
     assert torch.equal(forward(model, TOKENS), forward(teacher, TOKENS))
 
 
