@@ -21,7 +21,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.student import StudentRecipe
+from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -36,6 +36,7 @@ __all__ = [
     "ModelsRecipe",
     "ParallelismRecipe",
     "Recipe",
+    "ReconstructionRecipe",
     "ResourcesRecipe",
     "Section",
     "SectionT",

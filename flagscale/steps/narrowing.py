@@ -20,7 +20,7 @@ from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.combinations import check_width_pruning
-from flagscale.steps.layer_choice import CALIBRATION_TOKENS, calibration_text
+from flagscale.steps.layer_choice import calibration_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ def narrow_student(
         shapes: the wide model's and the student's.
         build: makes this rank's part of the student.
     """
-    tokens = student.calibration_tokens or CALIBRATION_TOKENS
-    text = calibration_text(tokens, student.seed, dataset)
+    text = calibration_text(student.measured_tokens, student.seed, dataset)
     sizes = cut_widths(*shapes)
     logger.info("pruning to %s by activations on %d tokens", sizes, text.tokens)
     batches = [batch["tokens"] for batch in text.batches]

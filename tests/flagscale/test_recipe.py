@@ -79,6 +79,26 @@ CONTRADICTIONS = [
     ("student", {"max_depth_pruning": 0.1}, "max_depth_pruning=0.1 has no effect without a target"),
     ("student", {"calibration_tokens": 64}, "calibration_tokens=64 has no effect with"),
     ("student", {"init": "same"}, "init=same keeps every layer"),
+    (
+        "student",
+        {"init": "same", "num_layers": None, "layer_importance": "kl"},
+        "layer_importance=kl needs init=depth or depth_and_width, but init=same",
+    ),
+    (
+        "student",
+        {"num_layers": None, "keep_layers": [0, 1], "layer_importance": "kl"},
+        "layer_importance=kl has no effect with keep_layers=[0, 1]",
+    ),
+    (
+        "student",
+        {"calibration_tokens": 512},
+        "calibration_tokens=512 has no effect with layer_importance=even",
+    ),
+    (
+        "student",
+        {"init": "scratch", "reconstruction": {}},
+        "reconstruction needs init=depth, but init=scratch",
+    ),
     ("student", {"init": "prune"}, "init='prune': is called depth now"),
     ("student", {"init": "copy"}, "init='copy': is called same now"),
     ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers=(0,) needs init=depth"),
