@@ -11,6 +11,7 @@ from flagscale.recipe import ModelsRecipe, Recipe, load_recipe
 from flagscale.recipe.model_steps import LayoutRecipe
 from pipelines import __main__ as command
 from pipelines import sizes_document
+from pipelines.plan_text import as_text
 from pipelines.planning import check_run, fitted, plans, this_machine
 from pipelines.platform import Platform, load_platform
 
@@ -111,6 +112,28 @@ def test_a_layout_that_is_given_stays():
     given = recipe(models={"parallelism": {"pipeline_model_parallel_size": 2}})
     chosen, _ = fitted(given, platform(models=2))
     assert chosen.models == given.models
+
+
+def test_widths_are_pruned_on_pipelines_alone():
+    narrow = {"init": "width", "target_parameters": 20e9}
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    training = recipe().training.model_dump() | {"parallelism": split}
+    large = recipe("Qwen/Qwen3-32B", 40, training=training, student=narrow)
+    (plan,) = plans(large, platform(models=8))
+    assert plan.sizes.tensor_model_parallel_size == 1
+    assert plan.sizes.pipeline_model_parallel_size == 4
+    hidden = plan.job.student.hidden_size
+    assert hidden < 5120
+    assert f", 64 layers, hidden_size {hidden}, ffn_hidden_size" in as_text(plan, "a cluster")
+    layout = {"parallelism": {"tensor_model_parallel_size": 4}}
+    with pytest.raises(ValueError, match=r"models.parallelism.tensor_model_parallel_size=4: Model"):
+        recipe("Qwen/Qwen3-32B", 40, student=narrow, models=layout)
+
+
+def test_a_target_that_no_student_meets_is_refused_before_anything_starts():
+    small = recipe(student={"init": "depth", "target_parameters": 1e6})
+    with pytest.raises(UserError, match="cannot be met with init=depth: the nearest is num_layers"):
+        plans(small, platform())
 
 
 def test_a_small_model_keeps_to_one_process():
