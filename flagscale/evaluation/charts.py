@@ -56,6 +56,7 @@ _LOSSES = {  # key of training.jsonl -> label and role
     "logits distillation loss": ("distillation loss", "after"),
     "lm loss": ("LM loss", "other"),
     "intermediate distillation loss": ("intermediate loss", "teacher"),
+    "attention distillation loss": ("attention loss", "before"),
 }
 _MOST_DUMBBELLS = 120
 _LONGEST_NAME = 60  # characters beside an axis

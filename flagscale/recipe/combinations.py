@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.layer_pairs import check_layer_pairs
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.training import TrainingRecipe
-
-# Inside attention and MLP, what gives whole hidden states whatever the number of tensor ranks.
-_INSIDE_LAYER = re.compile(r"\.(?:self_attention|mlp)\.")
-_WHOLE_INSIDE_LAYER = re.compile(r"\.(?:self_attention\.linear_proj|mlp\.linear_fc2)$")
 
 _OF_A_GPU = (
     "apply_rope_fusion",
@@ -40,6 +36,14 @@ class TrainingOptions(Protocol):
     @property
     def reset_attention_mask(self) -> bool:
         """Whether the documents of a sample do not see one another."""
+
+    @property
+    def recompute_granularity(self) -> str:
+        """What is computed again in the backward pass."""
+
+    @property
+    def recompute_modules(self) -> tuple[str, ...] | None:
+        """Which modules are, where only some are."""
 
     @property
     def fp8(self) -> str:
@@ -175,22 +179,7 @@ def _check_distillation(
                 f"{option} with distillation.loss={distillation.loss}: {reason}, or set "
                 "distillation.loss=none"
             )
-    tensor = training.parallelism.tensor_model_parallel_size
-    for name in (name for pair in distillation.intermediate_layer_pairs for name in pair[:2]):
-        if tensor > 1 and _is_split(name):
-            raise ValueError(
-                f"distillation.intermediate_layer_pairs: {name} with training.parallelism."
-                f"tensor_model_parallel_size={tensor}: each rank has a part of its channels, and "
-                "the loss would be of that part; pair layers, norms, self_attention, mlp or their "
-                "last projections (linear_proj, linear_fc2)"
-            )
-
-
-def _is_split(name: str) -> bool:
-    """Whether a module's output has its channels spread over tensor-parallel ranks."""
-    if name == "output_layer":
-        return True
-    return bool(_INSIDE_LAYER.search(name)) and not _WHOLE_INSIDE_LAYER.search(name)
+    check_layer_pairs(distillation, training, architecture)
 
 
 def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:

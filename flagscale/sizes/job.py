@@ -69,7 +69,7 @@ class Job:
                 training.recompute_granularity,
             ),
             distributed_optimizer=on_gpu if sharded is None else sharded,
-            skip_lm_loss=self.recipe.distillation.skip_lm_loss,
+            distillation=self.recipe.distillation,
             device=machine.device,
         )
 

@@ -197,13 +197,10 @@ def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message)
             1,
             r"layers\.4' of the teacher: it has .* 0 to 3",
         ),
-        (
-            ["decoder.layers.1", "decoder.layers.1"],
-            2,
-            r"of the teacher: not on the last of 2 .* 2 to",
-        ),
-        (["layers.1", "decoder.layers.3"], 1, "must begin with one of embedding, decoder"),
+        (["layers.1", "decoder.layers.3"], 1, "must be embedding, decoder.final_layernorm, or"),
         (["decoder.layers.1.mpl", "decoder.layers.3"], 1, "is called mpl; did you mean mlp?"),
+        (["decoder.layers.1", "output_layer"], 2, "of the teacher: logits are matched by"),
+        (["decoder.layers.1.router", "decoder.layers.1"], 1, "router cannot be compared token"),
     ],
 )
 def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, message) -> None:
@@ -212,8 +209,24 @@ def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, me
     values["distillation"]["intermediate_layer_pairs"] = [pair]
     with pytest.raises(UserError, match=message):
         check_sources(Recipe.model_validate(values))
-    values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.3"]]
+    values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.0"]]
     check_sources(Recipe.model_validate(values))
+
+
+@pytest.mark.parametrize(
+    ("pair", "heads", "message"),
+    [
+        ([2, 0], None, "attention_layer_pairs: layer 2 of the student: it has layers 0 to 1"),
+        ([1, 4], None, "attention_layer_pairs: layer 4 of the teacher: it has layers 0 to 3"),
+        ([1, 3], 5, "its 4 heads of 16 channels cannot be split into 5; set .* divisor of 64"),
+    ],
+)
+def test_pairs_of_attentions_that_no_loss_can_compare(tiny_teacher, pair, heads, message) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    changed = {"attention_layer_pairs": [pair], "attention_relation_heads": heads}
+    values["distillation"] |= changed
+    with pytest.raises(UserError, match=message):
+        check_sources(Recipe.model_validate(values))
 
 
 GPU_ONLY = [
