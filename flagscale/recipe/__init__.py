@@ -11,6 +11,7 @@ from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.results import (
@@ -34,6 +35,7 @@ __all__ = [
     "LayoutRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "QuantizationRecipe",
     "Recipe",
     "ResourcesRecipe",
     "Section",

@@ -7,7 +7,12 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.combinations import check_combination, check_on_cpu
+from flagscale.recipe.combinations import (
+    check_combination,
+    check_on_cpu,
+    check_quantization,
+    check_quantized_on_cpu,
+)
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
@@ -62,6 +67,8 @@ class Recipe(Section):
         """Refuse what its sections ask for together and would not get."""
         # Without one it is the teacher's, which is known when that has been fetched.
         check_combination(self.distillation, self.training, self.student.architecture)
+        if self.student.quantization is not None:
+            check_quantization(self.student.quantization, self.training, self.export.format)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
             changed = architecture.model_dump(mode="json", exclude_defaults=True)
@@ -103,6 +110,8 @@ class Recipe(Section):
         Raises:
             ValueError: too few for the processes.
         """
+        if accelerator_count == 0 and self.student.quantization is not None:
+            check_quantized_on_cpu(self.student.quantization)
         if 0 < accelerator_count < self.models.processes:
             raise ValueError(
                 f"models.parallelism asks for {self.models.processes} processes, but a pod of "
@@ -117,6 +126,8 @@ class Recipe(Section):
             ValueError: what only a GPU can do.
         """
         check_on_cpu(self.training, self.student.architecture)
+        if self.student.quantization is not None:
+            check_quantized_on_cpu(self.student.quantization)
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.

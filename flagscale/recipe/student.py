@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.section import NonNegativeInt, Section, Seed, Width
 
 _RENAMED = {"prune": "depth", "copy": "same"}
@@ -36,6 +37,9 @@ class StudentRecipe(Section):
     architecture: ArchitectureRecipe | None = Field(
         None, description="scratch only: experts, latent attention, a layer spec of your own, ..."
     )
+    quantization: QuantizationRecipe | None = Field(
+        None, description="Quantised linear layers; default: none"
+    )
     seed: Seed = Field(1234, description="Seed of random weights")
 
     @model_validator(mode="after")
@@ -51,6 +55,7 @@ class StudentRecipe(Section):
             raise ValueError(f"architecture needs init=scratch, but init={self.init}")
         self._check_layers()
         self._check_heads()
+        self._check_quantization()
         return self
 
     def _check_layers(self) -> None:
@@ -77,4 +82,19 @@ class StudentRecipe(Section):
         if heads and self.hidden_size and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}"
+            )
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization.when == "significant" and self.init != "same":
+            raise ValueError(
+                f"quantization.when=significant with init={self.init}: such a student has to be "
+                "trained whatever quantisation costs; set when=always, or init=same"
+            )
+        if self.architecture is not None and not self.architecture.is_default:
+            changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"quantization.recipe={self.quantization.recipe} with architecture={changed}: "
+                "plain layers of attention and MLP are quantised; leave one of the two out"
             )

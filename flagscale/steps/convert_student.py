@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
+from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape, hf_config_for
 from flagscale.models.distillation_proof import (
     PROOF_LOSS,
@@ -34,8 +36,11 @@ from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
-from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.recipe import ModelsRecipe, ParallelismRecipe, QuantizationRecipe, StudentRecipe
+from flagscale.recipe.combinations import check_quantized_on_cpu
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.quantize_student import figures as quantization_figures
+from flagscale.steps.quantize_student import quantize
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,8 @@ def convert_student(
     for shape in (teacher_shape, student_shape(teacher_shape, student)):
         seq_length = parents["dataset"].facts["seq_length"]
         check_layout(shape, models.sizes, seq_length, section="models")
+    if student.quantization is not None:
+        _check_quantization(shape, student.quantization, models.sizes)
     return call_on_ranks(
         "convert-student",
         convert_on_rank,
@@ -86,6 +93,17 @@ def convert_student(
         output=output,
         models=models,
     )
+
+
+def _check_quantization(
+    shape: ModelShape, quantization: QuantizationRecipe, sizes: ParallelismRecipe
+) -> None:
+    check_quantized(shape, quantization.recipe, sizes, calibrates=True)
+    if not platform.HAS_GPU:
+        try:
+            check_quantized_on_cpu(quantization)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def convert_on_rank(
@@ -113,6 +131,15 @@ def convert_on_rank(
         logits_bsv = forward(model, batch["tokens"])
         if is_first_rank():
             _save_description(shape, teacher, staging.path)
+        if student.quantization is not None:
+            facts = quantize(
+                model, student.quantization, stored, (teacher, dataset), args, staging.path
+            )
+            staging.facts["quantization"] = facts
+            figures |= quantization_figures(facts)
+            logits_bsv = forward(model, batch["tokens"])
+            if is_first_rank():
+                replace(shape, quantization=student.quantization.recipe).save(staging.path)
         save_weights(model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
