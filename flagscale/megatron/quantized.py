@@ -48,5 +48,5 @@ def check_quantized(
             over = f" on each of {tensor} tensor-parallel ranks" if tensor > 1 else ""
             raise UserError(
                 f"{name}: the student's {what} is {width}{over}, and must be a multiple of "
-                f"{one.block_size}, the weights that share a scale"
+                f"{one.block_size}, the weights that share a scale; choose another recipe"
             )

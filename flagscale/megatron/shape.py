@@ -133,6 +133,11 @@ class ModelShape:
         Raises:
             UserError: what does not fit, and the format to export in.
         """
+        if self.quantization is not None and not FORMATS[self.quantization].huggingface:
+            raise UserError(
+                f"student.quantization.recipe={self.quantization}: ModelOpt's unified Hugging Face "
+                "format is not written of that; set export.format=megatron"
+            )
         if not self.fits_hugging_face:
             changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
             raise UserError(

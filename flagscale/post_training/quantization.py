@@ -2,10 +2,10 @@
 
 Fake quantisation (arXiv 1712.05877): a layer multiplies inputs and weights that were rounded to the
 format's values, in the model's own precision; gradients pass the rounding unchanged. What a
-quantiser knows, the largest value of its range and for SmoothQuant (arXiv 2211.10438) and AWQ (arXiv
-2306.00978) a scale of every input channel, is measured once and never changes. It is therefore no
-part of a checkpoint: it lies in the student's artifact, one file for every layout, and a resumed
-training reads it there again.
+quantiser knows is measured once and never changes: the largest value of its range, and for
+SmoothQuant (arXiv 2211.10438) and AWQ (arXiv 2306.00978) a scale of every input channel. It is
+therefore no part of a checkpoint: it lies in the student's artifact, one file for every layout, and
+a resumed training reads it there again.
 
 ModelOpt quantises decoder layers: embedding and output layer stay as they are.
 """
@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.mlp import MLP
 
 from flagscale.post_training.upstream import mtq, mtq_megatron, mtq_nn
-from flagscale.recipe.quantization import FORMATS
+from flagscale.recipe.quantization import FORMATS, QuantizationFormat
 
 # ModelOpt would have checkpoints hold its quantisers, in a format of their own for all weights.
 mtq_nn.QuantModuleRegistry.unregister(MLP)
@@ -67,12 +68,11 @@ def calibrate(
         RuntimeError: this or an earlier quantisation in this process failed.
     """
     _quantize(model, _config(quantization), forward_loop)
-    block = FORMATS[quantization].block_size
     with torch.no_grad():
         for linear in quantized_linears(model).values():
             _round_scale(linear)
             linear.weight.copy_(linear.weight.to(stored))
-            _measure_weight(linear, block)
+            _measure_weight(linear, FORMATS[quantization])
             if FORMATS[quantization].quantizes_inputs:
                 know(linear.input_quantizer, "_amax", _rounded_up(linear.input_quantizer.amax))
 
@@ -101,7 +101,11 @@ def know(quantizer: Any, name: str, value: torch.Tensor) -> None:  # noqa: ANN40
 
 
 def _config(quantization: str) -> dict[str, Any]:
-    config: dict[str, Any] = copy.deepcopy(getattr(mtq, FORMATS[quantization].modelopt))
+    one = FORMATS[quantization]
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, one.modelopt))
+    blocks = config["quant_cfg"]["*weight_quantizer"].get("block_sizes")
+    if blocks is not None:
+        blocks[-1] = one.block_size
     return config
 
 
@@ -130,29 +134,22 @@ def _round_scale(linear: Any) -> None:  # noqa: ANN401 - ModelOpt's
     know(linear.input_quantizer, "_pre_quant_scale", rounded_i.to(linear.weight.dtype))
 
 
-def _measure_weight(linear: Any, block: int | None) -> None:  # noqa: ANN401 - ModelOpt's
-    quantizer, weight_oi = linear.weight_quantizer, linear.weight.float().abs()
-    before = quantizer.amax
-    if block is not None:
-        amax = weight_oi.view(-1, block).amax(1, keepdim=True)
-    elif before.numel() > 1:
-        amax = _over_inputs(linear, weight_oi.amax(1, keepdim=True))
-    else:
-        # The tensor's, over all ranks that have a slice of it.
+def _measure_weight(linear: Any, one: QuantizationFormat) -> None:  # noqa: ANN401 - ModelOpt's
+    """The largest weight of each tensor, row or block, over all ranks that have a part of it."""
+    weight_oi = linear.weight.float().abs()
+    if one.per_tensor:
         amax = weight_oi.amax()
-        group = linear.parallel_state.tensor_parallel_group.group
+    elif one.block_size is None:
+        amax = weight_oi.amax(1, keepdim=True)
+    else:
+        amax = weight_oi.view(-1, one.block_size).amax(1, keepdim=True)
+    if one.per_tensor or (one.block_size is None and linear._is_row_parallel):
+        group = get_tensor_model_parallel_group()
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
+    before = linear.weight_quantizer.amax
     if amax.shape != before.shape:
         raise RuntimeError(f"ModelOpt's ranges have the shape {before.shape}, not {amax.shape}")
-    know(quantizer, "_amax", _rounded_up(amax))
-
-
-def _over_inputs(linear: Any, amax: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - ModelOpt's
-    """Of each row, over the ranks that share its columns."""
-    if linear._is_row_parallel:
-        group = linear.parallel_state.tensor_parallel_group.group
-        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
-    return amax
+    know(linear.weight_quantizer, "_amax", _rounded_up(amax))
 
 
 def _rounded_up(amax: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 `quantizers.safetensors` has, by the layer's name in the whole model:
 
-    decoder.layers.3.mlp.linear_fc1.weight_quantizer.amax            [1, 1], [out, 1] or [out, in / 128]
+    decoder.layers.3.mlp.linear_fc1.weight_quantizer.amax            [1, 1], [out, 1], [out, blocks]
     decoder.layers.3.mlp.linear_fc1.input_quantizer.amax             [1, 1]
     decoder.layers.3.mlp.linear_fc1.input_quantizer.pre_quant_scale  [1, in]
 
-in float32, with the rows and columns of the whole layer: of a gated MLP all of gate, then all of up.
+in float32, with the rows and columns of the whole layer: of a gated MLP all of gate, then of up.
 """
 
 from __future__ import annotations
@@ -132,9 +132,11 @@ def _places(model: GPTModel, quantization: str) -> dict[str, _Place]:
             local,
         )
         width, is_row = linear.weight.size(1), linear._is_row_parallel
-        blocks = 1 if one.block_size is None else width // one.block_size
-        split = "columns" if is_row and blocks > 1 else "none"
-        if not is_row and quantization != "fp8":
+        by_columns = "columns" if is_row else "none"
+        is_whole = one.per_tensor or one.block_size is None
+        blocks = 1 if is_whole else width // (one.block_size or width)
+        split = by_columns if blocks > 1 else "none"
+        if not is_row and not one.per_tensor:
             is_gated = model.config.gated_linear_unit and local.endswith(".linear_fc1")
             split = "gated" if is_gated else "rows"
         found[f"{name}.weight_quantizer.amax"] = _Place(
