@@ -11,6 +11,7 @@ from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.pretrained import SourceRecipe
 from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
@@ -40,6 +41,7 @@ __all__ = [
     "ResourcesRecipe",
     "Section",
     "SectionT",
+    "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
     "TeacherRecipe",

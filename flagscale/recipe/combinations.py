@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.layer_pairs import check_layer_pairs
 from flagscale.recipe.parallelism import ParallelismRecipe
-from flagscale.recipe.quantization import FORMATS, QuantizationRecipe
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.training import TrainingRecipe
-
-# Inside attention and MLP, what gives whole hidden states whatever the number of tensor ranks.
-_INSIDE_LAYER = re.compile(r"\.(?:self_attention|mlp)\.")
-_WHOLE_INSIDE_LAYER = re.compile(r"\.(?:self_attention\.linear_proj|mlp\.linear_fc2)$")
 
 _OF_A_GPU = (
     "apply_rope_fusion",
@@ -40,6 +36,14 @@ class TrainingOptions(Protocol):
     @property
     def reset_attention_mask(self) -> bool:
         """Whether the documents of a sample do not see one another."""
+
+    @property
+    def recompute_granularity(self) -> str:
+        """What is computed again in the backward pass."""
+
+    @property
+    def recompute_modules(self) -> tuple[str, ...] | None:
+        """Which modules are, where only some are."""
 
     @property
     def fp8(self) -> str:
@@ -78,64 +82,25 @@ def check_combination(
         _check_layout(training.parallelism, architecture)
 
 
-def check_quantization(
-    quantization: QuantizationRecipe, training: TrainingOptions, export_format: str
-) -> None:
-    """Refuse what a quantised student could not be trained with, or exported in.
+def check_width_pruning(student: StudentRecipe, sizes: ParallelismRecipe) -> None:
+    """Refuse to prune widths on ranks that share a tensor or the experts.
 
     Args:
-        quantization: the student's.
-        training: the recipe's section.
-        export_format: `export.format`.
+        student: the recipe's section.
+        sizes: of the process groups of the model steps.
 
     Raises:
-        ValueError: the fields with their values, and what would be right.
+        ValueError: the size, and what would do.
     """
-    if export_format == "huggingface" and not FORMATS[quantization.recipe].huggingface:
-        can = " and ".join(name for name, one in FORMATS.items() if one.huggingface)
-        raise ValueError(
-            f"student.quantization.recipe={quantization.recipe} with export.format=huggingface: of "
-            f"quantised students {can} alone can be exported so; set export.format=megatron, or "
-            "another recipe"
-        )
-    check_quantized_training(quantization.recipe, training)
-
-
-def check_quantized_training(quantization: str, training: TrainingOptions) -> None:
-    """Refuse how a quantised student cannot be trained.
-
-    Args:
-        quantization: name of its recipe.
-        training: the recipe's section, or a run's arguments.
-
-    Raises:
-        ValueError: both fields with their values, and what would be right.
-    """
-    chunks = training.parallelism.virtual_pipeline_model_parallel_size
-    for option, value, remedy in (
-        ("fp8", training.fp8, "none"),
-        ("transformer_impl", training.transformer_impl, "local"),
-        ("parallelism.virtual_pipeline_model_parallel_size", chunks, "null"),
-    ):
-        if value not in (None, "none", "auto", "local"):
+    if not student.cuts_width:
+        return
+    for field in ("tensor_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(sizes, field) > 1:
             raise ValueError(
-                f"student.quantization.recipe={quantization} with training.{option}={value}: "
-                "quantised layers are Megatron-Core's local ones with ModelOpt's arithmetic, in "
-                f"one chunk a rank; set it to {remedy}"
+                f"student.init={student.init} with models.parallelism.{field}="
+                f"{getattr(sizes, field)}: ModelOpt's mcore_minitron prunes whole tensors; set it "
+                "to 1, and pipeline_model_parallel_size to as many ranks as the teacher needs"
             )
-
-
-def check_quantized_on_cpu(quantization: QuantizationRecipe) -> None:
-    """Refuse what ModelOpt computes on a GPU alone.
-
-    Raises:
-        ValueError: the field with its value.
-    """
-    if FORMATS[quantization.recipe].needs_gpu:
-        raise ValueError(
-            f"student.quantization.recipe={quantization.recipe}: ModelOpt computes it on a GPU "
-            "alone, and there is none; choose another recipe, or give the pods accelerators"
-        )
 
 
 def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | None) -> None:
@@ -214,22 +179,7 @@ def _check_distillation(
                 f"{option} with distillation.loss={distillation.loss}: {reason}, or set "
                 "distillation.loss=none"
             )
-    tensor = training.parallelism.tensor_model_parallel_size
-    for name in (name for pair in distillation.intermediate_layer_pairs for name in pair[:2]):
-        if tensor > 1 and _is_split(name):
-            raise ValueError(
-                f"distillation.intermediate_layer_pairs: {name} with training.parallelism."
-                f"tensor_model_parallel_size={tensor}: each rank has a part of its channels, and "
-                "the loss would be of that part; pair layers, norms, self_attention, mlp or their "
-                "last projections (linear_proj, linear_fc2)"
-            )
-
-
-def _is_split(name: str) -> bool:
-    """Whether a module's output has its channels spread over tensor-parallel ranks."""
-    if name == "output_layer":
-        return True
-    return bool(_INSIDE_LAYER.search(name)) and not _WHOLE_INSIDE_LAYER.search(name)
+    check_layer_pairs(distillation, training, architecture)
 
 
 def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:

@@ -83,7 +83,7 @@ class QuantizationRecipe(Section):
     when: Literal["always", "significant"] = Field(
         "always",
         description="Train always, or only where the LM loss of the quantised student is "
-        "significantly worse than before; then init: same",
+        "significantly worse than before; with init: same or pretrained",
     )
     documents: Annotated[PositiveInt, Field(ge=2)] = Field(
         64, description="Of the validation split, their first seq_length tokens, to compare on"

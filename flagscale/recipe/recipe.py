@@ -7,16 +7,12 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
-from flagscale.recipe.combinations import (
-    check_combination,
-    check_on_cpu,
-    check_quantization,
-    check_quantized_on_cpu,
-)
+from flagscale.recipe.combinations import check_combination, check_on_cpu, check_width_pruning
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
+from flagscale.recipe.quantized_training import check_quantization, check_quantized_on_cpu
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
@@ -69,6 +65,7 @@ class Recipe(Section):
         check_combination(self.distillation, self.training, self.student.architecture)
         if self.student.quantization is not None:
             check_quantization(self.student.quantization, self.training, self.export.format)
+        check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
             changed = architecture.model_dump(mode="json", exclude_defaults=True)

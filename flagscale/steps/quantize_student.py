@@ -11,7 +11,8 @@ import gc
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from flagscale.checkpoint import save_weights
+from flagscale.checkpoint.agreement import same_outcome
 from flagscale.data.loader import split_documents
+from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import FIGURES, Fidelity, document_hash
 from flagscale.evaluation.measuring import keep, measure
 from flagscale.evaluation.quantized import (
@@ -33,34 +37,64 @@ from flagscale.evaluation.windows import Batch, batches
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.quantized import check_quantized
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.causal_lm import CausalLM, is_first_replica
-from flagscale.models.megatron import from_last_stage, hidden_states, load_model
-from flagscale.recipe import QuantizationRecipe
+from flagscale.models.megatron import (
+    WEIGHTS,
+    forward,
+    from_last_stage,
+    hidden_states,
+    load_model,
+)
+from flagscale.recipe import ParallelismRecipe, QuantizationRecipe
+from flagscale.recipe.quantized_training import check_quantized_on_cpu
 
 logger = logging.getLogger(__name__)
 
 
+def check_quantization(
+    shape: ModelShape, quantization: QuantizationRecipe, sizes: ParallelismRecipe
+) -> None:
+    """Refuse what cannot be quantised so, or not on this machine, before long work.
+
+    Args:
+        shape: of the student.
+        quantization: the recipe's section.
+        sizes: of the process groups of the model steps.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    check_quantized(shape, quantization.recipe, sizes, calibrates=True)
+    if not platform.HAS_GPU:
+        try:
+            check_quantized_on_cpu(quantization)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
 def quantize(
-    model: GPTModel,
     quantization: QuantizationRecipe,
-    stored: torch.dtype,
     inputs: tuple[Path, Path],
     args: Arguments,
+    stored: torch.dtype,
     folder: Path,
-) -> dict[str, Any]:
+    batch: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Quantise the student after training, and measure what it costs. All ranks call it.
 
     Args:
-        model: this rank's part of the student; in place.
         quantization: the recipe's section.
-        stored: dtype of the student's weights on disk.
         inputs: the `teacher` and the `dataset` artifact.
         args: that the student was built with.
-        folder: of the student's artifact; gets `quantizers.safetensors`.
+        stored: dtype of the student's weights on disk.
+        folder: of the student's artifact; becomes the quantised one's.
+        batch: whose `tokens` the quantised student predicts.
 
     Returns:
-        For the manifest: the recipe, what it was calibrated on, what it costs, and whether the
-        student is to be trained.
+        For the manifest the recipe, what it was calibrated on, what it costs, and whether the
+        student is to be trained; and this rank's part of what it predicts (see `forward`).
 
     Raises:
         UserError: fewer than two validation documents.
@@ -79,13 +113,11 @@ def quantize(
         split_documents(dataset, "validation", quantization.documents), args.seq_length
     )
     text = batches(documents, args.seq_length, args.micro_batch_size)
-    keep(
-        _causal_lm(load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)),
-        kept,
-        text,
-    )
+    layout = (args.seq_length, args.parallelism, args.params_dtype)
+    keep(_causal_lm(load_model(teacher, *layout)), kept, text)
     gc.collect()  # modules refer to each other: the teacher goes only now
     torch.distributed.barrier()
+    model = load_model(folder, *layout)
     sums = {UNQUANTIZED: _sums(UNQUANTIZED, model, kept, text, len(documents))}
     samples = _calibration(dataset, quantization.calibration_tokens, args.seq_length)
 
@@ -94,11 +126,8 @@ def quantize(
             hidden_states(one, sample.inputs_bs)
 
     calibrate(model, quantization.recipe, run, stored)
-    save_quantizers(model, quantization.recipe, folder)
     sums[QUANTIZED] = _sums(QUANTIZED, model, kept, text, len(documents))
-    torch.distributed.barrier()
-    if is_first_rank():
-        shutil.rmtree(kept_in)
+    _save(model, quantization.recipe, stored, folder, save_quantizers)
     cost = cost_of_quantization(
         Fidelity(
             documents=tuple(document_hash(document) for document in documents),
@@ -108,16 +137,35 @@ def quantize(
     )
     trains = quantization.when == "always" or cost["significant"]
     _tell(quantization, cost, trains)
-    return {
+    facts = {
         "recipe": quantization.recipe,
         "calibration_tokens": sum(sum(sample.lengths) for sample in samples),
         "calibration_digest": _digest(samples),
         "cost": cost,
         "trains": trains,
     }
+    return facts, forward(model, batch["tokens"])
 
 
-def figures(facts: dict[str, Any]) -> dict[str, float]:
+def _save(
+    model: GPTModel,
+    quantization: str,
+    stored: torch.dtype,
+    folder: Path,
+    save_quantizers: Callable[[GPTModel, str, Path], None],
+) -> None:
+    """What has changed of the artifact. The weights have where they were divided by scales."""
+    save_quantizers(model, quantization, folder)
+    torch.distributed.barrier()  # nobody reads the teacher's states any more
+    with same_outcome(folder, "could not be written"):
+        if is_first_rank():
+            shutil.rmtree(folder / "teacher-states")
+            shutil.rmtree(folder / WEIGHTS)
+            replace(ModelShape.load(folder), quantization=quantization).save(folder)
+    save_weights(model, folder / WEIGHTS, stored)
+
+
+def quantization_figures(facts: dict[str, Any]) -> dict[str, float]:
     """What of it goes to MLflow as metrics."""
     models, paired = facts["cost"]["models"], facts["cost"]["paired"]
     found = {f"ptq {f} change": paired[f]["value"] for f in FIGURES}

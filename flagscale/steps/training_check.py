@@ -8,7 +8,8 @@ from flagscale.errors import UserError
 from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.recipe.combinations import check_combination, check_quantized_training
+from flagscale.recipe.combinations import check_combination
+from flagscale.recipe.quantized_training import check_quantized_training
 
 
 def check_training(
