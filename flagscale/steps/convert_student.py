@@ -42,6 +42,7 @@ from flagscale.steps.make_student import make_student
 from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ def convert_on_rank(
         student = meet_targets(teacher_shape, student)
         shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     with (
         tracked("convert-student", recipe, parents=parents) as run,
@@ -147,6 +150,12 @@ def convert_on_rank(
         if source is not None:
             staging.facts |= source.facts()
             figures |= prove(source, staging.path, dataset, models.sizes)
+        if student.quantization is not None:
+            quantized, logits_bsv = quantize(
+                student.quantization, (teacher, dataset), args, stored, staging.path, batch
+            )
+            staging.facts["quantization"] = quantized
+            figures |= quantization_figures(quantized)
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
         figures |= needs(shape, seq_length, stored)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
@@ -180,6 +189,8 @@ def _check_shapes(
         return
     shape = student_shape(teacher, student)
     check_layout(shape, models.sizes, facts["seq_length"], section="models")
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
 
 
 def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:
