@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -24,16 +25,27 @@ from flagscale.megatron.arguments import Arguments, model_arguments, with_teache
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
-from flagscale.models.distillation_proof import (
-    PROOF_LOSS,
-    prove_every_parameter_learns,
-    prove_no_loss_when_equal,
+from flagscale.models.audit_artifacts import (
+    check_kept,
+    check_stored,
+    check_tokenizers,
+    unigram_loss,
 )
+from flagscale.models.distillation_audit import audit
+from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.hf_description import write_config
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import layers_to_keep, student_shape
+from flagscale.post_training.findings import (
+    Finding,
+    as_text,
+    failures,
+    not_run,
+    of_all_ranks,
+    within,
+)
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.steps.on_ranks import tracked, written
 
@@ -105,7 +117,7 @@ def convert_on_rank(
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
-        batch = _batch(dataset)
+        batch, unigram = _batch(dataset, shape.vocab_size)
         model = _build(student, shape, teacher, args, stored)
         if student.init != "scratch":
             staging.facts["keep_layers"] = _kept(student, teacher)
@@ -116,7 +128,14 @@ def convert_on_rank(
         save_weights(model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
-        figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        proven, findings = _prove(
+            _Given(student, teacher, staging.path, dataset, parents, args, stored),
+            batch,
+            unigram,
+            logits_bsv,
+        )
+        figures |= proven
+        staging.facts["audit"] = [finding.values() for finding in findings]
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
@@ -139,16 +158,17 @@ def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Ma
     }
 
 
-def _batch(dataset: Path) -> dict[str, torch.Tensor]:
-    """One validation sample, which the first rank reads for all."""
-    told: list[dict[str, torch.Tensor] | None] = [None]
+def _batch(dataset: Path, vocab_size: int) -> tuple[dict[str, torch.Tensor], float]:
+    """One validation sample and its loss by frequencies; the first rank reads for all."""
+    told: list[tuple[dict[str, torch.Tensor], float] | None] = [None]
     if is_first_rank():
         with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
             prepare_validation_index(dataset, Path(cache))
             batches = validation_batches(
                 dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
             )
-            told = [next(iter(batches))]
+            batch = next(iter(batches))
+        told = [(batch, unigram_loss(dataset, batch, vocab_size))]
     torch.distributed.broadcast_object_list(told, src=0)
     assert told[0] is not None, "the first rank is one of them"
     return told[0]
@@ -202,39 +222,70 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
     write_config(hf_config_for(shape, template), folder / "hf")
 
 
+class _Given(NamedTuple):
+    """What the audit is given of the step."""
+
+    student: StudentRecipe
+    teacher: Path
+    made: Path
+    dataset: Path
+    parents: dict[str, Manifest]
+    args: Arguments
+    stored: torch.dtype
+
+
 def _prove(
-    teacher: Path,
-    student: Path,
-    args: Arguments,
+    given: _Given,
     batch: dict[str, torch.Tensor],
+    unigram: float,
     logits_bsv: torch.Tensor | None,
-) -> dict[str, float]:
-    """The proofs' figures, of models that are loaded one after the other and never held twice.
+) -> tuple[dict[str, float], list[Finding]]:
+    """The audit of the artifacts as they are stored; raises what it finds wrong.
 
     Args:
-        teacher: the artifact.
-        student: the artifact.
-        args: that the student was built with.
+        given: artifacts, and the arguments that the student was built with.
         batch: see `_batch`.
+        unigram: see there.
         logits_bsv: this rank's part of what the student predicted before it was stored.
     """
-    teacher_model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
-    when_equal = prove_no_loss_when_equal(teacher_model, batch)
-    model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
-    difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)
+    args = given.args
+    teacher, model = (
+        load_model(path, args.seq_length, args.parallelism, args.params_dtype)
+        for path in (given.teacher, given.made)
+    )
+    reloaded = _reloaded(forward(model, batch["tokens"]), logits_bsv)
+    found = [reloaded]
+    if is_first_rank():
+        found += check_tokenizers(given.teacher, given.dataset, given.parents, batch)
+    for whose, one, path in (("teacher", teacher, given.teacher), ("student", model, given.made)):
+        found.append(check_stored(whose, one, path / WEIGHTS, given.stored))
+    kept = None if given.student.init == "scratch" else _kept(given.student, given.teacher)
+    found.append(check_kept(model, teacher, kept))
+    audited = audit(model, teacher, batch, unigram)
+    found += audited.findings
+    found.append(not_run("TP1 equals TP2", "it takes two processes: `make doctor` runs it"))
+    findings = of_all_ranks(found)
+    if is_first_rank():
+        logger.info("audit of the conversion:\n%s", as_text(findings))
+    if wrong := failures(findings):
+        raise UserError("the audit of the conversion failed: " + "; ".join(wrong))
     return {
-        "reload_logit_difference": difference,
-        "kd_loss_when_equal": when_equal,
-        "kd_loss_at_start": prove_every_parameter_learns(model, teacher_model, batch),
-    }
+        "reload_logit_difference": reloaded.figure or 0.0,
+        "kd_loss_when_equal": audited.kd_loss_when_equal,
+        "kd_loss_at_start": audited.kd_loss_at_start,
+    }, findings
 
 
-def _logit_difference(reloaded: torch.Tensor | None, before: torch.Tensor | None) -> float:
+def _reloaded(reloaded: torch.Tensor | None, before: torch.Tensor | None) -> Finding:
     """Largest difference of the logits on any rank; must be none."""
     largest = torch.zeros((), device=platform.device())
     if reloaded is not None and before is not None:
         largest = (reloaded - before).abs().max().float().nan_to_num(math.inf)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    if largest.item() > 0:
-        raise UserError(f"the saved student's logits differ by {largest:.3g} once loaded, not 0")
-    return largest.item()
+    return within(
+        "saved and loaded",
+        largest.item(),
+        0,
+        "largest difference of the student's logits",
+        f"the saved student's logits differ by {largest:.3g} once loaded, not 0",
+    )

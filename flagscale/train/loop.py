@@ -204,6 +204,7 @@ def run_schedule(
     data_iterators: Sequence[Any],
     num_micro_batches: int,
     forward_only: bool = False,
+    step: Callable[..., Any] = forward_step,
 ) -> list[Report]:
     """Run `forward_step` on micro-batches by Megatron-Core's schedule for the pipeline.
 
@@ -212,6 +213,7 @@ def run_schedule(
         data_iterators: one a chunk; see `flagscale.train.batches.get_batch`.
         num_micro_batches: how many to take of each.
         forward_only: compute no gradients.
+        step: `forward_step`, or one around it.
 
     Returns:
         What the loss function reported, one a micro-batch; empty but on the last stage.
@@ -224,7 +226,7 @@ def run_schedule(
         "decoder_seq_length": seq_length,
     }
     reports: list[Report] = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=list(data_iterators) if len(chunks) > 1 else data_iterators[0],
         model=list(chunks),
         num_microbatches=num_micro_batches,

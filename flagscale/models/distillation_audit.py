@@ -1,0 +1,232 @@
+"""The audit of a conversion: training's own way on a few tokens, each figure held against float64.
+
+`flagscale/post_training/preflight.py` says what must hold; this says what is run for it. Most runs
+are of 64 tokens, forward alone; a backward pass through all of the student is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from flagscale.errors import UserError
+from flagscale.megatron.global_vars import get_args, use_args
+from flagscale.models.distillation_proof import (
+    Batch,
+    distilling,
+    prove_every_parameter_learns,
+    run,
+    twin,
+)
+from flagscale.models.megatron import hidden_states, without_multi_token_prediction
+from flagscale.post_training.findings import Finding, fault, not_run, of_all_ranks, within
+from flagscale.post_training.preflight import (
+    KD,
+    check_equal,
+    check_gradient,
+    check_losses,
+    check_mixed,
+)
+from flagscale.post_training.preflight_models import (
+    check_batch,
+    check_causal,
+    check_masked,
+    check_teacher,
+    check_teacher_loss,
+    check_weights,
+)
+from flagscale.post_training.tap import STUDENT, Edit, Seen
+from flagscale.recipe import DistillationRecipe
+
+# Another temperature than 1, so that T and T^2 show; the LM loss is mixed in by a check.
+AUDITED_LOSS = DistillationRecipe(temperature=2.0)
+_TOKENS = 64
+_MASKED_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found.
+
+    Attributes:
+        findings: one a check, the same on every rank.
+        kd_loss_at_start: of the student, nats a token, at temperature 1.
+        kd_loss_when_equal: of the teacher against itself.
+    """
+
+    findings: list[Finding]
+    kd_loss_at_start: float
+    kd_loss_when_equal: float
+
+
+def audit(
+    student: GPTModel,
+    teacher: GPTModel,
+    batch: Batch,
+    unigram: float,
+    recipe: DistillationRecipe = AUDITED_LOSS,
+) -> Audited:
+    """Run all checks that two models and one micro-batch allow. All ranks call it.
+
+    Called within `use_args` of the student's arguments `with_teacher`. The models are plain, and
+    are so again afterwards.
+
+    Args:
+        student: this rank's part.
+        teacher: this rank's part, of the same layout.
+        batch: one row of the data loader, the same on every rank.
+        unigram: see `check_teacher_loss`.
+        recipe: the loss; the LM loss is left out of it but where a check is about it.
+    """
+    findings = [
+        check_weights("teacher", teacher.named_parameters()),
+        check_weights("student", student.named_parameters()),
+        *_tied(student, teacher),
+    ]
+    kd_at_start, reached, seen = _reached(student, teacher, batch)
+    findings.append(reached)
+    if seen is not None:
+        findings.append(check_teacher_loss(seen, unigram))
+    alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
+    short = _short(batch)
+    with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
+        found, size = _losses(student, teacher, short, alone)
+        findings += found
+        found, when_equal = _when_equal(teacher, short, alone, size)
+        findings += found
+    for model in (student, teacher):
+        model.eval()
+        model.zero_grad(set_to_none=True)
+    return Audited(of_all_ranks(findings), kd_at_start, when_equal)
+
+
+def _reached(
+    student: GPTModel, teacher: GPTModel, batch: Batch
+) -> tuple[float, Finding, Seen | None]:
+    """The whole backward pass."""
+    name, note = "gradients", "reach every parameter of the student and none of the teacher"
+    try:
+        loss, seen = prove_every_parameter_learns(student, teacher, batch)
+    except UserError as error:  # on all ranks
+        return float("nan"), fault(name, str(error), note), None
+    return loss, fault(name, None, note), seen
+
+
+def _losses(
+    student: GPTModel, teacher: GPTModel, batch: Batch, recipe: DistillationRecipe
+) -> tuple[list[Finding], float]:
+    """Value and gradient of every loss, and what must not change them.
+
+    Returns:
+        The findings, and the size of the KD loss' gradient in hidden states.
+    """
+    mixed = recipe.model_copy(update={"skip_lm_loss": False})
+    with without_multi_token_prediction(teacher), torch.no_grad():
+        by_itself_sbh = hidden_states(teacher.eval(), batch["tokens"])
+    with distilling(student, teacher, recipe) as model:
+        _, alone = run(model, batch, forward_only=True, differentiates=True)
+        frozen = [] if alone is None else [check_teacher(alone, by_itself_sbh, teacher)]
+    with distilling(student, teacher, mixed) as model, torch.no_grad():
+        edit = _unchanged(batch)
+        _, beside = run(model, batch, forward_only=True, edit=edit)
+        perturbed, edit = _perturbed(batch, student.unpadded_vocab_size)
+        _, elsewhere = run(model, perturbed, forward_only=True, edit=edit)
+        _, evaluated = run(model, batch, forward_only=True, training=False)
+    if alone is None or beside is None or elsewhere is None or evaluated is None:
+        return [], 0.0
+    found = [
+        *check_batch(alone, batch),
+        *frozen,
+        *check_causal(alone, elsewhere),
+        *check_losses(beside, mixed),
+        check_gradient(alone, recipe),
+        check_mixed(alone, beside),
+        _in_evaluation(evaluated, beside),
+        check_masked(beside, elsewhere),
+    ]
+    return found, alone.heads[STUDENT].gradient().norm().item()
+
+
+def _in_evaluation(evaluated: Seen, trained: Seen) -> Finding:
+    """Validation reports the same KD loss of the same weights."""
+    before, after = trained.report[KD][0], evaluated.report[KD][0]
+    share = (after - before) / max(abs(before), 1e-5)
+    return within(
+        "KD loss in validation",
+        share,
+        1e-4,
+        "change of the KD term in evaluation mode, as a share",
+        f"the KD loss in evaluation mode differs by {share:.3g} of itself from that in training "
+        "mode: dropout is on, or one of the two is computed otherwise",
+    )
+
+
+def _when_equal(
+    teacher: GPTModel, batch: Batch, recipe: DistillationRecipe, size: float
+) -> tuple[list[Finding], float]:
+    """The teacher against itself."""
+    with distilling(twin(teacher), teacher, recipe) as model:
+        losses, seen = run(model, batch, forward_only=True, differentiates=True)
+    return ([] if seen is None else check_equal(seen, size)), losses[KD]
+
+
+def _short(batch: Batch) -> Batch:
+    """The first tokens of the batch; some of them, and the last ones, are masked."""
+    length = min(_TOKENS, batch["tokens"].size(1))
+    short = {
+        name: value[:, :length].clone()
+        for name, value in batch.items()
+        if name in ("tokens", "labels", "loss_mask", "position_ids")
+    }
+    every = torch.arange(length) % _MASKED_EVERY == 1
+    every[3 * length // 4 :] = True
+    short["loss_mask"] = torch.where(every, 0.0, short["loss_mask"])
+    if not short["loss_mask"].any():  # a prompt, of which nothing is learnt
+        short["loss_mask"][:, 0] = 1.0
+    return short
+
+
+def _unchanged(batch: Batch) -> Edit:
+    return lambda whose, hidden_sbh: hidden_sbh
+
+
+def _perturbed(batch: Batch, vocab_size: int) -> tuple[Batch, Edit]:
+    """Where the mask is 0 other labels and states; after all that is not masked, other tokens."""
+    masked_bs = batch["loss_mask"] == 0
+    last = int((~masked_bs).any(0).nonzero().max())
+    tokens = batch["tokens"].clone()
+    tokens[:, last + 1 :] = (tokens[:, last + 1 :] + 1) % vocab_size
+    labels = torch.where(masked_bs, (batch["labels"] + 1) % vocab_size, batch["labels"])
+
+    def edit(whose: str, hidden_sbh: torch.Tensor) -> torch.Tensor:
+        masked_sb = masked_bs.T.to(hidden_sbh.device)
+        if hidden_sbh.size(0) < masked_sb.size(0):  # sequence parallel
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            masked_sb = masked_sb.tensor_split(ranks)[rank]
+        return torch.where(masked_sb[..., None], 1 - 2 * hidden_sbh.flip(-1), hidden_sbh)
+
+    return {**batch, "tokens": tokens, "labels": labels}, edit
+
+
+def _tied(student: GPTModel, teacher: GPTModel) -> list[Finding]:
+    """Whether output layers share the embedding's weight as the shapes say."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        return [not_run("tied weights", "the two ends of a pipeline hold copies, which are summed")]
+    found = []
+    cause = None
+    for whose, model in (("student", student), ("teacher", teacher)):
+        own = model.output_layer.weight
+        embedding = model.embedding.word_embeddings.weight
+        if model.share_embeddings_and_output_weights:
+            used = model.shared_embedding_or_output_weight()
+            if used.data_ptr() != embedding.data_ptr():
+                cause = f"the {whose}'s output layer has weights of its own, but must share the "
+                cause += "embedding's"
+        elif own is None or own.data_ptr() == embedding.data_ptr():
+            cause = f"the {whose}'s output layer shares the embedding's weights, but must have own"
+    found.append(fault("tied weights", cause, "output layers share or own weights as they must"))
+    return found
