@@ -9,9 +9,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.losses import (
     HiddenStateCosineLoss,
-    LogitsKLLoss,
+    LogitsLoss,
     MSELoss,
     WeightedLossBalancer,
 )
@@ -73,7 +74,7 @@ def _criteria(
     if not student.post_process:
         return {}
     criteria: dict[tuple[str, str], torch.nn.Module] = {
-        _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
+        _OUTPUT_LAYERS: LogitsLoss(student.config, divergence_of(distillation))
     }
     with torch.random.fork_rng(devices=[]):
         # The same projection on every layout; the GPU's generator, not forked, stays as it is.

@@ -6,27 +6,27 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flagscale.post_training.kl_divergence import forward_kl
+from flagscale.post_training.divergences import Divergence
 from flagscale.post_training.loss_func import CriterionOutput
 from flagscale.post_training.upstream import mtd, mtd_megatron
 
 
-class LogitsKLLoss(mtd_megatron.BaseLoss):
-    """Forward KL of the student's logits to the teacher's, per token, times `T^2`.
+class LogitsLoss(mtd_megatron.BaseLoss):
+    """A divergence of the student's logits from the teacher's, per token.
 
-    Takes the place of ModelOpt's class of the same name, whose value lacks the `T^2` and whose
-    autograd holds about eight vocabulary-sized buffers (see `kl_divergence`).
+    Takes the place of ModelOpt's `LogitsKLLoss`, whose value lacks the `T^2` and whose autograd
+    holds about eight vocabulary-sized buffers. ModelOpt looks for `Logits` in the class's name.
     """
 
-    def __init__(self, model_config: TransformerConfig, temperature: float = 1.0) -> None:
+    def __init__(self, model_config: TransformerConfig, divergence: Divergence) -> None:
         """Keep what the loss needs to know.
 
         Args:
             model_config: the student's.
-            temperature: divides both models' logits.
+            divergence: of two rows of logits.
         """
         super().__init__(model_config)
-        self._temperature = temperature
+        self._divergence = divergence
 
     def forward(
         self,
@@ -36,7 +36,8 @@ class LogitsKLLoss(mtd_megatron.BaseLoss):
         """Compute the loss of what the two output layers returned.
 
         Args:
-            predictions: the student's logits [s, b, V / TP] (and bias).
+            predictions: the student's logits [s, b, V / TP] (and bias); where a gradient will be
+                wanted, they are overwritten.
             targets: the teacher's.
 
         Returns:
@@ -45,7 +46,7 @@ class LogitsKLLoss(mtd_megatron.BaseLoss):
         """
         student_logits_sbv, teacher_logits_sbv = self.pre_forward(predictions, targets)
         group = parallel_state.get_tensor_model_parallel_group()
-        loss_sb = forward_kl(student_logits_sbv, teacher_logits_sbv, self._temperature, group)
+        loss_sb = self._divergence(student_logits_sbv, teacher_logits_sbv, group)
         result: CriterionOutput = self.post_forward(loss_sb)
         return result
 
