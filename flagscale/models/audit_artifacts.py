@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ from megatron.core.models.gpt import GPTModel
 from flagscale.artifacts import Manifest
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.checkpoint.weights import local_weights
-from flagscale.data.loader import split_documents
+from flagscale.data.loader import (
+    prepare_validation_index,
+    split_documents,
+    validation_batches,
+)
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.tokenizers import load_tokenizer, tokenizer_hash
 from flagscale.post_training.findings import Finding, fault, not_run, within
@@ -24,6 +29,27 @@ _COUNTED = 2_000_000  # tokens of the train split whose frequencies are taken
 _COUNTED_DOCUMENTS = 2_000
 _SMALL = 2**16  # elements of a tensor that is read a second time
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def audited_batch(dataset: Path, vocab_size: int) -> tuple[dict[str, torch.Tensor], float]:
+    """One validation sample, and its `unigram_loss`. All ranks call it; the first reads for all.
+
+    Args:
+        dataset: a `dataset` artifact.
+        vocab_size: see `unigram_loss`.
+    """
+    told: list[tuple[dict[str, torch.Tensor], float] | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        with tempfile.TemporaryDirectory(prefix="flagscale-audit-") as cache:
+            prepare_validation_index(dataset, Path(cache))
+            batches = validation_batches(
+                dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
+            )
+            batch = next(iter(batches))
+        told = [(batch, unigram_loss(dataset, batch, vocab_size))]
+    torch.distributed.broadcast_object_list(told, src=0)
+    assert told[0] is not None, "the first rank is one of them"
+    return told[0]
 
 
 def unigram_loss(dataset: Path, batch: dict[str, torch.Tensor], vocab_size: int) -> float:
@@ -49,7 +75,7 @@ def unigram_loss(dataset: Path, batch: dict[str, torch.Tensor], vocab_size: int)
 
 
 def check_tokenizers(
-    teacher: Path, dataset: Path, manifests: dict[str, Manifest], batch: dict[str, torch.Tensor]
+    teacher: Path, dataset: Path, manifests: Mapping[str, Manifest], batch: dict[str, torch.Tensor]
 ) -> list[Finding]:
     """One tokenizer made the data and belongs to the teacher, and its ids fit the vocabulary.
 

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from flagscale.errors import UserError
+from flagscale.megatron import platform
 from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.models.distillation_proof import (
     Batch,
@@ -22,9 +23,10 @@ from flagscale.models.distillation_proof import (
     twin,
 )
 from flagscale.models.megatron import hidden_states, without_multi_token_prediction
-from flagscale.post_training.findings import Finding, fault, not_run, of_all_ranks, within
+from flagscale.post_training.findings import Finding, fault, not_run, within
 from flagscale.post_training.preflight import (
     KD,
+    LM,
     check_equal,
     check_gradient,
     check_losses,
@@ -52,14 +54,16 @@ class Audited:
     """What an audit found.
 
     Attributes:
-        findings: one a check, the same on every rank.
-        kd_loss_at_start: of the student, nats a token, at temperature 1.
+        findings: this rank's, one a check.
+        kd_loss_at_start: of the student, nats a token: forward KL at temperature 1.
         kd_loss_when_equal: of the teacher against itself.
+        figures: what no layout may change: losses, and the size of the KD loss' gradient.
     """
 
     findings: list[Finding]
     kd_loss_at_start: float
     kd_loss_when_equal: float
+    figures: dict[str, float]
 
 
 def audit(
@@ -93,14 +97,14 @@ def audit(
     alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
     short = _short(batch)
     with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
-        found, size = _losses(student, teacher, short, alone)
+        found, figures = _losses(student, teacher, short, alone)
         findings += found
-        found, when_equal = _when_equal(teacher, short, alone, size)
+        found, when_equal = _when_equal(teacher, short, alone, figures["KD gradient"])
         findings += found
     for model in (student, teacher):
         model.eval()
         model.zero_grad(set_to_none=True)
-    return Audited(of_all_ranks(findings), kd_at_start, when_equal)
+    return Audited(findings, kd_at_start, when_equal, figures)
 
 
 def _reached(
@@ -117,11 +121,11 @@ def _reached(
 
 def _losses(
     student: GPTModel, teacher: GPTModel, batch: Batch, recipe: DistillationRecipe
-) -> tuple[list[Finding], float]:
+) -> tuple[list[Finding], dict[str, float]]:
     """Value and gradient of every loss, and what must not change them.
 
     Returns:
-        The findings, and the size of the KD loss' gradient in hidden states.
+        The findings, and `Audited.figures`.
     """
     mixed = recipe.model_copy(update={"skip_lm_loss": False})
     with without_multi_token_prediction(teacher), torch.no_grad():
@@ -131,12 +135,17 @@ def _losses(
         frozen = [] if alone is None else [check_teacher(alone, by_itself_sbh, teacher)]
     with distilling(student, teacher, mixed) as model, torch.no_grad():
         edit = _unchanged(batch)
-        _, beside = run(model, batch, forward_only=True, edit=edit)
+        losses, beside = run(model, batch, forward_only=True, edit=edit)
         perturbed, edit = _perturbed(batch, student.unpadded_vocab_size)
         _, elsewhere = run(model, perturbed, forward_only=True, edit=edit)
         _, evaluated = run(model, batch, forward_only=True, training=False)
+    size = torch.zeros((), dtype=torch.float64, device=platform.device())
+    if alone is not None:
+        size = alone.heads[STUDENT].gradient().norm()
+    torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX)
+    figures = {"KD loss": losses[KD], "LM loss": losses[LM], "KD gradient": size.item()}
     if alone is None or beside is None or elsewhere is None or evaluated is None:
-        return [], 0.0
+        return [], figures
     found = [
         *check_batch(alone, batch),
         *frozen,
@@ -147,7 +156,7 @@ def _losses(
         _in_evaluation(evaluated, beside),
         check_masked(beside, elsewhere),
     ]
-    return found, alone.heads[STUDENT].gradient().norm().item()
+    return found, figures
 
 
 def _in_evaluation(evaluated: Seen, trained: Seen) -> Finding:

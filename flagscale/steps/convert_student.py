@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -17,33 +15,27 @@ from megatron.core.parallel_state import get_pipeline_model_parallel_group
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_layers, save_weights
 from flagscale.checkpoint.weights import count_parameters
-from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
+from flagscale.evaluation.audit_report import AUDIT, render
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape, hf_config_for
-from flagscale.models.audit_artifacts import (
-    check_kept,
-    check_stored,
-    check_tokenizers,
-    unigram_loss,
-)
-from flagscale.models.distillation_audit import audit
+from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.hf_description import write_config
 from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
+from flagscale.models.student_audit import Artifacts, audit_student
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.post_training.findings import (
     Finding,
     as_text,
     failures,
     not_run,
-    of_all_ranks,
     within,
 )
 from flagscale.recipe import ModelsRecipe, StudentRecipe
@@ -117,7 +109,7 @@ def convert_on_rank(
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
-        batch, unigram = _batch(dataset, shape.vocab_size)
+        batch, unigram = audited_batch(dataset, shape.vocab_size)
         model = _build(student, shape, teacher, args, stored)
         if student.init != "scratch":
             staging.facts["keep_layers"] = _kept(student, teacher)
@@ -128,14 +120,15 @@ def convert_on_rank(
         save_weights(model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del model  # what is proven is the artifact
-        proven, findings = _prove(
-            _Given(student, teacher, staging.path, dataset, parents, args, stored),
-            batch,
-            unigram,
-            logits_bsv,
-        )
+        kept = staging.facts.get("keep_layers")
+        artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
+        proven, findings = _prove(artifacts, args, batch, unigram, logits_bsv)
         figures |= proven
-        staging.facts["audit"] = [finding.values() for finding in findings]
+        staging.facts["audit"] = audited = [finding.values() for finding in findings]
+        if is_first_rank():
+            told = f"{shape.num_layers} layers, {figures['parameters'] / 1e6:.1f}M parameters"
+            (staging.path / AUDIT).write_text(render(audited, told), encoding="utf-8")
+            run.log_artifact(staging.path / AUDIT)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
@@ -156,22 +149,6 @@ def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Ma
         "teacher": open_artifact(teacher, "teacher", check_files),
         "dataset": open_artifact(dataset, "dataset", check_files),
     }
-
-
-def _batch(dataset: Path, vocab_size: int) -> tuple[dict[str, torch.Tensor], float]:
-    """One validation sample and its loss by frequencies; the first rank reads for all."""
-    told: list[tuple[dict[str, torch.Tensor], float] | None] = [None]
-    if is_first_rank():
-        with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
-            prepare_validation_index(dataset, Path(cache))
-            batches = validation_batches(
-                dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
-            )
-            batch = next(iter(batches))
-        told = [(batch, unigram_loss(dataset, batch, vocab_size))]
-    torch.distributed.broadcast_object_list(told, src=0)
-    assert told[0] is not None, "the first rank is one of them"
-    return told[0]
 
 
 def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
@@ -222,20 +199,9 @@ def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
     write_config(hf_config_for(shape, template), folder / "hf")
 
 
-class _Given(NamedTuple):
-    """What the audit is given of the step."""
-
-    student: StudentRecipe
-    teacher: Path
-    made: Path
-    dataset: Path
-    parents: dict[str, Manifest]
-    args: Arguments
-    stored: torch.dtype
-
-
 def _prove(
-    given: _Given,
+    artifacts: Artifacts,
+    args: Arguments,
     batch: dict[str, torch.Tensor],
     unigram: float,
     logits_bsv: torch.Tensor | None,
@@ -243,28 +209,23 @@ def _prove(
     """The audit of the artifacts as they are stored; raises what it finds wrong.
 
     Args:
-        given: artifacts, and the arguments that the student was built with.
-        batch: see `_batch`.
+        artifacts: the student's, and what it was made of.
+        args: that it was built with.
+        batch: see `audited_batch`.
         unigram: see there.
         logits_bsv: this rank's part of what the student predicted before it was stored.
     """
-    args = given.args
-    teacher, model = (
+    teacher, student = (
         load_model(path, args.seq_length, args.parallelism, args.params_dtype)
-        for path in (given.teacher, given.made)
+        for path in (artifacts.teacher, artifacts.student)
     )
-    reloaded = _reloaded(forward(model, batch["tokens"]), logits_bsv)
-    found = [reloaded]
-    if is_first_rank():
-        found += check_tokenizers(given.teacher, given.dataset, given.parents, batch)
-    for whose, one, path in (("teacher", teacher, given.teacher), ("student", model, given.made)):
-        found.append(check_stored(whose, one, path / WEIGHTS, given.stored))
-    kept = None if given.student.init == "scratch" else _kept(given.student, given.teacher)
-    found.append(check_kept(model, teacher, kept))
-    audited = audit(model, teacher, batch, unigram)
-    found += audited.findings
-    found.append(not_run("TP1 equals TP2", "it takes two processes: `make doctor` runs it"))
-    findings = of_all_ranks(found)
+    reloaded = _reloaded(forward(student, batch["tokens"]), logits_bsv)
+    audited = audit_student(artifacts, student, teacher, batch, unigram)
+    findings = [
+        reloaded,
+        *audited.findings,
+        not_run("TP1 equals TP2", "it takes more processes: `make doctor` runs it"),
+    ]
     if is_first_rank():
         logger.info("audit of the conversion:\n%s", as_text(findings))
     if wrong := failures(findings):

@@ -1,24 +1,39 @@
-"""Planted defects of a distillation, each of which the audit finds and names; and sound models."""
+"""Defects planted in a distillation, each found by the audit and named; and sound models."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from flagscale.artifacts import open_artifact
+from flagscale.checkpoint import save_weights
 from flagscale.data.loader import validation_batches
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
+from flagscale.models import distillation_proof
+from flagscale.models.audit_artifacts import (
+    check_kept,
+    check_stored,
+    check_tokenizers,
+    unigram_loss,
+)
 from flagscale.models.distillation_audit import audit
 from flagscale.models.distillation_proof import PROOF_LOSS
-from flagscale.models.megatron import load_model
-from flagscale.post_training.findings import as_text, failures
+from flagscale.models.megatron import WEIGHTS, load_model
+from flagscale.post_training import conversion, loss_func
+from flagscale.post_training.findings import Finding, failures
+from flagscale.post_training.losses import LogitsLoss
+from flagscale.train import train_gpt
+from flagscale.train.batches import get_batch
 
 SEQ_LENGTH = 64
+Plant = Callable[["Case"], object]
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +43,362 @@ def arguments(teacher: Path, student: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def taught(teacher: Path, arguments: None) -> GPTModel:
-    return load_model(teacher, SEQ_LENGTH)
+class Case:
+    """Two models, a batch and where they come from, for a plant to spoil."""
+
+    def __init__(
+        self, teacher: Path, student: Path, dataset: Path, folder: Path, patch: Any
+    ) -> None:
+        self.paths = {"teacher": teacher, "student": student}
+        self.dataset, self.folder, self.patch = dataset, folder, patch
+        self.teacher, self.student = (load_model(path, SEQ_LENGTH) for path in (teacher, student))
+        batches = validation_batches(
+            dataset, folder, micro_batch_size=1, global_batch_size=1, eval_iters=1
+        )
+        self.batch = next(iter(batches))
+        self.stored = True
+
+    def audit(self) -> list[Finding]:
+        """As convert-student does."""
+        kinds = {"teacher": self.paths["teacher"], "dataset": self.dataset}
+        manifests = {kind: open_artifact(path, kind, False) for kind, path in kinds.items()}
+        found = check_tokenizers(self.paths["teacher"], self.dataset, manifests, self.batch)
+        for whose, model in (("teacher", self.teacher), ("student", self.student)):
+            if self.stored:
+                weights = self.paths[whose] / WEIGHTS
+                found.append(check_stored(whose, model, weights, torch.float32))
+        found.append(check_kept(self.student, self.teacher, [0, 3] if self.stored else None))
+        unigram = unigram_loss(self.dataset, self.batch, self.teacher.unpadded_vocab_size)
+        return found + audit(self.student, self.teacher, self.batch, unigram).findings
 
 
 @pytest.fixture
-def learner(student: Path, arguments: None) -> GPTModel:
-    return load_model(student, SEQ_LENGTH)
+def case(
+    arguments: None, teacher: Path, student: Path, dataset: Path, tmp_path: Path, monkeypatch: Any
+) -> Case:
+    return Case(teacher, student, dataset, tmp_path, monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def batch(dataset: Path, tmp_path_factory) -> dict[str, torch.Tensor]:
-    batches = validation_batches(
-        dataset,
-        tmp_path_factory.mktemp("cache"),
-        micro_batch_size=1,
-        global_batch_size=1,
-        eval_iters=1,
-    )
-    return next(iter(batches))
+def test_a_sound_conversion_passes(case):
+    found = case.audit()
+    assert [one for one in found if one.verdict != "passed"] == []
+    assert len(found) >= 25
 
 
-def test_sound(learner, taught, batch):
-    found = audit(learner, taught, batch, 6.0)
-    print(as_text(found.findings))
-    assert not failures(found.findings)
+def kl(p_v: torch.Tensor, q_v: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = p_v.log_softmax(-1), q_v.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kd(function: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]) -> Plant:
+    """Another KD loss, of (student's logits, teacher's logits, temperature)."""
+
+    def plant(case: Case) -> None:
+        def forward(self: Any, predictions: Any, targets: Any) -> Any:
+            student, teacher = self.pre_forward(predictions, targets)
+            loss = function(student.float(), teacher.float(), self._divergence.temperature)
+            return self.post_forward(loss)
+
+        case.patch.setattr(LogitsLoss, "forward", forward)
+
+    return plant
+
+
+def top_k_renormalised(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
+    top = t.topk(32, -1)
+    return temperature**2 * kl(top.values / temperature, s.gather(-1, top.indices) / temperature)
+
+
+def gradient_times(factor: float) -> Plant:
+    """The value is right."""
+
+    def loss(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
+        right = temperature**2 * kl(t / temperature, s / temperature)
+        return right * factor + (right * (1 - factor)).detach()
+
+    return kd(loss)
+
+
+def in_validation_otherwise(case: Case) -> None:
+    right = LogitsLoss.forward
+
+    def forward(self: Any, *inputs: Any) -> Any:
+        loss, *rest = right(self, *inputs)
+        return (loss if self.training else loss * 1.5, *rest)
+
+    case.patch.setattr(LogitsLoss, "forward", forward)
+
+
+def get_batch_with(**changes: Callable[[Any], torch.Tensor]) -> Plant:
+    def plant(case: Case) -> None:
+        def changed(*args: Any) -> Any:
+            batch = get_batch(*args)
+            return batch._replace(**{name: change(batch) for name, change in changes.items()})
+
+        case.patch.setattr(train_gpt, "get_batch", changed)
+
+    return plant
+
+
+def summed(function: Callable[[Any, torch.Tensor], torch.Tensor]) -> Plant:
+    """Another sum over the tokens: of (the right one, loss mask)."""
+
+    def plant(case: Case) -> None:
+        right = loss_func.masked_sum
+
+        def masked_sum(output: Any, mask: torch.Tensor) -> torch.Tensor:
+            return function(lambda m: right(output, m), mask)
+
+        case.patch.setattr(loss_func, "masked_sum", masked_sum)
+
+    return plant
+
+
+def result(function: Callable[..., Any]) -> Plant:
+    """Another result of `loss_func`: of (loss, number of tokens, report, mask)."""
+
+    def plant(case: Case) -> None:
+        right = train_gpt.loss_func_modelopt
+
+        def changed(mask: torch.Tensor, *args: Any, **named: Any) -> Any:
+            return function(*right(mask, *args, **named), mask)
+
+        case.patch.setattr(train_gpt, "loss_func_modelopt", changed)
+
+    return plant
+
+
+def all_are_counted(loss, num_tokens, report, mask):
+    count = torch.tensor(float(mask.numel()))
+    counted = {name: torch.stack([sums[0], count]) for name, sums in report.items()}
+    return loss, count.int(), counted
+
+
+def lm_is_differentiated(loss, num_tokens, report, mask):
+    return loss / 2, num_tokens, report
+
+
+def after_conversion(change: Callable[[Any, GPTModel], object]) -> Plant:
+    """Change a distillation model and its teacher, right after they have become one."""
+
+    def plant(case: Case) -> None:
+        def convert(student: GPTModel, teacher: GPTModel, *rest: Any) -> Any:
+            model = conversion.convert_for_distillation(student, teacher, *rest)
+            change(model, teacher)
+            return model
+
+        case.patch.setattr(distillation_proof, "convert_for_distillation", convert)
+
+    return plant
+
+
+def stays_in_training(model: Any, teacher: GPTModel) -> None:
+    teacher.eval = lambda: teacher.train()
+
+
+def drops_out(model: Any, teacher: GPTModel) -> None:
+    norm = teacher.decoder.final_layernorm
+    norm.register_forward_hook(lambda *a: torch.nn.functional.dropout(a[2], 0.1))
+
+
+def keeps_a_gradient(model: Any, teacher: GPTModel) -> None:
+    weight = teacher.decoder.final_layernorm.weight
+    weight.grad = torch.ones_like(weight)
+
+
+def lm_loss_twice(model: Any, teacher: GPTModel) -> None:
+    right = model.loss_balancer.forward
+
+    def forward(losses: Any) -> Any:
+        found = right(losses)
+        return found | {"kd_loss": found["kd_loss"] + losses["student_loss"]}
+
+    model.loss_balancer.forward = forward
+
+
+def not_causal(case: Case) -> None:
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args: Any, **named: Any) -> torch.Tensor:
+        return right(*args, **{**named, "is_causal": False})
+
+    case.patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+
+
+def weight(whose: str, name: str, change: Callable[[torch.Tensor], object]) -> Plant:
+    return lambda case: change(getattr(case, whose).get_parameter(name).data)
+
+
+def set_nan(value: torch.Tensor) -> None:
+    value[3, 5] = float("nan")
+
+
+def in_the_artifact(plant: Plant) -> Plant:
+    """What was read is what is stored, and that is wrong."""
+
+    def planted(case: Case) -> None:
+        case.stored = False
+        plant(case)
+
+    return planted
+
+
+def rows_in_another_order(value: torch.Tensor) -> None:
+    value.copy_(value.roll(7, 0))
+
+
+def untied(case: Case) -> None:
+    own = case.student.embedding.word_embeddings.weight.detach().clone().requires_grad_()
+    case.student.shared_embedding_or_output_weight = lambda: own
+
+
+def padding_in_the_softmax(case: Case) -> None:
+    for model in (case.student, case.teacher):
+        model.output_layer._forward_hooks.clear()
+        with torch.no_grad():  # padding that nobody masks is not 0
+            model.embedding.word_embeddings.weight[1000:] = 0.1
+    case.stored = False
+
+
+def other_tokenizer(case: Case) -> None:
+    for name in ("tokens", "labels"):
+        case.batch[name] = (case.batch[name] * 7 + 300) % 1000
+
+
+def other_layers(case: Case) -> None:
+    first, second = case.student.decoder.layers
+    first.load_state_dict(second.state_dict())
+
+
+def stored_in_bf16(case: Case) -> None:
+    save_weights(case.student, case.folder / "saved" / WEIGHTS, torch.bfloat16)
+    case.paths["student"] = case.folder / "saved"
+
+
+def overwritten_logits(case: Case) -> None:
+    case.patch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
+
+
+def frozen_part(case: Case) -> None:
+    case.student.decoder.layers[0].mlp.linear_fc1.weight.requires_grad_(False)
+
+
+NORM = "decoder.final_layernorm.weight"
+LAYER_NORM = "decoder.layers.1.input_layernorm.weight"
+FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+DEFECTS: dict[str, tuple[Plant, str]] = {
+    "student's norm not loaded": (
+        weight("student", LAYER_NORM, lambda w: w.fill_(1)),
+        r"student's .*input_layernorm.weight in memory is not what its artifact holds: .* not load",
+    ),
+    "teacher's norm not loaded": (
+        weight("teacher", NORM, lambda w: w.fill_(1)),
+        r"teacher's .*final_layernorm.weight in memory is not what its artifact holds",
+    ),
+    "soft cross entropy as KL": (
+        kd(lambda s, t, x: -x * x * ((t / x).softmax(-1) * (s / x).log_softmax(-1)).sum(-1)),
+        "KD loss is reported as .* it is soft cross entropy: the teacher's entropy is not taken",
+    ),
+    "top-k renormalised": (kd(top_k_renormalised), "it is over the teacher's top 32 .*renormalis"),
+    "reversed KL": (kd(lambda s, t, x: x * x * kl(s / x, t / x)), "it is the reverse KL"),
+    "temperature not squared": (
+        kd(lambda s, t, x: kl(t / x, s / x)),
+        r"it is without the factor T\^2",
+    ),
+    "temperature of one model": (
+        kd(lambda s, t, x: x * x * kl(t, s / x)),
+        "it is with the temperature applied to the student's logits alone",
+    ),
+    "masked teacher's log-probabilities": (
+        kd(lambda s, t, x: x * x * kl(torch.where(t < t.mean(), -1e4, t) / x, s / x)),
+        "KD loss is reported as .* but is .* in float64 from the same hidden states",
+    ),
+    "mean over the vocabulary": (
+        kd(lambda s, t, x: x * x * kl(t / x, s / x) / s.size(-1)),
+        "it is a mean over the vocabulary",
+    ),
+    "temperature missing in the gradient": (
+        gradient_times(0.25),
+        r"KD loss' gradient is 0.25 times what it must be: the factor T\^2 is missing",
+    ),
+    "gradient's sign": (gradient_times(-1), "gradient is -1 times what it must be"),
+    "validation otherwise": (in_validation_otherwise, "in evaluation mode differs by 0.5"),
+    "labels shifted twice": (
+        get_batch_with(labels=lambda b: b.labels.roll(-1, 1)),
+        "labels that the loss is given are shifted twice",
+    ),
+    "labels not shifted": (
+        get_batch_with(labels=lambda b: b.tokens),
+        "labels that the loss is given are not shifted",
+    ),
+    "mask shifted": (
+        get_batch_with(loss_mask=lambda b: b.loss_mask.roll(1, 1)),
+        "given another mask than the data loader's",
+    ),
+    "position ids off by one": (
+        get_batch_with(position_ids=lambda b: b.position_ids + 1),
+        "position ids begin at 1, not 0",
+    ),
+    "mask ignored in the loss": (
+        summed(lambda right, mask: right(torch.ones_like(mask))),
+        "it is summed over the masked tokens too: the mask is ignored",
+    ),
+    "mask ignored in the denominator": (
+        result(all_are_counted),
+        "divided by 64 tokens, but .* are not masked .* the mask is ignored in the denominator",
+    ),
+    "wrong token count": (
+        summed(lambda right, mask: right(mask) * mask.numel() / mask.sum()),
+        "it is scaled by the share of masked tokens",
+    ),
+    "summed over ranks twice": (
+        summed(lambda right, mask: 2 * right(mask)),
+        "it is 2 times too large: summed over ranks",
+    ),
+    "a mean, not a sum": (
+        summed(lambda right, mask: right(mask) / mask.sum()),
+        "it is a mean over the unmasked tokens, not their sum",
+    ),
+    "another loss is differentiated": (
+        result(lm_is_differentiated),
+        "the loss that training takes the gradient of is .* not the total of the reported terms",
+    ),
+    "LM loss twice": (after_conversion(lm_loss_twice), "total is reported as .* but the terms add"),
+    "logits overwritten by cross entropy": (
+        overwritten_logits,
+        "changes by .* when the LM loss is mixed in: it reads logits that the cross entropy",
+    ),
+    "teacher in training mode": (after_conversion(stays_in_training), "is in training mode"),
+    "teacher's dropout": (after_conversion(drops_out), "differ by .* dropout is on"),
+    "teacher trainable": (
+        after_conversion(lambda model, teacher: teacher.requires_grad_(True)),
+        "the teacher beside the student is trainable",
+    ),
+    "teacher's gradient kept": (
+        after_conversion(keeps_a_gradient),
+        "teacher's decoder.final_layernorm.weight got a gradient: it would not stay",
+    ),
+    "attention not causal": (not_causal, "student's hidden states change .* is not causal"),
+    "vocabulary rows permuted": (
+        in_the_artifact(weight("teacher", EMBEDDING, rows_in_another_order)),
+        "teacher's loss is .* its weights are broken .* rows in another order",
+    ),
+    "layer zeroed": (weight("student", FC2, lambda w: w.zero_()), "student's .* is all zero"),
+    "NaN": (weight("teacher", FC2, set_nan), "teacher's .*linear_fc2.weight holds .* not finite"),
+    "tied weights untied": (untied, "student's output layer has weights of its own"),
+    "padding in the softmax": (padding_in_the_softmax, "with the padding of the vocabulary in the"),
+    "wrong tokenizer": (other_tokenizer, "data were made with another tokenizer"),
+    "other layers kept": (other_layers, "student's .* is not the teacher's .*layers.0"),
+    "stored in another dtype": (stored_in_bf16, "stored in torch.bfloat16, not in torch.float32"),
+    "part of the student frozen": (frozen_part, "student's .*linear_fc1.weight got no gradient"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_named(case, name):
+    plant, message = DEFECTS[name]
+    plant(case)
+    found = failures(case.audit())
+
+    assert any(re.search(message, line) for line in found), found
