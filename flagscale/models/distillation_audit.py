@@ -6,7 +6,9 @@ are of 64 tokens, forward alone; a backward pass through all of the student is m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -23,7 +25,7 @@ from flagscale.models.distillation_proof import (
     twin,
 )
 from flagscale.models.megatron import hidden_states, without_multi_token_prediction
-from flagscale.post_training.findings import Finding, fault, not_run, within
+from flagscale.post_training.findings import Finding, failures, fault, not_run, of_all_ranks
 from flagscale.post_training.preflight import (
     KD,
     LM,
@@ -31,6 +33,7 @@ from flagscale.post_training.preflight import (
     check_gradient,
     check_losses,
     check_mixed,
+    check_validation,
 )
 from flagscale.post_training.preflight_models import (
     check_batch,
@@ -88,12 +91,15 @@ def audit(
     findings = [
         check_weights("teacher", teacher.named_parameters()),
         check_weights("student", student.named_parameters()),
-        *_tied(student, teacher),
+        _tied(student, teacher),
     ]
-    kd_at_start, reached, seen = _reached(student, teacher, batch)
-    findings.append(reached)
-    if seen is not None:
-        findings.append(check_teacher_loss(seen, unigram))
+    if failures(of_all_ranks(findings)):
+        findings.append(not_run("losses and gradients", "nothing can be computed with the weights"))
+        return Audited(findings, math.nan, math.nan, {})
+    reached = _reached(student, teacher, batch)
+    findings.append(reached.finding)
+    if reached.seen is not None:
+        findings.append(check_teacher_loss(reached.seen, unigram))
     alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
     short = _short(batch)
     with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
@@ -104,19 +110,29 @@ def audit(
     for model in (student, teacher):
         model.eval()
         model.zero_grad(set_to_none=True)
-    return Audited(findings, kd_at_start, when_equal, figures)
+    return Audited(findings, reached.kd_loss, when_equal, figures)
 
 
-def _reached(
-    student: GPTModel, teacher: GPTModel, batch: Batch
-) -> tuple[float, Finding, Seen | None]:
-    """The whole backward pass."""
+class _Reached(NamedTuple):
+    """What came of the whole backward pass."""
+
+    finding: Finding
+    kd_loss: float
+    seen: Seen | None
+
+
+def _reached(student: GPTModel, teacher: GPTModel, batch: Batch) -> _Reached:
     name, note = "gradients", "reach every parameter of the student and none of the teacher"
     try:
         loss, seen = prove_every_parameter_learns(student, teacher, batch)
     except UserError as error:  # on all ranks
-        return float("nan"), fault(name, str(error), note), None
-    return loss, fault(name, None, note), seen
+        return _Reached(fault(name, str(error), note), math.nan, None)
+    except RuntimeError as error:
+        if torch.distributed.get_world_size() > 1:  # perhaps of this one alone
+            raise
+        first = str(error).partition("\n")[0]
+        return _Reached(fault(name, f"the backward pass fails: {first}", note), math.nan, None)
+    return _Reached(fault(name, None, note), loss, seen)
 
 
 def _losses(
@@ -132,7 +148,9 @@ def _losses(
         by_itself_sbh = hidden_states(teacher.eval(), batch["tokens"])
     with distilling(student, teacher, recipe) as model:
         _, alone = run(model, batch, forward_only=True, differentiates=True)
-        frozen = [] if alone is None else [check_teacher(alone, by_itself_sbh, teacher)]
+        frozen = []
+        if alone is not None and by_itself_sbh is not None:
+            frozen = [check_teacher(alone, by_itself_sbh.transpose(0, 1), teacher)]
     with distilling(student, teacher, mixed) as model, torch.no_grad():
         edit = _unchanged(batch)
         losses, beside = run(model, batch, forward_only=True, edit=edit)
@@ -153,24 +171,10 @@ def _losses(
         *check_losses(beside, mixed),
         check_gradient(alone, recipe),
         check_mixed(alone, beside),
-        _in_evaluation(evaluated, beside),
+        check_validation(beside, evaluated),
         check_masked(beside, elsewhere),
     ]
     return found, figures
-
-
-def _in_evaluation(evaluated: Seen, trained: Seen) -> Finding:
-    """Validation reports the same KD loss of the same weights."""
-    before, after = trained.report[KD][0], evaluated.report[KD][0]
-    share = (after - before) / max(abs(before), 1e-5)
-    return within(
-        "KD loss in validation",
-        share,
-        1e-4,
-        "change of the KD term in evaluation mode, as a share",
-        f"the KD loss in evaluation mode differs by {share:.3g} of itself from that in training "
-        "mode: dropout is on, or one of the two is computed otherwise",
-    )
 
 
 def _when_equal(
@@ -221,21 +225,19 @@ def _perturbed(batch: Batch, vocab_size: int) -> tuple[Batch, Edit]:
     return {**batch, "tokens": tokens, "labels": labels}, edit
 
 
-def _tied(student: GPTModel, teacher: GPTModel) -> list[Finding]:
+def _tied(student: GPTModel, teacher: GPTModel) -> Finding:
     """Whether output layers share the embedding's weight as the shapes say."""
+    name = "tied weights"
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        return [not_run("tied weights", "the two ends of a pipeline hold copies, which are summed")]
-    found = []
+        return not_run(name, "the two ends of a pipeline hold copies, whose gradients are summed")
     cause = None
     for whose, model in (("student", student), ("teacher", teacher)):
-        own = model.output_layer.weight
         embedding = model.embedding.word_embeddings.weight
         if model.share_embeddings_and_output_weights:
             used = model.shared_embedding_or_output_weight()
             if used.data_ptr() != embedding.data_ptr():
                 cause = f"the {whose}'s output layer has weights of its own, but must share the "
                 cause += "embedding's"
-        elif own is None or own.data_ptr() == embedding.data_ptr():
+        elif model.output_layer.weight.data_ptr() == embedding.data_ptr():
             cause = f"the {whose}'s output layer shares the embedding's weights, but must have own"
-    found.append(fault("tied weights", cause, "output layers share or own weights as they must"))
-    return found
+    return fault(name, cause, "output layers share or own weights as they must")

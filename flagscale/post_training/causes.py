@@ -101,7 +101,10 @@ def _ratio(seen: Seen, reported: float, expected: float) -> str | None:
     """Sums that are off by a factor which something is the count of."""
     ratio = reported / expected if expected else 0.0
     unmasked, tokens = seen.mask_bs.sum().item(), seen.mask_bs.numel()
+    head = seen.heads[STUDENT]
     for name, factor in (
+        ("a mean over the vocabulary, not a sum", 1 / head.vocab_size),
+        ("a mean over the padded vocabulary, not a sum", 1 / _padded(head).vocab_size),
         ("a mean over the unmasked tokens, not their sum", 1 / max(unmasked, 1)),
         ("a mean over all tokens, masked ones too", 1 / tokens),
         ("scaled by the share of masked tokens", tokens / max(unmasked, 1)),
@@ -145,6 +148,5 @@ _OTHERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "soft cross entropy the other way round": lambda s, t: (
         -(s.softmax(-1) * t.log_softmax(-1)).sum(-1)
     ),
-    "a mean over the vocabulary, not a sum": lambda s, t: _kl(t, s) / s.size(-1),
     "half of the sum of both KLs": lambda s, t: (_kl(t, s) + _kl(s, t)) / 2,
 }

@@ -9,7 +9,7 @@ caught are in docs/audit.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flagscale.post_training.causes import cause_of_kd, cause_of_lm
 from flagscale.post_training.findings import Finding, within
@@ -30,8 +30,6 @@ TOTAL, INTERMEDIATE = "total loss", "intermediate distillation loss"
 _RELATIVE, _PER_TOKEN = 1e-4, 1e-5
 # A gradient's distance to float64's, as a share of it: of fp32, and of logits in 16 bits.
 _GRADIENT, _GRADIENT_16_BITS = 1e-3, 0.05
-# The same computation once more, e.g. beside the LM loss; a share.
-_SAME = 1e-5
 _WHEN_EQUAL = 1e-6  # nats a token, and a share of the gradient
 
 
@@ -115,17 +113,20 @@ def check_gradient(seen: Seen, recipe: DistillationRecipe) -> Finding:
     """The gradient in the student's last hidden states is float64's. TP ranks all call it.
 
     Args:
-        seen: after a backward pass of the KD loss alone, its hidden states a leaf.
+        seen: of the KD loss alone, with its gradient.
         recipe: the distillation.
     """
+    head = seen.heads[STUDENT]
     expected_nh = hidden_gradient(seen, divergence(recipe))
-    found_nh = seen.heads[STUDENT].gradient()
-    size = expected_nh.norm().item()
-    difference = (found_nh - expected_nh).norm().item() / max(size, 1e-30)
-    fp32 = seen.heads[STUDENT].dtype.itemsize > 2
-    allowed = _GRADIENT if fp32 else _GRADIENT_16_BITS
-    along = (found_nh * expected_nh).sum().item() / max(size**2, 1e-60)
-    rest = (found_nh - along * expected_nh).norm().item() / max(size, 1e-30)
+    found_nh = head.gradient()
+    # Of a student that is its teacher there is none; it is held against what there might be.
+    floor = 1e-3 * recipe.temperature * seen.mask_bs.double().sum().item() ** 0.5
+    floor *= (head.weight_vh.detach().norm() / head.weight_vh.size(0) ** 0.5).item()
+    size = max(expected_nh.norm().item(), floor, 1e-30)
+    difference = (found_nh - expected_nh).norm().item() / size
+    allowed = _GRADIENT if head.dtype.itemsize > 2 else _GRADIENT_16_BITS
+    along = (found_nh * expected_nh).sum().item() / size**2
+    rest = (found_nh - along * expected_nh).norm().item() / size
     if rest <= allowed * max(1, abs(along)):
         cause = f"the KD loss' gradient is {along:.4g} times what it must be"
         if math.isclose(along * recipe.temperature**2, 1, rel_tol=0.01):
@@ -147,7 +148,7 @@ def check_equal(seen: Seen, reference: float) -> list[Finding]:
     unmasked = max(seen.mask_bs.double().sum().item(), 1)
     loss = seen.report[KD][0] / unmasked
     gradient = seen.heads[STUDENT].gradient().norm().item()
-    share = gradient / reference if reference > 0 else gradient
+    share = gradient / max(reference, 0.01)
     return [
         within(
             "loss when equal",
@@ -170,16 +171,52 @@ def check_equal(seen: Seen, reference: float) -> list[Finding]:
 
 def check_mixed(alone: Seen, mixed: Seen) -> Finding:
     """The KD term is the same with the LM loss beside it."""
-    before, after = alone.report[KD][0], mixed.report[KD][0]
-    share = (after - before) / max(abs(before), _PER_TOKEN)
-    return within(
+    return unchanged(
         "KD loss beside LM loss",
-        share,
-        _SAME,
-        "change of the KD term when the LM loss is mixed in, as a share",
-        f"the KD loss changes by {share:.3g} of itself when the LM loss is mixed in: it reads "
-        "logits that the cross entropy has overwritten, or is weighted by it",
+        alone,
+        mixed,
+        "change of the KD term when the LM loss is mixed in",
+        "when the LM loss is mixed in: it reads logits that the cross entropy has overwritten, or "
+        "is weighed with it",
+        (KD,),
     )
+
+
+def check_validation(trained: Seen, evaluated: Seen) -> Finding:
+    """Validation reports the same losses of the same weights."""
+    return unchanged(
+        "losses in validation",
+        trained,
+        evaluated,
+        "largest change of a loss in evaluation mode",
+        "in evaluation mode: dropout is on, or one of the two is computed otherwise",
+        (KD, LM),
+    )
+
+
+def unchanged(
+    check: str, seen: Seen, again: Seen, note: str, why: str, names: Sequence[str] = ()
+) -> Finding:
+    """Losses of two runs, which must be the same.
+
+    Args:
+        check: its name.
+        seen: the first run.
+        again: the second.
+        note: what the figure is.
+        why: after "the ... changes from ... to ... nats a token".
+        names: which losses; default: all.
+    """
+    unmasked = max(seen.mask_bs.double().sum().item(), 1)
+    worst, cause = (0.0, 0.0, -1.0), ""
+    for name in names or seen.report:
+        before, after = (one.report[name][0] / unmasked for one in (seen, again))
+        allowed = _RELATIVE * abs(before) + _PER_TOKEN
+        share = abs(after - before) / allowed
+        if not share <= worst[2]:
+            worst = (after - before, allowed, share)
+            cause = f"the {name} changes from {before:.6g} to {after:.6g} nats a token {why}"
+    return within(check, worst[0], worst[1], f"{note}, nats a token", cause)
 
 
 def _against(

@@ -14,10 +14,9 @@ from megatron.core.models.gpt import GPTModel
 
 from flagscale.post_training.findings import Finding, fault, within
 from flagscale.post_training.float64 import cross_entropy, entropy, row_sum
+from flagscale.post_training.preflight import unchanged
 from flagscale.post_training.tap import TEACHER, Seen
 
-_SAME = 1e-5  # the same computation once more; a share
-_PER_TOKEN = 1e-5  # nats
 _OVERCONFIDENT = 1.0  # nats that a model loses more than it expects to lose
 
 
@@ -28,18 +27,12 @@ def check_masked(seen: Seen, perturbed: Seen) -> Finding:
         seen: the micro-batch.
         perturbed: the same with other labels, and other hidden states, where it is masked.
     """
-    worst, share = "", 0.0
-    for name, (value, _) in seen.report.items():
-        change = (perturbed.report[name][0] - value) / max(abs(value), _PER_TOKEN)
-        if not abs(change) <= abs(share):
-            worst, share = name, change
-    return within(
+    return unchanged(
         "masked tokens",
-        share,
-        _SAME,
-        "change of a loss when masked positions are perturbed, as a share",
-        f"the {worst} changes by {share:.3g} of itself when masked positions are perturbed: the "
-        "mask is ignored",
+        seen,
+        perturbed,
+        "largest change of a loss when masked positions are perturbed",
+        "when masked positions are perturbed: the mask is ignored",
     )
 
 
@@ -96,7 +89,7 @@ def check_batch(seen: Seen, given: dict[str, torch.Tensor]) -> list[Finding]:
     ]
 
 
-def check_teacher(seen: Seen, alone_bsh: torch.Tensor | None, modules: GPTModel) -> Finding:
+def check_teacher(seen: Seen, alone_bsh: torch.Tensor, modules: GPTModel) -> Finding:
     """The teacher is frozen, in evaluation mode, and computes what it does without the student.
 
     Args:
@@ -106,11 +99,8 @@ def check_teacher(seen: Seen, alone_bsh: torch.Tensor | None, modules: GPTModel)
     """
     what = "the teacher beside the student"
     cause = None
-    difference = 0.0
-    if alone_bsh is not None:
-        hidden_bsh = _hidden_bsh(seen, TEACHER)
-        difference = (hidden_bsh - alone_bsh.double()).norm().item()
-        difference /= max(alone_bsh.double().norm().item(), 1e-30)
+    difference = (_hidden_bsh(seen, TEACHER) - alone_bsh.double()).norm().item()
+    difference /= max(alone_bsh.double().norm().item(), 1e-30)
     if next((m for m in modules.modules() if m.training), None) is not None:
         cause = f"{what} is in training mode (its dropout is on): it must be in evaluation mode"
     elif any(parameter.requires_grad for parameter in modules.parameters()):

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
+from transformers import AutoConfig
+from variants import VARIANTS
 
 from flagscale.artifacts import open_artifact
 from flagscale.checkpoint import save_weights
@@ -15,7 +19,7 @@ from flagscale.data.loader import validation_batches
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.megatron.shape import ModelShape
+from flagscale.megatron.shape import ModelShape, from_hf_config
 from flagscale.models import distillation_proof
 from flagscale.models.audit_artifacts import (
     check_kept,
@@ -25,7 +29,8 @@ from flagscale.models.audit_artifacts import (
 )
 from flagscale.models.distillation_audit import audit
 from flagscale.models.distillation_proof import PROOF_LOSS
-from flagscale.models.megatron import WEIGHTS, load_model
+from flagscale.models.megatron import WEIGHTS, build_model, load_model
+from flagscale.models.random_weights import with_random_weights
 from flagscale.post_training import conversion, loss_func
 from flagscale.post_training.findings import Finding, failures
 from flagscale.post_training.losses import LogitsLoss
@@ -119,16 +124,6 @@ def gradient_times(factor: float) -> Plant:
     return kd(loss)
 
 
-def in_validation_otherwise(case: Case) -> None:
-    right = LogitsLoss.forward
-
-    def forward(self: Any, *inputs: Any) -> Any:
-        loss, *rest = right(self, *inputs)
-        return (loss if self.training else loss * 1.5, *rest)
-
-    case.patch.setattr(LogitsLoss, "forward", forward)
-
-
 def get_batch_with(**changes: Callable[[Any], torch.Tensor]) -> Plant:
     def plant(case: Case) -> None:
         def changed(*args: Any) -> Any:
@@ -216,6 +211,16 @@ def lm_loss_twice(model: Any, teacher: GPTModel) -> None:
     model.loss_balancer.forward = forward
 
 
+def otherwise_in_validation(model: Any, teacher: GPTModel) -> None:
+    right = model.loss_balancer.forward
+
+    def forward(losses: Any) -> Any:
+        found = right(losses)
+        return found if model.training else {k: 1.5 * loss for k, loss in found.items()}
+
+    model.loss_balancer.forward = forward
+
+
 def not_causal(case: Case) -> None:
     right = torch.nn.functional.scaled_dot_product_attention
 
@@ -290,7 +295,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 DEFECTS: dict[str, tuple[Plant, str]] = {
     "student's norm not loaded": (
         weight("student", LAYER_NORM, lambda w: w.fill_(1)),
-        r"student's .*input_layernorm.weight in memory is not what its artifact holds: .* not load",
+        r"student's .*layer_norm_weight in memory is not what its artifact holds: .* not loaded",
     ),
     "teacher's norm not loaded": (
         weight("teacher", NORM, lambda w: w.fill_(1)),
@@ -311,19 +316,22 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
         "it is with the temperature applied to the student's logits alone",
     ),
     "masked teacher's log-probabilities": (
-        kd(lambda s, t, x: x * x * kl(torch.where(t < t.mean(), -1e4, t) / x, s / x)),
+        kd(lambda s, t, x: x * x * kl(torch.where(t < t.median(), -1e4, t) / x, s / x)),
         "KD loss is reported as .* but is .* in float64 from the same hidden states",
     ),
     "mean over the vocabulary": (
         kd(lambda s, t, x: x * x * kl(t / x, s / x) / s.size(-1)),
-        "it is a mean over the vocabulary",
+        "it is a mean over the padded vocabulary, not a sum",
     ),
     "temperature missing in the gradient": (
         gradient_times(0.25),
         r"KD loss' gradient is 0.25 times what it must be: the factor T\^2 is missing",
     ),
     "gradient's sign": (gradient_times(-1), "gradient is -1 times what it must be"),
-    "validation otherwise": (in_validation_otherwise, "in evaluation mode differs by 0.5"),
+    "validation otherwise": (
+        after_conversion(otherwise_in_validation),
+        "changes from .* to .* in evaluation mode",
+    ),
     "labels shifted twice": (
         get_batch_with(labels=lambda b: b.labels.roll(-1, 1)),
         "labels that the loss is given are shifted twice",
@@ -367,7 +375,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     "LM loss twice": (after_conversion(lm_loss_twice), "total is reported as .* but the terms add"),
     "logits overwritten by cross entropy": (
         overwritten_logits,
-        "changes by .* when the LM loss is mixed in: it reads logits that the cross entropy",
+        "changes from .* when the LM loss is mixed in: it reads logits that the cross entropy",
     ),
     "teacher in training mode": (after_conversion(stays_in_training), "is in training mode"),
     "teacher's dropout": (after_conversion(drops_out), "differ by .* dropout is on"),
@@ -402,3 +410,64 @@ def test_a_planted_defect_is_named(case, name):
     found = failures(case.audit())
 
     assert any(re.search(message, line) for line in found), found
+
+
+FAMILIES = [
+    "llama tied",
+    "llama untied, llama3 rope",
+    "qwen2 tied",
+    "qwen3 untied",
+    "mistral untied, wide heads",
+    "qwen3_moe untied, rescaled shares",
+]
+
+
+def random_shape(family: str) -> ModelShape:
+    values = {
+        "vocab_size": 300,  # padded to 384
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return from_hf_config(AutoConfig.for_model(**(values | VARIANTS[family])))
+
+
+@pytest.mark.parametrize("init", ["depth", "same", "scratch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_found_in_sound_models(family, dtype, init, teacher, arguments):
+    """With random weights, whose loss is no better than that of frequencies: a warning."""
+    shape = random_shape(family)
+    build = partial(build_model, seq_length=32, params_dtype=dtype)
+    taught = with_random_weights(partial(build, shape), 5)
+    layers = {"depth": [0, 2], "same": [0, 1, 2], "scratch": [0]}[init]
+    student_shape = replace(shape, num_layers=len(layers))
+    learner = with_random_weights(partial(build, student_shape), 6)
+    if init != "scratch":
+        learner.load_state_dict(of_layers(taught, layers))
+    tokens = torch.randint(300, (1, 33), generator=torch.Generator().manual_seed(1))
+    batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(1, 32),
+        "position_ids": torch.arange(32)[None],
+    }
+    args = model_arguments(student_shape, 32, params_dtype=dtype)
+    with use_args(with_teacher(args, teacher, PROOF_LOSS)):
+        found = audit(learner, taught, batch, unigram=5.0).findings
+    wrong = [one for one in found if one.verdict not in ("passed", "not run")]
+    assert [(one.check, one.verdict) for one in wrong] == [("teacher's loss", "warning")], wrong
+
+
+def of_layers(model: GPTModel, layers: list[int]) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, value in model.state_dict().items():
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if layer is None:
+            state[name] = value
+        elif int(layer[1]) in layers:
+            state[f"decoder.layers.{layers.index(int(layer[1]))}.{name[layer.end() :]}"] = value
+    return state
