@@ -8,13 +8,21 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 
 from flagscale.artifacts import Manifest
+from flagscale.checkpoint import load_weights
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
 from flagscale.models.audit_artifacts import check_kept, check_stored, check_tokenizers
 from flagscale.models.distillation_audit import AUDITED_LOSS, Audited, Batch, audit
-from flagscale.models.megatron import WEIGHTS
+from flagscale.models.distillation_proof import PROOF_LOSS
+from flagscale.models.megatron import WEIGHTS, load_model
+from flagscale.post_training.export import plain_student
 from flagscale.post_training.findings import of_all_ranks
 from flagscale.recipe import DistillationRecipe
+from flagscale.train.train_gpt import model_provider
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,29 @@ class Artifacts:
     dtype: torch.dtype
 
 
+def load_pair(artifacts: Artifacts, args: Arguments) -> tuple[GPTModel, GPTModel]:
+    """This rank's part of student and teacher, built and read as training does, as plain models.
+
+    All ranks call it.
+
+    Args:
+        artifacts: the models'.
+        args: of the student.
+    """
+    if args.shape.architecture.mtp_num_layers:  # which is never distilled
+        student, teacher = (
+            load_model(path, args.seq_length, args.parallelism, args.params_dtype)
+            for path in (artifacts.student, artifacts.teacher)
+        )
+        return student, teacher
+    with use_args(with_teacher(args, artifacts.teacher, PROOF_LOSS)):
+        model = model_provider(is_pipeline_first_stage(), is_pipeline_last_stage())
+    model.to(platform.device())
+    load_weights(model, artifacts.student / WEIGHTS)
+    teacher = model.teacher_model
+    return plain_student(model).eval(), teacher.eval()
+
+
 def audit_student(
     artifacts: Artifacts,
     student: GPTModel,
@@ -50,8 +81,8 @@ def audit_student(
 
     Args:
         artifacts: what the models were read from.
-        student: this rank's part.
-        teacher: this rank's part.
+        student: from `load_pair`.
+        teacher: ditto.
         batch: from `audited_batch`.
         unigram: ditto.
         recipe: see `audit`.

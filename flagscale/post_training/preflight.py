@@ -106,6 +106,12 @@ def check_count(seen: Seen) -> Finding:
     cause = f"{what} is divided by {worst:g} tokens, but {unmasked:g} are not masked"
     if worst == tokens:
         cause += " (it is all of them: the mask is ignored in the denominator)"
+    if not seen.is_sum:
+        worst = math.inf
+        cause = (
+            "each micro-batch is divided by its own tokens (calculate_per_token_loss is off), so "
+        )
+        cause += "that one with few tokens counts as much as one with many"
     return within("denominator", worst - unmasked, 0, "to the number of unmasked tokens", cause)
 
 

@@ -94,6 +94,8 @@ class Seen:
         report: name of a loss -> its sum and its count, as training reports them.
         loss: what training takes the gradient of, summed over the tokens.
         num_tokens: what it divides that by.
+        is_sum: whether gradients are summed over micro-batches and ranks, and divided by all their
+            tokens at once (Megatron's `calculate_per_token_loss`), not a mean of means.
     """
 
     tokens_bs: torch.Tensor
@@ -104,6 +106,7 @@ class Seen:
     report: dict[str, tuple[float, float]] = field(default_factory=dict)
     loss: float = 0.0
     num_tokens: float = 0.0
+    is_sum: bool = True
 
 
 class Tap:
@@ -167,6 +170,7 @@ class Tap:
                 report={name: (s, n) for name, (s, n) in zip(report, sums, strict=True)},
                 loss=loss.item(),
                 num_tokens=num_tokens.item(),
+                is_sum=bool(self._model.config.calculate_per_token_loss),
             )
         return result
 

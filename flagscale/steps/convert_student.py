@@ -26,10 +26,10 @@ from flagscale.megatron.shape import ModelShape, hf_config_for
 from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.hf_description import write_config
-from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
+from flagscale.models.megatron import WEIGHTS, build_model, forward
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.source import load_hf_config
-from flagscale.models.student_audit import Artifacts, audit_student
+from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.models.student_shape import layers_to_keep, student_shape
 from flagscale.post_training.findings import (
     Finding,
@@ -215,10 +215,7 @@ def _prove(
         unigram: see there.
         logits_bsv: this rank's part of what the student predicted before it was stored.
     """
-    teacher, student = (
-        load_model(path, args.seq_length, args.parallelism, args.params_dtype)
-        for path in (artifacts.teacher, artifacts.student)
-    )
+    student, teacher = load_pair(artifacts, args)
     reloaded = _reloaded(forward(student, batch["tokens"]), logits_bsv)
     audited = audit_student(artifacts, student, teacher, batch, unigram)
     findings = [

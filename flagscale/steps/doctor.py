@@ -22,8 +22,7 @@ from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_proof import PROOF_LOSS
-from flagscale.models.megatron import load_model
-from flagscale.models.student_audit import Artifacts, audit_student
+from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.post_training.findings import Finding, not_run, within
 from flagscale.recipe import (
     DistillationRecipe,
@@ -89,14 +88,11 @@ def audit_on_rank(
         use_args(with_teacher(args, paths.teacher, PROOF_LOSS)),
     ):
         batch, unigram = audited_batch(paths.dataset, shape.vocab_size)
-        teacher, student = (
-            load_model(path, seq_length, args.parallelism, dtype)
-            for path in (paths.teacher, paths.student)
-        )
         stored = getattr(torch, facts["dtype"])
         artifacts = Artifacts(
             paths.student, paths.teacher, paths.dataset, manifests, facts.get("keep_layers"), stored
         )
+        student, teacher = load_pair(artifacts, args)
         audited = audit_student(artifacts, student, teacher, batch, unigram, distillation)
     return {
         "findings": [asdict(finding) for finding in audited.findings],

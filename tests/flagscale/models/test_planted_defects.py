@@ -1,6 +1,7 @@
 """Defects planted in a distillation, each found by the audit and named; and sound models."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,22 +16,17 @@ from variants import VARIANTS
 
 from flagscale.artifacts import open_artifact
 from flagscale.checkpoint import save_weights
-from flagscale.data.loader import validation_batches
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
-from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.megatron.shape import ModelShape, from_hf_config
 from flagscale.models import distillation_proof
-from flagscale.models.audit_artifacts import (
-    check_kept,
-    check_stored,
-    check_tokenizers,
-    unigram_loss,
-)
+from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_audit import audit
 from flagscale.models.distillation_proof import PROOF_LOSS
-from flagscale.models.megatron import WEIGHTS, build_model, load_model
+from flagscale.models.megatron import WEIGHTS, build_model, logits
 from flagscale.models.random_weights import with_random_weights
+from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.post_training import conversion, loss_func
 from flagscale.post_training.findings import Finding, failures
 from flagscale.post_training.losses import LogitsLoss
@@ -54,27 +50,19 @@ class Case:
     def __init__(
         self, teacher: Path, student: Path, dataset: Path, folder: Path, patch: Any
     ) -> None:
-        self.paths = {"teacher": teacher, "student": student}
-        self.dataset, self.folder, self.patch = dataset, folder, patch
-        self.teacher, self.student = (load_model(path, SEQ_LENGTH) for path in (teacher, student))
-        batches = validation_batches(
-            dataset, folder, micro_batch_size=1, global_batch_size=1, eval_iters=1
-        )
-        self.batch = next(iter(batches))
-        self.stored = True
+        self.folder, self.patch = folder, patch
+        kinds = {"teacher": teacher, "dataset": dataset}
+        manifests = {kind: open_artifact(path, kind, False) for kind, path in kinds.items()}
+        self.artifacts = Artifacts(student, teacher, dataset, manifests, [0, 3], torch.float32)
+        self.student, self.teacher = load_pair(self.artifacts, get_args())
+        self.batch, self.unigram = audited_batch(dataset, self.teacher.unpadded_vocab_size)
 
     def audit(self) -> list[Finding]:
         """As convert-student does."""
-        kinds = {"teacher": self.paths["teacher"], "dataset": self.dataset}
-        manifests = {kind: open_artifact(path, kind, False) for kind, path in kinds.items()}
-        found = check_tokenizers(self.paths["teacher"], self.dataset, manifests, self.batch)
-        for whose, model in (("teacher", self.teacher), ("student", self.student)):
-            if self.stored:
-                weights = self.paths[whose] / WEIGHTS
-                found.append(check_stored(whose, model, weights, torch.float32))
-        found.append(check_kept(self.student, self.teacher, [0, 3] if self.stored else None))
-        unigram = unigram_loss(self.dataset, self.batch, self.teacher.unpadded_vocab_size)
-        return found + audit(self.student, self.teacher, self.batch, unigram).findings
+        audited = audit_student(
+            self.artifacts, self.student, self.teacher, self.batch, self.unigram
+        )
+        return audited.findings
 
 
 @pytest.fixture
@@ -88,6 +76,23 @@ def test_a_sound_conversion_passes(case):
     found = case.audit()
     assert [one for one in found if one.verdict != "passed"] == []
     assert len(found) >= 25
+
+
+def test_the_models_are_what_they_were(case):
+    models = {"teacher": case.teacher, "student": case.student}
+    before = {name: logits(model, case.batch["tokens"]) for name, model in models.items()}
+    hooks = {name: count_hooks(model) for name, model in models.items()}
+    case.audit()
+    for name, model in models.items():
+        assert torch.equal(logits(model, case.batch["tokens"]), before[name])
+        assert count_hooks(model) == hooks[name]
+        assert not model.training
+        assert not [one for one in model.parameters() if one.grad is not None]
+
+
+def count_hooks(model: GPTModel) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def kl(p_v: torch.Tensor, q_v: torch.Tensor) -> torch.Tensor:
@@ -242,8 +247,11 @@ def in_the_artifact(plant: Plant) -> Plant:
     """What was read is what is stored, and that is wrong."""
 
     def planted(case: Case) -> None:
-        case.stored = False
         plant(case)
+        copy = case.folder / "teacher"
+        shutil.copytree(case.artifacts.teacher, copy, ignore=shutil.ignore_patterns(WEIGHTS))
+        save_weights(case.teacher, copy / WEIGHTS)
+        case.artifacts = replace(case.artifacts, teacher=copy)
 
     return planted
 
@@ -262,7 +270,6 @@ def padding_in_the_softmax(case: Case) -> None:
         model.output_layer._forward_hooks.clear()
         with torch.no_grad():  # padding that nobody masks is not 0
             model.embedding.word_embeddings.weight[1000:] = 0.1
-    case.stored = False
 
 
 def other_tokenizer(case: Case) -> None:
@@ -277,7 +284,7 @@ def other_layers(case: Case) -> None:
 
 def stored_in_bf16(case: Case) -> None:
     save_weights(case.student, case.folder / "saved" / WEIGHTS, torch.bfloat16)
-    case.paths["student"] = case.folder / "saved"
+    case.artifacts = replace(case.artifacts, student=case.folder / "saved")
 
 
 def overwritten_logits(case: Case) -> None:
