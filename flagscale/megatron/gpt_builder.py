@@ -18,8 +18,9 @@ from flagscale.recipe.combinations import check_combination
 if TYPE_CHECKING:
     import megatron.legacy.model
 
-# Far below any logit, so that its probability is 0 in every dtype, and finite, so that 0 x it is 0.
-_PADDING_LOGIT = -1e4
+# Far below any logit, so that its probability is 0 in every dtype and at every temperature (1000 at
+# most), and finite, so that 0 x it is 0.
+_PADDING_LOGIT = -1e6
 
 
 def build_gpt_model(
@@ -107,6 +108,6 @@ def _mask_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
 
     def mask(module: torch.nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
         logits_sbv, _ = output
-        logits_sbv[..., first:] = _PADDING_LOGIT
+        logits_sbv[..., first:] = max(_PADDING_LOGIT, torch.finfo(logits_sbv.dtype).min)
 
     layer.register_forward_hook(mask)

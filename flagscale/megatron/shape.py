@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_JSON = "model.json"
+VOCABULARY_DIVISOR = 128  # Megatron's `make_vocab_size_divisible_by`
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,35 @@ class ModelShape:
         )
         return cls(**values)
 
-    def check_seq_length(self, seq_length: int) -> None:
+    def with_vocabulary(self, vocab_size: int) -> ModelShape:
+        """The same model without the rows of its vocabulary that are no tokens.
+
+        Models' embeddings are padded, and not all alike: of one tokenizer of 151,669 tokens to
+        151,936 rows or to 152,064. No text ever has these rows' ids.
+
+        Args:
+            vocab_size: tokens of the tokenizer, which may know more than the model.
+        """
+        return self.with_rows(min(vocab_size, self.vocab_size))
+
+    def with_rows(self, vocab_size: int) -> ModelShape:
+        """The same model with a vocabulary of another size."""
+        padded = pad_vocab_size(vocab_size, VOCABULARY_DIVISOR)
+        return replace(self, vocab_size=vocab_size, padded_vocab_size=padded)
+
+    def check_seq_length(self, seq_length: int, who: str = "teacher") -> None:
         """Refuse sequences that are longer than the model's positions.
 
         Args:
             seq_length: tokens a sample.
+            who: it is, for people.
 
         Raises:
             UserError: both numbers.
         """
         if 0 < self.max_position_embeddings < seq_length:
             raise UserError(
-                f"data.seq_length={seq_length} is more than the teacher's "
+                f"data.seq_length={seq_length} is more than the {who}'s "
                 f"max_position_embeddings={self.max_position_embeddings}"
             )
 
@@ -137,8 +155,9 @@ def pad_vocab_size(vocab_size: int, divisor: int) -> int:
 
 def from_hf_config(
     config: PreTrainedConfig,
-    make_vocab_size_divisible_by: int = 128,
+    make_vocab_size_divisible_by: int = VOCABULARY_DIVISOR,
     ignored: Collection[str] = (),
+    who: str = "teacher",
 ) -> ModelShape:
     """Read the shape off a Hugging Face configuration.
 
@@ -146,21 +165,22 @@ def from_hf_config(
         config: of a causal language model.
         make_vocab_size_divisible_by: the embedding gets padding rows up to a multiple of this.
         ignored: unknown fields of the configuration that are not refused, see `check_fields`.
+        who: whose it is, `teacher` or `student`: the section of the recipe that names the model.
 
     Raises:
         UserError: another family, or a feature that the Megatron-Core model would not honour.
     """
     family = config.model_type
-    entry = family_of(family)
-    check_fields(config, entry, ignored)
-    base, factor = read_rope(config)
+    entry = family_of(family, who)
+    check_fields(config, entry, ignored, who)
+    base, factor = read_rope(config, who)
     heads = config.num_attention_heads
     if not getattr(config, "head_dim", None):
-        check_divides(f"{family} teacher", "hidden_size", config.hidden_size, heads)
+        check_divides(f"{family} {who}", "hidden_size", config.hidden_size, heads)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
         raise UserError(
-            f"{family} teacher: num_attention_heads={heads} is not divisible by "
+            f"{family} {who}: num_attention_heads={heads} is not divisible by "
             f"num_key_value_heads={groups}"
         )
     return ModelShape(
@@ -181,7 +201,7 @@ def from_hf_config(
         qk_layernorm=entry.qk_layernorm,
         add_qkv_bias=entry.add_qkv_bias,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        architecture=read_experts(config) if entry.has_experts else ArchitectureRecipe(),
+        architecture=read_experts(config, who) if entry.has_experts else ArchitectureRecipe(),
     )
 
 

@@ -162,13 +162,16 @@ def check_kept(student: GPTModel, teacher: GPTModel, kept: Sequence[int] | None)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         return not_run(name, "a layer and its copy are on different pipeline stages")
     theirs = dict(teacher.named_parameters())
+    pairs = {
+        name: _LAYER.sub(lambda layer: f"decoder.layers.{kept[int(layer[1])]}.", name)
+        for name, _ in student.named_parameters()
+    }
+    shapes = {name: parameter.shape for name, parameter in student.named_parameters()}
+    if any(source in theirs and theirs[source].shape != shapes[n] for n, source in pairs.items()):
+        return not_run(name, "the student is narrower: its weights are parts of the teacher's")
     cause = None
     for parameter_name, parameter in student.named_parameters():
-        layer = _LAYER.match(parameter_name)
-        source = parameter_name
-        if layer:
-            rest = parameter_name[layer.end() :]
-            source = f"decoder.layers.{kept[int(layer[1])]}.{rest}"
+        source = pairs[parameter_name]
         if source not in theirs or not torch.equal(parameter, theirs[source]):
             cause = f"the student's {parameter_name} is not the teacher's {source}: it was not "
             cause += "copied, or changed since"

@@ -180,7 +180,10 @@ def _losses(
 def _when_equal(
     teacher: GPTModel, batch: Batch, recipe: DistillationRecipe, size: float
 ) -> tuple[list[Finding], float]:
-    """The teacher against itself."""
+    """The teacher against itself, by its logits: paired layers need not be the same there."""
+    recipe = recipe.model_copy(
+        update={"intermediate_layer_pairs": (), "attention_layer_pairs": ()}
+    )
     with distilling(twin(teacher), teacher, recipe) as model:
         losses, seen = run(model, batch, forward_only=True, differentiates=True)
     return ([] if seen is None else check_equal(seen, size)), losses[KD]

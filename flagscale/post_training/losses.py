@@ -51,29 +51,6 @@ class LogitsLoss(mtd_megatron.BaseLoss):
         return result
 
 
-class _InFloat32(mtd_megatron.BaseLoss):
-    """Compares hidden states in fp32, whatever the models compute in."""
-
-    def pre_forward(
-        self, predictions: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project the student's hidden states to the teacher's width, and widen both."""
-        predictions, targets = super().pre_forward(predictions, targets)
-        return predictions.float(), targets.float()
-
-
-class HiddenStateCosineLoss(_InFloat32, mtd_megatron.HiddenStateCosineLoss):
-    """1 - cosine of hidden states, per token: ModelOpt's, in fp32.
-
-    In bf16 a cosine near 1 is a multiple of 2^-8, and the gradient, a difference of nearly equal
-    vectors, is mostly rounding: the closer the student, the wronger its direction.
-    """
-
-
-class MSELoss(_InFloat32, mtd_megatron.MSELoss):
-    """Mean squared difference of hidden states, per token: ModelOpt's, in fp32."""
-
-
 class WeightedLossBalancer(mtd.DistillationLossBalancer):
     """Adds the losses up with fixed weights.
 
@@ -82,44 +59,31 @@ class WeightedLossBalancer(mtd.DistillationLossBalancer):
     the reported KD loss is no KL. Fixed weights keep both true.
     """
 
-    def __init__(
-        self, skip_lm_loss: bool, kd_loss_scale: float, intermediate_loss_scale: float
-    ) -> None:
+    def __init__(self, skip_lm_loss: bool, kd_loss_scale: float) -> None:
         """Keep the weights.
 
         Args:
             skip_lm_loss: leave the student's LM loss out of the total.
             kd_loss_scale: of all distillation terms, beside the LM loss.
-            intermediate_loss_scale: of the mean of the intermediate terms, beside the logits term.
         """
         super().__init__()
         self.skip_lm_loss = skip_lm_loss
         self._kd_loss_scale = kd_loss_scale
-        self._intermediate_loss_scale = intermediate_loss_scale
 
     def forward(self, loss_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Total of the losses that `compute_kd_loss` collected.
+        """Total of the losses that `compute_kd_loss` collected, and of the intermediate terms.
 
         Args:
             loss_dict: name -> summed loss (0-dim): the student's own, one of a class whose name
-                contains `Logits`, and any number of intermediate ones.
+                contains `Logits`, and any others, with their weights beside it.
 
         Returns:
-            `kd_loss` (the total), `logits_loss` and `intermediate_loss` (unweighted), 0-dim.
+            `kd_loss` (the total) and `logits_loss` (unweighted), 0-dim.
         """
         losses = dict(loss_dict)
         lm_loss = losses.pop(mtd.loss_balancers.STUDENT_LOSS_KEY)
         logits_loss = losses.pop(next(name for name in losses if "Logits" in name))
-        intermediate_loss = torch.zeros_like(logits_loss)
-        if losses:
-            intermediate_loss = torch.stack(list(losses.values())).mean()
-        total = self._kd_loss_scale * (
-            logits_loss + self._intermediate_loss_scale * intermediate_loss
-        )
+        total = self._kd_loss_scale * sum(losses.values(), start=logits_loss)
         if not self.skip_lm_loss:
             total = lm_loss + total
-        return {
-            "kd_loss": total,
-            "logits_loss": logits_loss,
-            "intermediate_loss": intermediate_loss,
-        }
+        return {"kd_loss": total, "logits_loss": logits_loss}

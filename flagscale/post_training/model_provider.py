@@ -13,6 +13,7 @@ from flagscale.megatron.global_vars import get_args
 from flagscale.megatron.gpt_builder import build_gpt_model
 from flagscale.megatron.layout import sizes_for
 from flagscale.megatron.memory_history import record_memory_history
+from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
@@ -42,17 +43,21 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
             f"{args.overlap_moe_expert_parallel_comm} with ModelOpt's distillation: both must be "
             "False, its forward pass is one call of the model"
         )
+    folder = args.export_kd_teacher_load
+    assert folder is not None, "called without ModelOpt arguments"
+    teacher_shape = ModelShape.load(folder)
+    check_paired_layers(distillation, args.shape, teacher_shape, args.parallelism)
     if args.record_memory_history:
         record_memory_history(args.memory_snapshot_path)
-    teacher = _build_teacher(args, pre_process, post_process)
+    teacher = _build_teacher(args, teacher_shape, pre_process, post_process)
+    load_weights(teacher, folder / "weights")
     student = build_gpt_model(args, pre_process, post_process)
     return convert_for_distillation(student, teacher, distillation, args.seed)
 
 
-def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
-    folder = args.export_kd_teacher_load
-    assert folder is not None, "called without ModelOpt arguments"
-    shape = ModelShape.load(folder)
+def _build_teacher(
+    args: Arguments, shape: ModelShape, pre_process: bool, post_process: bool
+) -> GPTModel:
     sizes = sizes_for(shape, args.parallelism)  # the student's experts may be spread over ranks
     # Never in FP8: it is what the student is held to. And the scales of `delayed`, which no
     # checkpoint has of a teacher, would start anew whenever training is resumed.
@@ -68,5 +73,4 @@ def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GP
         and shape.architecture.is_default,
     )
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
-    load_weights(teacher, folder / "weights")
     return teacher.requires_grad_(False).eval()

@@ -24,7 +24,8 @@ from flagscale.post_training.tap import STUDENT, Seen
 from flagscale.recipe import DistillationRecipe
 
 KD, LM = "logits distillation loss", "lm loss"
-TOTAL, INTERMEDIATE = "total loss", "intermediate distillation loss"
+TOTAL = "total loss"
+INTERMEDIATE, ATTENTION = "intermediate distillation loss", "attention distillation loss"
 
 # What sums in fp32 may be off by: a share of the figure, and nats a token.
 _RELATIVE, _PER_TOKEN = 1e-4, 1e-5
@@ -76,7 +77,9 @@ def check_total(seen: Seen, recipe: DistillationRecipe) -> Finding:
     """The total is the recipe's sum of the terms that are reported, and what is differentiated."""
     report = {name: value for name, (value, _) in seen.report.items()}
     total = recipe.kd_loss_scale * (
-        report[KD] + recipe.intermediate_loss_scale * report[INTERMEDIATE]
+        report[KD]
+        + recipe.intermediate_loss_scale * report[INTERMEDIATE]
+        + recipe.attention_loss_scale * report.get(ATTENTION, 0.0)
     )
     if not recipe.skip_lm_loss:
         total += report.get(LM, math.nan)

@@ -9,8 +9,9 @@ from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
-from flagscale.recipe.models import StudentRecipe, TeacherRecipe
+from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.pretrained import SourceRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.results import (
@@ -20,6 +21,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -37,6 +39,7 @@ __all__ = [
     "ResourcesRecipe",
     "Section",
     "SectionT",
+    "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
     "TeacherRecipe",

@@ -6,7 +6,7 @@ without bf16 units, faster. Only convert-student holds two models at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flagscale.megatron.shape import ModelShape
 from flagscale.sizes.activations import (
@@ -45,6 +45,7 @@ class ModelSteps:
         evaluated: sequences of a forward pass of evaluate.
         device: `cuda` or `cpu`.
         proof_tokens: of the fixed text.
+        student_source_bytes: of a weight of a student that is a model of its own.
     """
 
     teacher: ModelShape
@@ -55,6 +56,7 @@ class ModelSteps:
     evaluated: int = 4
     device: str = "cpu"
     proof_tokens: int = PROOF_TOKENS
+    student_source_bytes: int | None = None
 
     @property
     def computed_bytes(self) -> int:
@@ -98,7 +100,14 @@ def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
 
 
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
-    """Teacher and student with one sample's activations; gradients go as soon as they are seen."""
+    """Teacher and student with one sample's activations; gradients go as soon as they are seen.
+
+    A student that is a model of its own is first imported and proven, as the teacher was.
+    """
+    phases = []
+    if steps.student_source_bytes is not None:
+        steps = replace(steps, source_bytes=steps.student_source_bytes)
+        phases = [prepare_teacher(replace(steps, teacher=steps.student), layout, stage)]
     size = steps.computed_bytes
     student = parameters(steps.student, layout, stage)
     computation = Computation(size)
@@ -116,7 +125,7 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
             for index in layers
         )
     }
-    phases = [held | step]
+    phases.append(held | step)
     if stage == layout.pipeline - 1:
         logits = steps.seq_length * steps.student.padded_vocab_size // layout.tensor
         chunks = KD_BUFFERS * FLOAT32 * min(logits, KD_CHUNK[steps.device])

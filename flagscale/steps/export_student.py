@@ -35,7 +35,7 @@ from flagscale.models.hf_description import (
 from flagscale.models.hf_export import round_weights, write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
-from flagscale.models.origin import Origin, copy_licenses
+from flagscale.models.origin import Origin, copy_licenses, pretrained_origin
 from flagscale.models.parity import (
     check_logits,
     check_weights,
@@ -119,6 +119,7 @@ def export_on_rank(
                     _metrics_of(evaluation, parents),
                     export.format,
                     has_chat_template=any(staging.path.rglob("*.jinja")),
+                    pretrained=pretrained_origin(distilled / "hf"),
                 )
                 (staging.path / "README.md").write_text(card, encoding="utf-8")
             staging.facts = {**figures, **facts, "format": export.format}

@@ -50,10 +50,38 @@ def test_a_resolved_recipe_is_read_back_the_same(file: Path) -> None:
 
 
 CONTRADICTIONS = [
-    ("student", {"hidden_size": 64}, "hidden_size=64 needs init=scratch, but init=prune"),
-    ("student", {"num_layers": None}, "init=prune needs num_layers or keep_layers"),
-    ("student", {"init": "copy"}, "init=copy keeps every layer"),
-    ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers needs init=prune"),
+    (
+        "student",
+        {"hidden_size": 64},
+        "hidden_size=64 needs init=width or depth_and_width or scratch, but init=depth",
+    ),
+    ("student", {"num_layers": None}, "init=depth needs num_layers, keep_layers or a target"),
+    ("student", {"init": "width", "num_layers": None}, "init=width needs hidden_size, ffn_hidden"),
+    ("student", {"init": "width", "hidden_size": 64}, "num_layers=10 needs init=depth or depth_an"),
+    (
+        "student",
+        {"init": "depth_and_width", "hidden_size": 64, "num_query_groups": 1},
+        "ModelOpt's mcore_minitron cannot prune key/value groups",
+    ),
+    (
+        "student",
+        {"init": "scratch", "num_experts": 4},
+        "num_experts=4 needs init=width or depth_and_width, but init=scratch: from scratch it",
+    ),
+    ("student", {"init": "scratch", "target_parameters": 1e6}, "target_parameters=1000000.0 needs"),
+    ("student", {"target_memory": 1}, "target_memory needs target_platform: H100-80GB, cpu"),
+    (
+        "student",
+        {"target_speed": 1, "target_platform": "cpu"},
+        "target_speed=1 with target_platform=cpu: the planner knows the speed of accelerators",
+    ),
+    ("student", {"target_platform": "cpu"}, "target_platform=cpu has no effect without target_mem"),
+    ("student", {"max_depth_pruning": 0.1}, "max_depth_pruning=0.1 has no effect without a target"),
+    ("student", {"calibration_tokens": 64}, "calibration_tokens=64 has no effect with"),
+    ("student", {"init": "same"}, "init=same keeps every layer"),
+    ("student", {"init": "prune"}, "init='prune': is called depth now"),
+    ("student", {"init": "copy"}, "init='copy': is called same now"),
+    ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers=(0,) needs init=depth"),
     ("student", {"num_layers": None, "keep_layers": [3, 1]}, "keep_layers=[3, 1] must rise"),
     ("student", {"num_layers": None, "keep_layers": [1, 1]}, "keep_layers=[1, 1] must rise"),
     ("student", {"num_layers": None, "keep_layers": []}, "keep_layers=[] must rise"),

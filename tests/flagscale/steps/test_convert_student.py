@@ -86,7 +86,7 @@ def test_student_that_no_hugging_face_configuration_holds(teacher, dataset, tmp_
 
 
 def test_copied_student_starts_at_the_teacher(teacher, dataset, tmp_path):
-    figures = convert_student(StudentRecipe(init="copy"), teacher, dataset, tmp_path / "student")
+    figures = convert_student(StudentRecipe(init="same"), teacher, dataset, tmp_path / "student")
     assert figures["layers"] == 4
     assert figures["kd_loss_at_start"] == 0
 

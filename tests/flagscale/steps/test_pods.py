@@ -86,7 +86,7 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "volume"))
     inputs = share({"teacher": teacher, "dataset": dataset}, tmp_path)
     arguments = {
-        "student_recipe": {"init": "prune", "num_layers": 2.0},
+        "student_recipe": {"init": "depth", "num_layers": 2.0},
         "models_recipe": {},
         **inputs,
     }

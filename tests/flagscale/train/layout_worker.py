@@ -44,10 +44,14 @@ DISTILLATION = {
         skip_lm_loss=False,
         kd_loss_scale=0.7,
         intermediate_loss_scale=0.5,
-        # Of the last pipeline stage: the student has layers 0 and 1, the teacher 0 to 3.
+        # The student has layers 0 and 1, the teacher 0 to 3: with two pipeline stages there are
+        # pairs on the first and on the last, and pairs whose earlier half has to travel.
         intermediate_layer_pairs=(
             ("decoder.layers.1", "decoder.layers.3"),
             ("decoder.final_layernorm", "decoder.final_layernorm", "mse"),
+            ("embedding", "decoder.layers.0"),
+            ("decoder.layers.0", "decoder.layers.2", "mse"),
+            ("decoder.layers.1", "embedding"),
         ),
     ),
 }
