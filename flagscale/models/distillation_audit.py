@@ -35,6 +35,7 @@ from flagscale.post_training.preflight import (
     check_mixed,
     check_validation,
 )
+from flagscale.post_training.preflight_family import check_family
 from flagscale.post_training.preflight_models import (
     check_batch,
     check_causal,
@@ -170,6 +171,7 @@ def _losses(
         *check_causal(alone, elsewhere),
         *check_losses(beside, mixed),
         check_gradient(alone, recipe),
+        *check_family(alone),
         check_mixed(alone, beside),
         check_validation(beside, evaluated),
         check_masked(beside, elsewhere),
@@ -181,9 +183,7 @@ def _when_equal(
     teacher: GPTModel, batch: Batch, recipe: DistillationRecipe, size: float
 ) -> tuple[list[Finding], float]:
     """The teacher against itself, by its logits: paired layers need not be the same there."""
-    recipe = recipe.model_copy(
-        update={"intermediate_layer_pairs": (), "attention_layer_pairs": ()}
-    )
+    recipe = recipe.model_copy(update={"intermediate_layer_pairs": (), "attention_layer_pairs": ()})
     with distilling(twin(teacher), teacher, recipe) as model:
         losses, seen = run(model, batch, forward_only=True, differentiates=True)
     return ([] if seen is None else check_equal(seen, size)), losses[KD]

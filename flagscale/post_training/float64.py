@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from flagscale.post_training.divergences.reference import reference_loss
 from flagscale.post_training.tap import STUDENT, TEACHER, Head, Seen
 from flagscale.recipe import DistillationRecipe
 
@@ -37,14 +39,8 @@ class Sum:
 
 
 def divergence(recipe: DistillationRecipe) -> Divergence:
-    """The recipe's divergence of two rows of logits, `T^2` included, in the logits' own dtype."""
-    temperature = recipe.temperature
-
-    def forward_kl(student_nv: torch.Tensor, teacher_nv: torch.Tensor) -> torch.Tensor:
-        log_q, log_p = ((x / temperature).log_softmax(-1) for x in (student_nv, teacher_nv))
-        return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    return forward_kl
+    """The recipe's divergence of two rows of logits, `T^2` included, by its definition."""
+    return partial(reference_loss, recipe=recipe)
 
 
 def cross_entropy(logits_nv: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
@@ -121,6 +117,15 @@ def hidden_gradient(seen: Seen, function: Divergence) -> torch.Tensor:
     if head.group.size() > 1:
         torch.distributed.all_reduce(gradient_nh, group=head.group)
     return gradient_nh
+
+
+def some_logits(seen: Seen, count: int) -> list[torch.Tensor]:
+    """float64 [n, V] of both models, the student first: the first unmasked rows, at most `count`.
+
+    All ranks that share the vocabulary call it, and get whole rows.
+    """
+    _, _, logits = next(_chunks(seen, STUDENT, TEACHER))
+    return [logits_nv[:count] for logits_nv in logits]
 
 
 def _through(head: Head, gradient_nv: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,14 @@ from flagscale.checkpoint.weights import count_parameters
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
+from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape
+from flagscale.models import pretrained
 from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.megatron import WEIGHTS, forward
-from flagscale.models import pretrained
 from flagscale.models.student_audit import Artifacts
 from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets

@@ -28,6 +28,7 @@ from flagscale.models.megatron import WEIGHTS, build_model, logits
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.post_training import conversion, loss_func
+from flagscale.post_training.divergences.total_variation import TotalVariation
 from flagscale.post_training.findings import Finding, failures
 from flagscale.post_training.losses import LogitsLoss
 from flagscale.train import train_gpt
@@ -127,6 +128,17 @@ def gradient_times(factor: float) -> Plant:
         return right * factor + (right * (1 - factor)).detach()
 
     return kd(loss)
+
+
+def no_temperature(case: Case) -> None:
+    """In one of the divergences that the recipe has not chosen."""
+    right = TotalVariation.loss_and_gradient
+
+    def wrong(self: Any, *inputs: Any, **named: Any) -> Any:
+        loss, gradient = right(self, *inputs, **named)
+        return loss / self.temperature**2, gradient
+
+    case.patch.setattr(TotalVariation, "loss_and_gradient", wrong)
 
 
 def get_batch_with(**changes: Callable[[Any], torch.Tensor]) -> Plant:
@@ -339,6 +351,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
         after_conversion(otherwise_in_validation),
         "changes from .* to .* in evaluation mode",
     ),
+    "another divergence without T^2": (no_temperature, "total_variation differs by 0.7"),
     "labels shifted twice": (
         get_batch_with(labels=lambda b: b.labels.roll(-1, 1)),
         "labels that the loss is given are shifted twice",
