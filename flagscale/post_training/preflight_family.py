@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -64,10 +65,15 @@ def _difference(
     # Of equal models both are nothing, and so is what rounding makes of them.
     values = (found_n - value_n).abs().sum() / (value_n.abs().sum() + 1e-3 * value_n.numel())
     gradients = (found_nv - gradient_nv).norm() / (gradient_nv.norm() + 1e-3)
-    return max(values.item(), gradients.item())
+    return _largest(values, gradients)
 
 
 def _when_equal(recipe: DistillationRecipe, teacher_nv: torch.Tensor) -> float:
     loss_n, gradient_nv = divergence_of(recipe).loss_and_gradient(teacher_nv.clone(), teacher_nv)
     assert gradient_nv is not None, "asked for"
-    return max(loss_n.abs().max().item(), gradient_nv.abs().max().item())
+    return _largest(loss_n.abs().max(), gradient_nv.abs().max())
+
+
+def _largest(*figures: torch.Tensor) -> float:
+    """Infinite if one is no number."""
+    return torch.stack([one.double() for one in figures]).nan_to_num(nan=math.inf).max().item()
