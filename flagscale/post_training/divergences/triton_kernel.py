@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202, N803, RUF059 - Triton infers types, and spells constants of a kernel so
 """The pass over rows of logits as a Triton kernel: one program a row, which it reads in blocks.
 
 Each formula stands here once more, per column, because Triton compiles no torch. A row is read once
