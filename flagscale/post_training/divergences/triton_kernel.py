@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, N803, RUF059 - Triton infers types, and spells constants of a kernel so
+# ruff: noqa: ANN001, ANN202, N803 - Triton infers types, and spells a kernel's constants so
 """The pass over rows of logits as a Triton kernel: one program a row, which it reads in blocks.
 
 Each formula stands here once more, per column, because Triton compiles no torch. A row is read once
@@ -62,7 +62,7 @@ def one_pass(
             norms,
             sums,
             norms.stride(0),
-            sums.stride(0),
+            sums.stride(0) if sums.size(0) > 1 else 0,  # where there is but one
             student_nv.stride(0),
             teacher_nv.stride(0),
             width,
@@ -104,18 +104,9 @@ def _rows_kernel(
     teacher += row * teacher_stride
     norms += row
     sums += row
-    if NORMALISE:
-        m_t, log_z_t = _normaliser(teacher, width, scale, BLOCK)
-        m_s, log_z_s = _normaliser(student, width, scale, BLOCK)
-        tl.store(norms, m_t)
-        tl.store(norms + norms_stride, log_z_t)
-        tl.store(norms + 2 * norms_stride, m_s)
-        tl.store(norms + 3 * norms_stride, log_z_s)
-    else:
-        m_t = tl.load(norms)
-        log_z_t = tl.load(norms + norms_stride)
-        m_s = tl.load(norms + 2 * norms_stride)
-        log_z_s = tl.load(norms + 3 * norms_stride)
+    m_t, log_z_t, m_s, log_z_s = _normalisers(
+        student, teacher, norms, norms_stride, width, scale, NORMALISE, BLOCK
+    )
     shift = (m_s - m_t) * scale + (log_z_s - log_z_t)
 
     first, second = 0.0, 0.0
@@ -124,7 +115,7 @@ def _rows_kernel(
     if ADD_UP or write_along:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            s, t, p, q, x = _columns(
+            p, q, x = _columns(
                 student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
             )
             if ADD_UP:
@@ -140,15 +131,41 @@ def _rows_kernel(
         tl.store(sums + sums_stride, second)
     elif WRITE and KIND != FORWARD_KL:
         first = tl.load(sums)
-        if KIND != REVERSE_KL:
-            second = tl.load(sums + sums_stride)
+        second = tl.load(sums + sums_stride)
     if WRITE and KIND != FORWARD_KL:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            s, t, p, q, x = _columns(
+            p, q, x = _columns(
                 student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
             )
             _store(student, at, width, _gradient(p, q, x, weight, first, second, KIND) * factor)
+
+
+@triton.jit
+def _normalisers(
+    student,
+    teacher,
+    norms,
+    norms_stride,
+    width,
+    scale,
+    NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of both models, made and stored, or loaded."""
+    if NORMALISE:
+        m_t, log_z_t = _normaliser(teacher, width, scale, BLOCK)
+        m_s, log_z_s = _normaliser(student, width, scale, BLOCK)
+        tl.store(norms, m_t)
+        tl.store(norms + norms_stride, log_z_t)
+        tl.store(norms + 2 * norms_stride, m_s)
+        tl.store(norms + 3 * norms_stride, log_z_s)
+    else:
+        m_t = tl.load(norms)
+        log_z_t = tl.load(norms + norms_stride)
+        m_s = tl.load(norms + 2 * norms_stride)
+        log_z_s = tl.load(norms + 3 * norms_stride)
+    return m_t, log_z_t, m_s, log_z_s
 
 
 @triton.jit
@@ -166,14 +183,14 @@ def _normaliser(logits, width, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _columns(student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale):
-    """Logits, probabilities, and the log of their ratio, 0 where neither has any."""
+    """Probabilities, and the log of their ratio, 0 where neither has any."""
     nothing = -float("inf")
     s = tl.load(student + at, mask=at < width, other=nothing).to(tl.float32)
     t = tl.load(teacher + at, mask=at < width, other=nothing).to(tl.float32)
     p = tl.exp((t - m_t) * scale - log_z_t)
     q = tl.exp((s - m_s) * scale - log_z_s)
     x = (t - s) * scale + shift
-    return s, t, p, q, tl.where((p == 0) & (q == 0), 0.0, x)
+    return p, q, tl.where((p == 0) & (q == 0), 0.0, x)
 
 
 @triton.jit
