@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flagscale.post_training.divergences.passing import one_pass
+from flagscale.post_training.divergences.passing import one_pass, scale_rows
 from flagscale.post_training.divergences.rows import Rows, gathered, is_shared, merged
 
 
@@ -195,5 +195,5 @@ class _Loss(torch.autograd.Function):
         gradient_nv, ctx.gradient_nv = ctx.gradient_nv, None
         if gradient_nv is None:
             raise RuntimeError("the gradient was given away by an earlier backward pass")
-        gradient_nv.mul_(grad_outputs[0].reshape(-1, 1))
+        scale_rows(gradient_nv, grad_outputs[0].reshape(-1))
         return gradient_nv.view(ctx.shape), None, None, None, None

@@ -45,13 +45,25 @@ def one_pass(
         Normalisers [4, N] (`m` and `log z` of the teacher, then of the student) and sums [S, N],
         as given or made.
     """
+    run = _in_chunks
     if student_nv.is_cuda and _HAS_TRITON:
-        from flagscale.post_training.divergences.triton_kernel import one_pass as on_gpu
+        from flagscale.post_training.divergences import triton_kernel
 
-        run = on_gpu
-    else:
-        run = _in_chunks
+        run = triton_kernel.one_pass
     return run(divergence, student_nv, teacher_nv, norms, sums, with_sums, with_gradient)
+
+
+def scale_rows(gradient_nv: torch.Tensor, scale_n: torch.Tensor) -> None:
+    """Multiply rows in place; most are to be multiplied by 1, and those are not touched."""
+    if gradient_nv.is_cuda and _HAS_TRITON:
+        from flagscale.post_training.divergences import triton_kernel
+
+        triton_kernel.scale_rows(gradient_nv, scale_n)
+    elif gradient_nv.is_cuda:
+        gradient_nv.mul_(scale_n[:, None])
+    else:
+        for row in (scale_n != 1).nonzero().flatten().tolist():
+            gradient_nv[row].mul_(scale_n[row])
 
 
 def _in_chunks(

@@ -79,6 +79,27 @@ def one_pass(
     return norms, sums
 
 
+def scale_rows(gradient_nv: torch.Tensor, scale_n: torch.Tensor) -> None:
+    """As `passing.scale_rows`, without the host knowing which rows."""
+    count, width = gradient_nv.shape
+    if count:
+        scale_n = scale_n.float().contiguous()
+        stride = gradient_nv.stride(0)
+        _scale_kernel[(count,)](gradient_nv, scale_n, stride, width, BLOCK=4096, num_warps=8)
+
+
+@triton.jit
+def _scale_kernel(gradient, scales, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + row)
+    if scale != 1:
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            part = gradient + row * stride + at
+            old = tl.load(part, mask=at < width, other=0).to(tl.float32)
+            tl.store(part, (old * scale).to(gradient.dtype.element_ty), mask=at < width)
+
+
 @triton.jit
 def _rows_kernel(
     student,

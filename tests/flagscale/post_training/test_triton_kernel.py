@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.divergences.reference import reference_gradient, reference_loss
 from flagscale.post_training.divergences.rows import merged
-from flagscale.post_training.divergences.triton_kernel import one_pass
+from flagscale.post_training.divergences.triton_kernel import one_pass, scale_rows
 from flagscale.recipe import DistillationRecipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,3 +82,11 @@ def test_slices_of_the_vocabulary_make_the_whole(name):
     assert error(sums[0] * 4, exact) < 1e-5
     gradient = torch.cat([student_part for student_part, _ in slices], 1)
     assert error(gradient[:, :-9], exact_gradient[:, :-9]) < 1e-5
+
+
+def test_rows_are_scaled():
+    gradient = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scales = torch.tensor([1.0, 0.0, 0.5, 1.0], device=DEVICE)
+    expected = gradient * scales[:, None]
+    scale_rows(gradient, scales)
+    assert torch.equal(gradient, expected)
