@@ -48,6 +48,7 @@ def run(layout: str, parallelism: dict[str, Any], folder: Path, inputs: dict[str
     """What each divergence reports, fused with the output layer and apart."""
     training = TrainingRecipe(
         train_iters=1,
+        lr=1e-3,
         micro_batch_size=2,
         global_batch_size=4,
         seed=5,
