@@ -33,6 +33,7 @@ OVERLAPS_AND_FUSIONS = (
 # Fields that change no result but by rounding: a training may go on with others.
 CHANGES_NO_RESULT = (
     "async_save",
+    "audit_interval",
     "keep_checkpoints",
     "micro_batch_size",
     "parallelism",
@@ -73,6 +74,11 @@ class TrainingRecipe(Section):
     seed: Seed = Field(1234, description="Data order and dropout")
     eval_interval: PositiveInt = Field(50, description="Steps between validations")
     eval_iters: PositiveInt = Field(4, description="Global batches a validation")
+    audit_interval: NonNegativeInt = Field(
+        100,
+        description="Steps between audits: the losses of a micro-batch once more, in float64; the "
+        "first step is always audited; 0: none",
+    )
     save_interval: PositiveInt = Field(50, description="Steps between checkpoints")
     save_interval_minutes: Positive | None = Field(
         10.0,

@@ -149,7 +149,7 @@ def _candidate(
         origin=digest(measured["recipe"]["student"]),
         metrics=metrics,
         fidelity=fidelity,
-        tokens_per_second=float(measured["training"][_SPEED]),
+        tokens_per_second=float(measured["training"].get(_SPEED, 0)),
         source=path,
         digests={"evaluation": manifest.digest, "distilled": manifest.parents["distilled"]},
     )

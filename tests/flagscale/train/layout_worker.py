@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flagscale.megatron.user_buffers import user_buffers
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
+from flagscale.train.audit import TrainingAudit
 from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
@@ -119,7 +121,10 @@ def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
         validation = evaluate_loss(trainer.chunks, batches.validation(), 2)
         gradients = keep_gradients(trainer)
         stream = batches.train(0)
-        records = [train_step(trainer, stream) for _ in range(STEPS)]
+        audit = TrainingAudit(trainer.chunks, args, interval=1)
+        records = [
+            train_step(trainer, stream, partial(audit.look, step + 1)) for step in range(STEPS)
+        ]
         result = folder / case.name / kind
         save_gradients(trainer, gradients, result / "gradients")
         if torch.distributed.get_rank() == 0:
