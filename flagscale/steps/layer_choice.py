@@ -26,6 +26,7 @@ from flagscale.models.megatron import load_model
 from flagscale.models.reconstruction import Fit, layer_targets, reconstruct
 from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
+from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
 
 logger = logging.getLogger(__name__)
@@ -129,13 +130,15 @@ def fit_layers(student: StudentRecipe, model: GPTModel, choice: LayerChoice) -> 
 
 
 def needs(shape: ModelShape, seq_length: int, stored: torch.dtype) -> dict[str, float]:
-    """What a model of this shape takes where it is used; nothing for a layer spec of one's own."""
-    if shape.architecture.spec is not None:
+    """What a model of this shape takes where it is used; nothing where layers have own sizes."""
+    own = shape.architecture.spec, shape.architecture.heterogeneous_layers_config
+    if any(layers is not None for layers in own):
         return {}
     keys_and_values = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
     return {
         "forward_flops_per_token": forward_flops(shape, 1, seq_length),
         "kv_cache_bytes_per_token": float(keys_and_values * stored.itemsize),
+        "memory_bytes": float(memory_in_use(shape, seq_length, stored.itemsize)),
     }
 
 
