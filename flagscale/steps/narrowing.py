@@ -101,7 +101,7 @@ def record_narrowing(found: Narrowing | None, staging: Staging, run: tracking.St
 
 
 def _kept_importance(found: Narrowing) -> dict[str, float]:
-    """The share of all importance that stays, mean over layers; not of heads, which go by groups."""
+    """The share of all importance that stays, mean over layers; heads aside, which go by groups."""
     shares: dict[str, list[float]] = {}
     for name, scores in found.scores.items():
         if name == "hidden_size":
