@@ -8,11 +8,11 @@ from collections.abc import Callable
 from flagscale.errors import UserError
 from flagscale.secrets import mask_output
 from pipelines.cluster.connection_errors import StoppedWaiting
-from pipelines.commands import compare, compile, plan, run, schedule, status, submit
+from pipelines.commands import compare, compile, doctor, plan, run, schedule, status, submit
 from pipelines.local.stopping import Stopped
 from pipelines.outcome import StepFailed
 
-_COMMANDS = (run, plan, compile, submit, schedule, status, compare)
+_COMMANDS = (run, doctor, plan, compile, submit, schedule, status, compare)
 _EXAMPLES = """examples:
   python -m pipelines run recipes/smollm2-135m-to-22-layers.yaml
       distil on this machine; results in runs/latest

@@ -12,6 +12,7 @@ from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.pretrained import SourceRecipe
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.results import (
@@ -35,6 +36,7 @@ __all__ = [
     "LayoutRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "QuantizationRecipe",
     "Recipe",
     "ReconstructionRecipe",
     "ResourcesRecipe",

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.pretrained import PretrainedFields
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.section import NonNegativeInt, Positive, PositiveInt, Section, Seed, Width
 from flagscale.recipe.targets import TARGETS, TargetsRecipe
 
@@ -106,6 +107,9 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
     architecture: ArchitectureRecipe | None = Field(
         None, description="scratch only: experts, latent attention, a layer spec of your own, ..."
     )
+    quantization: QuantizationRecipe | None = Field(
+        None, description="Quantised linear layers; default: none"
+    )
     seed: Seed = Field(1234, description="Seed of random weights")
 
     @property
@@ -141,6 +145,7 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         self._check_layers()
         self._check_calibration()
         self._check_heads()
+        self._check_quantization()
         return self
 
     @property
@@ -205,4 +210,19 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         if self.init == "scratch" and heads and self.hidden_size and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}"
+            )
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization.when == "significant" and self.init not in ("same", "pretrained"):
+            raise ValueError(
+                f"quantization.when=significant with init={self.init}: such a student has to be "
+                "trained whatever quantisation costs; set when=always, or init=same or pretrained"
+            )
+        if self.architecture is not None and not self.architecture.is_default:
+            changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"quantization.recipe={self.quantization.recipe} with architecture={changed}: "
+                "plain layers of attention and MLP are quantised; leave one of the two out"
             )

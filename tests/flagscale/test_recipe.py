@@ -56,6 +56,15 @@ CONTRADICTIONS = [
         "hidden_size=64 needs init=width or depth_and_width or scratch, but init=depth",
     ),
     ("student", {"num_layers": None}, "init=depth needs num_layers, keep_layers or a target"),
+    ("student", {"init": "pretrained", "num_layers": None}, "init=pretrained needs source"),
+    ("student", {"init": "pretrained", "source": "a/b"}, "init=pretrained keeps every layer"),
+    ("student", {"source": "a/b"}, "source=a/b needs init=pretrained, but init=depth"),
+    ("student", {"max_validation_loss": 9}, "max_validation_loss=9.0 needs init=pretrained"),
+    (
+        "student",
+        {"init": "pretrained", "source": "a/b", "num_layers": None, "hidden_size": 64},
+        "hidden_size=64 needs init=width or depth_and_width or scratch, but init=pretrained",
+    ),
     ("student", {"init": "width", "num_layers": None}, "init=width needs hidden_size, ffn_hidden"),
     ("student", {"init": "width", "hidden_size": 64}, "num_layers=10 needs init=depth or depth_an"),
     (
