@@ -22,7 +22,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.student import StudentRecipe
+from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -38,6 +38,7 @@ __all__ = [
     "ParallelismRecipe",
     "QuantizationRecipe",
     "Recipe",
+    "ReconstructionRecipe",
     "ResourcesRecipe",
     "Section",
     "SectionT",

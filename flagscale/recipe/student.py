@@ -9,9 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.pretrained import PretrainedFields
 from flagscale.recipe.quantization import QuantizationRecipe
-from flagscale.recipe.section import NonNegativeInt, PositiveInt, Seed, Width
+from flagscale.recipe.section import NonNegativeInt, Positive, PositiveInt, Section, Seed, Width
 from flagscale.recipe.targets import TARGETS, TargetsRecipe
 
+_CALIBRATION_TOKENS = 4096
 _RENAMED = {"prune": "depth", "copy": "same"}
 _DEPTH, _WIDTH = ("depth", "depth_and_width"), ("width", "depth_and_width")
 _WIDTHS = (
@@ -50,6 +51,19 @@ def _not_renamed(value: object) -> object:
     return value
 
 
+class ReconstructionRecipe(Section):
+    """Kept layers are fitted to what the teacher makes of the same text, before any training."""
+
+    tokens: PositiveInt = Field(
+        4096, description="Text of the train split that they are fitted on, in whole sequences"
+    )
+    ridge: Positive = Field(
+        1.0,
+        description="How much changed weights cost, as a share of their inputs' mean square: more "
+        "for less text",
+    )
+
+
 class StudentRecipe(TargetsRecipe, PretrainedFields):
     """What the student looks like and what its weights start from."""
 
@@ -74,8 +88,13 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
     )
     calibration_tokens: PositiveInt | None = Field(
         None,
-        description="Text of the train split that importance is measured on, in whole sequences; "
-        "default: 4096",
+        description="Text of the train split that layers or widths are measured on, in whole "
+        "sequences; default: 4096",
+    )
+    reconstruction: ReconstructionRecipe | None = Field(
+        None,
+        description="depth: fit each kept layer's down projection to what the teacher feeds its "
+        "next kept layer, by ridge regression; default: the teacher's weights as they are",
     )
     hidden_size: Width | None = Field(
         None, description="width and scratch only, as the next two; default: the teacher's"
@@ -134,6 +153,13 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         """Whether calibration text decides which of the teacher's layers are kept."""
         return self.layer_importance != "even"
 
+    @property
+    def measured_tokens(self) -> int:
+        """How many tokens layers or widths are measured on, at most; 0 where none are."""
+        if not self.measures_layers and not self.cuts_width:
+            return 0
+        return self.calibration_tokens or _CALIBRATION_TOKENS
+
     def _check_cut(self) -> None:
         """Something must be cut, or else `same` is what is meant."""
         if self.has_target:
@@ -153,6 +179,10 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
                 )
 
     def _check_calibration(self) -> None:
+        if self.reconstruction is not None and self.init != "depth":
+            raise ValueError(
+                f"reconstruction needs init=depth, but init={self.init}: no layer is missing"
+            )
         if self.measures_layers and not self.cuts_depth:
             raise ValueError(
                 f"layer_importance={self.layer_importance} needs init={' or '.join(_DEPTH)}, but "

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flagscale.post_training.divergences.rows import Chunk, Rows, chunks, gathered, merged
+from flagscale.post_training.divergences.rows import (
+    Chunk,
+    Rows,
+    chunks,
+    gathered,
+    is_shared,
+    merged,
+)
 
 
 class Divergence(ABC):
@@ -85,9 +92,26 @@ class Divergence(ABC):
             float32 [N], the same on every rank of `group`, and its derivative by the student's
             logits: `student_nv`, or None.
         """
-        work = self._alone if group is None or group.size() == 1 else self._on_ranks
-        loss_n = work(student_nv, teacher_nv, group, with_gradient)
+        loss_n = self._work(student_nv, teacher_nv, group, with_gradient)
         return loss_n.mul_(self.temperature**2), student_nv if with_gradient else None
+
+    @abstractmethod
+    def _work(
+        self,
+        student_nv: torch.Tensor,
+        teacher_nv: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        with_gradient: bool,
+    ) -> torch.Tensor:
+        """As `loss_and_gradient`, but the loss is `D` without `T^2`; the gradient is whole."""
+
+
+class FDivergence(Divergence):
+    """A sum over the vocabulary of a function of p and q.
+
+    Under tensor parallelism it takes two collectives: what a column adds depends on both
+    normalisers of the whole vocabulary, in a way that no few sums over a slice can stand for.
+    """
 
     @abstractmethod
     def sums(self, rows: Rows) -> torch.Tensor:
@@ -95,15 +119,20 @@ class Divergence(ABC):
 
     @abstractmethod
     def gradient(self, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
-        """dD/dz [n, V], z the student's scaled logits, given `sums` of whole rows."""
+        """`dD/dz` [n, V], z the student's scaled logits, given the `sums` of whole rows.
 
-    def _alone(
+        With g the derivative of D by q, it is `q (g - sum q g)`.
+        """
+
+    def _work(
         self,
         student_nv: torch.Tensor,
         teacher_nv: torch.Tensor,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> torch.Tensor:
+        if is_shared(group):
+            return self._on_ranks(student_nv, teacher_nv, group, with_gradient)
         loss_n = torch.empty(student_nv.size(0), device=student_nv.device)
         for chunk in chunks(student_nv, teacher_nv, self.temperature):
             rows, _ = chunk.normalised()
@@ -120,14 +149,27 @@ class Divergence(ABC):
         group: dist.ProcessGroup,
         with_gradient: bool,
     ) -> torch.Tensor:
-        raise NotImplementedError
+        local = torch.empty(4, student_nv.size(0), device=student_nv.device)
+        for chunk in chunks(student_nv, teacher_nv, self.temperature):
+            _, local[:, chunk.at] = chunk.normalised()
+        norms, _ = merged(gathered(local, group), self.temperature)
+        parts = [
+            self.sums(chunk.of_whole(norms[:, chunk.at]))
+            for chunk in chunks(student_nv, teacher_nv, self.temperature)
+        ]
+        sums = torch.cat(parts, 1)
+        dist.all_reduce(sums, group=group)
+        if with_gradient:
+            for chunk in chunks(student_nv, teacher_nv, self.temperature):
+                self._write(chunk, chunk.of_whole(norms[:, chunk.at]), sums[:, chunk.at])
+        return sums[0]
 
     def _write(self, chunk: Chunk, rows: Rows, sums: torch.Tensor) -> None:
         # d/ds of T^2 D(s / T) is T dD/dz.
         chunk.write(self.gradient(rows, sums), self.temperature)
 
 
-class ChainRule(Divergence):
+class ChainRule(FDivergence):
     """A divergence of the whole that follows from those of its parts: one collective.
 
     The chain rule of KL: over a vocabulary cut into slices it is the divergence of the slices'
@@ -153,8 +195,8 @@ class ChainRule(Divergence):
         norms, (log_p_rn, log_q_rn) = merged(everywhere[:, :4], self.temperature)
         shares = Rows.of_shares(log_p_rn.T, log_q_rn.T)
         weights = self.weights(shares)
-        within = torch.where(weights > 0, weights * everywhere[:, 4].T, 0)
-        loss_n = self.sums(shares)[0] + within.sum(-1)
+        within = torch.where(weights > 0, weights * everywhere[:, 4].T, 0).sum(-1)
+        loss_n = self.sums(shares)[0] + within
         if with_gradient:
             for chunk in chunks(student_nv, teacher_nv, self.temperature):
                 self._write(chunk, chunk.of_whole(norms[:, chunk.at]), loss_n[None, chunk.at])
