@@ -101,7 +101,8 @@ model = LLM("path/to/this/folder", quantization="modelopt")
 print(model.generate("Once upon a time")[0].outputs[0].text)
 ```
 
-transformers 5 does not know the format: it warns, leaves the scales out, and loads another model."""
+transformers 5 does not know the format: it warns, leaves the scales out, and loads another
+model."""
 
 
 def _usage(shape: ModelShape, export_format: str) -> str:

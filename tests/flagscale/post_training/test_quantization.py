@@ -126,5 +126,5 @@ def test_after_a_failure_nothing_more_is_quantised(runtime, monkeypatch):
 
     with pytest.raises(ValueError, match="out of luck"):
         quantization.calibrate(build_model(SHAPE, 32), "int8", fail)
-    with pytest.raises(RuntimeError, match="earlier quantisation .*ValueError: out of luck"):
+    with pytest.raises(RuntimeError, match=r"earlier quantisation .*ValueError: out of luck"):
         quantized("fp8")
