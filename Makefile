@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-RECIPE ?= recipes/smollm2-135m-to-10-layers.yaml
+RECIPE ?= recipes/smollm2-135m-to-22-layers.yaml
 RUNS ?= runs
 PLATFORM ?= cpu-only
 ARGS ?=

@@ -57,9 +57,12 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
     are the student's, unless the recipe gives an architecture.
 
     Raises:
+        ValueError: the student is a model of its own.
         UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
             or not one block configuration a layer.
     """
+    if student.init == "pretrained":
+        raise ValueError("init=pretrained: the shape is the source's, not the teacher's")
     student = meet_targets(teacher, student)
     layers = num_layers(teacher.num_layers, student)
     if student.keep_layers is not None:

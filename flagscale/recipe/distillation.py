@@ -12,6 +12,7 @@ from flagscale.recipe.section import (
     PositiveInt,
     Scale,
     Section,
+    Switch,
     Width,
 )
 
@@ -23,6 +24,8 @@ Loss = Annotated[str, Field(max_length=20)]
 Relation = Literal["query", "key", "value", "query_key"]
 
 _OF_ONE_DIVERGENCE = {"beta": "jensen_shannon", "alpha": "skew_kl", "top_k": "top_k_kl"}
+# Fields that change no result but by rounding: a training may go on with others.
+CHANGES_NO_RESULT = ("fuse_output_layer",)
 
 
 class DistillationRecipe(Section):
@@ -45,6 +48,11 @@ class DistillationRecipe(Section):
     alpha: Weight = Field(0.1, description="skew_kl: the teacher's weight in the mixture")
     top_k: Width = Field(64, description="top_k_kl: the teacher's likeliest tokens, counted singly")
     temperature: Temperature = Field(1.0, description="Softens both distributions; loss x T^2")
+    fuse_output_layer: Switch = Field(
+        "auto",
+        description="Make the losses in the output layers, some tokens at a time, so that no "
+        "logits are held; auto: on a CPU, where the layer is a plain one",
+    )
     skip_lm_loss: bool = Field(True, description="Train on the KD loss alone")
     kd_loss_scale: Scale = Field(
         1.0, description="Weight of the KD loss beside the LM loss (skip_lm_loss: false)"
@@ -107,6 +115,8 @@ class DistillationRecipe(Section):
             raise ValueError(
                 f"kd_loss_scale={self.kd_loss_scale} has no effect with skip_lm_loss=true"
             )
+        if self.loss == "none" and self.fuse_output_layer is True:
+            raise ValueError("fuse_output_layer=true needs loss=logits, but loss=none")
         return self
 
     @model_validator(mode="after")

@@ -76,6 +76,7 @@ class Job:
     @property
     def model_steps(self) -> ModelSteps:
         """What decides on the model steps' memory."""
+        student = self.recipe.student
         return ModelSteps(
             teacher=self.teacher.shape,
             student=self.student,
@@ -85,6 +86,8 @@ class Job:
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,
             device=self.models.device,
+            measured_tokens=student.measured_tokens if student.measures_layers else 0,
+            fitted_tokens=student.reconstruction.tokens if student.reconstruction else 0,
         )
 
     @property

@@ -22,6 +22,8 @@ MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
 # Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
 KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
 KD_BUFFERS = 4
+# Bytes of the chunks of logits that a fused output layer holds (`linear_divergence`).
+FUSED_CHUNKS = {"cpu": 26 * 2**20, "cuda": 2**30}
 Parts = dict[str, int]
 
 
@@ -46,6 +48,12 @@ class Training:
     distributed_optimizer: bool = False
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
+
+    @property
+    def fuses_output_layer(self) -> bool:
+        """Whether the losses are made in the output layers."""
+        wanted = self.distillation.fuse_output_layer
+        return wanted is True or (wanted == "auto" and self.device == "cpu")
 
 
 def training_peak(
@@ -185,6 +193,9 @@ def _validation(
     if stage < layout.pipeline - 1:
         return {"activations": layer}
     logits = tokens * student.padded_vocab_size // layout.tensor
+    if teacher is not None and training.fuses_output_layer:
+        chunks = _fused_chunks(logits, training, with_lm_loss=True)
+        return {"logits": chunks} if chunks > layer else {"activations": layer}
     copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
     both = len(models) * computation.dtype_bytes * logits + copy
     return {"logits": both} if both > layer else {"activations": layer}
@@ -205,8 +216,22 @@ def _loss(
     gradient = size * (table + tokens * student.hidden_size)
     if teacher is None:
         return FLOAT32 * logits + max((size if size < FLOAT32 else 0) * logits, gradient)
+    if training.fuses_output_layer:
+        # Made in fp32, beside the chunks; autograd is given it in the table's own type.
+        gradient = FLOAT32 * table + size * tokens * student.hidden_size
+        own = size * table if size < FLOAT32 else 0
+        return gradient + max(
+            _fused_chunks(logits, training, not training.distillation.skip_lm_loss), own
+        )
     kept = 2 * size * logits
     if not training.distillation.skip_lm_loss:
         kept += FLOAT32 * logits
     chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
     return max(kept + KD_BUFFERS * chunk, kept - size * logits + gradient)
+
+
+def _fused_chunks(logits: int, training: Training, with_lm_loss: bool) -> int:
+    """Bytes of a fused output layer's chunks of logits, and of what makes the loss of them."""
+    held = FLOAT32 * (3 if with_lm_loss else 2) * logits
+    chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
+    return min(held, FUSED_CHUNKS[training.device]) + KD_BUFFERS * chunk

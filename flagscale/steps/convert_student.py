@@ -38,6 +38,7 @@ from flagscale.steps.make_student import make_student
 from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ def convert_on_rank(
         student = meet_targets(teacher_shape, student)
         shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     with (
         tracked("convert-student", recipe, parents=parents) as run,
@@ -143,6 +146,12 @@ def convert_on_rank(
         if source is not None:
             staging.facts |= source.facts()
             figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
+        if student.quantization is not None:
+            quantized, logits_bsv = quantize(
+                student.quantization, (teacher, dataset), args, stored, staging.path, batch
+            )
+            staging.facts["quantization"] = quantized
+            figures |= quantization_figures(quantized)
         kept = made.choice.kept or None
         artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
         proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
@@ -180,6 +189,8 @@ def _check_shapes(
         return
     shape = student_shape(teacher, student)
     check_layout(shape, models.sizes, facts["seq_length"], section="models")
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
 
 
 def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:

@@ -26,7 +26,7 @@ from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
-from flagscale.recipe.training import decisive
+from flagscale.recipe.decisive import decisive
 from flagscale.run_values.literal import carried
 from pipelines.distillation import build_pipeline, build_preparation, source_version
 from pipelines.local.containers import Containers
@@ -131,7 +131,7 @@ def _writable(runs: Path) -> Path:
 def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     """Where this training keeps its checkpoints: the same for an equal training, run again."""
     sections = recipe.model_dump(mode="json", include=set(_CHECKPOINTED))
-    sections["training"] = decisive(sections["training"])
+    sections = decisive(sections)
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
     return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"

@@ -56,6 +56,15 @@ CONTRADICTIONS = [
         "hidden_size=64 needs init=width or depth_and_width or scratch, but init=depth",
     ),
     ("student", {"num_layers": None}, "init=depth needs num_layers, keep_layers or a target"),
+    ("student", {"init": "pretrained", "num_layers": None}, "init=pretrained needs source"),
+    ("student", {"init": "pretrained", "source": "a/b"}, "init=pretrained keeps every layer"),
+    ("student", {"source": "a/b"}, "source=a/b needs init=pretrained, but init=depth"),
+    ("student", {"max_validation_loss": 9}, "max_validation_loss=9.0 needs init=pretrained"),
+    (
+        "student",
+        {"init": "pretrained", "source": "a/b", "num_layers": None, "hidden_size": 64},
+        "hidden_size=64 needs init=width or depth_and_width or scratch, but init=pretrained",
+    ),
     ("student", {"init": "width", "num_layers": None}, "init=width needs hidden_size, ffn_hidden"),
     ("student", {"init": "width", "hidden_size": 64}, "num_layers=10 needs init=depth or depth_an"),
     (
@@ -79,6 +88,26 @@ CONTRADICTIONS = [
     ("student", {"max_depth_pruning": 0.1}, "max_depth_pruning=0.1 has no effect without a target"),
     ("student", {"calibration_tokens": 64}, "calibration_tokens=64 has no effect with"),
     ("student", {"init": "same"}, "init=same keeps every layer"),
+    (
+        "student",
+        {"init": "same", "num_layers": None, "layer_importance": "kl"},
+        "layer_importance=kl needs init=depth or depth_and_width, but init=same",
+    ),
+    (
+        "student",
+        {"num_layers": None, "keep_layers": [0, 1], "layer_importance": "kl"},
+        "layer_importance=kl has no effect with keep_layers=[0, 1]",
+    ),
+    (
+        "student",
+        {"calibration_tokens": 512},
+        "calibration_tokens=512 has no effect with layer_importance=even",
+    ),
+    (
+        "student",
+        {"init": "scratch", "reconstruction": {}},
+        "reconstruction needs init=depth, but init=scratch",
+    ),
     ("student", {"init": "prune"}, "init='prune': is called depth now"),
     ("student", {"init": "copy"}, "init='copy': is called same now"),
     ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers=(0,) needs init=depth"),

@@ -11,7 +11,7 @@ from flagscale.execution.launch import call_on_ranks
 from flagscale.recipe import LayoutRecipe, ModelsRecipe
 
 LM_TOO = {"skip_lm_loss": False, "temperature": 2.0}
-HOT = {"temperature": 20.0}
+HOT = {"temperature": 4.0}
 
 
 def distil(vocab_size: int, padding: float, recipe: dict[str, Any], ranks: int = 1) -> Any:
@@ -43,13 +43,13 @@ def test_padding_has_no_influence(
     by_hand = forward_kl(expected["logits"], recipe["temperature"])
     assert by_hand > 1e-3
     found_loss = expected["reports"]["logits distillation loss"]
-    assert found_loss == pytest.approx(by_hand, rel=recipe["temperature"] * 2e-5)
+    assert found_loss == pytest.approx(by_hand, rel=1e-4)
     found = {
         "other rows": distil(vocab_size, 7.0, recipe),
         "other rows, two ranks": distil(vocab_size, 7.0, recipe, ranks=2),
     }
     for name, one in found.items():
-        assert one["reports"] == pytest.approx(expected["reports"], rel=1e-5, abs=1e-6), name
+        assert one["reports"] == pytest.approx(expected["reports"], rel=1e-4, abs=1e-6), name
         assert one["next token"] == expected["next token"]
         assert one["of padding"] == 0
     assert found["other rows"]["gradients"] == pytest.approx(expected["gradients"], rel=1e-4)
