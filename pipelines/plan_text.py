@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flagscale.sizes.job import Job
 from flagscale.sizes.parameters import parameters
 from flagscale.sizes.steps import FORWARD_EFFICIENCY, STORAGE_RATE, TRAINING_EFFICIENCY, StepPlan
 from pipelines.planning import Plan
@@ -27,7 +28,7 @@ def as_text(plan: Plan, where: str) -> str:
         f"{name} on {where}\n"
         f"  teacher {job.recipe.teacher.source}: {_model(job.teacher.shape)}, "
         f"{8 * job.teacher.dtype_bytes}-bit ({job.teacher.origin})\n"
-        f"  student: {_model(job.student)}",
+        f"  student{_source(job)}",
         _table([_MEMORY, *(_memory(step) for step in plan.steps)]),
         _table([_RANK, *(_rank(step) for step in plan.steps)]),
         _table([_WORK, *(_work(step) for step in plan.steps), _total(plan.steps)]),
@@ -57,7 +58,12 @@ def as_json(plan: Plan, where: str) -> dict[str, Any]:
             "parameters": parameters(job.teacher.shape).total,
             "origin": job.teacher.origin,
         },
-        "student": {"parameters": parameters(job.student).total},
+        "student": {
+            "parameters": parameters(job.student).total,
+            "num_layers": job.student.num_layers,
+            "hidden_size": job.student.hidden_size,
+        }
+        | ({"source": job.recipe.student.source} if job.student_source else {}),
         "steps": [
             asdict(step) | {name: getattr(step, name) for name in figures} for step in plan.steps
         ],
@@ -71,10 +77,29 @@ _WORK = ("step", "stays", "for a while", "pod's disk", "moved", "a rank sends", 
          "GPU hours", "price")  # fmt: skip
 
 
+def _source(job: Job) -> str:
+    """The student's size, and where a model of its own comes from."""
+    source = job.student_source
+    if source is None:
+        return f": {_model(job.student)}{_narrower(job)}"
+    name = job.recipe.student.source
+    return f" {name}: {_model(job.student)}, {8 * source.dtype_bytes}-bit ({source.origin})"
+
+
 def _model(shape: Any) -> str:  # noqa: ANN401 - a ModelShape
     count = parameters(shape).total
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return f"{size} parameters, {shape.num_layers} layers"
+
+
+def _narrower(job: Job) -> str:
+    """What is pruned of the teacher's widths: a target may have chosen it."""
+    from flagscale.models.cut_shape import cut_widths
+
+    if not job.recipe.student.cuts_width:
+        return ""
+    cut = cut_widths(job.teacher.shape, job.student)
+    return "".join(f", {name} {size}" for name, size in cut.items())
 
 
 def _memory(step: StepPlan) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from kubernetes.utils import parse_quantity
 
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.recipe.combinations import check_width_pruning
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
@@ -164,7 +165,7 @@ def nearest(job: Job, step: StepPlan) -> str:
 def _plan(
     recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine], name: str | None
 ) -> Plan:
-    student = _student(recipe, teacher)
+    student, student_source = _student(recipe, teacher)
     try:
         recipe.check_models(machines[0].accelerators)
         recipe.check_accelerators(machines[1].accelerators)
@@ -173,21 +174,26 @@ def _plan(
     for field in ("spec", "heterogeneous_layers_config"):
         if getattr(student.architecture, field) is not None:
             raise UnknownSizeError(f"student.architecture.{field} may be of any size")
-    job = Job(recipe, teacher, student, *machines)
+    job = Job(recipe, teacher, student, *machines, student_source)
     sizes = job.model_sizes(choose(job))
     steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
     steps.insert(2, training_step(job))
     return Plan(job, sizes, tuple(steps), name)
 
 
-def _student(recipe: Recipe, teacher: Teacher) -> ModelShape:
-    """The student's shape, once it is known that both models can be divided as the recipe says."""
+def _student(recipe: Recipe, teacher: Teacher) -> tuple[ModelShape, Teacher | None]:
+    """The student's shape, once it is known that both models can be divided as the recipe says.
+
+    And what is known of its source, where it is a model of its own.
+    """
     from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    student = student_shape(teacher.shape, recipe.student)
+    own = recipe.student.pretrained
+    source = None if own is None else teacher_of(own, "student")
+    student = source.shape if source else student_shape(teacher.shape, recipe.student)
     check_layouts(recipe, teacher.shape, student)
-    return student
+    return student, source
 
 
 def choose(job: Job) -> ParallelismRecipe | None:
@@ -199,6 +205,10 @@ def choose(job: Job) -> ParallelismRecipe | None:
         return None
 
     def fits(sizes: ParallelismRecipe) -> bool:
+        try:
+            check_width_pruning(job.recipe.student, sizes)
+        except ValueError:
+            return False
         return all(model_step(job, step, sizes).lacks is None for step in MODEL_STEPS)
 
     shapes = (job.teacher.shape, job.student)

@@ -49,6 +49,9 @@ def _files(recipe: Recipe, platform: Platform) -> Iterator[str]:
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "teacher.source", recipe.teacher.source
+    students = [recipe.student, *(variant.recipe.student for variant in recipe.variants)]
+    for source in sorted({student.source for student in students if student.source is not None}):
+        yield "student.source", source
     for corpus in recipe.data.corpora:
         field = "data.source" if recipe.data.blend is None else f"data.blend.{corpus.name}"
         yield field, corpus.source

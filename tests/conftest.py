@@ -105,6 +105,6 @@ def student(artifacts: Path, dataset: Path, teacher: Path) -> Path:
     """The teacher's layers 0 and 3."""
     from flagscale.steps.convert_student import convert_student
 
-    recipe = StudentRecipe(init="prune", num_layers=2)
+    recipe = StudentRecipe(init="depth", num_layers=2)
     convert_student(recipe, teacher, dataset, artifacts / "student")
     return artifacts / "student"

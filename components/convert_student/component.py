@@ -15,6 +15,8 @@ def convert_student(
     teacher: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     student: dsl.Output[dsl.Model],
+    student_report: dsl.Output[dsl.HTML],
+    audit: dsl.Output[dsl.HTML],
     student_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Make the student from the teacher and prove that it can be distilled.
@@ -28,6 +30,8 @@ def convert_student(
         teacher: from prepare-teacher.
         dataset: from prepare-data: text for the proofs.
         student: the student before training, as a Megatron-Core distributed checkpoint.
+        student_report: which layers went and what that costs, sizes and proofs, as one page.
+        audit: every check of the conversion with figure and tolerance, as one page.
         student_metrics: figures of the proofs, parameters of the student.
     """
     from flagscale.execution.step_process import step_process
@@ -36,11 +40,14 @@ def convert_student(
         from flagscale.recipe import ModelsRecipe, StudentRecipe
         from flagscale.steps.convert_student import convert_student
 
+        folder = step.output(student.path)
         figures = convert_student(
             step.section(StudentRecipe, student_recipe),
             teacher=step.input("teacher", teacher),
             dataset=step.input("dataset", dataset),
-            output=step.output(student.path),
+            output=folder,
             models=step.section(ModelsRecipe, models_recipe),
         )
+        step.copy(folder / "report.html", student_report.path)
+        step.copy(folder / "audit.html", audit.path)
         step.report(figures, student_metrics)

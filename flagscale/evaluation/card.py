@@ -24,6 +24,7 @@ def model_card(
     metrics: Mapping[str, Any],
     export_format: str = "huggingface",
     has_chat_template: bool = False,
+    pretrained: Origin | None = None,
 ) -> str:
     """The text of README.md: YAML front matter that the Hugging Face hub reads, then Markdown.
 
@@ -35,19 +36,25 @@ def model_card(
         metrics: of the evaluation artifact.
         export_format: `huggingface` or `megatron`.
         has_chat_template: whether its tokenizer has one.
+        pretrained: origin of the model that the student was before; None: it was made of the
+            teacher.
     """
-    teacher = origin.base_model or origin.source
+    teacher = _name(origin)
+    weights = pretrained or origin
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(origin, export_format), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_front_matter(weights, export_format), sort_keys=False)}---",
         f"# {name}",
         f"A {_kind(shape)} model of {shape.num_layers} layers and "
-        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, {_made(training, teacher)}",
+        f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, "
+        f"{_made(training, teacher, pretrained)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_learnt(metrics['kinds'], has_chat_template)}\n\n"
         f"{_training(training)}",
         f"## How to use it\n\n{_USAGE[export_format]}",
-        f"## Licence\n\n{_license(origin, teacher)}",
+        f"## Licence\n\n{_license(weights, _name(weights))}",
     ]
+    if pretrained and training["distillation"]["loss"] != "none":
+        sections.append(_taught(origin, teacher))
     return "\n\n".join(sections) + "\n"
 
 
@@ -111,10 +118,31 @@ def _front_matter(origin: Origin, export_format: str) -> dict[str, Any]:
     return values
 
 
-def _made(training: Mapping[str, Mapping[str, Any]], teacher: str) -> str:
+def _name(origin: Origin) -> str:
+    return origin.base_model or origin.source
+
+
+def _made(
+    training: Mapping[str, Mapping[str, Any]], teacher: str, pretrained: Origin | None
+) -> str:
+    start = _name(pretrained) if pretrained else teacher
     if training["distillation"]["loss"] == "none":
-        return f"made from `{teacher}` and trained, without a teacher, with Megatron-Core."
-    return f"distilled from `{teacher}` with Megatron-Core and NVIDIA ModelOpt."
+        return f"made from `{start}` and trained, without a teacher, with Megatron-Core."
+    begun = f"that was `{start}`, " if pretrained else ""
+    return f"{begun}distilled from `{teacher}` with Megatron-Core and NVIDIA ModelOpt."
+
+
+def _taught(origin: Origin, teacher: str) -> str:
+    """The licence of a teacher that the weights are not derived from may still say something."""
+    name = origin.license_name or origin.license
+    known = f"whose licence is `{name}`" if name else "whose licence is not known"
+    link = f" ({_linked(origin.license_link)})" if origin.license_link else ""
+    note = _llama_note(origin)
+    text = (
+        f"It has learnt from what `{teacher}` predicts, {known}{link}; that licence's files, where "
+        "there are any, are in `teacher/`."
+    )
+    return f"{text}\n\n{note}" if note else text
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ _LOSSES = {  # key of training.jsonl -> label and role
     "logits distillation loss": ("distillation loss", "after"),
     "lm loss": ("LM loss", "other"),
     "intermediate distillation loss": ("intermediate loss", "teacher"),
+    "attention distillation loss": ("attention loss", "before"),
 }
 _MOST_DUMBBELLS = 120
 _LONGEST_NAME = 60  # characters beside an axis
@@ -184,6 +185,43 @@ def ranking(
     )
     size = (7.6, 0.75 + 0.27 * len(names))
     return _chart("ranking", f"{label}, best first", f"{text}.", draw, size)
+
+
+def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
+    """A figure of each layer by itself, from 0; those that are `gone` stand out."""
+
+    def draw(axes: Axes) -> None:
+        for name, role in (("kept", "muted"), ("removed", "before")):
+            chosen = [i for i in range(len(values)) if (i in gone) == (name == "removed")]
+            axes.bar(chosen, [values[i] for i in chosen], color=_ROLES[role], label=name)
+        if min(values) > 0:
+            axes.set_yscale("log")
+        axes.set_xlabel("layer of the teacher")
+        axes.set_ylabel(label)
+
+    text = "; ".join(f"layer {i} {value:.3g}" for i, value in enumerate(values))
+    return _chart("scores", "Each layer by itself", f"{label}: {text}.", draw)
+
+
+def removals(layers: Sequence[int], kl: Sequence[float], left: Sequence[int]) -> Chart:
+    """The KL to the whole model after each removal, with the layer that went."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(left, kl, "o-", color=_ROLES["before"], markersize=4)
+        for x, y, layer in zip(left, kl, layers, strict=True):
+            axes.annotate(
+                str(layer), (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
+            )
+        axes.invert_xaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_xlabel("layers left (at each point: the layer that went)")
+        axes.set_ylabel("KL to the teacher, nats a token")
+        axes.set_ylim(bottom=0)
+
+    text = "; ".join(
+        f"{n} layers without {layer} {y:.3g}" for n, layer, y in zip(left, layers, kl, strict=True)
+    )
+    return _chart("removals", "Layer after layer", f"KL to the teacher: {text}.", draw)
 
 
 def _shortened(name: str) -> str:

@@ -11,7 +11,7 @@ from flagscale.evaluation import charts
 from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import SHOWN
 from flagscale.evaluation.leaderboard import Leaderboard, Row
-from flagscale.evaluation.report import count
+from flagscale.evaluation.texts import count
 
 _ROLES = {"best": "after", "equal": "after", "not clear": "muted", "worse": "before"}
 

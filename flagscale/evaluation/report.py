@@ -12,8 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.artifacts import Manifest
 from flagscale.evaluation import charts
+from flagscale.evaluation.audit_report import headline as audit_headline
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
+from flagscale.evaluation.texts import count, flat
 
 LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
@@ -185,11 +187,20 @@ def _recipe(data: ReportData) -> dict[str, list[tuple[str, str]]]:
     for manifest in data.manifests.values():
         sections |= manifest.recipe
     sections["evaluation"] = data.evaluation
-    return {name: _flat(values) for name, values in sections.items()}
+    return {name: flat(values) for name, values in sections.items()}
 
 
 def _facts(manifests: Mapping[str, Manifest]) -> dict[str, list[tuple[str, str]]]:
-    return {name: _flat(manifest.facts) for name, manifest in manifests.items() if manifest.facts}
+    return {
+        name: flat({key: _told(key, value) for key, value in manifest.facts.items()})
+        for name, manifest in manifests.items()
+        if manifest.facts
+    }
+
+
+def _told(key: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """An audit, which has a page of its own, in a line."""
+    return audit_headline(value) if key == "audit" else value
 
 
 def _provenance(data: ReportData) -> list[tuple[str, str]]:
@@ -197,37 +208,3 @@ def _provenance(data: ReportData) -> list[tuple[str, str]]:
     hashes = {m.tokenizer_hash for m in data.manifests.values() if m.tokenizer_hash}
     rows += [("tokenizer", value) for value in sorted(hashes)]
     return rows + list(data.manifests["distilled"].libraries.items())
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows of name and text."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{name}: ")
-        elif isinstance(value, list | tuple):
-            rows.append((name, ", ".join(_text(item) for item in value) or "none"))
-        else:
-            rows.append((name, _text(value)))
-    return rows
-
-
-def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    if value is None:
-        return "default"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
-
-
-def count(parameters: int) -> str:
-    """`135M`, `1.2B`."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if parameters >= size:
-            return f"{parameters / size:.3g}{unit}"
-    return str(parameters)

@@ -180,11 +180,12 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend from this rank's two chunks to the sequence before each.
 
-        Every rank reads all keys and values; the gradient of the gathering adds up what the ranks
-        found for each position. A chunk is only given the keys up to its own end.
+        Every rank reads all keys and values. A chunk is only given the keys up to its own end.
         """
         size, rank = group.size(), group.rank()
-        key, value = _whole_sequence(key, value, group)
+        widths = (key.size(-1), value.size(-1))
+        both = whole_sequence(torch.cat([key, value], dim=-1), group)  # in one collective
+        key, value = both.split(widths, dim=-1)
         chunk = key.size(0) // (2 * size)
         rows = (query.size(0), key.size(0))
         if attention_mask is not None and attention_mask.shape[-2:] != rows:
@@ -255,23 +256,19 @@ def document_borders(packed: PackedSeqParams, query: torch.Tensor) -> list[int]:
     return [int(border) for border in queries]
 
 
-def _whole_sequence(
-    key: torch.Tensor, value: torch.Tensor, group: torch.distributed.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ranks' keys and values in the sequence's order, in one collective.
+def whole_sequence(halves: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """All context-parallel ranks' positions in the sequence's order.
+
+    Its gradient adds up what the ranks found for each position.
 
     Args:
-        key: [s / CP, b, groups, channels], this rank's halves.
-        value: [s / CP, b, groups, channels of the values].
+        halves: [s / CP, ...], this rank's.
         group: the ranks that share the sequence.
     """
-    widths = (key.size(-1), value.size(-1))
-    both = torch.cat([key, value], dim=-1).contiguous()
-    gathered = gather_from_sequence_parallel_region(both, group=group)
+    gathered = gather_from_sequence_parallel_region(halves.contiguous(), group=group)
     size = group.size()
     # Gathered are rank 0's two chunks, rank 1's, ...: where among them is chunk 0, 1, ...?
     order = [2 * index for index in range(size)]
     order += [2 * rank + 1 for rank in reversed(range(size))]
     chunks = gathered.chunk(2 * size)
-    whole_key, whole_value = torch.cat([chunks[i] for i in order]).split(widths, dim=-1)
-    return whole_key, whole_value
+    return torch.cat([chunks[i] for i in order])

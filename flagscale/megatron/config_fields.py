@@ -52,18 +52,21 @@ LLAMA3_ROPE: Mapping[str, float] = {
 _ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def check_fields(config: PreTrainedConfig, family: Family, ignored: Collection[str] = ()) -> None:
+def check_fields(
+    config: PreTrainedConfig, family: Family, ignored: Collection[str] = (), who: str = "teacher"
+) -> None:
     """Refuse what would be silently wrong.
 
     Args:
         config: of a model of the family.
         family: see `flagscale.megatron.families`.
-        ignored: fields that the user knows to be without effect (`teacher.ignored_config_fields`).
+        ignored: fields that the user knows to be without effect (`ignored_config_fields`).
+        who: see `flagscale.megatron.shape.from_hf_config`.
 
     Raises:
         UserError: a field has a value that the Megatron-Core model does not honour, or is unknown.
     """
-    where = f"{config.model_type} teacher"
+    where = f"{config.model_type} {who}"
     for name, allowed in family.expected.items():
         value = getattr(config, name, None)
         if value not in allowed:
@@ -82,7 +85,7 @@ def check_fields(config: PreTrainedConfig, family: Family, ignored: Collection[s
         raise UserError(
             f"{where}: {len(unknown)} fields of its configuration are unknown here, and may change "
             f"what it computes: {values}. If the logits do not depend on them, name them in "
-            f"teacher.ignored_config_fields={sorted(unknown)}"
+            f"{who}.ignored_config_fields={sorted(unknown)}"
         )
 
 
@@ -118,13 +121,17 @@ def check_spellings(raw: Mapping[str, Any], where: str) -> None:
                 )
 
 
-def read_rope(config: PreTrainedConfig) -> tuple[float, float | None]:
+def read_rope(config: PreTrainedConfig, who: str = "teacher") -> tuple[float, float | None]:
     """Base of the rotary embedding, and the factor of Llama 3's scaling where there is one.
+
+    Args:
+        config: of a model.
+        who: see `flagscale.megatron.shape.from_hf_config`.
 
     Raises:
         UserError: it is partial, or scaled otherwise.
     """
-    where = f"{config.model_type} teacher"
+    where = f"{config.model_type} {who}"
     rope = dict(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor") not in (None, 1.0):

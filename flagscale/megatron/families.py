@@ -35,6 +35,7 @@ class Family:
         qk_layernorm: norm on every query and key head.
         add_qkv_bias: bias on the query, key and value projections.
         has_experts: every layer is a router and experts, in place of one MLP.
+        hidden_size_of_whole_heads: transformers refuses another, even where `head_dim` is given.
         further: fields of its configuration, beyond those of all families, that have one supported
             value: what they may be.
     """
@@ -44,6 +45,7 @@ class Family:
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     has_experts: bool = False
+    hidden_size_of_whole_heads: bool = False
     further: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2", "LlamaForCausalLM"),
+    "llama": Family(
+        "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2", "LlamaForCausalLM", hidden_size_of_whole_heads=True
+    ),
     "mistral": Family("Mistral 7B v0.2, v0.3; Nemo; Small 24B", "MistralForCausalLM"),
     "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", add_qkv_bias=True),
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", qk_layernorm=True),
@@ -73,25 +77,33 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(model_type: str | None) -> Family:
+def family_of(model_type: str | None, who: str = "teacher") -> Family:
     """The family of a configuration.
+
+    Args:
+        model_type: as it names it.
+        who: see `flagscale.megatron.shape.from_hf_config`.
 
     Raises:
         UserError: it is not supported, with those that are.
     """
     if model_type is None or model_type not in FAMILIES:
         raise UserError(
-            f"teacher: model_type={model_type!r} is not supported; supported: "
+            f"{who}: model_type={model_type!r} is not supported; supported: "
             f"{', '.join(sorted(FAMILIES))} (see docs/models.md)"
         )
     return FAMILIES[model_type]
 
 
-def read_experts(config: PreTrainedConfig) -> ArchitectureRecipe:
+def read_experts(config: PreTrainedConfig, who: str = "teacher") -> ArchitectureRecipe:
     """What a configuration of a family with experts says of them.
 
     The weight of the balance loss is not taken over: it is a matter of training, and distillation
     has the teacher's routing to learn from.
+
+    Args:
+        config: of a model of a family with experts.
+        who: see `flagscale.megatron.shape.from_hf_config`.
 
     Raises:
         UserError: a router that Megatron-Core does not have.
@@ -99,7 +111,7 @@ def read_experts(config: PreTrainedConfig) -> ArchitectureRecipe:
     chosen, is_rescaled = config.num_experts_per_tok, config.norm_topk_prob
     if chosen == 1 and is_rescaled:
         raise UserError(
-            f"{config.model_type} teacher: norm_topk_prob=True with num_experts_per_tok=1 is not "
+            f"{config.model_type} {who}: norm_topk_prob=True with num_experts_per_tok=1 is not "
             "supported: every expert's weight would be 1, and the router would not learn"
         )
     values = {
@@ -109,7 +121,7 @@ def read_experts(config: PreTrainedConfig) -> ArchitectureRecipe:
         # Rescaled to a sum of 1, the chosen experts' shares are a softmax over these alone.
         "moe_router_pre_softmax": not is_rescaled,
     }
-    return parse_section(ArchitectureRecipe, values, where=f"{config.model_type} teacher")
+    return parse_section(ArchitectureRecipe, values, where=f"{config.model_type} {who}")
 
 
 def write_experts(

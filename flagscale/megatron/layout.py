@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Callable
 
 from flagscale.errors import UserError
+from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.shape import ModelShape
-from flagscale.recipe import DistillationRecipe, ParallelismRecipe, Recipe
+from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.combinations import check_combination
-
-_MODULES = ("embedding", "decoder", "output_layer")
-# Megatron-Core's names of what they hold; a model has those of its kind.
-_PARTS = (
-    *("word_embeddings", "embedding_dropout", "layers", "final_layernorm"),
-    *("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"),
-    *("linear_qkv", "core_attention", "linear_proj", "q_layernorm", "k_layernorm"),
-    *("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj"),
-    *("linear_kv_down_proj", "linear_kv_up_proj", "kv_layernorm"),
-    *("linear_fc1", "linear_fc2", "router", "experts", "local_experts", "shared_experts"),
-)
 
 
 def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> None:
@@ -34,12 +22,13 @@ def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> N
 
     Raises:
         UserError: a size of `models.parallelism` or `training`, what it does not divide, and the
-            sizes that would do; or sequences beyond the teacher's positions.
+            sizes that would do; or sequences beyond a model's positions.
     """
     models, training = recipe.models.sizes, recipe.training.parallelism
     seq_length, chunks = recipe.data.seq_length, training.virtual_pipeline_model_parallel_size or 1
     both = {"the student": student, "the teacher": teacher}
     teacher.check_seq_length(seq_length)
+    student.check_seq_length(seq_length, "student")
     expert = models.expert_model_parallel_size
     if expert > 1 and all(shape.architecture.num_experts is None for shape in both.values()):
         raise UserError(
@@ -55,7 +44,7 @@ def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> N
     except ValueError as error:
         raise UserError(str(error)) from None
     if recipe.distillation.loss != "none":
-        check_intermediate_layers(recipe.distillation, student, teacher, training)
+        check_paired_layers(recipe.distillation, student, teacher, training)
 
 
 def sizes_for(shape: ModelShape, sizes: ParallelismRecipe) -> ParallelismRecipe:
@@ -215,10 +204,6 @@ def _check_experts(experts: int, sizes: ParallelismRecipe, where: str, whose: st
         )
 
 
-def _is_known(part: str) -> bool:
-    return part in _PARTS or part.isdecimal()
-
-
 def _blocks(shape: ModelShape) -> list[dict[str, dict[str, int]]]:
     config = shape.architecture.heterogeneous_layers_config or {}
     blocks: list[dict[str, dict[str, int]]] = config.get("block_configs", [])
@@ -229,40 +214,3 @@ def _choices(fits: Callable[[int], bool], most: int) -> str:
     """Sizes that fit, for people: `1, 2 or 4`."""
     *others, last = [str(size) for size in range(1, most + 1) if fits(size)] or [""]
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def check_intermediate_layers(
-    distillation: DistillationRecipe,
-    student: ModelShape,
-    teacher: ModelShape,
-    sizes: ParallelismRecipe,
-) -> None:
-    """Refuse pairs of layers that do not exist, or not where losses are computed.
-
-    Raises:
-        UserError: which layer, of which model, and the layers to choose from.
-    """
-    stages = sizes.pipeline_model_parallel_size
-    for student_layer, teacher_layer, *_ in distillation.intermediate_layer_pairs:
-        for who, shape, name in (
-            ("student", student, student_layer),
-            ("teacher", teacher, teacher_layer),
-        ):
-            where = f"distillation.intermediate_layer_pairs: {name!r} of the {who}"
-            first = shape.num_layers - shape.num_layers // stages
-            layer = re.match(r"decoder\.layers\.(\d+)(?:\.|$)", name)
-            if name.split(".")[0] not in _MODULES:
-                raise UserError(f"{where}: must begin with one of {', '.join(_MODULES)}")
-            unknown = [part for part in name.split(".")[1:] if not _is_known(part)]
-            if unknown and shape.architecture.spec is None:
-                near = difflib.get_close_matches(unknown[0], _PARTS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_PARTS)}"
-                raise UserError(f"{where}: no module is called {unknown[0]}; {hint}")
-            if layer and int(layer[1]) >= shape.num_layers:
-                raise UserError(f"{where}: it has layers 0 to {shape.num_layers - 1}")
-            if (name.startswith("embedding") and stages > 1) or (layer and int(layer[1]) < first):
-                raise UserError(
-                    f"{where}: not on the last of {stages} pipeline stages, which holds layers "
-                    f"{first} to {shape.num_layers - 1} and is where losses are computed; pair "
-                    "those, or use fewer stages"
-                )

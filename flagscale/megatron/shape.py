@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,14 @@ from flagscale.errors import UserError
 from flagscale.megatron.config_fields import check_fields, read_rope
 from flagscale.megatron.families import family_of, read_experts, write_experts
 from flagscale.recipe import ArchitectureRecipe, parse_section
+from flagscale.recipe.quantization import FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_JSON = "model.json"
+QUANTIZERS = "quantizers.safetensors"  # beside it, of a quantised student
+VOCABULARY_DIVISOR = 128  # Megatron's `make_vocab_size_divisible_by`
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class ModelShape:
         add_qkv_bias: bias on the query, key and value projections.
         untie_embeddings_and_output_weights: whether the output layer has weights of its own.
         architecture: what it has beyond attention and one MLP a layer.
+        quantization: recipe by which its linear layers are quantised, see
+            `flagscale.recipe.quantization.FORMATS`; None: they are not.
     """
 
     model_type: str
@@ -69,10 +74,13 @@ class ModelShape:
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = False
     architecture: ArchitectureRecipe = field(default_factory=ArchitectureRecipe)
+    quantization: str | None = None
 
     def save(self, artifact: Path) -> None:
         """Write `model.json` into an artifact's folder."""
         values = asdict(self) | {"architecture": self.architecture.model_dump(mode="json")}
+        if self.quantization is None:
+            del values["quantization"]
         write_json(artifact / MODEL_JSON, values)
 
     @classmethod
@@ -88,26 +96,47 @@ class ModelShape:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a model's shape: {error}") from error
-        names = {item.name for item in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        names = {item.name for item in fields(cls)} - {"quantization"}  # of some alone
+        if not isinstance(values, dict) or values.keys() - {"quantization"} != names:
             raise UserError(f"{path}: must hold exactly the fields {', '.join(sorted(names))}")
+        if values.get("quantization", "fp8") not in FORMATS:
+            raise UserError(
+                f"{path}: quantization={values['quantization']!r}: must be {', '.join(FORMATS)}"
+            )
         values["architecture"] = parse_section(
             ArchitectureRecipe, values["architecture"], where=f"{path}, architecture"
         )
         return cls(**values)
 
-    def check_seq_length(self, seq_length: int) -> None:
+    def with_vocabulary(self, vocab_size: int) -> ModelShape:
+        """The same model without the rows of its vocabulary that are no tokens.
+
+        Models' embeddings are padded, and not all alike: of one tokenizer of 151,669 tokens to
+        151,936 rows or to 152,064. No text ever has these rows' ids.
+
+        Args:
+            vocab_size: tokens of the tokenizer, which may know more than the model.
+        """
+        return self.with_rows(min(vocab_size, self.vocab_size))
+
+    def with_rows(self, vocab_size: int) -> ModelShape:
+        """The same model with a vocabulary of another size."""
+        padded = pad_vocab_size(vocab_size, VOCABULARY_DIVISOR)
+        return replace(self, vocab_size=vocab_size, padded_vocab_size=padded)
+
+    def check_seq_length(self, seq_length: int, who: str = "teacher") -> None:
         """Refuse sequences that are longer than the model's positions.
 
         Args:
             seq_length: tokens a sample.
+            who: it is, for people.
 
         Raises:
             UserError: both numbers.
         """
         if 0 < self.max_position_embeddings < seq_length:
             raise UserError(
-                f"data.seq_length={seq_length} is more than the teacher's "
+                f"data.seq_length={seq_length} is more than the {who}'s "
                 f"max_position_embeddings={self.max_position_embeddings}"
             )
 
@@ -122,6 +151,11 @@ class ModelShape:
         Raises:
             UserError: what does not fit, and the format to export in.
         """
+        if self.quantization is not None and not FORMATS[self.quantization].huggingface:
+            raise UserError(
+                f"student.quantization.recipe={self.quantization}: ModelOpt's unified Hugging Face "
+                "format is not written of that; set export.format=megatron"
+            )
         if not self.fits_hugging_face:
             changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
             raise UserError(
@@ -137,8 +171,9 @@ def pad_vocab_size(vocab_size: int, divisor: int) -> int:
 
 def from_hf_config(
     config: PreTrainedConfig,
-    make_vocab_size_divisible_by: int = 128,
+    make_vocab_size_divisible_by: int = VOCABULARY_DIVISOR,
     ignored: Collection[str] = (),
+    who: str = "teacher",
 ) -> ModelShape:
     """Read the shape off a Hugging Face configuration.
 
@@ -146,21 +181,22 @@ def from_hf_config(
         config: of a causal language model.
         make_vocab_size_divisible_by: the embedding gets padding rows up to a multiple of this.
         ignored: unknown fields of the configuration that are not refused, see `check_fields`.
+        who: whose it is, `teacher` or `student`: the section of the recipe that names the model.
 
     Raises:
         UserError: another family, or a feature that the Megatron-Core model would not honour.
     """
     family = config.model_type
-    entry = family_of(family)
-    check_fields(config, entry, ignored)
-    base, factor = read_rope(config)
+    entry = family_of(family, who)
+    check_fields(config, entry, ignored, who)
+    base, factor = read_rope(config, who)
     heads = config.num_attention_heads
     if not getattr(config, "head_dim", None):
-        check_divides(f"{family} teacher", "hidden_size", config.hidden_size, heads)
+        check_divides(f"{family} {who}", "hidden_size", config.hidden_size, heads)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
         raise UserError(
-            f"{family} teacher: num_attention_heads={heads} is not divisible by "
+            f"{family} {who}: num_attention_heads={heads} is not divisible by "
             f"num_key_value_heads={groups}"
         )
     return ModelShape(
@@ -181,7 +217,7 @@ def from_hf_config(
         qk_layernorm=entry.qk_layernorm,
         add_qkv_bias=entry.add_qkv_bias,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        architecture=read_experts(config) if entry.has_experts else ArchitectureRecipe(),
+        architecture=read_experts(config, who) if entry.has_experts else ArchitectureRecipe(),
     )
 
 

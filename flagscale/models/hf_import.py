@@ -122,17 +122,25 @@ def _check_derived(source: HFFolder, shape: ModelShape) -> None:
 
 @torch.no_grad()
 def fill(
-    model: GPTModel, source: HFFolder, weights: WeightMap, *, allow_zero_weights: bool = False
+    model: GPTModel,
+    source: HFFolder,
+    weights: WeightMap,
+    *,
+    allow_zero_weights: bool = False,
+    section: str = "teacher",
 ) -> int:
     """Read this rank's part of a model from a Hugging Face folder. All ranks call it.
 
-    Rows of the padded vocabulary become zero.
+    Rows of the padded vocabulary become zero; those that the source has beyond the model's
+    vocabulary are left out.
 
     Args:
-        model: of the source's dtype; its weights are overwritten.
+        model: of the source's dtype, or of float32, which holds all that others do; its weights are
+            overwritten.
         source: that has the model's tensors, see `check_tensors`.
         weights: the map of the model's family.
         allow_zero_weights: whether tensors may be all zero. Biases always may.
+        section: of the recipe that names the model.
 
     Returns:
         How many tensors are all zero, but for biases.
@@ -155,7 +163,7 @@ def fill(
         raise UserError(
             f"model {source.name}: {len(zero)} weights are all zero, first {zero[0]}; if they are "
             "meant to be, as in blocks that were inserted into a model, set "
-            "teacher.allow_zero_weights=true"
+            f"{section}.allow_zero_weights=true"
         )
     if zero:
         logger.warning("%s: %d weights are all zero, first %s", source.name, len(zero), zero[0])
@@ -178,7 +186,7 @@ def _fill(
             place.zero_()
             continue
         part = source.read(rows.name, slice(rows.start, rows.stop), *columns)
-        if part.dtype != place.dtype:
+        if place.dtype not in (part.dtype, torch.float32):
             raise RuntimeError(f"{rows.name} is {part.dtype}, the model {place.dtype}")
         if not torch.isfinite(part).all():
             raise UserError(f"model {source.name}: {rows.name} holds values that are not finite")

@@ -73,6 +73,7 @@ def in_transformers(
     tokens: torch.Tensor,
     hidden_bsh: Sequence[torch.Tensor],
     dtype: torch.dtype = torch.float32,
+    vocab_size: int | None = None,
 ) -> Outputs:
     """Run transformers' model of a folder, a layer at a time, in float32.
 
@@ -82,6 +83,7 @@ def in_transformers(
         hidden_bsh: another model's, from `layer_outputs`.
         dtype: that the other model computed in. Where that is not float32, transformers' layers
             compute in it too, to tell what rounding alone does.
+        vocab_size: tokens that the other model knows; those beyond are left out.
 
     Returns:
         transformers' own logits; and its embedding, then what each of its layers, at last the
@@ -129,7 +131,9 @@ def in_transformers(
         layer.register_forward_hook(partial(again, number), prepend=True, with_kwargs=True)
     model.model.norm.register_forward_hook(normed_again, prepend=True)
     model.lm_head.register_forward_hook(predicted_again, prepend=True)
-    logits_bsv = model(tokens, use_cache=False).logits
+    logits_bsv = model(tokens, use_cache=False).logits[..., :vocab_size]
+    for outputs in filter(None, (made, rounded)):
+        outputs[-1] = outputs[-1][..., :vocab_size]
     return Outputs(tuple(made), logits_bsv, tuple(rounded))
 
 

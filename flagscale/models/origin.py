@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN_JSON = "origin.json"
 LICENSES = "licenses"  # beside it: the files that go along with the weights
+PRETRAINED = "pretrained"  # folder of the same two, of what the student's own weights come from
 _CARD = "README.md"
 _GOES_ALONG = re.compile(
     r"(?i)[^/]*(licen[cs]e|notice|copying|copyright|patents|use[-_ ]?policy|acceptable[-_ ]?use|"
@@ -36,7 +37,7 @@ _GOES_ALONG = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model card says of the teacher.
+    """What a model card says of the teacher, or of the model that the student was.
 
     Attributes:
         source: as the recipe names it.
@@ -83,7 +84,7 @@ def keep_origin(source: str, revision: str | None, hf_folder: Path) -> Origin:
     Without a card it stays unknown. A link to a file that does not go along leads to the hub.
 
     Args:
-        source: of the teacher, which has been loaded already.
+        source: of the model, which has been loaded already.
         revision: branch, tag or commit of a Hugging Face id.
         hf_folder: existing folder for `origin.json` and `licenses/`.
     """
@@ -120,10 +121,25 @@ def keep_origin(source: str, revision: str | None, hf_folder: Path) -> Origin:
     return origin
 
 
+def pretrained_origin(hf_folder: Path) -> Origin | None:
+    """Where a student's own weights come from; None where they were made of the teacher's."""
+    place = hf_folder / PRETRAINED
+    return Origin.load(place) if place.is_dir() else None
+
+
 def copy_licenses(hf_folder: Path, folder: Path) -> None:
-    """Copy what `keep_origin` kept of the licence's files, beside a model card."""
-    if (hf_folder / LICENSES).is_dir():
-        shutil.copytree(hf_folder / LICENSES, folder, dirs_exist_ok=True)
+    """Copy what `keep_origin` kept of the licence's files, beside a model card.
+
+    Those of what the weights are derived from; a teacher that they are not, in `teacher/`.
+    """
+    theirs, own = hf_folder / LICENSES, hf_folder / PRETRAINED / LICENSES
+    if (hf_folder / PRETRAINED).is_dir():
+        places = {own: folder, theirs: folder / "teacher"}
+    else:
+        places = {theirs: folder}
+    for source, place in places.items():
+        if source.is_dir():
+            shutil.copytree(source, place, dirs_exist_ok=True)
 
 
 def _of_package(name: str) -> Iterable[Path]:

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape, check_divides
+from flagscale.models.cut_shape import check_cut, cut_shape
+from flagscale.models.targets import meet_targets
 from flagscale.recipe import ArchitectureRecipe, StudentRecipe
 
 
-def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ...]:
-    """Which of the teacher's layers, counted from 0, a pruned or copied student starts from.
-
-    Without `keep_layers` they are spread evenly, first and last included.
+def num_layers(teacher_layers: int, student: StudentRecipe) -> int:
+    """How many layers the student has.
 
     Raises:
-        UserError: more layers than the teacher has, or a layer that it does not have.
+        UserError: more than the teacher.
     """
     count = student.num_layers or len(student.keep_layers or ()) or teacher_layers
     if count > teacher_layers:
@@ -23,6 +23,19 @@ def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ..
             f"student.num_layers={count}: the teacher has only {teacher_layers} layers; "
             f"choose at most {teacher_layers}"
         )
+    return count
+
+
+def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ...]:
+    """Which of the teacher's layers, counted from 0, the student starts from; all for `same`.
+
+    Those of `keep_layers`, else spread evenly, first and last included. Not where they are measured
+    (`flagscale.evaluation.layer_importance`).
+
+    Raises:
+        UserError: more layers than the teacher has, or a layer that it does not have.
+    """
+    count = num_layers(teacher_layers, student)
     if student.keep_layers is not None:
         if student.keep_layers[-1] >= teacher_layers:
             raise UserError(
@@ -44,12 +57,19 @@ def student_shape(teacher: ModelShape, student: StudentRecipe) -> ModelShape:
     are the student's, unless the recipe gives an architecture.
 
     Raises:
+        ValueError: the student is a model of its own.
         UserError: deeper than the teacher, a layer that it lacks, head counts that do not divide,
             or not one block configuration a layer.
     """
-    layers = len(layers_to_keep(teacher.num_layers, student))
+    if student.init == "pretrained":
+        raise ValueError("init=pretrained: the shape is the source's, not the teacher's")
+    student = meet_targets(teacher, student)
+    layers = num_layers(teacher.num_layers, student)
+    if student.keep_layers is not None:
+        layers_to_keep(teacher.num_layers, student)  # the teacher has them
     if student.init != "scratch":
-        return replace(teacher, num_layers=layers)
+        check_cut(teacher, student.given_widths)
+        return cut_shape(teacher, student.given_widths | {"num_layers": layers})
     hidden = student.hidden_size or teacher.hidden_size
     heads = student.num_attention_heads or teacher.num_attention_heads
     groups = student.num_query_groups or teacher.num_query_groups

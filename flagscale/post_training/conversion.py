@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from types import MethodType
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from flagscale.post_training.losses import (
-    HiddenStateCosineLoss,
-    LogitsKLLoss,
-    MSELoss,
-    WeightedLossBalancer,
-)
+from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.fused_output_layer import fuse_output_layer
+from flagscale.post_training.intermediate_terms import IntermediateTerms, attach
+from flagscale.post_training.losses import LogitsLoss, WeightedLossBalancer
 from flagscale.post_training.upstream import mtd, mtd_megatron
 from flagscale.recipe import DistillationRecipe
 
-_INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
 _OUTPUT_LAYERS = ("output_layer", "output_layer")
 
 
@@ -34,78 +29,46 @@ def convert_for_distillation(
         student: this pipeline stage's part; so is the teacher.
         teacher: in evaluation mode.
         distillation: the losses. Layers are counted over the whole model.
-        seed: of the projection between hidden sizes that differ.
+        seed: of the projections between widths that differ.
 
     Raises:
-        ValueError: the two vocabularies differ, or an intermediate layer does not exist, or is not
-            on the last pipeline stage, the one that computes losses.
+        ValueError: the two vocabularies differ (what is padding of one is a token of the other, or
+            its rows are not as many), or a layer is not as the pair says.
+        UserError: an intermediate layer does not exist, or cannot be compared.
     """
-    if student.vocab_size != teacher.vocab_size:
+    sizes = [(model.unpadded_vocab_size, model.vocab_size) for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the student's vocabulary ({student.vocab_size}, padded) must be the teacher's "
-            f"({teacher.vocab_size})"
+            "the student's vocabulary ({}, padded to {}) must be the teacher's ({}, padded to "
+            "{})".format(*sizes[0], *sizes[1])
         )
     config = mtd_megatron.DistillationConfig(
         skip_lm_loss=distillation.skip_lm_loss,
         kd_loss_scale=distillation.kd_loss_scale,
         logit_kl_temperature=distillation.temperature,
-        criterion=_criteria(student, teacher, distillation, seed),
-        loss_balancer=WeightedLossBalancer(
-            distillation.skip_lm_loss,
-            distillation.kd_loss_scale,
-            distillation.intermediate_loss_scale,
-        ),
+        criterion=_criteria(student, distillation),
+        loss_balancer=WeightedLossBalancer(distillation.skip_lm_loss, distillation.kd_loss_scale),
     )
     mode = {
         "teacher_model": teacher,
         "criterion": config.criterion,
         "loss_balancer": config.loss_balancer,
     }
+    terms = IntermediateTerms(student, teacher, distillation, seed)
     model = mtd.convert(student, mode=[("kd_loss", mode)])
     mtd_megatron.adjust_distillation_model_for_mcore(model, config)
+    attach(terms, model)
     _keep_logits_for_the_kd_loss(model)
+    fuse_output_layer(model, divergence_of(distillation), distillation)
     return model
 
 
 def _criteria(
-    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe, seed: int
+    student: GPTModel, distillation: DistillationRecipe
 ) -> dict[tuple[str, str], torch.nn.Module]:
     if not student.post_process:
         return {}
-    criteria: dict[tuple[str, str], torch.nn.Module] = {
-        _OUTPUT_LAYERS: LogitsKLLoss(student.config, distillation.temperature)
-    }
-    with torch.random.fork_rng(devices=[]):
-        # The same projection on every layout; the GPU's generator, not forked, stays as it is.
-        torch.default_generator.manual_seed(seed)
-        # one that all pairs share
-        projection = mtd_megatron.ProjectionLayer(student.config, teacher.config)
-    for student_layer, teacher_layer, *kind in distillation.intermediate_layer_pairs:
-        loss = _INTERMEDIATE_LOSSES[kind[0] if kind else "cosine"]
-        names = _on_this_stage(student, student_layer), _on_this_stage(teacher, teacher_layer)
-        criteria[names] = loss(student.config, projection_layer=projection)
-    return criteria
-
-
-def _on_this_stage(model: GPTModel, name: str) -> str:
-    """The name of a submodule on this pipeline stage, where layers count from 0 again."""
-    layer = re.match(r"decoder\.layers\.(\d+)", name)
-    local = name
-    if layer:
-        number = int(layer[1]) - get_transformer_layer_offset(model.config)
-        if number < 0:
-            raise ValueError(
-                f"intermediate_layer_pairs: {name!r} is not on the last of "
-                f"{model.config.pipeline_model_parallel_size} pipeline stages, which holds layers "
-                f"{int(layer[1]) - number} to {model.config.num_layers - 1}: only there are losses "
-                "computed; pair later layers, or use fewer stages"
-            )
-        local = f"decoder.layers.{number}{name[layer.end() :]}"
-    try:
-        model.get_submodule(local)
-    except AttributeError as error:
-        raise ValueError(f"intermediate_layer_pairs: no layer {name!r}: {error}") from error
-    return local
+    return {_OUTPUT_LAYERS: LogitsLoss(student.config, divergence_of(distillation))}
 
 
 def _keep_logits_for_the_kd_loss(model: mtd.DistillationModel) -> None:

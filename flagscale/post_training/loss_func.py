@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from flagscale.megatron.global_vars import get_args
 from flagscale.megatron.loss_checks import check_loss
+from flagscale.post_training.intermediate_terms import intermediate_terms
 
 CriterionOutput = tuple[torch.Tensor, bool, bool]  # of ModelOpt's criteria; see `masked_sum`
 
@@ -27,7 +28,8 @@ def loss_func(
     Returns:
         As `flagscale.train.train_gpt.loss_func`. In training the loss is the distillation loss, in
         evaluation the LM loss; the report has `total loss`, `logits distillation loss` and
-        `intermediate distillation loss` in both, and `lm loss` where it was computed.
+        `intermediate distillation loss` in both, the intermediate terms one by one if there are
+        several, `attention distillation loss` if there is one, and `lm loss` where it was computed.
 
     Raises:
         ValueError: no model was given.
@@ -38,14 +40,19 @@ def loss_func(
     unwrapped = unwrap_model(model)
     num_tokens = loss_mask.sum().to(torch.int)
     lm_loss = masked_sum(output_tensor, loss_mask)
-    losses = unwrapped.compute_kd_loss(
+    collected = unwrapped.compute_kd_loss(
         student_loss=lm_loss,
         loss_reduction_fn=lambda output: masked_sum(output, loss_mask),
+        skip_balancer=True,
     )
+    weighted, intermediate = intermediate_terms(unwrapped).summed(
+        lambda output: masked_sum(output, loss_mask), zero=torch.zeros_like(lm_loss)
+    )
+    losses = unwrapped.loss_balancer({**collected, "intermediate terms": weighted})
     reported = {
         "total loss": losses["kd_loss"],
         "logits distillation loss": losses["logits_loss"],
-        "intermediate distillation loss": losses["intermediate_loss"],
+        **intermediate,
     }
     if not (unwrapped.training and unwrapped.loss_balancer.skip_lm_loss):
         reported["lm loss"] = lm_loss

@@ -13,9 +13,11 @@ from flagscale.megatron.global_vars import get_args
 from flagscale.megatron.gpt_builder import build_gpt_model
 from flagscale.megatron.layout import sizes_for
 from flagscale.megatron.memory_history import record_memory_history
+from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
+from flagscale.recipe.quantized_training import check_quantized_training
 
 if TYPE_CHECKING:
     from flagscale.post_training.upstream import mtd
@@ -42,17 +44,45 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
             f"{args.overlap_moe_expert_parallel_comm} with ModelOpt's distillation: both must be "
             "False, its forward pass is one call of the model"
         )
+    folder = args.export_kd_teacher_load
+    assert folder is not None, "called without ModelOpt arguments"
+    teacher_shape = ModelShape.load(folder)
+    check_paired_layers(distillation, args.shape, teacher_shape, args.parallelism)
     if args.record_memory_history:
         record_memory_history(args.memory_snapshot_path)
-    teacher = _build_teacher(args, pre_process, post_process)
-    student = build_gpt_model(args, pre_process, post_process)
+    teacher = _build_teacher(args, teacher_shape, pre_process, post_process)
+    load_weights(teacher, folder / "weights")
+    student = with_quantizers(build_gpt_model(args, pre_process, post_process), args)
     return convert_for_distillation(student, teacher, distillation, args.seed)
 
 
-def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GPTModel:
-    folder = args.export_kd_teacher_load
-    assert folder is not None, "called without ModelOpt arguments"
-    shape = ModelShape.load(folder)
+def with_quantizers(model: GPTModel, args: Arguments) -> GPTModel:
+    """The model, in place, quantised as its shape says; one that is not quantised stays itself.
+
+    Args:
+        model: from `build_gpt_model`.
+        args: that it was built with; `export_quant_load` is needed.
+
+    Raises:
+        UserError: what the quantisers know cannot be read.
+        ValueError: it is trained in a way that quantised layers cannot be.
+    """
+    quantization = args.shape.quantization
+    if quantization is None:
+        return model
+    from flagscale.post_training.quantizers import load_quantizers
+
+    # Also when the recipe is read; arguments may come from elsewhere.
+    check_quantized_training(quantization, args)
+    if args.export_quant_load is None:
+        raise ValueError(f"shape.quantization={quantization}: needs export_quant_load")
+    load_quantizers(model, quantization, args.export_quant_load)
+    return model
+
+
+def _build_teacher(
+    args: Arguments, shape: ModelShape, pre_process: bool, post_process: bool
+) -> GPTModel:
     sizes = sizes_for(shape, args.parallelism)  # the student's experts may be spread over ranks
     # Never in FP8: it is what the student is held to. And the scales of `delayed`, which no
     # checkpoint has of a teacher, would start anew whenever training is resumed.
@@ -68,5 +98,4 @@ def _build_teacher(args: Arguments, pre_process: bool, post_process: bool) -> GP
         and shape.architecture.is_default,
     )
     teacher = build_gpt_model(teacher_args, pre_process, post_process)
-    load_weights(teacher, folder / "weights")
     return teacher.requires_grad_(False).eval()

@@ -9,8 +9,10 @@ from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
-from flagscale.recipe.models import StudentRecipe, TeacherRecipe
+from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.pretrained import SourceRecipe
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.results import (
@@ -20,6 +22,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
+from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -33,10 +36,13 @@ __all__ = [
     "LayoutRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "QuantizationRecipe",
     "Recipe",
+    "ReconstructionRecipe",
     "ResourcesRecipe",
     "Section",
     "SectionT",
+    "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
     "TeacherRecipe",

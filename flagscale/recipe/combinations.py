@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.layer_pairs import check_layer_pairs
 from flagscale.recipe.parallelism import ParallelismRecipe
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.training import TrainingRecipe
-
-# Inside attention and MLP, what gives whole hidden states whatever the number of tensor ranks.
-_INSIDE_LAYER = re.compile(r"\.(?:self_attention|mlp)\.")
-_WHOLE_INSIDE_LAYER = re.compile(r"\.(?:self_attention\.linear_proj|mlp\.linear_fc2)$")
 
 _OF_A_GPU = (
     "apply_rope_fusion",
@@ -39,6 +36,14 @@ class TrainingOptions(Protocol):
     @property
     def reset_attention_mask(self) -> bool:
         """Whether the documents of a sample do not see one another."""
+
+    @property
+    def recompute_granularity(self) -> str:
+        """What is computed again in the backward pass."""
+
+    @property
+    def recompute_modules(self) -> tuple[str, ...] | None:
+        """Which modules are, where only some are."""
 
     @property
     def fp8(self) -> str:
@@ -75,6 +80,27 @@ def check_combination(
         )
     if architecture is not None:
         _check_layout(training.parallelism, architecture)
+
+
+def check_width_pruning(student: StudentRecipe, sizes: ParallelismRecipe) -> None:
+    """Refuse to prune widths on ranks that share a tensor or the experts.
+
+    Args:
+        student: the recipe's section.
+        sizes: of the process groups of the model steps.
+
+    Raises:
+        ValueError: the size, and what would do.
+    """
+    if not student.cuts_width:
+        return
+    for field in ("tensor_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(sizes, field) > 1:
+            raise ValueError(
+                f"student.init={student.init} with models.parallelism.{field}="
+                f"{getattr(sizes, field)}: ModelOpt's mcore_minitron prunes whole tensors; set it "
+                "to 1, and pipeline_model_parallel_size to as many ranks as the teacher needs"
+            )
 
 
 def check_on_cpu(training: TrainingRecipe, architecture: ArchitectureRecipe | None) -> None:
@@ -153,22 +179,7 @@ def _check_distillation(
                 f"{option} with distillation.loss={distillation.loss}: {reason}, or set "
                 "distillation.loss=none"
             )
-    tensor = training.parallelism.tensor_model_parallel_size
-    for name in (name for pair in distillation.intermediate_layer_pairs for name in pair[:2]):
-        if tensor > 1 and _is_split(name):
-            raise ValueError(
-                f"distillation.intermediate_layer_pairs: {name} with training.parallelism."
-                f"tensor_model_parallel_size={tensor}: each rank has a part of its channels, and "
-                "the loss would be of that part; pair layers, norms, self_attention, mlp or their "
-                "last projections (linear_proj, linear_fc2)"
-            )
-
-
-def _is_split(name: str) -> bool:
-    """Whether a module's output has its channels spread over tensor-parallel ranks."""
-    if name == "output_layer":
-        return True
-    return bool(_INSIDE_LAYER.search(name)) and not _WHOLE_INSIDE_LAYER.search(name)
+    check_layer_pairs(distillation, training, architecture)
 
 
 def _check_local(training: TrainingOptions, architecture: ArchitectureRecipe) -> None:

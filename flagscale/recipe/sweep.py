@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, model_validator
 
 from flagscale.recipe.distillation import DistillationRecipe
-from flagscale.recipe.models import StudentRecipe
 from flagscale.recipe.section import Ranks, Section
+from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.training import TrainingRecipe
 
 MOST_VARIANTS = 64

@@ -27,6 +27,7 @@ class Job:
         student: its shape.
         models: a pod of the model steps.
         training: a pod of the training.
+        student_source: where the student is a model of its own: what is known of it.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Job:
     student: ModelShape
     models: Machine
     training: Machine
+    student_source: Teacher | None = None
 
     @property
     def distilled_from(self) -> ModelShape | None:
@@ -67,21 +69,25 @@ class Job:
                 training.recompute_granularity,
             ),
             distributed_optimizer=on_gpu if sharded is None else sharded,
-            skip_lm_loss=self.recipe.distillation.skip_lm_loss,
+            distillation=self.recipe.distillation,
             device=machine.device,
         )
 
     @property
     def model_steps(self) -> ModelSteps:
         """What decides on the model steps' memory."""
+        student = self.recipe.student
         return ModelSteps(
             teacher=self.teacher.shape,
             student=self.student,
             source_bytes=self.teacher.dtype_bytes,
+            student_source_bytes=self.student_source and self.student_source.dtype_bytes,
             export_bytes=_EXPORTED[self.recipe.export.dtype],
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,
             device=self.models.device,
+            measured_tokens=student.measured_tokens if student.measures_layers else 0,
+            fitted_tokens=student.reconstruction.tokens if student.reconstruction else 0,
         )
 
     @property
@@ -92,7 +98,7 @@ class Job:
     @property
     def student_bytes(self) -> int:
         """Of the untrained student's weights in its artifact."""
-        return self.teacher.dtype_bytes * parameters(self.student).total
+        return (self.student_source or self.teacher).dtype_bytes * parameters(self.student).total
 
     @property
     def distilled_bytes(self) -> int:

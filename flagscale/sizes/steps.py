@@ -12,6 +12,7 @@ from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import PROCESS, Machine
 from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.parameters import parameters
 from flagscale.sizes.training import (
     Parts,
     optimizer_share,
@@ -126,6 +127,8 @@ def model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
     if machine.device == "cuda":
         host += writes if step != "export-student" else 2 * models.SHARD
         host += models.proof_bytes(job.teacher.shape, setup) if step == "prepare-teacher" else 0
+        if step == "convert-student" and job.student_source is not None:
+            host += models.proof_bytes(job.student, setup)
     if step == "export-student":  # transformers loads the model in a process of its own
         host += PROCESS["cpu"] + models.proof_bytes(job.student, setup)
     return StepPlan(
@@ -200,7 +203,7 @@ def _staged(job: Job, layout: Layout) -> float:
 
 
 def _count(job: Job) -> int:
-    return job.student_bytes // job.teacher.dtype_bytes
+    return parameters(job.student).total
 
 
 def _fullest(ranks: list[Parts]) -> Parts:
@@ -220,7 +223,16 @@ def _model_work(job: Job, step: str) -> tuple[float, float, float]:
         return 2.0 * job.teacher_bytes, float(job.teacher_bytes), work
     if step == "convert-student":
         reads = 2.0 * job.teacher_bytes + 2.0 * job.student_bytes
-        work = forward((teacher, 3 * seq_length), (student, 4 * seq_length))
+        setup = job.model_steps
+        fitted = setup.fitted_tokens
+        work = forward((teacher, 3 * seq_length + fitted), (student, 4 * seq_length + 2 * fitted))
+        # At most, for each layer that goes: without each of the others, half a forward pass.
+        gone = teacher.num_layers - student.num_layers
+        looked_at = gone * (teacher.num_layers + student.num_layers) // 4
+        work += forward((teacher, looked_at * setup.measured_tokens))
+        if job.student_source is not None:  # which is imported and proven as the teacher is
+            reads += 2.0 * job.student_bytes
+            work += forward((student, (_VALIDATED + 1) * seq_length))
         return reads, float(job.student_bytes), work
     if step == "evaluate":
         reads = 2.0 * (job.teacher_bytes + job.student_bytes + job.distilled_bytes)
@@ -244,6 +256,8 @@ def _scratch(job: Job, step: str) -> float:
     """What comes from the Hub lies in the pod's cache; what the teacher predicted in its /tmp."""
     if step == "prepare-teacher":
         return float(job.teacher_bytes)
+    if step == "convert-student" and job.student_source is not None:
+        return float(job.student_bytes)
     if step == "evaluate":
         hidden = job.teacher.shape.hidden_size * job.model_steps.computed_bytes
         return float(hidden * evaluated_tokens(job))

@@ -1,5 +1,7 @@
 """How large a teacher is, before it has been fetched: from its config.json, or a GGUF file's head.
 
+So is a student that is a model of its own.
+
 Neither transformers nor torch is needed, and no network for the models of `known_models.yaml`, for
 folders, and for what the Hub's cache holds.
 """
@@ -19,8 +21,8 @@ import yaml
 
 from flagscale.errors import UserError
 from flagscale.megatron.families import family_of
-from flagscale.megatron.shape import ModelShape, pad_vocab_size
-from flagscale.recipe import ArchitectureRecipe, TeacherRecipe
+from flagscale.megatron.shape import VOCABULARY_DIVISOR, ModelShape, pad_vocab_size
+from flagscale.recipe import ArchitectureRecipe, SourceRecipe
 
 KNOWN = Path(__file__).with_name("known_models.yaml")
 _SECONDS = 5.0  # for the Hub's answer
@@ -29,7 +31,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Teacher:
-    """What is known of a teacher.
+    """What is known of a model.
 
     Attributes:
         shape: its sizes; what no size follows from may be wrong.
@@ -43,28 +45,32 @@ class Teacher:
 
 
 class UnknownSizeError(Exception):
-    """How large the teacher is cannot be told here; the text says why."""
+    """How large a model is cannot be told here; the text says why."""
 
 
-def teacher_of(recipe: TeacherRecipe) -> Teacher:
-    """The teacher's sizes.
+def teacher_of(recipe: SourceRecipe, who: str = "teacher") -> Teacher:
+    """The teacher's sizes, or those of a student that is a model of its own.
+
+    Args:
+        recipe: where it comes from.
+        who: it is, `teacher` or `student`.
 
     Raises:
         UnknownSizeError: its configuration cannot be read here.
     """
     source = recipe.source
     if source in known_models() and recipe.revision is None:
-        return _of(known_models()[source]["config"], "figures of it that come along")
+        return _of(known_models()[source]["config"], "figures of it that come along", who)
     if source.startswith("package:"):
         raise UnknownSizeError(f"{source} is none of the packages that are known")
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
-        return _gguf(path)
+        return _gguf(path, who)
     if (path / "config.json").is_file():
-        return _of(_read(path / "config.json"), f"{path}/config.json")
+        return _of(_read(path / "config.json"), f"{path}/config.json", who)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UnknownSizeError(f"{source} has no config.json here")
-    return _of(*_from_hub(source, recipe.revision))
+    return _of(*_from_hub(source, recipe.revision), who)
 
 
 @cache
@@ -74,7 +80,7 @@ def known_models() -> dict[str, Any]:
     return found
 
 
-def shape_of(config: Mapping[str, Any]) -> ModelShape:
+def shape_of(config: Mapping[str, Any], who: str = "teacher") -> ModelShape:
     """The sizes in a Hugging Face configuration.
 
     Raises:
@@ -83,7 +89,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        family = family_of(config["model_type"])
+        family = family_of(config["model_type"], who)
         return ModelShape(
             model_type=config["model_type"],
             num_layers=config["num_hidden_layers"],
@@ -93,7 +99,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             num_query_groups=config.get("num_key_value_heads") or heads,
             kv_channels=config.get("head_dim") or hidden // heads,
             vocab_size=config["vocab_size"],
-            padded_vocab_size=pad_vocab_size(config["vocab_size"], 128),
+            padded_vocab_size=pad_vocab_size(config["vocab_size"], VOCABULARY_DIVISOR),
             max_position_embeddings=config.get("max_position_embeddings", 0),
             norm_epsilon=config.get("rms_norm_eps", 1e-6),
             rotary_base=config.get("rope_theta", 1e4),
@@ -115,9 +121,9 @@ def _experts(config: Mapping[str, Any]) -> ArchitectureRecipe:
     )
 
 
-def _of(config: Mapping[str, Any], origin: str) -> Teacher:
+def _of(config: Mapping[str, Any], origin: str, who: str) -> Teacher:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return Teacher(shape_of(config), _DTYPE_BYTES.get(str(dtype), 4), origin)
+    return Teacher(shape_of(config, who), _DTYPE_BYTES.get(str(dtype), 4), origin)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _from_hub(source: str, revision: str | None) -> tuple[dict[str, Any], str]:
     return found, "its config.json on the Hub"
 
 
-def _gguf(path: Path) -> Teacher:
+def _gguf(path: Path, who: str) -> Teacher:
     """From the keys at a GGUF file's head; the weights are dequantised to fp32."""
     from gguf import GGUFReader
 
@@ -184,6 +190,6 @@ def _gguf(path: Path) -> Teacher:
         "dtype": "float32",
     }
     try:
-        return _of(config, f"the head of {path.name}")
+        return _of(config, f"the head of {path.name}", who)
     except (TypeError, UserError) as error:
         raise UnknownSizeError(f"{path} lacks a size: {error}") from error

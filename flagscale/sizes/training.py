@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flagscale.megatron.shape import ModelShape
+from flagscale.recipe import DistillationRecipe
 from flagscale.sizes.activations import (
     FLOAT32,
     Computation,
@@ -13,6 +14,7 @@ from flagscale.sizes.activations import (
     norm_activations,
     stage_activations,
 )
+from flagscale.sizes.intermediate import Terms
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.parameters import first_projections, parameters, stage_layers
 
@@ -20,6 +22,8 @@ MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
 # Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
 KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
 KD_BUFFERS = 4
+# Bytes of the chunks of logits that a fused output layer holds (`linear_divergence`).
+FUSED_CHUNKS = {"cpu": 26 * 2**20, "cuda": 2**30}
 Parts = dict[str, int]
 
 
@@ -33,7 +37,7 @@ class Training:
         micro_batches: forward passes a step of one data-parallel rank.
         computation: dtype and layers.
         distributed_optimizer: its state is shared by the ranks with equal weights.
-        skip_lm_loss: no LM loss beside the KD loss.
+        distillation: the loss, where there is a teacher.
         device: `cuda` or `cpu`.
     """
 
@@ -42,8 +46,14 @@ class Training:
     micro_batches: int = 1
     computation: Computation = field(default_factory=Computation)
     distributed_optimizer: bool = False
-    skip_lm_loss: bool = True
+    distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
+
+    @property
+    def fuses_output_layer(self) -> bool:
+        """Whether the losses are made in the output layers."""
+        wanted = self.distillation.fuse_output_layer
+        return wanted is True or (wanted == "auto" and self.device == "cpu")
 
 
 def training_peak(
@@ -80,7 +90,31 @@ def training_state(
     }
     if teacher is not None:
         kept["teacher"] = size * parameters(teacher, layout, stage).total
+        projected = _terms(student, teacher, training, layout).projection_parameters(stage)
+        if projected:
+            share = -(-projected // layout.optimizer_ranks)
+            state = share if training.distributed_optimizer else projected
+            kept["projections"] = (size + FLOAT32) * projected + (_master(size) + MOMENTS) * state
+    if stage > 0:
+        kept["received"] = _received(student, teacher, training, layout, stage)
     return kept
+
+
+def _received(
+    student: ModelShape, teacher: ModelShape | None, training: Training, layout: Layout, stage: int
+) -> int:
+    """Bytes of what came last from the stage before: it stays, with its gradient, till the next."""
+    columns = student.hidden_size
+    if teacher is not None:
+        terms = _terms(student, teacher, training, layout)
+        columns += teacher.hidden_size + terms.columns_received(stage)
+    share = layout.tensor if layout.sequence_parallel else 1
+    return 2 * training.computation.dtype_bytes * columns * _tokens(training, layout) // share
+
+
+def _terms(student: ModelShape, teacher: ModelShape, training: Training, layout: Layout) -> Terms:
+    dtype_bytes = training.computation.dtype_bytes
+    return Terms(training.distillation, student, teacher, layout, dtype_bytes)
 
 
 def optimizer_share(student: ModelShape, training: Training, layout: Layout, stage: int) -> int:
@@ -126,10 +160,19 @@ def _step(
     again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
     if computation.recompute == "full":
         again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)
+    scores = 0
+    if teacher is not None:
+        terms = _terms(student, teacher, training, layout)
+        kept += in_flight * terms.kept(stage, tokens)
+        scores = terms.transient(stage, tokens, training.seq_length)
+        again = max(again, scores)
     loss = 0
     if stage == layout.pipeline - 1:
         kept += int(tokens * norm_activations(student, layout, computation))
         loss = _loss(student, teacher, training, layout, tokens)
+        if scores:  # made when both models' logits are there
+            logits = 2 * computation.dtype_bytes * student.padded_vocab_size // layout.tensor
+            loss = max(loss, tokens * logits + scores)
     # The loss comes and goes before the backward pass reaches the layers.
     if loss > again:
         return {"activations": kept, "logits": loss}
@@ -150,6 +193,9 @@ def _validation(
     if stage < layout.pipeline - 1:
         return {"activations": layer}
     logits = tokens * student.padded_vocab_size // layout.tensor
+    if teacher is not None and training.fuses_output_layer:
+        chunks = _fused_chunks(logits, training, with_lm_loss=True)
+        return {"logits": chunks} if chunks > layer else {"activations": layer}
     copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
     both = len(models) * computation.dtype_bytes * logits + copy
     return {"logits": both} if both > layer else {"activations": layer}
@@ -170,8 +216,22 @@ def _loss(
     gradient = size * (table + tokens * student.hidden_size)
     if teacher is None:
         return FLOAT32 * logits + max((size if size < FLOAT32 else 0) * logits, gradient)
+    if training.fuses_output_layer:
+        # Made in fp32, beside the chunks; autograd is given it in the table's own type.
+        gradient = FLOAT32 * table + size * tokens * student.hidden_size
+        own = size * table if size < FLOAT32 else 0
+        return gradient + max(
+            _fused_chunks(logits, training, not training.distillation.skip_lm_loss), own
+        )
     kept = 2 * size * logits
-    if not training.skip_lm_loss:
+    if not training.distillation.skip_lm_loss:
         kept += FLOAT32 * logits
     chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
     return max(kept + KD_BUFFERS * chunk, kept - size * logits + gradient)
+
+
+def _fused_chunks(logits: int, training: Training, with_lm_loss: bool) -> int:
+    """Bytes of a fused output layer's chunks of logits, and of what makes the loss of them."""
+    held = FLOAT32 * (3 if with_lm_loss else 2) * logits
+    chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
+    return min(held, FUSED_CHUNKS[training.device]) + KD_BUFFERS * chunk

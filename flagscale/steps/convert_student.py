@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import logging
-import math
-import shutil
-import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_group
 
 from flagscale.artifacts import Manifest, open_artifact
-from flagscale.checkpoint import load_layers, save_weights
+from flagscale.checkpoint import save_weights
+from flagscale.checkpoint.agreement import on_first_rank
 from flagscale.checkpoint.weights import count_parameters
-from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
+from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
-from flagscale.megatron.shape import ModelShape, hf_config_for
-from flagscale.models.distillation_proof import (
-    PROOF_LOSS,
-    prove_every_parameter_learns,
-    prove_no_loss_when_equal,
-)
-from flagscale.models.hf_description import write_config
-from flagscale.models.megatron import WEIGHTS, build_model, forward, load_model
-from flagscale.models.random_weights import with_random_weights
-from flagscale.models.source import load_hf_config
-from flagscale.models.student_shape import layers_to_keep, student_shape
+from flagscale.megatron.shape import ModelShape
+from flagscale.models import pretrained
+from flagscale.models.audit_artifacts import audited_batch
+from flagscale.models.distillation_proof import PROOF_LOSS
+from flagscale.models.megatron import WEIGHTS, forward
+from flagscale.models.student_audit import Artifacts
+from flagscale.models.student_shape import student_shape
+from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.steps.conversion_audit import prove, record_audit
+from flagscale.steps.describe_student import describe_student
+from flagscale.steps.layer_choice import needs, record
+from flagscale.steps.make_student import make_student
+from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +52,25 @@ def convert_student(
 ) -> dict[str, float]:
     """Make the student and prove ModelOpt's distillation conversion of it.
 
-    Its layers are cut out of the teacher's checkpoint; the teacher is there for the proofs alone,
-    beside one student.
+    Its layers are cut out of the teacher's checkpoint, or it is a Hugging Face model of its own,
+    imported and proven as the teacher was. The teacher is there for the proofs alone, beside one
+    student.
 
     Args:
         student: what it looks like and starts from.
         teacher: a `teacher` artifact.
-        dataset: a `dataset` artifact; one validation sample serves the proofs.
+        dataset: a `dataset` artifact; one validation sample serves the proofs, a few more those of
+            a model of its own.
         output: the `student` artifact to write.
         models: how the step is spread over processes.
 
     Returns:
-        Layers, parameters, and the proofs' figures.
+        Layers, parameters, and the proofs' figures; of a model of its own also those of
+        `flagscale.models.pretrained.prove`.
 
     Raises:
-        UserError: the student does not fit the teacher or the processes, the tokenizers differ, or
-            a proof failed.
+        UserError: the student does not fit the teacher or the processes, the tokenizers differ, its
+            source cannot be read or is not supported, or a proof failed.
     """
     parents = _parents(teacher, dataset, check_files=True)
     if parents["teacher"].tokenizer_hash != parents["dataset"].tokenizer_hash:
@@ -72,55 +78,92 @@ def convert_student(
             f"{dataset} was tokenized with {parents['dataset'].tokenizer_hash}, but the teacher's "
             f"tokenizer is {parents['teacher'].tokenizer_hash}: prepare the data with the latter"
         )
-    teacher_shape = ModelShape.load(teacher)
-    for shape in (teacher_shape, student_shape(teacher_shape, student)):
-        seq_length = parents["dataset"].facts["seq_length"]
-        check_layout(shape, models.sizes, seq_length, section="models")
-    return call_on_ranks(
-        "convert-student",
-        convert_on_rank,
-        models.processes,
-        student=student,
-        teacher=teacher,
-        dataset=dataset,
-        output=output,
-        models=models,
-    )
+    check_pruning(student, models)
+    _check_shapes(student, ModelShape.load(teacher), dataset, parents["dataset"].facts, models)
+    with pretrained_folder(student.pretrained) as folder:
+        return call_on_ranks(
+            "convert-student",
+            convert_on_rank,
+            models.processes,
+            student=student,
+            folder=folder,
+            teacher=teacher,
+            dataset=dataset,
+            output=output,
+            models=models,
+        )
 
 
 def convert_on_rank(
-    student: StudentRecipe, teacher: Path, dataset: Path, output: Path, models: ModelsRecipe
+    student: StudentRecipe,
+    folder: Path | None,
+    teacher: Path,
+    dataset: Path,
+    output: Path,
+    models: ModelsRecipe,
 ) -> dict[str, float]:
-    """The work of one rank, or of the only process; see `convert_student`."""
+    """The work of one rank, or of the only process; see `convert_student`.
+
+    Args:
+        student: see there.
+        folder: of the model that the student is, if it is one of its own.
+        teacher: see there.
+        dataset: see there.
+        output: see there.
+        models: see there.
+    """
     parents = _parents(teacher, dataset, check_files=False)
-    shape = student_shape(ModelShape.load(teacher), student)
+    recipe = {"student": student.model_dump(mode="json")}
     seq_length = parents["dataset"].facts["seq_length"]
     stored = getattr(torch, parents["teacher"].facts.get("dtype", "float32"))
+    teacher_shape, source = ModelShape.load(teacher), None
+    if student.pretrained is not None and folder is not None:
+        facts = parents["dataset"].facts
+        source = open_student(student.pretrained, folder, teacher_shape, facts)
+        shape, stored = source.shape, source.source.dtype()
+    else:
+        student = meet_targets(teacher_shape, student)
+        shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
-    recipe = {"student": student.model_dump(mode="json")}
     with (
         tracked("convert-student", recipe, parents=parents) as run,
         platform.runtime(student.seed, models.sizes),
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
-        batch = _batch(dataset)
-        model = _build(student, shape, teacher, args, stored)
-        if student.init != "scratch":
-            staging.facts["keep_layers"] = _kept(student, teacher)
-        figures = {"layers": _check_layers(model, shape)}
-        logits_bsv = forward(model, batch["tokens"])
-        if is_first_rank():
-            _save_description(shape, teacher, staging.path)
-        save_weights(model, staging.path / WEIGHTS, stored)
+        batch, unigram = audited_batch(dataset, shape.vocab_size)
+        made = make_student(student, source, teacher, dataset, args, stored)
+        figures = {"layers": _check_layers(made.model, shape)}
+        logits_bsv = forward(made.model, batch["tokens"])
+        describe = partial(describe_student, source, shape, teacher, dataset, staging.path)
+        on_first_rank(staging.path, "could not be described", describe)
+        save_weights(made.model, staging.path / WEIGHTS, stored)
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
-        del model  # what is proven is the artifact
-        figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+        del made.model  # what is proven is the artifact
+        if source is not None:
+            staging.facts |= source.facts()
+            figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
+        if student.quantization is not None:
+            quantized, logits_bsv = quantize(
+                student.quantization, (teacher, dataset), args, stored, staging.path, batch
+            )
+            staging.facts["quantization"] = quantized
+            figures |= quantization_figures(quantized)
+        kept = made.choice.kept or None
+        artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
+        proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
+        figures |= proven
+        figures |= needs(shape, seq_length, stored)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
         run.log_metrics(figures)
         if is_first_rank():
+            record_narrowing(made.narrowing, staging, run)
+            record(made.choice, shape, staging, run)
+            record_audit(findings, shape, figures["parameters"], staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
                 "%.1g against itself; every parameter learns; reloads to the same logits",
@@ -132,50 +175,29 @@ def convert_on_rank(
     return figures
 
 
+def _check_shapes(
+    student: StudentRecipe,
+    teacher: ModelShape,
+    dataset: Path,
+    facts: Mapping[str, Any],
+    models: ModelsRecipe,
+) -> None:
+    """Refuse what the processes cannot share, or what is not the teacher's, before long work."""
+    check_layout(teacher, models.sizes, facts["seq_length"], section="models")
+    if student.pretrained is not None:
+        check_pretrained(student.pretrained, teacher, dataset, facts, models.sizes)
+        return
+    shape = student_shape(teacher, student)
+    check_layout(shape, models.sizes, facts["seq_length"], section="models")
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
+
+
 def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:
     return {
         "teacher": open_artifact(teacher, "teacher", check_files),
         "dataset": open_artifact(dataset, "dataset", check_files),
     }
-
-
-def _batch(dataset: Path) -> dict[str, torch.Tensor]:
-    """One validation sample, which the first rank reads for all."""
-    told: list[dict[str, torch.Tensor] | None] = [None]
-    if is_first_rank():
-        with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
-            prepare_validation_index(dataset, Path(cache))
-            batches = validation_batches(
-                dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
-            )
-            told = [next(iter(batches))]
-    torch.distributed.broadcast_object_list(told, src=0)
-    assert told[0] is not None, "the first rank is one of them"
-    return told[0]
-
-
-def _kept(student: StudentRecipe, teacher: Path) -> list[int]:
-    return list(layers_to_keep(ModelShape.load(teacher).num_layers, student))
-
-
-def _build(
-    student: StudentRecipe, shape: ModelShape, teacher: Path, args: Arguments, stored: torch.dtype
-) -> GPTModel:
-    """This rank's part of the student, with weights that lose nothing when they are stored.
-
-    A teacher's own weights do not anyway: the student is stored as the teacher is.
-    """
-    build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
-    if student.init == "scratch":
-        model = with_random_weights(build, student.seed)
-    else:
-        model, kept = build(), _kept(student, teacher)
-        num_layers = ModelShape.load(teacher).num_layers
-        logger.info("keeping layers %s of %d", kept, num_layers)
-        load_layers(model, teacher / WEIGHTS, kept, num_layers)
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(stored))
-    return model
 
 
 def _check_layers(model: GPTModel, shape: ModelShape) -> float:
@@ -185,56 +207,3 @@ def _check_layers(model: GPTModel, shape: ModelShape) -> float:
     if layers != shape.num_layers:
         raise UserError(f"the student has {layers:.0f} layers, but must have {shape.num_layers}")
     return layers.item()
-
-
-def _save_description(shape: ModelShape, teacher: Path, folder: Path) -> None:
-    """All of the artifact but weights: the tokenizer and what else the teacher's `hf/` holds.
-
-    The configuration goes along too, as the student's, unless none describes the student.
-    """
-    shape.save(folder)
-    if not shape.fits_hugging_face:
-        configurations = shutil.ignore_patterns("config.json", "generation_config.json")
-        shutil.copytree(teacher / "hf", folder / "hf", ignore=configurations)
-        return
-    shutil.copytree(teacher / "hf", folder / "hf")
-    template = load_hf_config(teacher / "hf")
-    write_config(hf_config_for(shape, template), folder / "hf")
-
-
-def _prove(
-    teacher: Path,
-    student: Path,
-    args: Arguments,
-    batch: dict[str, torch.Tensor],
-    logits_bsv: torch.Tensor | None,
-) -> dict[str, float]:
-    """The proofs' figures, of models that are loaded one after the other and never held twice.
-
-    Args:
-        teacher: the artifact.
-        student: the artifact.
-        args: that the student was built with.
-        batch: see `_batch`.
-        logits_bsv: this rank's part of what the student predicted before it was stored.
-    """
-    teacher_model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
-    when_equal = prove_no_loss_when_equal(teacher_model, batch)
-    model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
-    difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)
-    return {
-        "reload_logit_difference": difference,
-        "kd_loss_when_equal": when_equal,
-        "kd_loss_at_start": prove_every_parameter_learns(model, teacher_model, batch),
-    }
-
-
-def _logit_difference(reloaded: torch.Tensor | None, before: torch.Tensor | None) -> float:
-    """Largest difference of the logits on any rank; must be none."""
-    largest = torch.zeros((), device=platform.device())
-    if reloaded is not None and before is not None:
-        largest = (reloaded - before).abs().max().float().nan_to_num(math.inf)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    if largest.item() > 0:
-        raise UserError(f"the saved student's logits differ by {largest:.3g} once loaded, not 0")
-    return largest.item()

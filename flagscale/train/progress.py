@@ -20,6 +20,7 @@ _SHORT_NAMES = {
     "total loss": "loss",
     "logits distillation loss": "KD",
     "intermediate distillation loss": "intermediate",
+    "attention distillation loss": "attention",
     "lm loss": "LM",
 }
 

@@ -52,6 +52,6 @@ def _newest(recipe: Recipe, runs: Path, baseline: bool) -> Path:
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", include=set(_SAME))
-    for section in ("teacher", "data"):  # filled in by a run, not by the recipe's file
+    for section in ("teacher", "student", "data"):  # filled in by a run, not by the recipe's file
         del values[section]["fingerprint"]
     return values

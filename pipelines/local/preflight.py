@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe, parse_section
+from flagscale.recipe import Recipe, SourceRecipe, parse_section
 from flagscale.recipe.data import CorpusRecipe
 from flagscale.recipe.training import OVERLAPS_AND_FUSIONS
 
@@ -75,7 +75,7 @@ class SourceCheck:
 
 
 def with_fingerprints(recipe: Recipe) -> Recipe:
-    """The recipe with `teacher.fingerprint` and `data.fingerprint` filled in.
+    """The recipe with `fingerprint` filled in of `teacher`, `student` and `data`.
 
     The cache sees a recipe's text; these make it see that what is behind an equal path, address or
     id has changed.
@@ -93,7 +93,18 @@ def with_fingerprints(recipe: Recipe) -> Recipe:
             parts.append(_of_model(data.tokenizer, data.tokenizer_revision))
         known = [part for part in parts if part]
         data = data.model_copy(update={"fingerprint": "+".join(known) or None})
-    return recipe.model_copy(update={"teacher": teacher, "data": data})
+    student = recipe.student
+    if student.fingerprint is None:
+        student = student.model_copy(update={"fingerprint": _of_students(recipe)})
+    return recipe.model_copy(update={"teacher": teacher, "student": student, "data": data})
+
+
+def _of_students(recipe: Recipe) -> str | None:
+    """Of the models that students are, all those of a sweep together; None where they are none."""
+    students = [recipe.student, *(variant.recipe.student for variant in recipe.variants)]
+    sources = {(one.source, one.revision) for one in students if one.source is not None}
+    parts = [_of_model(*one) for one in sorted(sources, key=str)]
+    return "+".join(part for part in parts if part) or None
 
 
 def _of_corpus(corpus: CorpusRecipe) -> str | None:
@@ -155,11 +166,12 @@ def _glob(path: Path) -> list[Path]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Look at the teacher's configuration and the first document of each corpus.
+    """Look at the models' configurations and tokenizers and the first document of each corpus.
 
     Raises:
-        UserError: one of them is missing or unreadable, the teacher is of a family that is not
-            supported, the student does not fit it, or one of them cannot be divided over the ranks.
+        UserError: one of them is missing or unreadable, a model is of a family that is not
+            supported, the student does not fit the teacher, or one of them cannot be divided over
+            the ranks.
     """
     from flagscale.data.sources import documents, kind_of_source
     from flagscale.data.states import is_remote
@@ -185,11 +197,30 @@ def _check_student(recipe: Recipe, teacher: "ModelShape") -> None:
     from flagscale.megatron.layout import check_layouts
     from flagscale.models.student_shape import student_shape
 
-    student = student_shape(teacher, recipe.student)
+    if recipe.student.pretrained is None:
+        student = student_shape(teacher, recipe.student)
+    else:
+        student = _pretrained(recipe, recipe.student.pretrained)
     check_layouts(recipe, teacher, student)
     asked = recipe.training.model_dump(exclude_defaults=True).keys() & _OF_THE_MACHINE
-    if recipe.student.init == "scratch" or asked:
+    if recipe.student.init in ("scratch", "pretrained") or asked:
         _ask_megatron(recipe, student)
+
+
+def _pretrained(recipe: Recipe, source: SourceRecipe) -> "ModelShape":
+    """The shape of a student that is a model of its own, of the tokenizer that the data has."""
+    from flagscale.megatron.shape import from_hf_config
+    from flagscale.models.same_tokenizer import check_same_tokenizer
+    from flagscale.models.source import load_hf_config
+    from flagscale.models.tokenizers import load_tokenizer
+
+    config = load_hf_config(source.source, source.revision)
+    shape = from_hf_config(config, ignored=source.ignored_config_fields, who="student")
+    right = recipe.data.tokenizer or recipe.teacher.source
+    revision = recipe.data.tokenizer_revision
+    own, theirs = load_tokenizer(right, revision), load_tokenizer(source.source, source.revision)
+    check_same_tokenizer(own, theirs, source.source, f"that of {right}")
+    return shape
 
 
 def _ask_megatron(recipe: Recipe, student: "ModelShape") -> None:

@@ -11,6 +11,7 @@ from flagscale.recipe import ModelsRecipe, Recipe, load_recipe
 from flagscale.recipe.model_steps import LayoutRecipe
 from pipelines import __main__ as command
 from pipelines import sizes_document
+from pipelines.plan_text import as_json, as_text
 from pipelines.planning import check_run, fitted, plans, this_machine
 from pipelines.platform import Platform, load_platform
 
@@ -113,6 +114,28 @@ def test_a_layout_that_is_given_stays():
     assert chosen.models == given.models
 
 
+def test_widths_are_pruned_on_pipelines_alone():
+    narrow = {"init": "width", "target_parameters": 20e9}
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    training = recipe().training.model_dump() | {"parallelism": split}
+    large = recipe("Qwen/Qwen3-32B", 40, training=training, student=narrow)
+    (plan,) = plans(large, platform(models=8))
+    assert plan.sizes.tensor_model_parallel_size == 1
+    assert plan.sizes.pipeline_model_parallel_size == 4
+    hidden = plan.job.student.hidden_size
+    assert hidden < 5120
+    assert f", 64 layers, hidden_size {hidden}, ffn_hidden_size" in as_text(plan, "a cluster")
+    layout = {"parallelism": {"tensor_model_parallel_size": 4}}
+    with pytest.raises(ValueError, match=r"models.parallelism.tensor_model_parallel_size=4: Model"):
+        recipe("Qwen/Qwen3-32B", 40, student=narrow, models=layout)
+
+
+def test_a_target_that_no_student_meets_is_refused_before_anything_starts():
+    small = recipe(student={"init": "depth", "target_parameters": 1e6})
+    with pytest.raises(UserError, match="cannot be met with init=depth: the nearest is num_layers"):
+        plans(small, platform())
+
+
 def test_a_small_model_keeps_to_one_process():
     chosen, _ = fitted(recipe(), platform())
     assert chosen.models.parallelism is None
@@ -204,6 +227,54 @@ def test_the_variant_of_a_sweep_is_named():
     swept = swept.model_copy(update={"models": ModelsRecipe(parallelism=LayoutRecipe(**four))})
     with pytest.raises(UserError, match=r"variant '.*18.*': models.parallelism: num_layers=18 "):
         plans(swept, platform(models=4))
+
+
+def small(tmp_path, **changes):
+    """Qwen3-0.6B's configuration, its vocabulary padded otherwise than its teacher's."""
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 152064,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    return recipe(student={"init": "pretrained", "source": str(tmp_path)})
+
+
+def test_a_student_that_is_a_model_of_its_own(tmp_path, capsys):
+    (plan,) = plans(small(tmp_path), platform())
+    assert plan.job.student.num_layers == 28
+    assert plan.job.student_source.dtype_bytes == 4
+    assert plan.problems == []
+    convert, cut = plan.steps[1], plans(recipe(), platform())[0].steps[1]
+    # Fetched, imported and proven as the teacher was.
+    assert convert.scratch == convert.artifact == plan.job.student_bytes
+    assert cut.scratch == 0
+    assert f"student {tmp_path}: 596.2M parameters, 28 layers, 32-bit" in as_text(plan, "here")
+    assert as_json(plan, "here")["student"]["source"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 2},
+            "num_attention_heads=6 .the student",
+        ),
+        ({"max_position_embeddings": 2048}, "the student's max_position_embeddings=2048"),
+        ({"model_type": "gemma"}, "student: model_type='gemma' is not supported"),
+    ],
+)
+def test_a_model_that_cannot_be_a_student_is_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        check_run([small(tmp_path, **change)])
 
 
 def test_values_of_a_run_are_refused_too():

@@ -26,7 +26,7 @@ METRICS: dict[str, Any] = {
 HUB = "https://huggingface.co"
 
 
-def _card(origin: Origin, loss: str = "logits", kinds: str = "text", **options: bool) -> str:
+def _card(origin: Origin, loss: str = "logits", kinds: str = "text", **options: Any) -> str:
     sections = {"distillation": {"loss": loss, "temperature": 2.0}, "training": {"lr": 3e-4}}
     metrics = METRICS | {"kinds": kinds.split(" ")}
     return model_card("a-student", origin, SHAPE, sections, metrics, **options)
@@ -47,6 +47,28 @@ def test_card_of_the_packaged_teacher(tmp_path: Path) -> None:
     assert "34 held-out documents (27,360 tokens, windows of 256), with 95%" in text
     assert "| `distillation.temperature` | 2.0 |" in text
     assert "Apache License" in (tmp_path / "licenses" / "LICENSE").read_text()
+
+
+def test_of_a_student_that_was_a_model_the_licence_is_its_own(tmp_path: Path) -> None:
+    """And the teacher's is told too, with its files in a folder of their own."""
+    taught = Origin("org/large", "org/large", "llama3.1")
+    own = Origin("org/small", "org/small", "apache-2.0")
+    _, front_matter, text = _card(taught, pretrained=own).split("---\n", 2)
+    values = yaml.safe_load(front_matter)
+    assert (values["license"], values["base_model"]) == ("apache-2.0", "org/small")
+    assert "that was `org/small`, distilled from `org/large` with" in text
+    assert "`apache-2.0`, that of `org/small`, from which this model is derived." in text
+    assert "what `org/large` predicts, whose licence is `llama3.1`" in text
+    assert "Built with Llama" in text
+    alone = _card(taught, loss="none", pretrained=own)
+    assert "made from `org/small` and trained, without a teacher" in alone
+    assert "org/large" not in alone
+    for folder, name in ((tmp_path / "hf", "LARGE"), (tmp_path / "hf" / "pretrained", "SMALL")):
+        (folder / "licenses").mkdir(parents=True)
+        (folder / "licenses" / f"LICENSE-{name}").write_text(name)
+    copy_licenses(tmp_path / "hf", tmp_path / "out")
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("LICENSE*")}
+    assert files == {"LICENSE-SMALL", "teacher/LICENSE-LARGE"}
 
 
 def test_a_baseline_is_not_called_distilled() -> None:

@@ -152,8 +152,10 @@ def test_without_logs_or_prompts(data: ReportData) -> None:
 def test_losses_that_are_nothing_are_left_out(data: ReportData) -> None:
     training = [{"step": s, "lm loss": 5 / s, "logits distillation loss": 0.0} for s in (1, 2)]
     validation = [{"step": 2, "lm loss": 3.0, "intermediate distillation loss": 0.0}]
+    validation[0]["attention distillation loss"] = 0.5
     html = render(replace(data, training=training, validation=validation))
     assert "Training: LM loss 5 at step 1, 2.5 at step 2. Validation: LM loss 3 at step 2" in html
+    assert "attention loss 0.5 at step 2" in html
     assert "intermediate loss" not in html
 
 

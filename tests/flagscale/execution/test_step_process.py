@@ -34,7 +34,7 @@ def test_a_users_error_is_noted_without_a_traceback(
     notes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end, step_process("convert-student") as step:
-        step.section(StudentRecipe, {"init": "prune", "num_layer": 2.0})
+        step.section(StudentRecipe, {"init": "depth", "num_layer": 2.0})
     assert end.value.code == 1
     message = read_error(notes)
     assert message

@@ -171,7 +171,7 @@ def test_kept_layers_are_spread_evenly_ends_included() -> None:
     assert layers_to_keep(4, StudentRecipe(num_layers=2)) == (0, 3)
     assert layers_to_keep(4, StudentRecipe(num_layers=1)) == (0,)
     assert layers_to_keep(4, StudentRecipe(keep_layers=(1, 2))) == (1, 2)
-    assert layers_to_keep(4, StudentRecipe(init="copy")) == (0, 1, 2, 3)
+    assert layers_to_keep(4, StudentRecipe(init="same")) == (0, 1, 2, 3)
     for count in range(1, 31):
         kept = layers_to_keep(30, StudentRecipe(num_layers=count))
         assert len(set(kept)) == count
@@ -204,7 +204,7 @@ def test_impossible_students_are_refused(student: StudentRecipe, message: str) -
 
 def test_student_shapes() -> None:
     assert student_shape(TEACHER, StudentRecipe(num_layers=10)) == replace(TEACHER, num_layers=10)
-    assert student_shape(TEACHER, StudentRecipe(init="copy")) == TEACHER
+    assert student_shape(TEACHER, StudentRecipe(init="same")) == TEACHER
     scratch = StudentRecipe(
         init="scratch", hidden_size=256, num_attention_heads=8, num_query_groups=4
     )

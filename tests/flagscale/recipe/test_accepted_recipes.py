@@ -99,7 +99,8 @@ def travels(recipe: Recipe) -> None:
 
 
 def fits(recipe: Recipe) -> ModelShape:
-    student = student_shape(TEACHER, recipe.student)
+    own = recipe.student.pretrained is not None  # a model of its own, which nobody has here
+    student = TEACHER if own else student_shape(TEACHER, recipe.student)
     check_layouts(recipe, TEACHER, student)
     try:
         training = resolved(recipe.training, student, distilled=recipe.distillation.loss != "none")

@@ -45,7 +45,28 @@ SPLIT_OVER_TENSOR_RANKS = [
     "decoder.layers.1.mlp.linear_fc1",
     "decoder.layers.1.self_attention.linear_qkv",
     "decoder.layers.1.self_attention.core_attention",
-    "output_layer",
+]
+HIDDEN, ATTENTION = "intermediate_layer_pairs", "attention_layer_pairs"
+MLP, NORM = ["decoder.layers.1.mlp.linear_fc2"] * 2, ["decoder.layers.1.input_layernorm"] * 2
+FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
+# Of what the backward pass computes again, a term has no gradient.
+FORGOTTEN: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    (HIDDEN, MLP, FULL, "linear_fc2 with training.recompute_granularity=full"),
+    (
+        HIDDEN,
+        MLP,
+        {**SELECTIVE, "recompute_modules": ["mlp"]},
+        "linear_fc2 with training.recompute_modules=mlp",
+    ),
+    (
+        HIDDEN,
+        NORM,
+        {**SELECTIVE, "recompute_modules": ["layernorm"]},
+        "input_layernorm with training.recompute_modules=layernorm",
+    ),
+    (HIDDEN, NORM, {"transformer_impl": "transformer_engine"}, "pair the layer before"),
+    (ATTENTION, [1, 1], FULL, "attention_layer_pairs with training.recompute_granularity=full"),
+    (ATTENTION, [1, 1], SELECTIVE, "recompute_granularity=selective of core_attn"),
 ]
 
 
@@ -62,6 +83,10 @@ SPLIT_OVER_TENSOR_RANKS = [
                 f"intermediate_layer_pairs: {name} .*tensor_model_parallel_size=2",
             )
             for name in SPLIT_OVER_TENSOR_RANKS
+        ),
+        *(
+            ({"distillation": {pairs: [pair]}, **more}, message)
+            for pairs, pair, more, message in FORGOTTEN
         ),
         ({"architecture": {"spec": "a:b"}}, "spec=a:b with distillation.loss=logits"),
         ({"architecture": {"mtp_num_layers": 2}}, "mtp_num_layers=2 with distillation.loss=logits"),
@@ -208,6 +233,14 @@ def test_whole_states_may_be_paired_on_tensor_ranks():
     read(parallelism=TP2, distillation={"intermediate_layer_pairs": [[n, n] for n in names]})
     split = [[name, name] for name in SPLIT_OVER_TENSOR_RANKS]
     read(distillation={"intermediate_layer_pairs": split})
+
+
+def test_pairs_that_recomputation_leaves_alone():
+    layers = [["decoder.layers.1", "decoder.layers.1"]]
+    read(**FULL, distillation={HIDDEN: layers})
+    read(**SELECTIVE, distillation={HIDDEN: [*layers, MLP, NORM]})
+    read(**SELECTIVE, recompute_modules=["mlp"], distillation={ATTENTION: [[1, 1]]})
+    read(**SELECTIVE, recompute_modules=[], distillation={ATTENTION: [[1, 1]]})
 
 
 def test_whole_numbers_may_arrive_as_floats() -> None:

@@ -98,8 +98,8 @@ def test_names_of_lists_nested_fields_and_equal_last_names() -> None:
             "no result depends on training.parallelism, but for rounding",
         ),
         (
-            {"student.init": ["prune", "copy"]},
-            "the variant 'init=copy': student: init=copy keeps every layer",
+            {"student.init": ["depth", "same"]},
+            "the variant 'init=same': student: init=same keeps every layer",
         ),
         (  # a check between sections
             {

@@ -96,7 +96,7 @@ def test_a_field_that_its_section_gives_too_is_refused_with_both(run: Run) -> No
         "parameter distillation_temperature=2: distillation.temperature=3.0 is given as well; "
         "leave one of the two as it was"
     )
-    values["student"] = {"init": "prune", "keep_layers": [0]}
+    values["student"] = {"init": "depth", "keep_layers": [0]}
     del values["distillation_temperature"]
     with pytest.raises(UserError, match=r"student_num_layers=1: student\.keep_layers=\[0\] is giv"):
         check_run(made, {**values, "student_num_layers": "1"})

@@ -20,15 +20,30 @@ WITHIN = 0.15
 SEQ_LENGTH = 256
 WORKER = Path(__file__).with_name("training_worker.py")
 # name: processes, parallelism, more of the training, the distillation
+HIDDEN = {
+    "intermediate_layer_pairs": [
+        ["decoder.layers.0", "decoder.layers.0", "cosine"],
+        ["decoder.layers.2", "decoder.layers.1", "mse"],  # of other stages, with two
+    ]
+}
+ATTENTION = {"attention_layer_pairs": [[0, 0], [1, 1]]}
 CASES = {
     "one process": (1, {}, {}, {}),
     "no teacher": (1, {}, {}, {"loss": "none"}),
     "LM loss too": (1, {}, {}, {"skip_lm_loss": False}),
+    "logits held": (1, {}, {}, {"fuse_output_layer": False}),
+    "logits held, LM loss too": (1, {}, {}, {"fuse_output_layer": False, "skip_lm_loss": False}),
+    "bf16, logits held": (1, {}, {"precision": "bf16"}, {"fuse_output_layer": False}),
+    "TP2, logits held": (2, {"tensor_model_parallel_size": 2}, {}, {"fuse_output_layer": False}),
+    "hidden states": (1, {}, {}, HIDDEN),
+    "attention": (1, {}, {}, ATTENTION),
+    "hidden states, bf16": (1, {}, {"precision": "bf16"}, HIDDEN),
     "bf16": (1, {}, {"precision": "bf16"}, {}),
     "full recomputation": (1, {}, {"recompute_granularity": "full"}, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}, {}, {}),
     "TP2, sequences": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, {}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}, {}, {}),
+    "PP2, hidden states": (2, {"pipeline_model_parallel_size": 2}, {}, HIDDEN),
     "CP2": (2, {"context_parallel_size": 2}, {}, {}),
     "DP2": (2, {}, {}, {}),
     "DP2, bf16, sharded": (2, {"use_distributed_optimizer": True}, {"precision": "bf16"}, {}),
@@ -100,7 +115,7 @@ def estimated(name: str, rank: int) -> tuple[int, int, int]:
             2 if recipe.precision == "bf16" else 4, recompute=recipe.recompute_granularity
         ),
         distributed_optimizer=bool(recipe.parallelism.use_distributed_optimizer),
-        skip_lm_loss=distillation.skip_lm_loss,
+        distillation=distillation,
     )
     teacher = None if distillation.loss == "none" else TEACHER
     stage = rank if layout.pipeline > 1 else 0

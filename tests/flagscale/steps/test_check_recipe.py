@@ -80,7 +80,7 @@ MISTAKES: list[tuple[str, dict[str, Any]]] = [
     ("single", {"training_lr": "fast"}),
     ("single", {"training_global_batch_size": "7"}),
     ("single", {"training": {**TRAINING, "parallelism": {"tensor_model_parallel_size": 3}}}),
-    ("single", {"student_num_layers": "2", "student": {"init": "copy"}}),
+    ("single", {"student_num_layers": "2", "student": {"init": "same"}}),
     ("single", {"data_max_documents": "none"}),
     ("single", {"data_max_documents": "5", "data": {"blend": [{"name": "a", "source": "a"}]}}),
     ("single", {"teacher": {**TEACHER, "source": "https://me:planted@example.com/model"}}),

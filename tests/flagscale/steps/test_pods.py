@@ -86,11 +86,11 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "volume"))
     inputs = share({"teacher": teacher, "dataset": dataset}, tmp_path)
     arguments = {
-        "student_recipe": {"init": "prune", "num_layers": 2.0},
+        "student_recipe": {"init": "depth", "num_layers": 2.0},
         "models_recipe": {},
         **inputs,
     }
-    outputs = ("student", "student_metrics")
+    outputs = ("student", "student_report", "student_metrics")
     own = common(tmp_path / "a", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
     code, output = pod.end()

@@ -145,6 +145,33 @@ def test_ranks_make_the_same_teacher(
     assert len(open_artifact(output, "teacher").peak_memory["host"]) == tensor * pipeline
 
 
+def test_rows_that_are_no_tokens_are_left_out(
+    tiny_teacher: Path, source: Path, dataset: Path
+) -> None:
+    """Whatever they hold: everything is as if the source had none of them."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 1100}))
+    weights = load_file(source / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([table, 9 * torch.ones(100, table.size(1))])
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    output, plain = source.with_name("teacher"), source.with_name("plain")
+    figures = prepare_teacher(TeacherRecipe(source=str(source)), dataset, output)
+    assert figures == prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, plain)
+    assert ModelShape.load(output) == ModelShape.load(plain)
+    found = [
+        open_artifact(one, "teacher").facts["vocabulary_rows_left_out"] for one in (output, plain)
+    ]
+    assert found == [100, 0]
+    assert json.loads((output / "hf" / "config.json").read_text())["vocab_size"] == 1000
+    with platform.runtime():
+        ours, theirs = (load_model(one, SEQ_LENGTH) for one in (output, plain))
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    shutil.rmtree(output)
+    shutil.rmtree(plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_teacher_in_16_bits_takes_half_the_room(
     tiny_teacher: Path, source: Path, dataset: Path, dtype: torch.dtype

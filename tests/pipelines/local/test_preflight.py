@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +33,13 @@ def recipe(teacher: object, source: object = "python-docs", **student: object) -
     )
 
 
+def of_a_model(teacher: Path, source: Path) -> Recipe:
+    """The student is a model of its own."""
+    values = recipe(teacher).model_dump(mode="json")
+    values["student"] = {"init": "pretrained", "source": str(source)}
+    return Recipe.model_validate(values)
+
+
 def test_a_fingerprint_follows_local_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     file = tmp_path / "sub" / "a.txt"
@@ -59,6 +68,22 @@ def test_fingerprints_are_filled_in_but_not_replaced(tmp_path: Path) -> None:
     # The tokenizer is the teacher's, and the tokens depend on it.
     assert filled.data.fingerprint == f"{fingerprint(str(text))}+{fingerprint(str(tmp_path))}"
     assert with_fingerprints(filled) == filled
+
+
+def test_a_student_that_is_a_model_has_a_fingerprint_too(tmp_path: Path) -> None:
+    """In a sweep one of all its students: whichever changes, none is taken from the cache."""
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+        (place / "config.json").write_text("one")
+    one = of_a_model(tmp_path, places[0])
+    assert with_fingerprints(one).student.fingerprint == fingerprint(str(places[0]))
+    assert with_fingerprints(recipe(tmp_path)).student.fingerprint is None
+    values = one.model_dump(mode="json")
+    values["sweep"] = {"vary": {"student.source": [str(place) for place in places]}}
+    sweep = Recipe.model_validate(values)
+    both = "+".join(str(fingerprint(str(place))) for place in places)
+    assert with_fingerprints(sweep).student.fingerprint == both
 
 
 def test_remote_text_and_models_have_fingerprints(
@@ -172,13 +197,10 @@ def test_models_that_the_ranks_do_not_divide(tiny_teacher, parallelism, message)
             1,
             r"layers\.4' of the teacher: it has .* 0 to 3",
         ),
-        (
-            ["decoder.layers.1", "decoder.layers.1"],
-            2,
-            r"of the teacher: not on the last of 2 .* 2 to",
-        ),
-        (["layers.1", "decoder.layers.3"], 1, "must begin with one of embedding, decoder"),
+        (["layers.1", "decoder.layers.3"], 1, "must be embedding, decoder.final_layernorm, or"),
         (["decoder.layers.1.mpl", "decoder.layers.3"], 1, "is called mpl; did you mean mlp?"),
+        (["decoder.layers.1", "output_layer"], 2, "of the teacher: logits are matched by"),
+        (["decoder.layers.1.router", "decoder.layers.1"], 1, "router cannot be compared token"),
     ],
 )
 def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, message) -> None:
@@ -187,8 +209,24 @@ def test_pairs_of_layers_that_no_loss_can_compare(tiny_teacher, pair, stages, me
     values["distillation"]["intermediate_layer_pairs"] = [pair]
     with pytest.raises(UserError, match=message):
         check_sources(Recipe.model_validate(values))
-    values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.3"]]
+    values["distillation"]["intermediate_layer_pairs"] = [["decoder.layers.1", "decoder.layers.0"]]
     check_sources(Recipe.model_validate(values))
+
+
+@pytest.mark.parametrize(
+    ("pair", "heads", "message"),
+    [
+        ([2, 0], None, "attention_layer_pairs: layer 2 of the student: it has layers 0 to 1"),
+        ([1, 4], None, "attention_layer_pairs: layer 4 of the teacher: it has layers 0 to 3"),
+        ([1, 3], 5, "its 4 heads of 16 channels cannot be split into 5; set .* divisor of 64"),
+    ],
+)
+def test_pairs_of_attentions_that_no_loss_can_compare(tiny_teacher, pair, heads, message) -> None:
+    values = recipe(tiny_teacher).model_dump(mode="json")
+    changed = {"attention_layer_pairs": [pair], "attention_relation_heads": heads}
+    values["distillation"] |= changed
+    with pytest.raises(UserError, match=message):
+        check_sources(Recipe.model_validate(values))
 
 
 GPU_ONLY = [
@@ -251,6 +289,33 @@ def test_sequences_longer_than_the_teachers_positions(tiny_teacher: Path) -> Non
 def test_good_sources_pass(tiny_teacher: Path) -> None:
     check_sources(recipe(tiny_teacher, num_layers=4))
     check_sources(recipe(tiny_teacher, init="scratch", num_layers=3))
+    check_sources(of_a_model(tiny_teacher, tiny_teacher))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "student: model_type='gemma' is not supported"),
+        ({"max_position_embeddings": 16}, "is more than the student's max_position_embeddings=16"),
+        ({"num_key_value_heads": 3}, "student: num_attention_heads=4 is not divisible by"),
+        ({"tokenizer": 1}, "its tokenizer is not that of .*: 2 tokens differ, first 'A'"),
+    ],
+)
+def test_a_student_that_is_another_model(
+    tiny_teacher: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    del config["head_dim"]
+    if "tokenizer" in change:
+        values = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = values["model"]["vocab"]
+        ids["A"], ids["B"] = ids["B"], ids["A"]
+        (source / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    else:
+        (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        check_sources(of_a_model(tiny_teacher, source))
 
 
 @pytest.mark.parametrize(

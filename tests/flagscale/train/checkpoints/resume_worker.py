@@ -27,7 +27,7 @@ from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
 STEPS = 6
-# Losses with tensors on the last pipeline stage that are no part of the student: the student is
+# Losses with tensors on every pipeline stage that are no part of the student: the student is
 # narrower than the teacher.
 DISTILLATION = DistillationRecipe(
     temperature=2.0,
@@ -35,7 +35,8 @@ DISTILLATION = DistillationRecipe(
     kd_loss_scale=0.7,
     intermediate_loss_scale=0.5,
     intermediate_layer_pairs=(
-        ("decoder.layers.1", "decoder.layers.3"),
+        ("decoder.layers.0", "decoder.layers.1"),
+        ("decoder.layers.0", "decoder.layers.3", "mse"),
         ("decoder.final_layernorm", "decoder.final_layernorm", "mse"),
     ),
 )

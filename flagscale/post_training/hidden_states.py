@@ -1,0 +1,43 @@
+"""How two hidden states are compared, token by token: in fp32, whatever the models compute in.
+
+In bf16 a cosine near 1 is a multiple of 2^-8, and the gradient, a difference of nearly equal
+vectors, is mostly rounding: the closer the student, the wronger its direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+Fit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def mse(student_sbc: torch.Tensor, teacher_sbc: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of a token's channels (FitNets, arXiv 1412.6550).
+
+    Args:
+        student_sbc: [s, b, channels].
+        teacher_sbc: the same shape.
+
+    Returns:
+        [s, b], float32.
+    """
+    return (student_sbc.float() - teacher_sbc.float()).square().mean(dim=-1)
+
+
+def cosine(student_sbc: torch.Tensor, teacher_sbc: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of the two vectors of a token (DistilBERT, arXiv 1910.01108).
+
+    Args:
+        student_sbc: [s, b, channels].
+        teacher_sbc: the same shape.
+
+    Returns:
+        [s, b], float32.
+    """
+    return 1 - F.cosine_similarity(student_sbc.float(), teacher_sbc.float(), dim=-1)
+
+
+FITS: dict[str, Fit] = {"cosine": cosine, "mse": mse}
