@@ -28,7 +28,7 @@ import torch
 from flagscale.recipe import Recipe
 from flagscale.recipe.reading import load_recipe
 
-DEFAULT = Path(__file__).parent.parent / "recipes/smollm2-135m-to-10-layers.yaml"
+DEFAULT = Path(__file__).parent.parent / "recipes/smollm2-135m-to-22-layers.yaml"
 CASES = ("ours", "transformers", "trl", "products")
 _SAME_LOSS = 1e-3  # relative, of the first step: fp32, summed in another order
 
