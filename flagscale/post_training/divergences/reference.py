@@ -80,9 +80,7 @@ def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> tor
 
 def _top_k_kl(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:
     """KL of the teacher's k likeliest tokens and of one bucket with all others."""
-    order = torch.sort(
-        log_p, dim=-1, descending=True, stable=True
-    ).indices  # of equal ones the first
+    order = log_p.sort(dim=-1, descending=True, stable=True).indices  # of equal ones the first
     first, rest = order.tensor_split([top_k], -1)
     coarse = []
     for log in (log_p, log_q):
