@@ -62,7 +62,7 @@ class TopKKL(Divergence):
                 loss_n[chunk.at] = merged.loss_n
                 if with_gradient:
                     self._write(chunk, tokens[chunk.at], *merged.gradient(0))
-        if shared:
+        if is_shared(group):
             merged = _Merged(gathered(parts, group), self.top_k, self.temperature)
             loss_n = merged.loss_n.float()
             if with_gradient:

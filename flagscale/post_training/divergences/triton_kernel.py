@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 # ruff: noqa: ANN001, ANN202, N803 - Triton infers types, and spells a kernel's constants so
 """The pass over rows of logits as a Triton kernel: one program a row, which it reads in blocks.
 
