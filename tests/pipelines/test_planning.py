@@ -267,7 +267,7 @@ def test_a_student_that_is_a_model_of_its_own(tmp_path, capsys):
     [
         (
             {"num_attention_heads": 6, "num_key_value_heads": 2},
-            "num_attention_heads=6 .the student",
+            "num_attention_heads=6 .of the student",
         ),
         ({"max_position_embeddings": 2048}, "the student's max_position_embeddings=2048"),
         ({"model_type": "gemma"}, "student: model_type='gemma' is not supported"),
