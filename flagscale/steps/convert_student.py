@@ -152,7 +152,8 @@ def convert_on_rank(
             )
             staging.facts["quantization"] = quantized
             figures |= quantization_figures(quantized)
-        kept = made.choice.kept or None
+        is_changed = made.choice.fits or made.narrowing is not None
+        kept = None if is_changed else made.choice.kept or None
         artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
         proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
         figures |= proven
