@@ -145,7 +145,7 @@ def convert_on_rank(
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del made.model  # what is proven is the artifact
         if source is not None:
-            staging.facts |= source.facts()
+            staging.facts |= source.facts() | {"zero_weights": made.zero_weights}
             figures |= prove(source, staging.path, dataset, models.sizes)
         figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
         figures |= needs(shape, seq_length, stored)
