@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-RECIPE ?= recipes/smollm2-135m-to-10-layers.yaml
+RECIPE ?= recipes/smollm2-135m-to-22-layers.yaml
 RUNS ?= runs
 PLATFORM ?= cpu-only
 ARGS ?=
@@ -23,13 +23,16 @@ BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism sizes lock bench clean
+.PHONY: help run doctor baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism sizes lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
 run: $(VENV)/.run  ## distil the recipe's teacher on this machine (RECIPE=..., ARGS='--set distillation.temperature=2')
 	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) $(ARGS)
+
+doctor: $(VENV)/.run  ## check that a recipe's distillation computes what it says, before any training (RECIPE=...)
+	$(BIN)/python -m pipelines doctor $(RECIPE) --runs $(RUNS) $(ARGS)
 
 baseline: $(VENV)/.run  ## the same student, the same steps, no teacher; then both side by side
 	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) --set 'distillation={loss: none}' $(ARGS)

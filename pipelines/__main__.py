@@ -8,16 +8,16 @@ from collections.abc import Callable
 from flagscale.errors import UserError
 from flagscale.secrets import mask_output
 from pipelines.cluster.connection_errors import StoppedWaiting
-from pipelines.commands import compare, compile, plan, run, schedule, status, submit
+from pipelines.commands import compare, compile, doctor, plan, run, schedule, status, submit
 from pipelines.local.stopping import Stopped
 from pipelines.outcome import StepFailed
 
-_COMMANDS = (run, plan, compile, submit, schedule, status, compare)
+_COMMANDS = (run, doctor, plan, compile, submit, schedule, status, compare)
 _EXAMPLES = """examples:
-  python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
+  python -m pipelines run recipes/smollm2-135m-to-22-layers.yaml
       distil on this machine; results in runs/latest
 
-  python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100
+  python -m pipelines compile recipes/smollm2-135m-to-22-layers.yaml --platform gke-h100
       write the pipeline for a cluster; upload the file in the KFP UI
 
   python -m pipelines COMMAND --help

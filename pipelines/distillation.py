@@ -8,7 +8,7 @@ temperature reuses data, teacher and conversion from the cache.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipelines.parameters import make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
 from pipelines.sweep import build_sweep
-from pipelines.wiring import always, check, figures, place_record, prepare, teach
+from pipelines.wiring import always, check, convert, figures, place_record, prepare, teach
 
 RELEASE = f"flagscale-distillation {VERSION}"
 
@@ -49,13 +49,36 @@ def build_pipeline(
         return build_sweep(recipe, platform, code_version)
     if platform is not None:
         placement.check(platform, recipe)
+    return _build(recipe, platform, code_version, _wire)
+
+
+def build_preparation(recipe: Recipe, code_version: str) -> BaseComponent:
+    """The same pipeline on this machine, up to the student that training would start from.
+
+    Args:
+        recipe: resolved, without a sweep.
+        code_version: see `build_pipeline`.
+    """
+
+    def wire(values: Mapping[str, Any], placed: Placement) -> None:
+        convert(values, placed, *prepare(values, placed))
+
+    return _build(recipe, None, code_version, wire)
+
+
+def _build(
+    recipe: Recipe,
+    platform: Platform | None,
+    code_version: str,
+    wire_steps: Callable[[Mapping[str, Any], Placement], None],
+) -> BaseComponent:
     parameters = form.parameters(recipe, platform, code_version)
     made = form.made(recipe, platform, [parameter.name for parameter in parameters])
     form.check_size(made, {parameter.name: parameter.default for parameter in parameters})
 
     def wire(values: Mapping[str, Any]) -> None:
         placed = Placement(platform, recipe, values)
-        _wire(check(values, placed, made), placed)
+        wire_steps(check(values, placed, made), placed)
 
     return make_pipeline(
         name="distillation",

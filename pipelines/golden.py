@@ -16,11 +16,11 @@ from pipelines.platform import load_platform
 _ROOT = Path(__file__).parents[1]
 FOLDER = _ROOT / "pipelines" / "compiled"
 COMPILED = {
-    "smollm2-135m-to-10-layers": ("cpu-only", "gke-h100", "on-prem-a100"),
+    "smollm2-135m-to-22-layers": ("cpu-only", "gke-h100", "on-prem-a100"),
     "qwen3-8b-to-24-layers": ("gke-h100",),
     "tiny-sweep": ("gke-h100",),
 }
-MANIFESTS = {"smollm2-135m-to-10-layers": ("gke-h100",)}
+MANIFESTS = {"smollm2-135m-to-22-layers": ("gke-h100",)}
 
 
 def write(folder: Path) -> list[Path]:

@@ -58,7 +58,11 @@ def as_json(plan: Plan, where: str) -> dict[str, Any]:
             "parameters": parameters(job.teacher.shape).total,
             "origin": job.teacher.origin,
         },
-        "student": {"parameters": parameters(job.student).total}
+        "student": {
+            "parameters": parameters(job.student).total,
+            "num_layers": job.student.num_layers,
+            "hidden_size": job.student.hidden_size,
+        }
         | ({"source": job.recipe.student.source} if job.student_source else {}),
         "steps": [
             asdict(step) | {name: getattr(step, name) for name in figures} for step in plan.steps
@@ -77,7 +81,7 @@ def _source(job: Job) -> str:
     """The student's size, and where a model of its own comes from."""
     source = job.student_source
     if source is None:
-        return f": {_model(job.student)}"
+        return f": {_model(job.student)}{_narrower(job)}"
     name = job.recipe.student.source
     return f" {name}: {_model(job.student)}, {8 * source.dtype_bytes}-bit ({source.origin})"
 
@@ -86,6 +90,16 @@ def _model(shape: Any) -> str:  # noqa: ANN401 - a ModelShape
     count = parameters(shape).total
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return f"{size} parameters, {shape.num_layers} layers"
+
+
+def _narrower(job: Job) -> str:
+    """What is pruned of the teacher's widths: a target may have chosen it."""
+    from flagscale.models.cut_shape import cut_widths
+
+    if not job.recipe.student.cuts_width:
+        return ""
+    cut = cut_widths(job.teacher.shape, job.student)
+    return "".join(f", {name} {size}" for name, size in cut.items())
 
 
 def _memory(step: StepPlan) -> tuple[str, ...]:

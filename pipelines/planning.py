@@ -18,6 +18,7 @@ from kubernetes.utils import parse_quantity
 
 from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.recipe.combinations import check_width_pruning
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
@@ -204,6 +205,10 @@ def choose(job: Job) -> ParallelismRecipe | None:
         return None
 
     def fits(sizes: ParallelismRecipe) -> bool:
+        try:
+            check_width_pruning(job.recipe.student, sizes)
+        except ValueError:
+            return False
         return all(model_step(job, step, sizes).lacks is None for step in MODEL_STEPS)
 
     shapes = (job.teacher.shape, job.student)

@@ -78,13 +78,13 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
-def teach(
+def convert(
     values: Mapping[str, Any],
     placed: Placement,
     dataset: Any,  # noqa: ANN401 - KFP's channel
     teacher: Any,  # noqa: ANN401 - KFP's channel
-) -> tuple[Any, Any]:
-    """The steps of one student: channels of the distilled student and its evaluation."""
+) -> Any:  # noqa: ANN401 - KFP's channel
+    """The step that makes a student: its channel."""
     conversion = convert_student(
         student_recipe=values["student"],
         models_recipe=values["models"],
@@ -92,8 +92,17 @@ def teach(
         dataset=dataset,
         **always(values, "models"),
     )
-    student = placed.place(conversion, "models", "Convert student").outputs["student"]
+    return placed.place(conversion, "models", "Convert student").outputs["student"]
 
+
+def teach(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Any,  # noqa: ANN401 - KFP's channel
+    teacher: Any,  # noqa: ANN401 - KFP's channel
+) -> tuple[Any, Any]:
+    """The steps of one student: channels of the distilled student and its evaluation."""
+    student = convert(values, placed, dataset, teacher)
     distilled = _train(values, placed, teacher=teacher, student=student, dataset=dataset)
 
     measured = evaluate(

@@ -16,6 +16,7 @@ def convert_student(
     dataset: dsl.Input[dsl.Dataset],
     student: dsl.Output[dsl.Model],
     student_report: dsl.Output[dsl.HTML],
+    audit: dsl.Output[dsl.HTML],
     student_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Make the student from the teacher and prove that it can be distilled.
@@ -30,6 +31,7 @@ def convert_student(
         dataset: from prepare-data: text for the proofs.
         student: the student before training, as a Megatron-Core distributed checkpoint.
         student_report: which layers went and what that costs, sizes and proofs, as one page.
+        audit: every check of the conversion with figure and tolerance, as one page.
         student_metrics: figures of the proofs, parameters of the student.
     """
     from flagscale.execution.step_process import step_process
@@ -47,4 +49,5 @@ def convert_student(
             models=step.section(ModelsRecipe, models_recipe),
         )
         step.copy(folder / "report.html", student_report.path)
+        step.copy(folder / "audit.html", audit.path)
         step.report(figures, student_metrics)

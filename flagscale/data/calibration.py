@@ -30,6 +30,11 @@ class Calibration:
     digest: str
 
     @property
+    def whole(self) -> torch.Tensor:
+        """The tokens of all micro-batches as one, int64 [b, s]."""
+        return torch.cat([batch["tokens"] for batch in self.batches])
+
+    @property
     def tokens(self) -> int:
         """Positions, those without a loss included."""
         return sum(batch["tokens"].numel() for batch in self.batches)

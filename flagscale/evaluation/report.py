@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.artifacts import Manifest
 from flagscale.evaluation import charts
+from flagscale.evaluation.audit_report import headline as audit_headline
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
 from flagscale.evaluation.texts import count, flat
@@ -190,7 +191,16 @@ def _recipe(data: ReportData) -> dict[str, list[tuple[str, str]]]:
 
 
 def _facts(manifests: Mapping[str, Manifest]) -> dict[str, list[tuple[str, str]]]:
-    return {name: flat(manifest.facts) for name, manifest in manifests.items() if manifest.facts}
+    return {
+        name: flat({key: _told(key, value) for key, value in manifest.facts.items()})
+        for name, manifest in manifests.items()
+        if manifest.facts
+    }
+
+
+def _told(key: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """An audit, which has a page of its own, in a line."""
+    return audit_headline(value) if key == "audit" else value
 
 
 def _provenance(data: ReportData) -> list[tuple[str, str]]:

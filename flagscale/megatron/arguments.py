@@ -54,6 +54,7 @@ class Arguments:
         check_for_spiky_loss: warn of a loss far above all before.
         export_kd_teacher_load: the teacher's artifact; where set, the model is distilled.
         export_kd_cfg: the distillation, if so.
+        export_quant_load: the artifact whose quantisers a quantised model gets.
     """
 
     shape: ModelShape
@@ -89,6 +90,7 @@ class Arguments:
     check_for_spiky_loss: bool = False
     export_kd_teacher_load: Path | None = None
     export_kd_cfg: DistillationRecipe | None = None
+    export_quant_load: Path | None = None
 
     @property
     def num_micro_batches(self) -> int:
@@ -131,7 +133,10 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         params_dtype=platform.training_dtype(training.precision),
-        transformer_impl=platform.transformer_impl(training.transformer_impl),
+        # Quantised layers are Megatron-Core's own.
+        transformer_impl="local"
+        if shape.quantization is not None
+        else platform.transformer_impl(training.transformer_impl),
         parallelism=training.parallelism,
         recompute_granularity=training.recompute_granularity,
         recompute_modules=training.recompute_modules,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Far below any logit, so that its probability is 0 in every dtype and at every temperature (1000 at
 # most), and finite, so that 0 x it is 0.
-_PADDING_LOGIT = -1e6
+PADDING_LOGIT = -1e6
 
 
 def build_gpt_model(
@@ -67,7 +67,7 @@ def build_gpt_model(
         for module in model.modules():  # transformer-engine's, which need no Apex
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
-    if post_process and shape.padded_vocab_size > shape.vocab_size:
+    if post_process:
         _mask_padded_vocabulary(model, shape.vocab_size)
     return model
 
@@ -101,13 +101,16 @@ def build_legacy_gpt_model(
 
 def _mask_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
     layer = model.output_layer
-    start = torch.distributed.get_rank(layer.tp_group) * layer.output_size_per_partition
-    first = max(vocab_size - start, 0)
-    if first >= layer.output_size_per_partition:
-        return
+    width = layer.output_size_per_partition
+    start = torch.distributed.get_rank(layer.tp_group) * width
+    layer.tokens = min(max(vocab_size - start, 0), width)  # of this rank's slice
+    if layer.tokens < width:
+        layer.register_forward_hook(mask_padding)
 
-    def mask(module: torch.nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
-        logits_sbv, _ = output
-        logits_sbv[..., first:] = max(_PADDING_LOGIT, torch.finfo(logits_sbv.dtype).min)
 
-    layer.register_forward_hook(mask)
+def mask_padding(module: torch.nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
+    """Give the padded vocabulary's columns of an output layer's logits probability 0: a hook."""
+    logits_sbv, _ = output
+    if isinstance(logits_sbv, torch.Tensor):  # else the layer is fused with the loss
+        lowest = torch.finfo(logits_sbv.dtype).min
+        logits_sbv[..., module.tokens :] = max(PADDING_LOGIT, lowest)

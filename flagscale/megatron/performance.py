@@ -29,8 +29,10 @@ def resolved(
     Raises:
         UserError: a switch is on that this machine or model cannot honour.
     """
+    plain = shape.quantization is None  # quantised layers are Megatron-Core's own
     engine = (
-        platform.HAS_GPU
+        plain
+        and platform.HAS_GPU
         and platform.transformer_impl(training.transformer_impl) == "transformer_engine"
     )
     layers = "transformer-engine's layers, on a GPU"
@@ -81,8 +83,11 @@ def resolved(
         "gradient_accumulation_fusion": _switch(
             training,
             "gradient_accumulation_fusion",
-            on=engine or platform.has_apex_gradient_accumulation(),
-            needs={layers: engine or platform.has_apex_gradient_accumulation()},
+            on=plain and (engine or platform.has_apex_gradient_accumulation()),
+            needs={
+                layers: engine or platform.has_apex_gradient_accumulation(),
+                "a student that is not quantised": plain,
+            },
         ),
     }
     for name in ("bias_activation_fusion", "bias_dropout_fusion"):

@@ -18,11 +18,13 @@ from flagscale.errors import UserError
 from flagscale.megatron.config_fields import check_fields, read_rope
 from flagscale.megatron.families import family_of, read_experts, write_experts
 from flagscale.recipe import ArchitectureRecipe, parse_section
+from flagscale.recipe.quantization import FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_JSON = "model.json"
+QUANTIZERS = "quantizers.safetensors"  # beside it, of a quantised student
 VOCABULARY_DIVISOR = 128  # Megatron's `make_vocab_size_divisible_by`
 
 
@@ -50,6 +52,8 @@ class ModelShape:
         add_qkv_bias: bias on the query, key and value projections.
         untie_embeddings_and_output_weights: whether the output layer has weights of its own.
         architecture: what it has beyond attention and one MLP a layer.
+        quantization: recipe by which its linear layers are quantised, see
+            `flagscale.recipe.quantization.FORMATS`; None: they are not.
     """
 
     model_type: str
@@ -70,10 +74,13 @@ class ModelShape:
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = False
     architecture: ArchitectureRecipe = field(default_factory=ArchitectureRecipe)
+    quantization: str | None = None
 
     def save(self, artifact: Path) -> None:
         """Write `model.json` into an artifact's folder."""
         values = asdict(self) | {"architecture": self.architecture.model_dump(mode="json")}
+        if self.quantization is None:
+            del values["quantization"]
         write_json(artifact / MODEL_JSON, values)
 
     @classmethod
@@ -89,9 +96,13 @@ class ModelShape:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a model's shape: {error}") from error
-        names = {item.name for item in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        names = {item.name for item in fields(cls)} - {"quantization"}  # of some alone
+        if not isinstance(values, dict) or values.keys() - {"quantization"} != names:
             raise UserError(f"{path}: must hold exactly the fields {', '.join(sorted(names))}")
+        if values.get("quantization", "fp8") not in FORMATS:
+            raise UserError(
+                f"{path}: quantization={values['quantization']!r}: must be {', '.join(FORMATS)}"
+            )
         values["architecture"] = parse_section(
             ArchitectureRecipe, values["architecture"], where=f"{path}, architecture"
         )
@@ -140,6 +151,11 @@ class ModelShape:
         Raises:
             UserError: what does not fit, and the format to export in.
         """
+        if self.quantization is not None and not FORMATS[self.quantization].huggingface:
+            raise UserError(
+                f"student.quantization.recipe={self.quantization}: ModelOpt's unified Hugging Face "
+                "format is not written of that; set export.format=megatron"
+            )
         if not self.fits_hugging_face:
             changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.megatron.families import family_of
@@ -11,7 +12,7 @@ from flagscale.megatron.shape import ModelShape
 
 # Of experts; the others are fields of a shape.
 _OF_EXPERTS = ("num_experts", "moe_ffn_hidden_size")
-_WHOLE_ROWS = 8  # numbers, in bf16
+OF_WHOLE_ROWS, WHOLE_ROWS = ("hidden_size", "moe_ffn_hidden_size"), 8  # numbers, in bf16
 
 
 def widths(shape: ModelShape) -> dict[str, int]:
@@ -34,12 +35,18 @@ def cut_shape(teacher: ModelShape, sizes: Mapping[str, int]) -> ModelShape:
         teacher: its shape.
         sizes: `num_layers`, and of `widths`; no checks are made.
     """
-    values = {name: size for name, size in sizes.items() if name not in _OF_EXPERTS}
+    values: dict[str, Any] = {n: size for n, size in sizes.items() if n not in _OF_EXPERTS}
     shape = replace(teacher, **values)
     experts = {name: sizes[name] for name in _OF_EXPERTS if name in sizes}
     if not experts:
         return shape
     return replace(shape, architecture=teacher.architecture.model_copy(update=experts))
+
+
+def cut_widths(wide: ModelShape, narrow: ModelShape) -> dict[str, int]:
+    """The widths that differ, by the recipe's names, as the narrower shape has them."""
+    before = widths(wide)
+    return {name: size for name, size in widths(narrow).items() if size != before[name]}
 
 
 def check_cut(teacher: ModelShape, sizes: Mapping[str, int]) -> None:
@@ -78,10 +85,10 @@ def check_cut(teacher: ModelShape, sizes: Mapping[str, int]) -> None:
             f"student.num_experts={sizes['num_experts']}: the teacher chooses {chosen} for each "
             "token; give at least as many"
         )
-    for name in ("hidden_size", "moe_ffn_hidden_size") if "num_experts" in known else ():
-        if sizes.get(name, 0) % _WHOLE_ROWS:
+    for name in OF_WHOLE_ROWS if "num_experts" in known else ():
+        if sizes.get(name, 0) % WHOLE_ROWS:
             raise UserError(
-                f"student.{name}={sizes[name]} is no multiple of {_WHOLE_ROWS}: transformers' "
+                f"student.{name}={sizes[name]} is no multiple of {WHOLE_ROWS}: transformers' "
                 "experts take matrices in rows of 16 bytes"
             )
     hidden = sizes.get("hidden_size", teacher.hidden_size)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -25,16 +25,19 @@ from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.models.megatron import without_multi_token_prediction
 from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.post_training.export import plain_student
+from flagscale.post_training.tap import Edit, Seen, Tap
 from flagscale.recipe import DistillationRecipe
 from flagscale.train.auxiliary_losses import forget_auxiliary_losses
 from flagscale.train.batches import reads_data
 from flagscale.train.loop import reduce_reports, run_schedule
+from flagscale.train.train_gpt import forward_step
+
+if TYPE_CHECKING:
+    from flagscale.post_training.upstream import mtd
 
 # The LM loss is part of it: against itself a model gets no gradient from the KD loss.
 PROOF_LOSS = DistillationRecipe(skip_lm_loss=False)
 
-# A model's own logits give exactly 0; what else comes is a wrong loss, nats a token.
-_MAX_LOSS_WHEN_EQUAL = 1e-6
 _EXPERTS = ".mlp.experts."
 _TEACHER = "_teacher_model."
 _ONLY_PREDICTION = "mtp."  # what multi-token prediction alone uses
@@ -43,46 +46,21 @@ Batch = dict[str, torch.Tensor]
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
-def prove_no_loss_when_equal(teacher: GPTModel, batch: Batch) -> float:
-    """Prove that the KD loss of a model against itself is 0. All ranks call it.
-
-    Called within `use_args`, of a model `with_teacher` and PROOF_LOSS.
-
-    Args:
-        teacher: this rank's part; it is frozen.
-        batch: one micro-batch of the data loader, the same on every rank.
-
-    Returns:
-        The loss, nats a token.
-
-    Raises:
-        UserError: it is not 0.
-    """
-    model = convert_for_distillation(_twin(teacher), teacher, PROOF_LOSS)
-    with torch.no_grad():
-        loss = _run(model, batch, forward_only=True)["logits distillation loss"]
-    plain_student(model)  # the teacher tells the twin's loss nothing any more
-    if not abs(loss) <= _MAX_LOSS_WHEN_EQUAL:
-        raise UserError(
-            f"the KD loss of the teacher against itself is {loss:.3g} nats a token, not 0: the "
-            "conversion is wrong"
-        )
-    return loss
-
-
-def prove_every_parameter_learns(student: GPTModel, teacher: GPTModel, batch: Batch) -> float:
+def prove_every_parameter_learns(
+    student: GPTModel, teacher: GPTModel, batch: Batch
+) -> tuple[float, Seen | None]:
     """Prove that a backward pass reaches all of the student and none of the teacher.
 
     Multi-token prediction has no part in distillation: what only it uses must be reached by the
-    plain loss. All ranks call it, within `use_args` as above.
+    plain loss. All ranks call it, within `use_args` of a model `with_teacher` and PROOF_LOSS.
 
     Args:
-        student: this rank's part, its weights as training will start from; it is converted.
+        student: this rank's part, its weights as training will start from.
         teacher: this rank's part; it is frozen.
         batch: one micro-batch of the data loader, the same on every rank.
 
     Returns:
-        The KD loss, nats a token.
+        The KD loss, nats a token, and what was seen of it on the last pipeline stage.
 
     Raises:
         UserError: which parameter does not learn, or would change though it must not.
@@ -91,31 +69,70 @@ def prove_every_parameter_learns(student: GPTModel, teacher: GPTModel, batch: Ba
     if get_args().shape.architecture.mtp_num_layers:
         plain = replace(get_args(), export_kd_teacher_load=None)
         with use_args(plain), _gradients(student) as seen:
-            _run(student, batch)
+            run(student, batch)
         predicted = {name: s for name, s in seen.items() if name.startswith(_ONLY_PREDICTION)}
-    with without_multi_token_prediction(student):
-        model = convert_for_distillation(student, teacher, PROOF_LOSS)
+    with distilling(student, teacher, PROOF_LOSS) as model:
         with _gradients(model) as seen:
-            loss = _run(model, batch)["logits distillation loss"]
-    _check(model, seen | predicted)
-    return loss
+            losses, tapped = run(model, batch)
+        _check(model, seen | predicted)
+    return losses["logits distillation loss"], tapped
 
 
-def _run(model: GPTModel, batch: Batch, forward_only: bool = False) -> dict[str, float]:
-    """The losses in training, nats a token, known to all ranks."""
-    model.train()
+@contextlib.contextmanager
+def distilling(
+    student: GPTModel, teacher: GPTModel, recipe: DistillationRecipe
+) -> Iterator[mtd.DistillationModel]:
+    """The two as a distillation model, for the body; afterwards plain models again.
+
+    Multi-token prediction has no part in it.
+    """
+    with (
+        without_multi_token_prediction(student),
+        use_args(replace(get_args(), export_kd_cfg=recipe)),
+    ):
+        model = convert_for_distillation(student, teacher, recipe)
+        try:
+            yield model
+        finally:
+            plain_student(model)
+
+
+def run(
+    model: GPTModel,
+    batch: Batch,
+    *,
+    forward_only: bool = False,
+    training: bool = True,
+    edit: Edit | None = None,
+    differentiates: bool = False,
+) -> tuple[dict[str, float], Seen | None]:
+    """One micro-batch training's own way. All ranks call it.
+
+    Args:
+        model: this rank's part, plain or converted.
+        batch: of the data loader, the same on every rank.
+        forward_only: no backward pass.
+        training: the mode.
+        edit: see `Tap`.
+        differentiates: see there.
+
+    Returns:
+        The losses, nats a token, known to all ranks; and what was seen of them, on the last stage.
+    """
+    model.train(training)
     batches = iter([batch]) if reads_data(get_args()) else None
-    reports = run_schedule([model], [batches], 1, forward_only)
+    with Tap(model, edit, differentiates=differentiates).open() as tap:
+        reports = run_schedule([model], [batches], 1, forward_only, tap.around(forward_step))
     forget_auxiliary_losses()
-    return reduce_reports(reports)
+    return reduce_reports(reports), tap.seen
 
 
-def _twin(module: ModuleT) -> ModuleT:
+def twin(module: ModuleT) -> ModuleT:
     """A module of its own, hooks and all, that computes with the same tensors."""
-    twin = copy.copy(module)
-    vars(twin).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)})
-    twin._modules.update({name: m and _twin(m) for name, m in module._modules.items()})
-    return twin
+    made = copy.copy(module)
+    vars(made).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)})
+    made._modules.update({name: m and twin(m) for name, m in module._modules.items()})
+    return made
 
 
 @contextlib.contextmanager

@@ -38,12 +38,15 @@ _INPUTS = ["input_ids", "attention_mask"]
 _CHAT_TEMPLATE, _CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
-def write_config(config: PreTrainedConfig, folder: Path) -> None:
+def write_config(
+    config: PreTrainedConfig, folder: Path, quantization: dict[str, Any] | None = None
+) -> None:
     """Write `config.json`: the fields of the configuration's class, under old names and new.
 
     Args:
         config: of a family that `flagscale.megatron.families` has, with the dtype of the weights.
         folder: existing folder to write into.
+        quantization: `quantization_config`, of a quantised model.
     """
     own = {item.name for item in fields(type(config))} - {
         item.name for item in fields(PreTrainedConfig)
@@ -53,6 +56,8 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
     values = {name: value for name, value in config.to_dict().items() if name in known}
     values |= {old: values[new] for old, new in renamed.items() if new in values}
     values |= _rope(config.rope_parameters) | {"torch_dtype": values["dtype"]}
+    if quantization is not None:
+        values["quantization_config"] = quantization
     _write(folder / CONFIG_NAME, values)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -16,11 +17,28 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from flagscale.artifacts import write_json
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
+from flagscale.models.hf_quantized import FP8, Fp8Scales
 from flagscale.models.hf_weights import Counterpart, WeightMap
 
 _MAX_SHARD_SIZE = "5GB"
 _FILE_NAMES = "model{suffix}.safetensors"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+class _Entry(NamedTuple):
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_weights(
@@ -30,6 +48,7 @@ def write_weights(
     dtype: torch.dtype,
     rank: int = 0,
     world_size: int = 1,
+    scales: Fp8Scales | None = None,
 ) -> None:
     """Write safetensors of at most 5 GB each, and an index if they are several.
 
@@ -43,16 +62,23 @@ def write_weights(
         dtype: of the weights on disk.
         rank: of this process.
         world_size: how many processes share the work.
+        scales: of weights to be written in FP8, with their scales, once rounded to `dtype`.
 
     Raises:
         UserError: the checkpoint is not of the family's model.
     """
     counterparts = weights.counterparts(stored.tensors)
     _check_names(counterparts, stored)
-    shapes = {name: _shape(one, stored) for name, one in counterparts.items()}
+    amaxes = {} if scales is None else scales.by_name(counterparts)
+    entries = {
+        name: _Entry(_shape(one, stored), FP8 if name in amaxes else dtype)
+        for name, one in counterparts.items()
+    }
+    small = {name: value for one in amaxes.values() for name, value in one.scales().items()}
+    entries |= {name: _Entry((), torch.float32) for name in small}
     split = split_state_dict_into_shards_factory(
-        shapes,
-        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        entries,
+        get_storage_size=lambda entry: entry.bytes,
         filename_pattern=_FILE_NAMES,
         max_shard_size=_MAX_SHARD_SIZE,
     )
@@ -64,17 +90,18 @@ def write_weights(
         return part.view(size)
 
     def tensor(name: str) -> torch.Tensor:
+        if name in small:
+            return small[name]
         made = counterparts[name]
         rows = whole(made.key, made.index)
         parts = [rows[at : at + len(part)] for at, part in made.pieces]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+        weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+        return amaxes[name].quantized(weight) if name in amaxes else weight
 
     for number, (file_name, names) in enumerate(split.filename_to_tensors.items()):
         if number % world_size == rank:
             # In the order that safetensors' own writer has.
-            _write(
-                folder / file_name, {name: shapes[name] for name in sorted(names)}, dtype, tensor
-            )
+            _write(folder / file_name, {name: entries[name] for name in sorted(names)}, tensor)
     if split.is_sharded and rank == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
@@ -114,8 +141,7 @@ def _check_names(counterparts: dict[str, Counterpart], stored: StoredTensors) ->
 
 def _write(
     path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    entries: dict[str, _Entry],
     tensor: Callable[[str], torch.Tensor],
 ) -> None:
     """Write a safetensors file without holding it: its writer wants all tensors at once.
@@ -125,13 +151,15 @@ def _write(
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+    for name, entry in entries.items():
+        end = at + entry.bytes
+        kind = _DTYPES[entry.dtype]
+        header[name] = {"dtype": kind, "shape": entry.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            stream.write(tensor(name).contiguous().view(torch.uint8).numpy().data)
+        for name in entries:
+            flat = tensor(name).contiguous().view(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def build_model(
     seq_length: int,
     parallelism: ParallelismRecipe | None = None,
     params_dtype: torch.dtype = torch.float32,
+    quantizers: Path | None = None,
 ) -> GPTModel:
     """This rank's part of a model with random weights, on the device, in evaluation mode.
 
@@ -42,12 +44,14 @@ def build_model(
         parallelism: that the runtime was started with; default: 1 each. A model without experts is
             whole on the ranks that share another's.
         params_dtype: of its weights.
+        quantizers: the artifact that has them, of a quantised model.
 
     Raises:
         UserError: the model cannot be divided so.
     """
     sizes = sizes_for(shape, parallelism or ParallelismRecipe())
     args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
+    args = replace(args, export_quant_load=quantizers)
     with use_args(args):
         model = model_provider(
             pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
@@ -72,7 +76,8 @@ def load_model(
     Raises:
         UserError: the weights cannot be read, or the model cannot be divided so.
     """
-    model = build_model(ModelShape.load(artifact), seq_length, parallelism, params_dtype)
+    shape = ModelShape.load(artifact)
+    model = build_model(shape, seq_length, parallelism, params_dtype, quantizers=artifact)
     load_weights(model, artifact / WEIGHTS)
     return model
 

@@ -23,6 +23,9 @@ _INDEX = "model.safetensors.index.json"
 # Buffers that follow from the configuration, as old transformers stored them.
 _DERIVED = tuple(f".rotary_emb.{kind}" for kind in ("inv_freq", "cos_cached", "sin_cached"))
 _DERIVED += (".masked_bias",)
+_QUANTIZATION = "hf_quant_config.json"  # ModelOpt's, of which transformers knows nothing
+_SCALES = ("weight_scale", "input_scale")
+_LARGEST = 448.0  # in FP8
 
 
 def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
@@ -41,6 +44,7 @@ def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
+    config.__dict__.pop("quantization_config", None)
     with init_empty_weights():  # parameters, not what is computed from the configuration
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     files = _files(Path(folder))
@@ -55,7 +59,8 @@ def streamed(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
         used.update(*names.values())
         module.register_forward_pre_hook(partial(_load, files, names))
         module.register_forward_hook(lambda module, _inputs, _output: module.to("meta") and None)
-    derived = {name for name in files if name.endswith(_DERIVED)}
+    derived = {name for name in files if name.endswith((*_DERIVED, *_SCALES))}
+    _quantize_inputs(model, files)
     wrong = used ^ (files.keys() - derived)
     if config.tie_word_embeddings:
         wrong -= {"lm_head.weight"}
@@ -95,11 +100,54 @@ def _load(
     for own, sources in names.items():
         parts = []
         for source in sources:
-            with safe_open(files[source], "pt", backend="pread") as file:
-                parts.append(file.get_tensor(source).float())
+            parts.append(_read(files, source))
         is_fused = ".experts." in sources[0]
         state[own] = torch.cat(parts).view(own_shapes[own]) if is_fused else parts[0]
     module.load_state_dict(state, assign=True)
+
+
+def _read(files: dict[str, Path], name: str) -> torch.Tensor:
+    """A tensor in float32; one in FP8 dequantised."""
+    with safe_open(files[name], "pt", backend="pread") as file:
+        tensor = file.get_tensor(name)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.float() * _read(files, f"{name}_scale")
+    return tensor.float()
+
+
+def _quantize_inputs(model: Any, files: dict[str, Path]) -> None:  # noqa: ANN401 - transformers'
+    """Let layers that have an input scale round their inputs to FP8, as a server does."""
+
+    def rounded(
+        scale: torch.Tensor, _module: torch.nn.Module, inputs: tuple[torch.Tensor]
+    ) -> tuple[torch.Tensor]:
+        scaled = (inputs[0] / scale).clamp(-_LARGEST, _LARGEST)
+        return (scaled.to(torch.float8_e4m3fn).float() * scale,)
+
+    for name, module in model.named_modules():
+        if f"{name}.input_scale" in files:
+            scale = _read(files, f"{name}.input_scale")
+            module.register_forward_pre_hook(partial(rounded, scale))
+
+
+def _whole_dequantized(folder: Path) -> Any:  # noqa: ANN401 - transformers'
+    """Transformers' model of a folder in ModelOpt's FP8: dequantised, with rounded inputs.
+
+    Raises:
+        ValueError: weights are missing, left over or of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = _files(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = {name: _read(files, name) for name in files if not name.endswith(_SCALES)}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    _quantize_inputs(model, files)
+    return model.eval()
 
 
 def whole(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
@@ -108,6 +156,8 @@ def whole(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
     Raises:
         ValueError: weights are missing, left over or of another shape.
     """
+    if (Path(folder) / _QUANTIZATION).exists():
+        return _whole_dequantized(Path(folder))
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(

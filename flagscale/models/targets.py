@@ -3,7 +3,7 @@
 From the teacher's shape and the recipe alone, so that plans know the student before anything runs,
 and every step finds the same. Of all students on a grid that meet the targets and come near them,
 the one is taken whose sizes hurt least (`_harm`). The grid's bounds are ModelOpt's for its search
-by parameters: at most 20% of the layers, at most 40% of a width, where both are cut.
+by parameters: at most 40% of a width and, where widths are cut too, 20% of the layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from functools import cache
 
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.cut_shape import check_cut, cut_shape, heads_fit, widths
+from flagscale.models.cut_shape import (
+    OF_WHOLE_ROWS,
+    WHOLE_ROWS,
+    check_cut,
+    cut_shape,
+    heads_fit,
+    widths,
+)
 from flagscale.recipe import StudentRecipe
 from flagscale.recipe.targets import TARGETS
 from flagscale.sizes.use import (
@@ -24,21 +31,24 @@ from flagscale.sizes.use import (
     memory_in_use,
     parameters_in_use,
     seconds_a_token,
+    weight_bytes,
 )
 
 Sizes = dict[str, int]
 
 _NEAR = 0.98  # of the nearest to the target: among these, the least harm decides
-_BESIDE_WIDTH, _BESIDE_DEPTH = 0.2, 0.4
-# How much the logarithm of a size, squared, counts: `docs/benchmarks.md` has the trials.
+_DEPTH_BESIDE_WIDTH, _WIDTH = 0.2, 0.4  # the most that goes, unless the recipe says otherwise
+# Nats a token that a cut costs before training, over ln(teacher's / student's) to the power: of
+# SmolLM2, one size cut alone (`docs/benchmarks.md`). For experts, an MLP's is taken.
 _HARM = {
-    "num_layers": 1.0,
-    "hidden_size": 1.0,
-    "ffn_hidden_size": 1.0,
-    "moe_ffn_hidden_size": 1.0,
-    "num_experts": 1.0,
-    "num_attention_heads": 1.0,
+    "num_layers": 8.0,
+    "hidden_size": 15.0,
+    "num_attention_heads": 8.6,
+    "ffn_hidden_size": 2.2,
+    "moe_ffn_hidden_size": 2.2,
+    "num_experts": 2.2,
 }
+_POWER = 1.5
 # ModelOpt's divisors, the most that sizes are multiples of; smaller models have smaller ones.
 _MULTIPLES = {"hidden_size": 256, "ffn_hidden_size": 512, "moe_ffn_hidden_size": 512}
 _STEPS = 16
@@ -71,11 +81,11 @@ def _solved(teacher: ModelShape, student: StudentRecipe) -> StudentRecipe:
     candidates = list(_candidates(teacher, student, costs.of))
     fitting = [(cost, sizes) for cost, sizes in candidates if cost <= 1]
     if not fitting:
+        asked = {"init": student.init, **_limits(student)}
         nearest = min(candidates, key=lambda found: found[0])[1]
         raise UserError(
-            f"student.{costs.asked} cannot be met with init={student.init}{_bounds(student)}: the "
-            f"nearest is {_named(nearest)}, with {costs.shown(nearest)}; ask for that"
-            + (", or raise the bounds" if student.init == "depth_and_width" else "")
+            f"student.{costs.asked} cannot be met with {_named(asked)}: the nearest is "
+            f"{_named(nearest)}, with {costs.shown(nearest)}; ask for that, or allow more to go"
         )
     nearest_cost = max(cost for cost, _ in fitting)
     near = [found for found in fitting if found[0] >= _NEAR * nearest_cost]
@@ -108,11 +118,8 @@ def _candidates(
 
 def _grid(teacher: ModelShape, student: StudentRecipe) -> dict[str, list[int]]:
     """What each size may become, rising."""
-    both = student.init == "depth_and_width"
-    depth, width = student.max_depth_pruning, student.max_width_pruning
-    if both:
-        depth = _BESIDE_WIDTH if depth is None else depth
-        width = _BESIDE_DEPTH if width is None else width
+    limits = _limits(student)
+    depth, width = (limits.get(f"max_{what}_pruning") for what in ("depth", "width"))
     grid: dict[str, list[int]] = {}
     if student.cuts_depth:
         given = student.num_layers or len(student.keep_layers or ()) or None
@@ -130,9 +137,9 @@ def _grid(teacher: ModelShape, student: StudentRecipe) -> dict[str, list[int]]:
 def _choices(size: int, step: int, most_pruned: float | None, given: int | None) -> list[int]:
     if given is not None:
         return [given]
-    fewest = max(step, math.ceil(size * (1 - (most_pruned or 1.0)) - 1e-9))
-    if most_pruned is None:
-        fewest = step
+    fewest = step
+    if most_pruned is not None:
+        fewest = max(step, math.ceil(size * (1 - most_pruned) - 1e-9))
     return [*(choice for choice in range(step, size, step) if choice >= fewest), size]
 
 
@@ -142,6 +149,8 @@ def _step(teacher: ModelShape, name: str, size: int) -> int:
         return teacher.num_query_groups
     power = 2 ** max(0, int(math.log2(max(1, size // _STEPS))))
     power = min(power, _MULTIPLES.get(name, power))
+    if teacher.architecture.num_experts is not None and name in OF_WHOLE_ROWS:
+        return max(power, WHOLE_ROWS)
     heads = teacher.num_attention_heads
     if name == "hidden_size" and not heads_fit(teacher.model_type, power, heads):
         # Whole heads: with the largest power of two that leaves enough steps.
@@ -189,7 +198,7 @@ class _Costs:
             shares.append(active_in_use(shape) / student.target_active_parameters)
         platform, seq_length = student.target_platform or "", student.target_seq_length
         if student.target_memory is not None:
-            used = memory_in_use(shape, seq_length, platform)
+            used = memory_in_use(shape, seq_length, weight_bytes(platform))
             shares.append(used / (1e9 * student.target_memory))
         if student.target_speed is not None:
             shares.append(student.target_speed * seconds_a_token(shape, seq_length, platform))
@@ -199,10 +208,11 @@ class _Costs:
         """The figures of a student that the targets are about."""
         shape, student = cut_shape(self._teacher, sizes), self._student
         platform, seq_length = student.target_platform or "", student.target_seq_length
+        memory = memory_in_use(shape, seq_length, weight_bytes(platform))
         figures = {
             "target_parameters": lambda: f"{parameters_in_use(shape):,} parameters",
             "target_active_parameters": lambda: f"{active_in_use(shape):,} active parameters",
-            "target_memory": lambda: f"{memory_in_use(shape, seq_length, platform) / 1e9:.3g} GB",
+            "target_memory": lambda: f"{memory / 1e9:.3g} GB",
             "target_speed": lambda: (
                 f"{1 / seconds_a_token(shape, seq_length, platform):,.0f} tokens/s"
             ),
@@ -213,17 +223,20 @@ class _Costs:
 
 
 def _harm(whole: Mapping[str, int], sizes: Mapping[str, int]) -> float:
-    """How much worse a student starts, by what trials on SmolLM2 and Minitron's paper say."""
-    return sum(_HARM[name] * math.log(whole[name] / size) ** 2 for name, size in sizes.items())
+    """How far a student starts from its teacher, nats a token, by `_HARM`."""
+    return sum(_HARM[name] * math.log(whole[name] / size) ** _POWER for name, size in sizes.items())
 
 
-def _named(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+def _named(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _bounds(student: StudentRecipe) -> str:
-    if student.init != "depth_and_width":
-        return ""
-    depth = _BESIDE_WIDTH if student.max_depth_pruning is None else student.max_depth_pruning
-    width = _BESIDE_DEPTH if student.max_width_pruning is None else student.max_width_pruning
-    return f", max_depth_pruning={depth:g} and max_width_pruning={width:g}"
+def _limits(student: StudentRecipe) -> dict[str, float]:
+    """The most that may go, by the recipe's names; without one, anything may."""
+    depth, width = student.max_depth_pruning, student.max_width_pruning
+    if depth is None and student.cuts_depth and student.cuts_width:
+        depth = _DEPTH_BESIDE_WIDTH
+    if width is None and student.cuts_width:
+        width = _WIDTH
+    limits = {"max_depth_pruning": depth, "max_width_pruning": width}
+    return {name: limit for name, limit in limits.items() if limit is not None}

@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.fused_output_layer import fuse_output_layer
 from flagscale.post_training.intermediate_terms import IntermediateTerms, attach
 from flagscale.post_training.losses import LogitsLoss, WeightedLossBalancer
 from flagscale.post_training.upstream import mtd, mtd_megatron
@@ -58,6 +59,7 @@ def convert_for_distillation(
     mtd_megatron.adjust_distillation_model_for_mcore(model, config)
     attach(terms, model)
     _keep_logits_for_the_kd_loss(model)
+    fuse_output_layer(model, divergence_of(distillation), distillation)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
+from flagscale.post_training.fused_output_layer import unfuse_output_layer
 from flagscale.post_training.upstream import mtd
 
 # ModelOpt's adaptation to Megatron-Core sets these on the instance, and its export leaves them.
@@ -26,6 +27,7 @@ def plain_student(model: GPTModel) -> GPTModel:
     unwrapped = unwrap_model(model)
     if not isinstance(unwrapped, mtd.DistillationModel):
         return unwrapped
+    unfuse_output_layer(unwrapped)
     exported = mtd.export(unwrapped)
     for name in _INSTANCE_METHODS:
         exported.__dict__.pop(name, None)

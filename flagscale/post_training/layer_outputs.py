@@ -74,6 +74,11 @@ class LayerOutputs:
 
     def _keep_input(self, key: Key, index: int, module: torch.nn.Module, inputs: Any) -> None:  # noqa: ANN401
         if self._is_watching:
+            if len(inputs) > len(_INPUTS) and inputs[len(_INPUTS)] is not None:
+                raise ValueError(
+                    "an attention_mask with attention_layer_pairs: relations are of tokens that "
+                    "see all before them in their document; leave the mask out, or pack documents"
+                )
             # Of packed documents [t, heads, channels].
             query, part = (
                 tensor if tensor.dim() > 3 else tensor.unsqueeze(1)

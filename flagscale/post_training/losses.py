@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flagscale.post_training.divergences import Divergence
+from flagscale.post_training.fused_output_layer import DeferredLogits
 from flagscale.post_training.loss_func import CriterionOutput
 from flagscale.post_training.upstream import mtd, mtd_megatron
 
@@ -37,13 +38,16 @@ class LogitsLoss(mtd_megatron.BaseLoss):
 
         Args:
             predictions: the student's logits [s, b, V / TP] (and bias); where a gradient will be
-                wanted, they are overwritten.
+                wanted, they are overwritten. Or `DeferredLogits`.
             targets: the teacher's.
 
         Returns:
             ModelOpt's triple: loss [b, s], whether it still has to be summed over tensor-parallel
             ranks (no: it is global), whether its sequence is split over them (no).
         """
+        if isinstance(predictions[0], DeferredLogits):
+            fused: CriterionOutput = self.post_forward(predictions[0].divergence_sb)
+            return fused
         student_logits_sbv, teacher_logits_sbv = self.pre_forward(predictions, targets)
         group = parallel_state.get_tensor_model_parallel_group()
         loss_sb = self._divergence(student_logits_sbv, teacher_logits_sbv, group)

@@ -17,6 +17,7 @@ from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
+from flagscale.recipe.quantized_training import check_quantized_training
 
 if TYPE_CHECKING:
     from flagscale.post_training.upstream import mtd
@@ -51,8 +52,32 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
         record_memory_history(args.memory_snapshot_path)
     teacher = _build_teacher(args, teacher_shape, pre_process, post_process)
     load_weights(teacher, folder / "weights")
-    student = build_gpt_model(args, pre_process, post_process)
+    student = with_quantizers(build_gpt_model(args, pre_process, post_process), args)
     return convert_for_distillation(student, teacher, distillation, args.seed)
+
+
+def with_quantizers(model: GPTModel, args: Arguments) -> GPTModel:
+    """The model, in place, quantised as its shape says; one that is not quantised stays itself.
+
+    Args:
+        model: from `build_gpt_model`.
+        args: that it was built with; `export_quant_load` is needed.
+
+    Raises:
+        UserError: what the quantisers know cannot be read.
+        ValueError: it is trained in a way that quantised layers cannot be.
+    """
+    quantization = args.shape.quantization
+    if quantization is None:
+        return model
+    from flagscale.post_training.quantizers import load_quantizers
+
+    # Also when the recipe is read; arguments may come from elsewhere.
+    check_quantized_training(quantization, args)
+    if args.export_quant_load is None:
+        raise ValueError(f"shape.quantization={quantization}: needs export_quant_load")
+    load_quantizers(model, quantization, args.export_quant_load)
+    return model
 
 
 def _build_teacher(

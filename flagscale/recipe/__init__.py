@@ -12,6 +12,7 @@ from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.pretrained import SourceRecipe
+from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
 from flagscale.recipe.results import (
@@ -21,7 +22,7 @@ from flagscale.recipe.results import (
     TrackingRecipe,
 )
 from flagscale.recipe.section import Section, SectionT
-from flagscale.recipe.student import StudentRecipe
+from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -35,7 +36,9 @@ __all__ = [
     "LayoutRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "QuantizationRecipe",
     "Recipe",
+    "ReconstructionRecipe",
     "ResourcesRecipe",
     "Section",
     "SectionT",

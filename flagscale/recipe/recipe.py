@@ -12,6 +12,7 @@ from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
+from flagscale.recipe.quantized_training import check_quantization, check_quantized_on_cpu
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
@@ -62,6 +63,8 @@ class Recipe(Section):
         """Refuse what its sections ask for together and would not get."""
         # Without one it is the teacher's, which is known when that has been fetched.
         check_combination(self.distillation, self.training, self.student.architecture)
+        if self.student.quantization is not None:
+            check_quantization(self.student.quantization, self.training, self.export.format)
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
@@ -104,6 +107,8 @@ class Recipe(Section):
         Raises:
             ValueError: too few for the processes.
         """
+        if accelerator_count == 0 and self.student.quantization is not None:
+            check_quantized_on_cpu(self.student.quantization)
         if 0 < accelerator_count < self.models.processes:
             raise ValueError(
                 f"models.parallelism asks for {self.models.processes} processes, but a pod of "
@@ -118,6 +123,8 @@ class Recipe(Section):
             ValueError: what only a GPU can do.
         """
         check_on_cpu(self.training, self.student.architecture)
+        if self.student.quantization is not None:
+            check_quantized_on_cpu(self.student.quantization)
 
     def check_accelerators(self, accelerator_count: int) -> None:
         """Refuse a training that its pods could not be divided for.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -71,6 +71,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Positive = Annotated[float, Field(gt=0, le=_LARGEST), NUMBER]
 NonNegative = Annotated[float, Field(ge=0, le=_LARGEST), NUMBER]
 Scale = Annotated[float, Field(ge=1e-6, le=1e6), NUMBER]  # of a loss, or of one among others
+# What `auto` comes to is decided on the machine, of those of speed by
+# `flagscale.megatron.performance`.
+Switch = Literal["auto"] | bool
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Prose = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
 Line = Annotated[str, Field(max_length=1000), AfterValidator(one_line)]

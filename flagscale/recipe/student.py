@@ -8,9 +8,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flagscale.recipe.architecture import ArchitectureRecipe
 from flagscale.recipe.pretrained import PretrainedFields
-from flagscale.recipe.section import NonNegativeInt, PositiveInt, Seed, Width
+from flagscale.recipe.quantization import QuantizationRecipe
+from flagscale.recipe.section import NonNegativeInt, Positive, PositiveInt, Section, Seed, Width
 from flagscale.recipe.targets import TARGETS, TargetsRecipe
 
+_CALIBRATION_TOKENS = 4096
 _RENAMED = {"prune": "depth", "copy": "same"}
 _DEPTH, _WIDTH = ("depth", "depth_and_width"), ("width", "depth_and_width")
 _WIDTHS = (
@@ -49,6 +51,19 @@ def _not_renamed(value: object) -> object:
     return value
 
 
+class ReconstructionRecipe(Section):
+    """Kept layers are fitted to what the teacher makes of the same text, before any training."""
+
+    tokens: PositiveInt = Field(
+        4096, description="Text of the train split that they are fitted on, in whole sequences"
+    )
+    ridge: Positive = Field(
+        1.0,
+        description="How much changed weights cost, as a share of their inputs' mean square: more "
+        "for less text",
+    )
+
+
 class StudentRecipe(TargetsRecipe, PretrainedFields):
     """What the student looks like and what its weights start from."""
 
@@ -73,8 +88,13 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
     )
     calibration_tokens: PositiveInt | None = Field(
         None,
-        description="Text of the train split that importance is measured on, in whole sequences; "
-        "default: 4096",
+        description="Text of the train split that layers or widths are measured on, in whole "
+        "sequences; default: 4096",
+    )
+    reconstruction: ReconstructionRecipe | None = Field(
+        None,
+        description="depth: fit each kept layer's down projection to what the teacher feeds its "
+        "next kept layer, by ridge regression; default: the teacher's weights as they are",
     )
     hidden_size: Width | None = Field(
         None, description="width and scratch only, as the next two; default: the teacher's"
@@ -86,6 +106,9 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
     moe_ffn_hidden_size: Width | None = Field(None, description="Width of an expert; width only")
     architecture: ArchitectureRecipe | None = Field(
         None, description="scratch only: experts, latent attention, a layer spec of your own, ..."
+    )
+    quantization: QuantizationRecipe | None = Field(
+        None, description="Quantised linear layers; default: none"
     )
     seed: Seed = Field(1234, description="Seed of random weights")
 
@@ -122,12 +145,20 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         self._check_layers()
         self._check_calibration()
         self._check_heads()
+        self._check_quantization()
         return self
 
     @property
     def measures_layers(self) -> bool:
         """Whether calibration text decides which of the teacher's layers are kept."""
         return self.layer_importance != "even"
+
+    @property
+    def measured_tokens(self) -> int:
+        """How many tokens layers or widths are measured on, at most; 0 where none are."""
+        if not self.measures_layers and not self.cuts_width:
+            return 0
+        return self.calibration_tokens or _CALIBRATION_TOKENS
 
     def _check_cut(self) -> None:
         """Something must be cut, or else `same` is what is meant."""
@@ -148,6 +179,10 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
                 )
 
     def _check_calibration(self) -> None:
+        if self.reconstruction is not None and self.init != "depth":
+            raise ValueError(
+                f"reconstruction needs init=depth, but init={self.init}: no layer is missing"
+            )
         if self.measures_layers and not self.cuts_depth:
             raise ValueError(
                 f"layer_importance={self.layer_importance} needs init={' or '.join(_DEPTH)}, but "
@@ -175,4 +210,19 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         if self.init == "scratch" and heads and self.hidden_size and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}"
+            )
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization.when == "significant" and self.init not in ("same", "pretrained"):
+            raise ValueError(
+                f"quantization.when=significant with init={self.init}: such a student has to be "
+                "trained whatever quantisation costs; set when=always, or init=same or pretrained"
+            )
+        if self.architecture is not None and not self.architecture.is_default:
+            changed = self.architecture.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"quantization.recipe={self.quantization.recipe} with architecture={changed}: "
+                "plain layers of attention and MLP are quantised; leave one of the two out"
             )

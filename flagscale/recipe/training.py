@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +16,7 @@ from flagscale.recipe.section import (
     PositiveInt,
     Section,
     Seed,
+    Switch,
 )
 
 OVERLAPS_AND_FUSIONS = (
@@ -30,9 +30,10 @@ OVERLAPS_AND_FUSIONS = (
     "cross_entropy_loss_fusion",
     "gradient_accumulation_fusion",
 )
-# Fields that change no result but by rounding (see `decisive`): a training may go on with others.
+# Fields that change no result but by rounding: a training may go on with others.
 CHANGES_NO_RESULT = (
     "async_save",
+    "audit_interval",
     "keep_checkpoints",
     "micro_batch_size",
     "parallelism",
@@ -46,22 +47,6 @@ CHANGES_NO_RESULT = (
     "save_interval_minutes",
     "timing_log_level",
 )
-
-
-# `auto` is decided on the machine: see `flagscale.megatron.performance`.
-Switch = Literal["auto"] | bool
-
-
-def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a section's fields that decide on the result: what a training is known by.
-
-    Args:
-        training: all fields, as `model_dump` gives them.
-    """
-    without = set(CHANGES_NO_RESULT)
-    if training["keep_weights"] == "best":  # of what was saved
-        without.remove("save_interval")
-    return {name: value for name, value in training.items() if name not in without}
 
 
 _RecomputeModule = Literal[
@@ -89,6 +74,11 @@ class TrainingRecipe(Section):
     seed: Seed = Field(1234, description="Data order and dropout")
     eval_interval: PositiveInt = Field(50, description="Steps between validations")
     eval_iters: PositiveInt = Field(4, description="Global batches a validation")
+    audit_interval: NonNegativeInt = Field(
+        100,
+        description="Steps between audits: the losses of a micro-batch once more, in float64; the "
+        "first step is always audited; 0: none",
+    )
     save_interval: PositiveInt = Field(50, description="Steps between checkpoints")
     save_interval_minutes: Positive | None = Field(
         10.0,

@@ -13,10 +13,10 @@ from typing import Any, Generic
 
 from pydantic import ValidationError
 
+from flagscale.recipe.decisive import decisive
 from flagscale.recipe.explaining import explain
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.sweep import VARIED, SweepRecipe, changed, describe
-from flagscale.recipe.training import decisive
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,16 @@ def check_distinct(where: str, variants: Iterable[tuple[str, Section]]) -> None:
     known: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, recipe in variants:
         sections = recipe.model_dump(mode="json", include={*VARIED})
-        training = sections["training"]
-        content = json.dumps({**sections, "training": decisive(training)}, sort_keys=True)
-        other, its = known.setdefault(content, (name, training))
-        if its is training:
+        content = json.dumps(decisive(sections), sort_keys=True)
+        other, its = known.setdefault(content, (name, sections))
+        if its is sections:
             continue
-        fields = " or ".join(f"training.{key}" for key in training if training[key] != its[key])
+        fields = " or ".join(
+            f"{section}.{key}"
+            for section, values in sections.items()
+            for key in values
+            if values[key] != its[section][key]
+        )
         why = f", because no result depends on {fields}, but for rounding" if fields else ""
         raise ValueError(
             f"{where}: {name!r} and {other!r} are the same training{why}; leave one of them out"

@@ -45,6 +45,8 @@ class ModelSteps:
         evaluated: sequences of a forward pass of evaluate.
         device: `cuda` or `cpu`.
         proof_tokens: of the fixed text.
+        measured_tokens: that the importance of layers is measured on; 0: it is not.
+        fitted_tokens: that kept layers are fitted on; 0: they are not.
         student_source_bytes: of a weight of a student that is a model of its own.
     """
 
@@ -56,6 +58,8 @@ class ModelSteps:
     evaluated: int = 4
     device: str = "cpu"
     proof_tokens: int = PROOF_TOKENS
+    measured_tokens: int = 0
+    fitted_tokens: int = 0
     student_source_bytes: int | None = None
 
     @property
@@ -102,9 +106,11 @@ def proof_bytes(shape: ModelShape, steps: ModelSteps) -> int:
 def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     """Teacher and student with one sample's activations; gradients go as soon as they are seen.
 
-    A student that is a model of its own is first imported and proven, as the teacher was.
+    A student that is a model of its own is first imported and proven, as the teacher was. One that
+    is cut is measured and fitted first: the teacher alone with what goes into each of its layers,
+    then the student with what each of its layers is fitted to.
     """
-    phases = []
+    phases = _calibrated(steps, layout, stage)
     if steps.student_source_bytes is not None:
         steps = replace(steps, source_bytes=steps.student_source_bytes)
         phases = [prepare_teacher(replace(steps, teacher=steps.student), layout, stage)]
@@ -134,6 +140,32 @@ def convert_student(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
         kept = stage_activations(steps.student, layers, layout, computation, steps.seq_length)
         phases.append(held | {"activations": kept, "logits": loss})
     return _fullest(phases)
+
+
+def _calibrated(steps: ModelSteps, layout: Layout, stage: int) -> list[Parts]:
+    """convert-student before the proofs: importance measured, targets taken, layers fitted."""
+    size, hidden = steps.computed_bytes, steps.teacher.hidden_size
+    computation = Computation(size)
+    teacher = {"weights": size * parameters(steps.teacher, layout, stage).total}
+    phases: list[Parts] = []
+    if steps.measured_tokens:
+        tokens = steps.measured_tokens
+        states = (len(stage_layers(steps.teacher, layout, stage)) + 2) * size * tokens * hidden
+        logits = tokens * steps.teacher.padded_vocab_size // layout.tensor
+        buffers = 2 * size * min(logits, _LOGITS[steps.device])
+        buffers += 3 * FLOAT32 * min(logits, _FIGURES[steps.device])
+        layer = _layer(steps.teacher, layout, stage, computation, tokens)
+        phases.append(teacher | {"activations": states + layer, "logits": buffers})
+    if steps.fitted_tokens:
+        tokens, width = steps.fitted_tokens, steps.student.ffn_hidden_size
+        targets = steps.student.num_layers * size * tokens * hidden
+        running = _layer(steps.teacher, layout, stage, computation, tokens)
+        phases.append(teacher | {"activations": targets + running})
+        # The MLP's inputs, as they are and weighed; their products, in both precisions, factored.
+        fit = 3 * FLOAT32 * tokens * width + (FLOAT32 + 16) * min(tokens, width) ** 2
+        student = {"weights": size * parameters(steps.student, layout, stage).total}
+        phases.append(student | {"activations": targets + running, "logits": fit})
+    return phases
 
 
 def evaluate(steps: ModelSteps, layout: Layout, stage: int) -> Parts:

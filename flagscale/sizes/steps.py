@@ -223,7 +223,13 @@ def _model_work(job: Job, step: str) -> tuple[float, float, float]:
         return 2.0 * job.teacher_bytes, float(job.teacher_bytes), work
     if step == "convert-student":
         reads = 2.0 * job.teacher_bytes + 2.0 * job.student_bytes
-        work = forward((teacher, 3 * seq_length), (student, 4 * seq_length))
+        setup = job.model_steps
+        fitted = setup.fitted_tokens
+        work = forward((teacher, 3 * seq_length + fitted), (student, 4 * seq_length + 2 * fitted))
+        # At most, for each layer that goes: without each of the others, half a forward pass.
+        gone = teacher.num_layers - student.num_layers
+        looked_at = gone * (teacher.num_layers + student.num_layers) // 4
+        work += forward((teacher, looked_at * setup.measured_tokens))
         if job.student_source is not None:  # which is imported and proven as the teacher is
             reads += 2.0 * job.student_bytes
             work += forward((student, (_VALIDATED + 1) * seq_length))

@@ -17,11 +17,15 @@ from flagscale.sizes.activations import (
 from flagscale.sizes.intermediate import Terms
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.parameters import first_projections, parameters, stage_layers
+from flagscale.sizes.quantization import fake_weights, rounding
 
 MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
-# Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
-KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
-KD_BUFFERS = 4
+# Elements of the KD loss's fp32 buffers, and how many live at a time (`divergences.rows`; where
+# bf16 has to be widened, two more).
+KD_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+KD_BUFFERS = 6
+# Bytes of the chunks of logits that a fused output layer holds (`linear_divergence`).
+FUSED_CHUNKS = {"cpu": 26 * 2**20, "cuda": 2**30}
 Parts = dict[str, int]
 
 
@@ -37,6 +41,7 @@ class Training:
         distributed_optimizer: its state is shared by the ranks with equal weights.
         distillation: the loss, where there is a teacher.
         device: `cuda` or `cpu`.
+        quantized: whether the student's weights are rounded in every forward pass.
     """
 
     seq_length: int
@@ -46,6 +51,13 @@ class Training:
     distributed_optimizer: bool = False
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
+    quantized: bool = False
+
+    @property
+    def fuses_output_layer(self) -> bool:
+        """Whether the losses are made in the output layers."""
+        wanted = self.distillation.fuse_output_layer
+        return wanted is True or (wanted == "auto" and self.device == "cpu")
 
 
 def training_peak(
@@ -61,6 +73,8 @@ def training_peak(
         stage: of the pipeline.
     """
     kept = training_state(student, teacher, training, layout, stage)
+    if training.quantized:
+        kept["rounding"] = rounding(student, layout)
     phases = [
         kept | _step(student, teacher, training, layout, stage),
         kept | _validation(student, teacher, training, layout, stage),
@@ -149,6 +163,10 @@ def _step(
     layers = stage_layers(student, layout, stage)
     in_flight = min(layout.pipeline - stage, training.micro_batches)
     kept = in_flight * stage_activations(student, layers, layout, computation, tokens)
+    if training.quantized:
+        recompute = computation.recompute
+        size = computation.dtype_bytes
+        kept += in_flight * fake_weights(student, layout, stage, size, recompute)
     again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
     if computation.recompute == "full":
         again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)
@@ -185,6 +203,9 @@ def _validation(
     if stage < layout.pipeline - 1:
         return {"activations": layer}
     logits = tokens * student.padded_vocab_size // layout.tensor
+    if teacher is not None and training.fuses_output_layer:
+        chunks = _fused_chunks(logits, training, with_lm_loss=True)
+        return {"logits": chunks} if chunks > layer else {"activations": layer}
     copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
     both = len(models) * computation.dtype_bytes * logits + copy
     return {"logits": both} if both > layer else {"activations": layer}
@@ -205,8 +226,22 @@ def _loss(
     gradient = size * (table + tokens * student.hidden_size)
     if teacher is None:
         return FLOAT32 * logits + max((size if size < FLOAT32 else 0) * logits, gradient)
+    if training.fuses_output_layer:
+        # Made in fp32, beside the chunks; autograd is given it in the table's own type.
+        gradient = FLOAT32 * table + size * tokens * student.hidden_size
+        own = size * table if size < FLOAT32 else 0
+        return gradient + max(
+            _fused_chunks(logits, training, not training.distillation.skip_lm_loss), own
+        )
     kept = 2 * size * logits
     if not training.distillation.skip_lm_loss:
         kept += FLOAT32 * logits
     chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
     return max(kept + KD_BUFFERS * chunk, kept - size * logits + gradient)
+
+
+def _fused_chunks(logits: int, training: Training, with_lm_loss: bool) -> int:
+    """Bytes of a fused output layer's chunks of logits, and of what makes the loss of them."""
+    held = FLOAT32 * (3 if with_lm_loss else 2) * logits
+    chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])
+    return min(held, FUSED_CHUNKS[training.device]) + KD_BUFFERS * chunk

@@ -28,19 +28,23 @@ def active_in_use(shape: ModelShape) -> int:
     return active_parameters(exported(shape))
 
 
-def memory_in_use(shape: ModelShape, seq_length: int, platform: str) -> int:
+def weight_bytes(platform: str) -> int:
+    """Of a number on a platform: `cpu`, where models are widened to fp32, or an accelerator."""
+    return FLOAT32 if platform == "cpu" else 2
+
+
+def memory_in_use(shape: ModelShape, seq_length: int, dtype_bytes: int) -> int:
     """Bytes of one process that reads a sequence: weights, keys and values, one layer at work.
 
     Args:
         shape: of the model.
         seq_length: tokens of the sequence.
-        platform: `cpu`, where weights are fp32, or an accelerator, where they are bf16.
+        dtype_bytes: of a number.
     """
-    size = FLOAT32 if platform == "cpu" else 2
     cached = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * seq_length
-    computation = Computation(size)
-    layer = forward_transient(shape, 0, Layout(), computation, seq_length)
-    return size * (parameters_in_use(shape) + cached) + layer + FLOAT32 * shape.vocab_size
+    layer = forward_transient(shape, 0, Layout(), Computation(dtype_bytes), seq_length)
+    held = dtype_bytes * (parameters_in_use(shape) + cached)
+    return held + layer + FLOAT32 * shape.vocab_size
 
 
 def flops_a_token(shape: ModelShape, seq_length: int) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,30 +16,29 @@ from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.agreement import on_first_rank
 from flagscale.checkpoint.weights import count_parameters
-from flagscale.data.loader import prepare_validation_index, validation_batches
 from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.arguments import Arguments, model_arguments, with_teacher
+from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.distillation_proof import (
-    PROOF_LOSS,
-    prove_every_parameter_learns,
-    prove_no_loss_when_equal,
-)
-from flagscale.models.megatron import WEIGHTS, forward, load_model
-from flagscale.models.pretrained import prove
+from flagscale.models import pretrained
+from flagscale.models.audit_artifacts import audited_batch
+from flagscale.models.distillation_proof import PROOF_LOSS
+from flagscale.models.megatron import WEIGHTS, forward
+from flagscale.models.student_audit import Artifacts
 from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.steps.conversion_audit import prove, record_audit
 from flagscale.steps.describe_student import describe_student
 from flagscale.steps.layer_choice import needs, record
 from flagscale.steps.make_student import make_student
 from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +125,8 @@ def convert_on_rank(
         student = meet_targets(teacher_shape, student)
         shape = student_shape(teacher_shape, student)
     dtype = platform.inference_dtype(stored)
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
     with (
         tracked("convert-student", recipe, parents=parents) as run,
@@ -135,7 +134,7 @@ def convert_on_rank(
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
-        batch = _batch(dataset)
+        batch, unigram = audited_batch(dataset, shape.vocab_size)
         made = make_student(student, source, teacher, dataset, args, stored)
         figures = {"layers": _check_layers(made.model, shape)}
         logits_bsv = forward(made.model, batch["tokens"])
@@ -146,8 +145,17 @@ def convert_on_rank(
         del made.model  # what is proven is the artifact
         if source is not None:
             staging.facts |= source.facts() | {"zero_weights": made.zero_weights}
-            figures |= prove(source, staging.path, dataset, models.sizes)
-        figures |= _prove(teacher, staging.path, args, batch, logits_bsv)
+            figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
+        if student.quantization is not None:
+            quantized, logits_bsv = quantize(
+                student.quantization, (teacher, dataset), args, stored, staging.path, batch
+            )
+            staging.facts["quantization"] = quantized
+            figures |= quantization_figures(quantized)
+        kept = made.choice.kept or None
+        artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
+        proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
+        figures |= proven
         figures |= needs(shape, seq_length, stored)
         staging.facts.update(figures, seq_length=seq_length, dtype=str(stored).split(".")[-1])
         staging.tokenizer_hash = parents["teacher"].tokenizer_hash
@@ -155,6 +163,7 @@ def convert_on_rank(
         if is_first_rank():
             record_narrowing(made.narrowing, staging, run)
             record(made.choice, shape, staging, run)
+            record_audit(findings, shape, figures["parameters"], staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "
                 "%.1g against itself; every parameter learns; reloads to the same logits",
@@ -180,6 +189,8 @@ def _check_shapes(
         return
     shape = student_shape(teacher, student)
     check_layout(shape, models.sizes, facts["seq_length"], section="models")
+    if student.quantization is not None:
+        check_quantization(shape, student.quantization, models.sizes)
 
 
 def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Manifest]:
@@ -189,21 +200,6 @@ def _parents(teacher: Path, dataset: Path, *, check_files: bool) -> dict[str, Ma
     }
 
 
-def _batch(dataset: Path) -> dict[str, torch.Tensor]:
-    """One validation sample, which the first rank reads for all."""
-    told: list[dict[str, torch.Tensor] | None] = [None]
-    if is_first_rank():
-        with tempfile.TemporaryDirectory(prefix="flagscale-convert-") as cache:
-            prepare_validation_index(dataset, Path(cache))
-            batches = validation_batches(
-                dataset, Path(cache), micro_batch_size=1, global_batch_size=1, eval_iters=1
-            )
-            told = [next(iter(batches))]
-    torch.distributed.broadcast_object_list(told, src=0)
-    assert told[0] is not None, "the first rank is one of them"
-    return told[0]
-
-
 def _check_layers(model: GPTModel, shape: ModelShape) -> float:
     """What was built must be what the recipe says; all stages of the pipeline know how many."""
     layers = torch.tensor(float(len(model.decoder.layers)), device=platform.device())
@@ -211,41 +207,3 @@ def _check_layers(model: GPTModel, shape: ModelShape) -> float:
     if layers != shape.num_layers:
         raise UserError(f"the student has {layers:.0f} layers, but must have {shape.num_layers}")
     return layers.item()
-
-
-def _prove(
-    teacher: Path,
-    student: Path,
-    args: Arguments,
-    batch: dict[str, torch.Tensor],
-    logits_bsv: torch.Tensor | None,
-) -> dict[str, float]:
-    """The proofs' figures, of models that are loaded one after the other and never held twice.
-
-    Args:
-        teacher: the artifact.
-        student: the artifact.
-        args: that the student was built with.
-        batch: see `_batch`.
-        logits_bsv: this rank's part of what the student predicted before it was stored.
-    """
-    teacher_model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
-    when_equal = prove_no_loss_when_equal(teacher_model, batch)
-    model = load_model(student, args.seq_length, args.parallelism, args.params_dtype)
-    difference = _logit_difference(forward(model, batch["tokens"]), logits_bsv)
-    return {
-        "reload_logit_difference": difference,
-        "kd_loss_when_equal": when_equal,
-        "kd_loss_at_start": prove_every_parameter_learns(model, teacher_model, batch),
-    }
-
-
-def _logit_difference(reloaded: torch.Tensor | None, before: torch.Tensor | None) -> float:
-    """Largest difference of the logits on any rank; must be none."""
-    largest = torch.zeros((), device=platform.device())
-    if reloaded is not None and before is not None:
-        largest = (reloaded - before).abs().max().float().nan_to_num(math.inf)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    if largest.item() > 0:
-        raise UserError(f"the saved student's logits differ by {largest:.3g} once loaded, not 0")
-    return largest.item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.performance import resolved
-from flagscale.megatron.shape import MODEL_JSON, ModelShape
+from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
 from flagscale.megatron.user_buffers import user_buffers
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
@@ -31,12 +32,15 @@ from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror
-from flagscale.train.loop import train
+from flagscale.train.loop import evaluate_loss, train
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 from flagscale.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_SPEED = "median tokens per second"
+_NOT_SIGNIFICANT = "student.quantization.when=significant, and what quantisation cost is not"
 
 
 class Paths(NamedTuple):
@@ -116,6 +120,7 @@ def distil_on_rank(
     args = training_arguments(shape, seq_length, training)
     if distilled:
         args = with_teacher(args, paths.teacher, distillation)
+    args = replace(args, export_quant_load=paths.student)
     with (
         files_checked(paths.inputs, parents) as files_are_right,
         tracked("distil-student", recipe, f"{paths.checkpoints}/{folder.name}") as run,
@@ -135,25 +140,33 @@ def distil_on_rank(
         state = _restore(trainer, saved)
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
+        trains = _trains(parents["student"])
         with observer(run, state, training.train_iters) as told, deferred_stop():
-            train(
-                trainer,
-                training,
-                state,
-                batches.train(state.step),
-                batches.validation,
-                saved,
-                told,
-                stop_requested,
-            )
-        step = saved.restore_best(trainer) if training.keep_weights == "best" else state.step
+            if trains:
+                train(
+                    trainer,
+                    training,
+                    state,
+                    batches.train(state.step),
+                    batches.validation,
+                    saved,
+                    told,
+                    stop_requested,
+                )
+            else:
+                losses = evaluate_loss(trainer.chunks, batches.validation(), training.eval_iters)
+                state.validation.append({"step": 0, **losses})
+                told.validated(state.validation[-1])
+        keeps_best = trains and training.keep_weights == "best"
+        step = saved.restore_best(trainer) if keeps_best else state.step
         figures = _figures(state, step)
         with written(paths.output, "distilled-student", recipe, parents, run) as staging:
             _save(trainer, state, paths.student, staging.path)
             staging.facts.update(figures, seq_length=seq_length)
+            if not trains:
+                staging.facts["not trained because"] = _NOT_SIGNIFICANT
             staging.tokenizer_hash = parents["student"].tokenizer_hash
-        speed = "median tokens per second"
-        run.log_metrics({speed: figures[speed]})
+        run.log_metrics({name: figures[name] for name in figures if name == _SPEED})
     return figures
 
 
@@ -161,6 +174,16 @@ def _parents(paths: Paths) -> dict[str, Manifest]:
     return {
         name: open_artifact(path, name, check_files=False) for name, path in paths.inputs.items()
     }
+
+
+def _trains(student: Manifest) -> bool:
+    """Whether the student is trained: not where quantisation alone cost it nothing significant."""
+    trains: bool = student.facts.get("quantization", {"trains": True})["trains"]
+    if not trains:
+        logger.info(
+            "not trained: %s; the student stays as convert-student made it", _NOT_SIGNIFICANT
+        )
+    return trains
 
 
 def _trainer(args: Arguments, training: TrainingRecipe, student: Path) -> Trainer:
@@ -207,11 +230,10 @@ def _figures(state: TrainingState, step: int) -> dict[str, float]:
     speeds = sorted(record["tokens per second"] for record in state.training)
     validated = [record for record in state.validation if record["step"] == step][-1]
     losses = {f"validation {k}": v for k, v in validated.items() if k != "step"}
-    return {
-        **losses,
-        "steps": float(step),
-        "median tokens per second": speeds[len(speeds) // 2],
-    }
+    figures = {**losses, "steps": float(step)}
+    if speeds:
+        figures[_SPEED] = speeds[len(speeds) // 2]
+    return figures
 
 
 def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -> None:
@@ -219,6 +241,8 @@ def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -
     if not launch.is_first_rank():
         return
     shutil.copy(student / MODEL_JSON, folder / MODEL_JSON)
+    if (student / QUANTIZERS).exists():
+        shutil.copy(student / QUANTIZERS, folder / QUANTIZERS)
     shutil.copytree(student / "hf", folder / "hf")
     for name, records in (("training", state.training), ("validation", state.validation)):
         lines = [json.dumps(record) + "\n" for record in records]

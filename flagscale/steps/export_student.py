@@ -24,7 +24,7 @@ from flagscale.evaluation import METRICS
 from flagscale.evaluation.card import model_card
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
-from flagscale.megatron.shape import MODEL_JSON, ModelShape
+from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
 from flagscale.models.fresh_process import reload_in_fresh_process
 from flagscale.models.hf_description import (
     check_ids,
@@ -33,6 +33,7 @@ from flagscale.models.hf_description import (
     write_tokenizer,
 )
 from flagscale.models.hf_export import round_weights, write_weights
+from flagscale.models.hf_quantized import Fp8Scales, write_quant_config
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
 from flagscale.models.origin import Origin, copy_licenses, pretrained_origin
@@ -164,10 +165,11 @@ def _export(
     stored = StoredTensors(distilled / WEIGHTS)
     with same_outcome(folder, "could not be exported"):
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size)
+        scales = Fp8Scales(distilled) if shape.quantization is not None else None
+        write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size, scales)
         tokenizer = load_tokenizer(template)
         if rank == 0:
-            _describe(template, tokenizer, folder, dtype)
+            _describe(template, tokenizer, folder, dtype, is_quantized=scales is not None)
     tokens = fixed_tokens(tokenizer, shape.max_position_embeddings)
     computed_in = platform.inference_dtype(dtype)
     model = load_model(distilled, tokens.size(1), models.sizes, computed_in)
@@ -196,12 +198,17 @@ def _export(
 
 
 def _describe(
-    template: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, dtype: torch.dtype
+    template: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    is_quantized: bool,
 ) -> None:
     """All but the weights: the model's own configuration, with the dtype on disk, the tokenizer."""
     config = load_hf_config(template)
     config.dtype = dtype
-    write_config(config, folder)
+    write_config(config, folder, write_quant_config(folder) if is_quantized else None)
     write_generation_config(template, config, folder)
     write_tokenizer(tokenizer, folder)
     copy_licenses(template, folder)
@@ -220,6 +227,8 @@ def _copy_megatron(
     def copy() -> None:
         shutil.copytree(distilled / WEIGHTS, folder / WEIGHTS)
         shutil.copy(distilled / MODEL_JSON, folder / MODEL_JSON)
+        if (distilled / QUANTIZERS).exists():
+            shutil.copy(distilled / QUANTIZERS, folder / QUANTIZERS)
         (folder / _TOKENIZER).mkdir()
         write_tokenizer(load_tokenizer(distilled / "hf"), folder / _TOKENIZER)
         copy_licenses(distilled / "hf", folder)

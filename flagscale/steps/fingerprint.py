@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from flagscale.artifacts import Manifest, digest
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.recipe.training import decisive
+from flagscale.recipe.decisive import decisive
 
 _FORMAT = 2  # of the checkpoints: those of another begin a training of their own
 
@@ -34,6 +34,8 @@ def fingerprint(recipe: Mapping[str, dict[str, object]], parents: Mapping[str, M
         recipe: `sections`.
         parents: manifests of `teacher`, `student` and `dataset`.
     """
-    training = decisive(recipe["training"])
+    known = decisive(recipe)
     origin = {name: manifest.digest for name, manifest in parents.items()}
-    return digest([_FORMAT, recipe["distillation"], training, origin]).removeprefix("sha256:")[:16]
+    return digest([_FORMAT, known["distillation"], known["training"], origin]).removeprefix(
+        "sha256:"
+    )[:16]

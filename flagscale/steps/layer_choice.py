@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from flagscale import tracking
 from flagscale.artifacts import Staging, write_json
 from flagscale.data.calibration import Calibration, calibration
+from flagscale.errors import UserError
 from flagscale.evaluation.layer_importance import LayerImportance, measure_importance
 from flagscale.evaluation.student_report import render
 from flagscale.execution.launch import is_first_rank
@@ -21,15 +23,16 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import load_model
+from flagscale.models.reconstruction import Fit, layer_targets, reconstruct
 from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
+from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
 
 logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 LAYER_IMPORTANCE = "layer_importance.json"
-CALIBRATION_TOKENS = 4096
 _SHAPE = (
     "num_layers",
     "hidden_size",
@@ -41,19 +44,25 @@ _SHAPE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerChoice:
-    """Which of the teacher's layers are kept.
+    """Which of the teacher's layers are kept, and what the student's are fitted to.
 
     Attributes:
         kept: from 0; empty where the student starts from none.
         importance: where they were measured.
-        digest: of the text that they were measured on.
+        importance_digest: of the text that they were measured on.
+        text: that they are fitted on, where they are.
+        targets: what each is to put out, [s, b, h]; gone when they are fitted.
+        fits: how well each does, once it is fitted.
     """
 
     kept: tuple[int, ...] = ()
     importance: LayerImportance | None = None
-    digest: str | None = None
+    importance_digest: str | None = None
+    text: Calibration | None = None
+    targets: list[torch.Tensor] = field(default_factory=list)
+    fits: list[Fit] = field(default_factory=list)
 
 
 def choose_layers(
@@ -70,27 +79,66 @@ def choose_layers(
     if student.init in ("scratch", "pretrained"):
         return LayerChoice()
     count = ModelShape.load(teacher).num_layers
-    if not student.measures_layers:
-        return LayerChoice(layers_to_keep(count, student))
-    tokens = student.calibration_tokens or CALIBRATION_TOKENS
-    text = calibration_text(tokens, student.seed, dataset)
-    model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
     gone = count - num_layers(count, student)
-    logger.info("measuring which %d of %d layers can go, on %d tokens", gone, count, text.tokens)
-    found = measure_importance(model, text.batches, student.layer_importance, gone)
+    measured = student.measures_layers and gone > 0
+    choice = LayerChoice(() if measured else layers_to_keep(count, student))
+    if not measured and student.reconstruction is None:
+        return choice
+    model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
+    if measured:
+        text = calibration_text(student.measured_tokens, student.seed, dataset)
+        logger.info("measuring which %d of %d layers can go, %d tokens", gone, count, text.tokens)
+        found = measure_importance(model, text.batches, student.layer_importance, gone)
+        choice.kept, choice.importance, choice.importance_digest = found.kept, found, text.digest
+    if student.reconstruction is not None:
+        choice.text = calibration_text(student.reconstruction.tokens, student.seed, dataset)
+        choice.targets = layer_targets(model, choice.text.whole, choice.kept)
     del model
     gc.collect()  # modules refer to each other
-    return LayerChoice(found.kept, found, text.digest)
+    return choice
+
+
+def check_reconstruction(student: StudentRecipe, teacher: ModelShape) -> None:
+    """Refuse to fit what would not be fitted well.
+
+    Raises:
+        UserError: the teacher has experts.
+    """
+    if student.reconstruction is not None and teacher.architecture.num_experts is not None:
+        raise UserError(
+            "student.reconstruction: the teacher has experts, each of which sees few of the "
+            "tokens that are fitted on; leave it out"
+        )
+
+
+def fit_layers(student: StudentRecipe, model: GPTModel, choice: LayerChoice) -> None:
+    """Fit the student's layers, if that is asked for. All ranks call it.
+
+    Args:
+        student: the recipe's section.
+        model: this rank's part of the student, with the teacher's weights; changed.
+        choice: of `choose_layers`; its targets are used up.
+    """
+    if student.reconstruction is None or choice.text is None:
+        return
+    ridge = student.reconstruction.ridge
+    logger.info("fitting %d layers, on %d tokens", len(choice.kept), choice.text.tokens)
+    choice.fits = reconstruct(model, choice.text.whole, choice.targets, ridge)
+    choice.targets.clear()
+    before, after = choice.fits[-1].before, choice.fits[-1].after
+    logger.info("error of the last layer's output: %.3f of its size, fitted %.3f", before, after)
 
 
 def needs(shape: ModelShape, seq_length: int, stored: torch.dtype) -> dict[str, float]:
-    """What a model of this shape takes where it is used; nothing for a layer spec of one's own."""
-    if shape.architecture.spec is not None:
+    """What a model of this shape takes where it is used; nothing where layers have own sizes."""
+    own = shape.architecture.spec, shape.architecture.heterogeneous_layers_config
+    if any(layers is not None for layers in own):
         return {}
     keys_and_values = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
     return {
         "forward_flops_per_token": forward_flops(shape, 1, seq_length),
         "kv_cache_bytes_per_token": float(keys_and_values * stored.itemsize),
+        "memory_bytes": float(memory_in_use(shape, seq_length, stored.itemsize)),
     }
 
 
@@ -101,6 +149,13 @@ def record(choice: LayerChoice, shape: ModelShape, staging: Staging, run: tracki
         facts["keep_layers"] = list(choice.kept)
     if choice.importance is not None:
         facts["layer_importance"] = _record_importance(choice, staging.path, run)
+    if choice.text is not None:
+        facts["reconstruction"] = {
+            "calibration_tokens": choice.text.tokens,
+            "calibration_digest": choice.text.digest,
+            "error_before": [round(fit.before, 6) for fit in choice.fits],
+            "error_after": [round(fit.after, 6) for fit in choice.fits],
+        }
     staging.facts.update(facts)
     run.log_params(facts)
     (staging.path / REPORT).write_text(render(staging.facts, choice.importance), encoding="utf-8")
@@ -113,7 +168,7 @@ def _record_importance(choice: LayerChoice, folder: Path, run: tracking.StepRun)
     facts = {
         "criterion": found.criterion,
         "calibration_tokens": found.tokens,
-        "calibration_digest": choice.digest,
+        "calibration_digest": choice.importance_digest,
     }
     write_json(
         folder / LAYER_IMPORTANCE,
@@ -138,7 +193,7 @@ def _record_importance(choice: LayerChoice, folder: Path, run: tracking.StepRun)
 
 
 def calibration_text(tokens: int, seed: int, dataset: Path) -> Calibration:
-    """What importance is measured on; the first rank reads it for all. All ranks call it."""
+    """What is measured, or fitted, on; the first rank reads it for all. All ranks call it."""
     told: list[Calibration | None] = [None]
     if is_first_rank():
         with tempfile.TemporaryDirectory(prefix="flagscale-calibration-") as cache:

@@ -17,8 +17,8 @@ from flagscale.evaluation.figures import scalars
 from flagscale.evaluation.leaderboard import Candidate, Leaderboard, rank
 from flagscale.evaluation.leaderboard_report import headline, render
 from flagscale.recipe import parse_section
+from flagscale.recipe.decisive import decisive
 from flagscale.recipe.sweep import VARIED
-from flagscale.recipe.training import decisive
 from flagscale.tracking.variants import log_variants
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _by_variant(
 
 def _known_by(sections: Mapping[str, Any]) -> str:
     """Digest of what decides on the student: the rest, e.g. fusions, is as each machine has it."""
-    return digest({**sections, "training": decisive(sections["training"])})
+    return digest(decisive(sections))
 
 
 def _changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -149,7 +149,7 @@ def _candidate(
         origin=digest(measured["recipe"]["student"]),
         metrics=metrics,
         fidelity=fidelity,
-        tokens_per_second=float(measured["training"][_SPEED]),
+        tokens_per_second=float(measured["training"].get(_SPEED, 0)),
         source=path,
         digests={"evaluation": manifest.digest, "distilled": manifest.parents["distilled"]},
     )

@@ -18,7 +18,7 @@ from flagscale.models.megatron import WEIGHTS, build_model
 from flagscale.models.pretrained import Pretrained
 from flagscale.models.random_weights import with_random_weights
 from flagscale.recipe import StudentRecipe
-from flagscale.steps.layer_choice import LayerChoice, choose_layers
+from flagscale.steps.layer_choice import LayerChoice, choose_layers, fit_layers
 from flagscale.steps.narrowing import Narrowing, narrow_student
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def make_student(
         model = build_model(as_wide, args.seq_length, args.parallelism, args.params_dtype)
         logger.info("keeping layers %s of %d", list(choice.kept), teacher_shape.num_layers)
         load_layers(model, teacher / WEIGHTS, choice.kept, teacher_shape.num_layers)
+        fit_layers(student, model, choice)
         narrowing = None
         if shape != as_wide:
             model, narrowing = narrow_student(student, dataset, model, (as_wide, shape), build)

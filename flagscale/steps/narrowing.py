@@ -15,11 +15,12 @@ from flagscale import tracking
 from flagscale.artifacts import Staging
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.narrow import cut_widths, narrow_model
+from flagscale.models.cut_shape import cut_widths
+from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.combinations import check_width_pruning
-from flagscale.steps.layer_choice import CALIBRATION_TOKENS, calibration_text
+from flagscale.steps.layer_choice import calibration_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,11 @@ def narrow_student(
         shapes: the wide model's and the student's.
         build: makes this rank's part of the student.
     """
-    tokens = student.calibration_tokens or CALIBRATION_TOKENS
-    text, model = calibration_text(tokens, student.seed, dataset), build()
+    text = calibration_text(student.measured_tokens, student.seed, dataset)
     sizes = cut_widths(*shapes)
     logger.info("pruning to %s by activations on %d tokens", sizes, text.tokens)
-    scores = narrow_model(wide, model, sizes, [batch["tokens"] for batch in text.batches])
+    batches = [batch["tokens"] for batch in text.batches]
+    model, scores = narrow_model(wide, build, sizes, batches)
     del wide
     gc.collect()  # modules refer to each other
     return model, Narrowing(sizes, scores, text.tokens, text.digest)
@@ -90,9 +91,28 @@ def record_narrowing(found: Narrowing | None, staging: Staging, run: tracking.St
     facts = {
         "criterion": "activations (arXiv 2407.14679)",
         "sizes": found.sizes,
+        "kept_importance": _kept_importance(found),
         "calibration_tokens": found.tokens,
         "calibration_digest": found.digest,
     }
     staging.facts["width_importance"] = facts
     run.log_params({"width_importance": facts})
     run.log_artifact(path)
+
+
+def _kept_importance(found: Narrowing) -> dict[str, float]:
+    """The share of all importance that stays, mean over layers; heads aside, which go by groups."""
+    shares: dict[str, list[float]] = {}
+    for name, scores in found.scores.items():
+        if name == "hidden_size":
+            kind = name
+        elif name.endswith(".mlp"):
+            kind = "ffn_hidden_size"
+        elif name.endswith(".experts"):
+            kind = "num_experts"
+        else:
+            kind = "moe_ffn_hidden_size"
+        if kind in found.sizes and not name.endswith(".self_attention"):
+            kept = scores.topk(found.sizes[kind]).values.sum() / scores.sum()
+            shares.setdefault(kind, []).append(kept.nan_to_num().item())
+    return {kind: round(sum(each) / len(each), 6) for kind, each in shares.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.global_vars import get_args
 from flagscale.post_training.pipeline_shapes import adjust_tensor_shapes_fn
 from flagscale.recipe import TrainingRecipe
+from flagscale.train.audit import AuditError, TrainingAudit
 from flagscale.train.auxiliary_losses import (
     balance_losses,
     forget_auxiliary_losses,
@@ -36,6 +38,8 @@ from flagscale.train.train_gpt import forward_step
 from flagscale.train.trainer import Trainer
 
 Report = dict[str, torch.Tensor]
+ForwardStep = Callable[..., Any]
+Look = Callable[[ForwardStep], AbstractContextManager[ForwardStep]]
 
 
 class Observer(Protocol):
@@ -80,7 +84,9 @@ def train(
     Raises:
         Interrupted: it was asked to stop, and has saved a checkpoint.
         SuspiciousResultError: see `train_step`; the steps before it are saved.
+        AuditError: see `train_step`; the steps before it are saved.
     """
+    audit = TrainingAudit(trainer.chunks, get_args(), training.audit_interval)
     diagnostics = Diagnostics(get_args(), trainer.chunks)
     timer = SaveTimer(training.save_interval_minutes, clock)
 
@@ -100,8 +106,8 @@ def train(
         validate()
     while state.step < training.train_iters:
         try:
-            record = train_step(trainer, train_batches)
-        except SuspiciousResultError:
+            record = train_step(trainer, train_batches, partial(audit.look, state.step + 1))
+        except (SuspiciousResultError, AuditError):
             save()
             checkpoints.wait()
             raise
@@ -122,8 +128,16 @@ def train(
     checkpoints.wait()
 
 
-def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
+def train_step(
+    trainer: Trainer, batches: ChunkBatches, look: Look = nullcontext
+) -> dict[str, float]:
     """One optimiser step.
+
+    Args:
+        trainer: model, optimiser and scheduler.
+        batches: micro-batches.
+        look: around the forward and backward passes; gives what runs a micro-batch, which is
+            `forward_step` or does the same and more.
 
     Returns:
         Each reported loss (nats a token, over the global batch), the learning rate it was taken
@@ -132,6 +146,7 @@ def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
     Raises:
         SuspiciousResultError: the rerun state machine computed the step again and found a fault, or
             cannot tell one on this machine.
+        AuditError: `look` found a reported figure wrong; the step was not taken.
     """
     args = get_args()
     start = time.perf_counter()
@@ -142,7 +157,10 @@ def train_step(trainer: Trainer, batches: ChunkBatches) -> dict[str, float]:
         for chunk in trainer.chunks:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        reports = run_schedule(trainer.chunks, data_iterators, args.num_micro_batches)
+        with look(forward_step) as step:
+            reports = run_schedule(
+                trainer.chunks, data_iterators, args.num_micro_batches, step=step
+            )
     _, should_exit, exit_code = machine.should_checkpoint_and_exit()
     if should_exit:
         raise SuspiciousResultError(
@@ -204,6 +222,7 @@ def run_schedule(
     data_iterators: Sequence[Any],
     num_micro_batches: int,
     forward_only: bool = False,
+    step: ForwardStep = forward_step,
 ) -> list[Report]:
     """Run `forward_step` on micro-batches by Megatron-Core's schedule for the pipeline.
 
@@ -212,6 +231,7 @@ def run_schedule(
         data_iterators: one a chunk; see `flagscale.train.batches.get_batch`.
         num_micro_batches: how many to take of each.
         forward_only: compute no gradients.
+        step: `forward_step`, or one around it.
 
     Returns:
         What the loss function reported, one a micro-batch; empty but on the last stage.
@@ -224,7 +244,7 @@ def run_schedule(
         "decoder_seq_length": seq_length,
     }
     reports: list[Report] = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=list(data_iterators) if len(chunks) > 1 else data_iterators[0],
         model=list(chunks),
         num_microbatches=num_micro_batches,

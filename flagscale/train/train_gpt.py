@@ -24,6 +24,7 @@ from flagscale.megatron.memory_history import record_memory_history
 from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.loss_func import loss_func as loss_func_modelopt
 from flagscale.post_training.model_provider import model_provider as model_provider_modelopt
+from flagscale.post_training.model_provider import with_quantizers
 from flagscale.train.batches import Batch, get_batch
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def model_provider(
         if vp_stage is not None:
             raise ValueError(f"vp_stage={vp_stage} with use_legacy_models=True: must be None")
         return build_legacy_gpt_model(args, pre_process, post_process)
-    return build_gpt_model(args, pre_process, post_process, vp_stage, layout)
+    return with_quantizers(build_gpt_model(args, pre_process, post_process, vp_stage, layout), args)
 
 
 def loss_func(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flagscale.recipe import Recipe, load_recipe
 
-DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-10-layers.yaml")
+DEFAULT_RECIPE = Path("recipes/smollm2-135m-to-22-layers.yaml")
 
 
 def new_command(

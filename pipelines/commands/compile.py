@@ -12,8 +12,8 @@ from pipelines.platform import load_platform
 from pipelines.sources import notes
 
 _EXAMPLES = """\
-  python -m pipelines compile recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100
-      write build/smollm2-135m-to-10-layers-gke-h100.yaml; upload it in the KFP UI
+  python -m pipelines compile recipes/smollm2-135m-to-22-layers.yaml --platform gke-h100
+      write build/smollm2-135m-to-22-layers-gke-h100.yaml; upload it in the KFP UI
 
   python -m pipelines compile mine.yaml --platform my-cluster.yaml -o mine-on-my-cluster.yaml
 

@@ -14,7 +14,7 @@ _EXAMPLES = """\
   python -m pipelines plan recipes/qwen3-8b-to-24-layers.yaml --platform gke-h100
       memory, storage, operations, time and price of each step on a cluster
 
-  python -m pipelines plan recipes/smollm2-135m-to-10-layers.yaml
+  python -m pipelines plan recipes/smollm2-135m-to-22-layers.yaml
       the same on this machine
 
   python -m pipelines plan mine.yaml --platform gke-h100 --set training.micro_batch_size=4

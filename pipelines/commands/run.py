@@ -9,7 +9,7 @@ from pipelines.local.summary import summary
 from pipelines.planning import fitted
 
 _EXAMPLES = """\
-  python -m pipelines run recipes/smollm2-135m-to-10-layers.yaml
+  python -m pipelines run recipes/smollm2-135m-to-22-layers.yaml
       distil on this machine; results in runs/latest
 
   python -m pipelines run recipes/tiny.yaml --set distillation.temperature=2

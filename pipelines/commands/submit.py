@@ -12,7 +12,7 @@ from pipelines.commands import cluster
 from pipelines.commands.arguments import new_command
 
 _EXAMPLES = f"""\
-  python -m pipelines submit recipes/smollm2-135m-to-10-layers.yaml --platform gke-h100 \\
+  python -m pipelines submit recipes/smollm2-135m-to-22-layers.yaml --platform gke-h100 \\
       --host https://kfp.example.com
       upload the pipeline if it changed, start a run, print the address of its page
 

@@ -26,9 +26,9 @@ from flagscale.artifacts import digest
 from flagscale.errors import UserError
 from flagscale.processes import RUNNER_VARIABLE, this_process
 from flagscale.recipe import Recipe
-from flagscale.recipe.training import decisive
+from flagscale.recipe.decisive import decisive
 from flagscale.run_values.literal import carried
-from pipelines.distillation import build_pipeline, source_version
+from pipelines.distillation import build_pipeline, build_preparation, source_version
 from pipelines.local.containers import Containers
 from pipelines.local.output import quiet_kfp
 from pipelines.local.preflight import SourceCheck, with_fingerprints
@@ -59,34 +59,18 @@ def run_recipe(
         StepFailed: a step failed.
         Stopped: a signal came, and the running step has ended.
     """
-    from flagscale import tracking
-
     if image is not None:  # it gets no GPU
         try:
             recipe.check_on_cpu()
         except ValueError as error:
             raise UserError(f"--image {image}: {error}") from error
-    recipe = with_fingerprints(recipe)
-    runs = _plain(runs)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=runs).close()
-    except OSError as error:
-        raise UserError(
-            f"--runs {runs}: {error.strerror}; name a folder that can be written, or a new one"
-        ) from error
+    recipe, runs = with_fingerprints(recipe), _writable(runs)
     code = source_version()
     containers = None
     if image is not None:
         containers = Containers(image, code, recipe, runs)
         code += f" in {containers.identity}"  # another image may hold other libraries
-    sources = SourceCheck(recipe)
-    try:
-        tracking.connect(recipe, runs)
-        sources.wait()
-    except BaseException:
-        sources.cancel()
-        raise
+    _check(recipe, runs)
     checkpoints = checkpoint_folder(recipe, runs)
     if not reuse and (held := _forget(checkpoints)):
         raise UserError(f"--no-cache: {held[0]}: another run trains there; stop it, or wait for it")
@@ -99,10 +83,55 @@ def run_recipe(
     return result
 
 
+def prepare_recipe(recipe: Recipe, runs: Path) -> RunResult:
+    """Check the recipe against the world, then make what training starts from, or reuse it.
+
+    Args:
+        recipe: validated, without a sweep.
+        runs: folder of all runs.
+
+    Raises:
+        UserError: see `run_recipe`.
+        StepFailed: see there.
+        Stopped: see there.
+    """
+    recipe, runs = with_fingerprints(recipe), _writable(runs)
+    _check(recipe, runs)
+    pipeline = build_preparation(recipe, code_version=source_version())
+    arguments = {"training_checkpoints": "", "tracking_experiment": ""}
+    return run_pipeline(pipeline, arguments, recipe, runs, reuse=True)
+
+
+def _check(recipe: Recipe, runs: Path) -> None:
+    """Look at the sources while tracking is set up."""
+    from flagscale import tracking
+
+    sources = SourceCheck(recipe)
+    try:
+        tracking.connect(recipe, runs)
+        sources.wait()
+    except BaseException:
+        sources.cancel()
+        raise
+
+
+def _writable(runs: Path) -> Path:
+    """The folder of runs in full, made and tried."""
+    runs = _plain(runs)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=runs).close()
+    except OSError as error:
+        raise UserError(
+            f"--runs {runs}: {error.strerror}; name a folder that can be written, or a new one"
+        ) from error
+    return runs
+
+
 def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     """Where this training keeps its checkpoints: the same for an equal training, run again."""
     sections = recipe.model_dump(mode="json", include=set(_CHECKPOINTED))
-    sections["training"] = decisive(sections["training"])
+    sections = decisive(sections)
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
     return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"

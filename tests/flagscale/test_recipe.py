@@ -88,6 +88,26 @@ CONTRADICTIONS = [
     ("student", {"max_depth_pruning": 0.1}, "max_depth_pruning=0.1 has no effect without a target"),
     ("student", {"calibration_tokens": 64}, "calibration_tokens=64 has no effect with"),
     ("student", {"init": "same"}, "init=same keeps every layer"),
+    (
+        "student",
+        {"init": "same", "num_layers": None, "layer_importance": "kl"},
+        "layer_importance=kl needs init=depth or depth_and_width, but init=same",
+    ),
+    (
+        "student",
+        {"num_layers": None, "keep_layers": [0, 1], "layer_importance": "kl"},
+        "layer_importance=kl has no effect with keep_layers=[0, 1]",
+    ),
+    (
+        "student",
+        {"calibration_tokens": 512},
+        "calibration_tokens=512 has no effect with layer_importance=even",
+    ),
+    (
+        "student",
+        {"init": "scratch", "reconstruction": {}},
+        "reconstruction needs init=depth, but init=scratch",
+    ),
     ("student", {"init": "prune"}, "init='prune': is called depth now"),
     ("student", {"init": "copy"}, "init='copy': is called same now"),
     ("student", {"init": "scratch", "keep_layers": [0]}, "keep_layers=(0,) needs init=depth"),
@@ -116,6 +136,31 @@ CONTRADICTIONS = [
         "distillation",
         {"kd_loss_scale": 0.5},
         "kd_loss_scale=0.5 has no effect with skip_lm_loss=true",
+    ),
+    (
+        "distillation",
+        {"beta": 0.4},
+        "beta=0.4 has no effect with divergence=forward_kl: it is of jensen_shannon",
+    ),
+    (
+        "distillation",
+        {"divergence": "skew_kl", "top_k": 8},
+        "top_k=8 has no effect with divergence=skew_kl: it is of top_k_kl",
+    ),
+    (
+        "distillation",
+        {"divergence": "jensen_shannon", "alpha": 0.3},
+        "alpha=0.3 has no effect with divergence=jensen_shannon: it is of skew_kl",
+    ),
+    (
+        "distillation",
+        {"divergence": "logits_mse", "temperature": 2},
+        "temperature=2.0 has no effect with divergence=logits_mse",
+    ),
+    (
+        "distillation",
+        {"loss": "none", "divergence": "reverse_kl"},
+        "divergence=reverse_kl has no effect with loss=none",
     ),
     (
         "distillation",

@@ -17,7 +17,7 @@ from pipelines.distillation import build_pipeline, source_version
 from pipelines.platform import Platform, load_platform
 
 ROOT = Path(__file__).parents[2]
-DEFAULT = ROOT / "recipes" / "smollm2-135m-to-10-layers.yaml"
+DEFAULT = ROOT / "recipes" / "smollm2-135m-to-22-layers.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_the_command_writes_kubernetes_objects(
     pipeline, version = yaml.safe_load_all(output.read_text())
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
     assert pipeline["metadata"] == {
-        "name": "distillation-smollm2-135m-to-10-layers",
+        "name": "distillation-smollm2-135m-to-22-layers",
         "namespace": "ml",
     }
     assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]

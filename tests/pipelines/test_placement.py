@@ -257,7 +257,7 @@ def test_another_default_changes_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "platform", "message"),
     [
-        ("smollm2-135m-to-10-layers", ["resources.accelerator_count=8"], "gke-h100", "8 data-par"),
+        ("smollm2-135m-to-22-layers", ["resources.accelerator_count=8"], "gke-h100", "8 data-par"),
         ("tiny", ["resources.nodes=2"], "cpu-only", "resources.nodes=2 needs a volume"),
         (
             "tiny",

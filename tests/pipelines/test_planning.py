@@ -114,6 +114,29 @@ def test_a_layout_that_is_given_stays():
     assert chosen.models == given.models
 
 
+def test_widths_are_pruned_on_pipelines_alone():
+    narrow = {"init": "width", "target_parameters": 20e9}
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    training = recipe().training.model_dump() | {"parallelism": split}
+    large = recipe("Qwen/Qwen3-32B", 40, training=training, student=narrow)
+    (plan,) = plans(large, platform(models=8))
+    assert plan.sizes.tensor_model_parallel_size == 1
+    assert plan.sizes.pipeline_model_parallel_size == 4
+    student, shown = plan.job.student, as_text(plan, "a cluster")
+    assert student.hidden_size < 5120
+    assert f", 64 layers, hidden_size {student.hidden_size}, " in shown
+    assert f", ffn_hidden_size {student.ffn_hidden_size}" in shown
+    layout = {"parallelism": {"tensor_model_parallel_size": 4}}
+    with pytest.raises(ValueError, match=r"models.parallelism.tensor_model_parallel_size=4: Model"):
+        recipe("Qwen/Qwen3-32B", 40, student=narrow, models=layout)
+
+
+def test_a_target_that_no_student_meets_is_refused_before_anything_starts():
+    small = recipe(student={"init": "depth", "target_parameters": 1e6})
+    with pytest.raises(UserError, match="cannot be met with init=depth: the nearest is num_layers"):
+        plans(small, platform())
+
+
 def test_a_small_model_keeps_to_one_process():
     chosen, _ = fitted(recipe(), platform())
     assert chosen.models.parallelism is None

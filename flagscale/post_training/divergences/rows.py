@@ -1,50 +1,72 @@
 """Rows of logits, a chunk at a time that stays in the cache, as probabilities; and their ranks.
 
-A softmax is kept as its largest logit `m` and `log z`, the log of the sum of the exponentials that
-are shifted by it: their sum, the logsumexp, would be rounded at the size of the logits, which is as
-large as the divergence itself once the student is close. For the same reason `log(p / q)` is made
-from the difference of the logits, not from that of two rounded logarithms.
+A softmax's normaliser is kept as the largest logit `m` and `log z`, the log of the sum of the
+exponentials that are shifted by it: their sum, the logsumexp, would be rounded at the size of the
+logits, which is as large as the divergence itself once the student is close. For the same reason
+`log(p / q)` is made from the difference of the logits, not from that of two rounded logarithms.
 
 Logits of -inf in both models (columns that are no token) count for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
 
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of one fp32 buffer: 1 MiB, 256 MiB
+# A logit below it stands for no token: `gpt_builder` sets those of padding to -10,000.
+NO_TOKEN = -9000.0
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of one fp32 buffer: 1 MiB, 64 MiB
+_BUFFERS = 4
 _SMALLEST = torch.finfo(torch.float32).min
 
 
-@dataclass
 class Rows:
-    """Rows of both models as a formula wants them; its buffers may be overwritten.
+    """Rows of both models as a formula wants them; what it holds may be overwritten.
 
     Attributes:
         p: float32 [n, V], the teacher's probabilities.
         q: the student's.
-        log_ratio: log(p / q); 0 where neither gives any probability.
         spare: a buffer of the same shape.
+        kept: what a formula's sums found and its gradient wants again; a place for it.
     """
 
-    p: torch.Tensor
-    q: torch.Tensor
-    log_ratio: torch.Tensor
-    spare: torch.Tensor
+    def __init__(
+        self,
+        p: torch.Tensor,
+        q: torch.Tensor,
+        spare: torch.Tensor,
+        log_ratio: Callable[[], torch.Tensor],
+    ) -> None:
+        """Take them; `log_ratio` is called once it is wanted."""
+        self.p, self.q, self.spare = p, q, spare
+        self.kept: torch.Tensor | None = None
+        self._log_ratio = log_ratio
+
+    @cached_property
+    def log_ratio(self) -> torch.Tensor:
+        """log(p / q); 0 where neither gives any probability, infinite where one does not."""
+        return self._log_ratio()
 
     @classmethod
     def of_shares(cls, log_p_nv: torch.Tensor, log_q_nv: torch.Tensor) -> Rows:
         """Of log probabilities of few things, such as the ranks' shares of a vocabulary."""
         p, q = log_p_nv.exp(), log_q_nv.exp()
-        return cls(p, q, (log_p_nv - log_q_nv).nan_to_num_(nan=0.0), torch.empty_like(p))
+        return cls(p, q, torch.empty_like(p), lambda: without_nan(log_p_nv - log_q_nv))
 
 
 class Chunk:
-    """Some rows of both models' logits, with buffers to work in."""
+    """Some rows of both models' logits, with buffers to work in.
+
+    Attributes:
+        at: which rows.
+        student: float32 [n, V], the logits.
+        teacher: the same.
+        buffers: float32 [4, n, V].
+    """
 
     def __init__(
         self,
@@ -54,71 +76,85 @@ class Chunk:
         temperature: float,
         buffers: torch.Tensor,
     ) -> None:
-        """Take the rows; `buffers` is float32 [6, n, V]."""
-        self.at = at
-        self._student, self._teacher = student_nv, teacher_nv
-        self._scale = 1 / temperature
-        *self._buffers, student, teacher = buffers[:, : student_nv.size(0)]
-        self.student = _widened(student_nv, student)
-        self.teacher = _widened(teacher_nv, teacher)
+        """Take the rows; of `buffers`, [4 or 6, rows, V], the last two are to widen logits in."""
+        buffers = buffers[:, : at.stop - at.start]
+        self.at, self.buffers = at, buffers[:_BUFFERS]
+        self._out = self.student = student_nv[at]
+        self.teacher = teacher_nv[at]
+        self._temperature = temperature
+        if len(buffers) > _BUFFERS:
+            self.student = buffers[-2].copy_(self.student)
+            self.teacher = buffers[-1].copy_(self.teacher)
 
     def normalised(self) -> tuple[Rows, torch.Tensor]:
         """Rows that sum to 1 over this slice of the vocabulary, and their normalisers [4, n]."""
-        p, q, *_ = self._buffers
-        m_p, weight_p = self._softmax(self.teacher, p)
-        m_q, weight_q = self._softmax(self.student, q)
-        # In double, of what p and q were multiplied by: the log ratio fits them exactly.
-        log_z_p, log_z_q = -weight_p.double().log(), -weight_q.double().log()
-        shift = (m_q.double() - m_p.double()) * self._scale + log_z_q - log_z_p
-        norms = torch.stack([m_p, log_z_p.float(), m_q, log_z_q.float()])
-        return self._rows(shift), norms
+        weights, norms = [], []
+        for logits, buffer in zip((self.teacher, self.student), self.buffers, strict=False):
+            m, total = exponentials(logits, self._temperature, out=buffer)
+            weight = total.reciprocal()
+            buffer.mul_(weight.clamp(max=1)[:, None])  # infinite where there is nothing to weigh
+            weights.append(weight.double().log())  # what p and q were multiplied by, to the digit
+            norms += [m, total.log()]
+        shift = (norms[2].double() - norms[0].double()) / self._temperature
+        return self._rows(shift + weights[0] - weights[1]), torch.stack(norms)
 
     def of_whole(self, norms: torch.Tensor) -> Rows:
         """This slice's part of rows that sum to 1 over the whole vocabulary."""
-        m_p, log_z_p, m_q, log_z_q = norms[..., None]
-        p, q, *_ = self._buffers
-        torch.sub(self.teacher, m_p, out=p).mul_(self._scale).sub_(log_z_p).exp_()
-        torch.sub(self.student, m_q, out=q).mul_(self._scale).sub_(log_z_q).exp_()
-        shift = (m_q.double() - m_p.double()) * self._scale + log_z_q.double() - log_z_p.double()
-        return self._rows(shift[:, 0])
+        for (m, log_z), logits, buffer in zip(
+            norms.view(2, 2, -1, 1), (self.teacher, self.student), self.buffers, strict=False
+        ):
+            torch.sub(logits, m, out=buffer).div_(self._temperature).sub_(log_z).exp_()
+        m_t, log_z_t, m_s, log_z_s = norms.double()
+        return self._rows((m_s - m_t) / self._temperature + log_z_s - log_z_t)
 
     def write(self, gradient: torch.Tensor, factor: float) -> None:
-        """Overwrite the student's logits with `factor` times the gradient."""
-        if self._student.dtype == torch.float32:
-            torch.mul(gradient, factor, out=self._student)
-        else:
-            self._student.copy_(gradient.mul_(factor))
+        """Overwrite the student's logits with `factor` times the gradient [n, V]."""
+        torch.mul(gradient, factor, out=self._out)
 
-    def _softmax(self, logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Into `out`; returns the largest logit and the number that `out` was multiplied by."""
-        m = logits.amax(-1).clamp_(min=_SMALLEST)  # a slice may hold nothing but -inf
-        torch.sub(logits, m[:, None], out=out)
-        if self._scale != 1:
-            out.mul_(self._scale)
-        weight = out.exp_().sum(-1).reciprocal_()
-        # The sum is 0 only where there is nothing to multiply.
-        out.mul_(weight.clamp(max=1)[:, None])
-        return m, weight
+    def _rows(self, shift_n: torch.Tensor) -> Rows:
+        p, q, spare, log_ratio = self.buffers
 
-    def _rows(self, shift: torch.Tensor) -> Rows:
-        p, q, log_ratio, spare = self._buffers
-        torch.sub(self.teacher, self.student, out=log_ratio)
-        if self._scale != 1:
-            log_ratio.mul_(self._scale)
-        log_ratio.add_(shift.float()[:, None]).nan_to_num_(nan=0.0)
-        return Rows(p, q, log_ratio, spare)
+        def ratio() -> torch.Tensor:
+            torch.sub(self.teacher, self.student, out=log_ratio)
+            if self._temperature != 1:
+                log_ratio.div_(self._temperature)
+            return without_nan(log_ratio.add_(shift_n.float()[:, None]))
+
+        return Rows(p, q, spare, ratio)
 
 
 def chunks(
-    student_nv: torch.Tensor, teacher_nv: torch.Tensor, temperature: float
+    student_nv: torch.Tensor, teacher_nv: torch.Tensor, temperature: float = 1.0
 ) -> Iterator[Chunk]:
-    """All rows, some at a time; their buffers are the same ones."""
+    """All rows, some at a time; the buffers are the same ones."""
     count, width = student_nv.shape
-    step = max(1, _CHUNK_ELEMENTS.get(student_nv.device.type, 2**18) // max(1, width))
-    buffers = torch.empty(6, min(step, count), width, device=student_nv.device)
-    for start in range(0, count, step):
+    step = min(count, max(1, _CHUNK_ELEMENTS.get(student_nv.device.type, 2**18) // width))
+    wide = student_nv.dtype == teacher_nv.dtype == torch.float32
+    number = _BUFFERS if wide else _BUFFERS + 2
+    buffers = torch.empty(number, step, width, device=student_nv.device)
+    for start in range(0, count, max(1, step)):
         at = slice(start, min(start + step, count))
-        yield Chunk(at, student_nv[at], teacher_nv[at], temperature, buffers)
+        yield Chunk(at, student_nv, teacher_nv, temperature, buffers)
+
+
+def exponentials(
+    logits: torch.Tensor, temperature: float, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exp((logits - m) / temperature)` into `out`.
+
+    Returns:
+        float32 [n] each: m, the largest logit, and the sum.
+    """
+    m = logits.amax(-1).clamp_(min=_SMALLEST)  # a slice may hold nothing but -inf
+    torch.sub(logits, m[:, None], out=out)
+    if temperature != 1:
+        out.div_(temperature)
+    return m, out.exp_().sum(-1)
+
+
+def is_shared(group: dist.ProcessGroup | None) -> TypeGuard[dist.ProcessGroup]:
+    """Whether there are other ranks with a slice of the vocabulary."""
+    return group is not None and group.size() > 1
 
 
 def gathered(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -142,5 +178,6 @@ def merged(norms_r4n: torch.Tensor, temperature: float) -> tuple[torch.Tensor, t
     return norms, (log_shares - total).transpose(0, 1)
 
 
-def _widened(logits: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float32 else buffer.copy_(logits)
+def without_nan(difference: torch.Tensor) -> torch.Tensor:
+    """0 in place of `-inf - -inf`; in place."""
+    return difference.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)

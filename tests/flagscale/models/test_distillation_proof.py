@@ -15,13 +15,8 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.distillation_proof import (
-    PROOF_LOSS,
-    prove_every_parameter_learns,
-    prove_no_loss_when_equal,
-)
-from flagscale.models.megatron import build_model, load_model, logits
-from flagscale.post_training import conversion
+from flagscale.models.distillation_proof import PROOF_LOSS, prove_every_parameter_learns
+from flagscale.models.megatron import build_model, load_model
 from flagscale.recipe import ArchitectureRecipe
 
 SEQ_LENGTH = 64
@@ -59,35 +54,6 @@ def batch(dataset: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     return next(iter(batches))
 
 
-def test_no_loss_when_equal(taught, batch):
-    before = logits(taught, batch["tokens"])
-    assert prove_no_loss_when_equal(taught, batch) == 0
-    # The twin is gone, and the teacher is what it was.
-    assert torch.equal(logits(taught, batch["tokens"]), before)
-    assert not taught.output_layer._forward_hooks.keys() - load_hooks(taught)
-    assert not [p for p in taught.parameters() if p.grad is not None]
-
-
-def load_hooks(model: GPTModel) -> set[int]:
-    """Hooks of the output layer that are not ModelOpt's."""
-    hooks = model.output_layer._forward_hooks.items()
-    return {key for key, hook in hooks if "modelopt" not in hook.__module__}
-
-
-def test_loss_of_overwritten_logits_is_noticed(taught, batch, monkeypatch):
-    """Megatron-Core's cross entropy works in place: unless it is given a copy, KD sees its work."""
-    monkeypatch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
-    with pytest.raises(UserError, match=r"against itself is .* not 0: the conversion is wrong"):
-        prove_no_loss_when_equal(taught, batch)
-
-
-def test_teacher_that_computes_something_else_each_time_is_noticed(taught, batch):
-    norm = taught.decoder.final_layernorm
-    norm.register_forward_hook(lambda module, inputs, output: output + torch.rand_like(output))
-    with pytest.raises(UserError, match="the conversion is wrong"):
-        prove_no_loss_when_equal(taught, batch)
-
-
 ARCHITECTURES = [
     {},
     {"num_experts": 8, "moe_ffn_hidden_size": 32},
@@ -108,7 +74,8 @@ def test_every_parameter_learns(learner, taught, batch):
 
     for parameter in own:
         parameter.register_post_accumulate_grad_hook(count)
-    assert prove_every_parameter_learns(learner, taught, batch) > 0.01
+    loss, _ = prove_every_parameter_learns(learner, taught, batch)
+    assert loss > 0.01
     assert len(held) > len(own) / 2  # an expert that nobody chose has none
     assert max(held) == 1
     assert not [one for one in own if one.grad is not None]

@@ -1,6 +1,7 @@
 """Narrower models against tensors that are sliced here, in Hugging Face's layout, by the scores."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
-from flagscale.models.cut_shape import cut_shape
+from flagscale.models.cut_shape import cut_shape, cut_widths
 from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, forward, logits
-from flagscale.models.narrow import cut_widths, narrow_model
+from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores, move_weights, prune_width
 
 TEXT = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(1))
@@ -108,10 +109,8 @@ def test_the_most_important_are_kept(
     hf_model.save_pretrained(tmp_path / "wide")
     wide = from_hf_config(hf_model.config)
     shape = narrower(wide)
-    model = build_model(shape, 128)
-    scores = narrow_model(
-        imported(tmp_path / "wide"), model, cut_widths(wide, shape), TEXT.split(1)
-    )
+    teacher, build = imported(tmp_path / "wide"), partial(build_model, shape, 128)
+    model, scores = narrow_model(teacher, build, cut_widths(wide, shape), TEXT.split(1))
     assert all(score.isfinite().all() for score in scores.values())
     weights = load_file(tmp_path / "wide" / "model.safetensors")
     (tmp_path / "sliced").mkdir()
@@ -147,8 +146,9 @@ def test_nothing_cut_is_the_teacher(
     make_model("llama tied").save_pretrained(tmp_path)
     teacher, again = imported(tmp_path), imported(tmp_path)
     shape = from_hf_config(make_model("llama tied").config)
-    model = build_model(shape, 128)
-    assert narrow_model(again, model, cut_widths(shape, shape), TEXT.split(1)) == {}
+    build = partial(build_model, shape, 128)
+    model, scores = narrow_model(again, build, cut_widths(shape, shape), TEXT.split(1))
+    assert scores == {}
     assert torch.equal(forward(model, TOKENS), forward(teacher, TOKENS))
 
 

@@ -13,7 +13,7 @@ from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
-from flagscale.recipe import ArchitectureRecipe, StudentRecipe
+from flagscale.recipe import ArchitectureRecipe, ReconstructionRecipe, StudentRecipe
 from flagscale.steps.convert_student import convert_student
 
 
@@ -36,6 +36,46 @@ def test_pruned_student_has_the_kept_layers(student, teacher):
         assert torch.equal(
             ours.embedding.word_embeddings.weight, theirs.embedding.word_embeddings.weight
         )
+
+
+def test_layers_are_kept_by_importance_and_fitted(teacher, dataset, tmp_path):
+    recipe = StudentRecipe(
+        num_layers=2,
+        layer_importance="kl",
+        calibration_tokens=130,  # two sequences
+        reconstruction=ReconstructionRecipe(tokens=256, ridge=1.0),
+    )
+    figures = convert_student(recipe, teacher, dataset, tmp_path / "student")
+    manifest = open_artifact(tmp_path / "student", "student")
+    written = json.loads((tmp_path / "student" / "layer_importance.json").read_text())
+    gone = [removal["layer"] for removal in written["removals"]]
+    assert len(gone) == 2
+    assert manifest.facts["keep_layers"] == sorted({0, 1, 2, 3} - set(gone))
+    assert manifest.facts["layer_importance"]["calibration_tokens"] == 128
+    assert len(written["scores"]) == 4
+    fits = manifest.facts["reconstruction"]
+    assert fits["calibration_tokens"] == 256
+    assert fits["error_after"][-1] < fits["error_before"][-1]
+    # The first 128 of these tokens are those.
+    assert fits["calibration_digest"] != manifest.facts["layer_importance"]["calibration_digest"]
+    assert manifest.facts["shape"]["num_layers"] == 2
+    assert figures["forward_flops_per_token"] > 2 * 64 * 1000
+    page = (tmp_path / "student" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "calibration digest" in page
+    # Fitted, it is closer to its teacher than the same layers as they were.
+    as_they_were = StudentRecipe(keep_layers=tuple(manifest.facts["keep_layers"]))
+    plain = convert_student(as_they_were, teacher, dataset, tmp_path / "plain")
+    assert figures["kd_loss_at_start"] < plain["kd_loss_at_start"]
+    assert "<svg" not in (tmp_path / "plain" / "report.html").read_text()
+
+
+def test_nothing_is_measured_where_every_layer_stays(teacher, dataset, tmp_path):
+    recipe = StudentRecipe(num_layers=4, layer_importance="block_influence")
+    figures = convert_student(recipe, teacher, dataset, tmp_path / "student")
+    assert figures["kd_loss_at_start"] == 0
+    assert open_artifact(tmp_path / "student", "student").facts["keep_layers"] == [0, 1, 2, 3]
+    assert not (tmp_path / "student" / "layer_importance.json").exists()
 
 
 def test_hugging_face_files_describe_the_student(student, teacher):
@@ -179,7 +219,7 @@ def test_a_student_of_other_layers_than_asked_for_is_refused(
     def shallower(shape, *where):
         return build_model(replace(shape, num_layers=shape.num_layers - 1), *where)
 
-    monkeypatch.setattr("flagscale.steps.convert_student.build_model", shallower)
+    monkeypatch.setattr("flagscale.steps.make_student.build_model", shallower)
     with pytest.raises(UserError, match="has 1 layers, but must have 2"):
         convert_student(
             StudentRecipe(init="scratch", num_layers=2), teacher, dataset, tmp_path / "student"

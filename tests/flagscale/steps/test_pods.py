@@ -90,7 +90,7 @@ def test_a_pod_reads_what_another_put_on_the_volume(
         "models_recipe": {},
         **inputs,
     }
-    outputs = ("student", "student_metrics")
+    outputs = ("student", "student_report", "student_metrics")
     own = common(tmp_path / "a", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
     code, output = pod.end()

@@ -116,6 +116,13 @@ CASES = [
     ),
     Case("PP2 x EP2, experts", 4, PIPELINE | EXPERT, model="experts"),
 ]
+# Distillation with logits, as it is where the output layer is not fused with the loss; see
+# `test_fused_layouts.py`.
+WITH_LOGITS = [
+    Case(f"{case.name}, logits held", case.processes, case.parallelism, case.training)
+    for case in CASES
+    if case.name in ("one process", "TP2", "TP2, sequence parallel", "PP2", "CP2", "TP2, packed")
+]
 # What only a GPU with transformer-engine runs; see tests/gpu.
 ON_GPU = [
     Case("one process, grouped experts", 1, model="grouped experts"),

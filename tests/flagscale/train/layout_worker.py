@@ -4,8 +4,8 @@ Trains every case of this number of processes for a few steps, standard and dist
 leaves in FOLDER/<case>/<kind> the records (result.json) and the first step's gradients, in the
 form of a checkpoint of weights, so that one process can read them whatever the layout.
 
-FOLDER/inputs.json names the artifacts, and may name `cases` (default: all of CASES), `training`
-(more of the recipe's section, as the precision) and `weights` (a folder of first weights that
+FOLDER/inputs.json names the artifacts, and may name `cases` (default: all of CASES), `kinds`,
+`training` (more of the section, as the precision) and `weights` (a folder of first weights that
 several FOLDERs share).
 """
 
@@ -13,11 +13,12 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from layout_cases import CASES, KINDS, ON_GPU, Case
+from layout_cases import CASES, KINDS, ON_GPU, WITH_LOGITS, Case
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights, save_weights
@@ -30,6 +31,7 @@ from flagscale.megatron.user_buffers import user_buffers
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
+from flagscale.train.audit import TrainingAudit
 from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
@@ -97,6 +99,8 @@ def weights(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> Path
 
 def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
     training, distillation = recipe(case, inputs.get("training", {})), DISTILLATION[kind]
+    if case in WITH_LOGITS:
+        distillation = distillation.model_copy(update={"fuse_output_layer": False})
     shape = ModelShape.load(Path(inputs["teacher" if kind == "standard" else "student"]))
     shape = replace(shape, **MODELS[case.model])
     check_combination(distillation, training, shape.architecture)
@@ -117,7 +121,10 @@ def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
         validation = evaluate_loss(trainer.chunks, batches.validation(), 2)
         gradients = keep_gradients(trainer)
         stream = batches.train(0)
-        records = [train_step(trainer, stream) for _ in range(STEPS)]
+        audit = TrainingAudit(trainer.chunks, args, interval=1)
+        records = [
+            train_step(trainer, stream, partial(audit.look, step + 1)) for step in range(STEPS)
+        ]
         result = folder / case.name / kind
         save_gradients(trainer, gradients, result / "gradients")
         if torch.distributed.get_rank() == 0:
@@ -162,11 +169,11 @@ def forget_fp8_scales() -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     inputs = json.loads((folder / "inputs.json").read_text())
-    for case in [*CASES, *ON_GPU]:
+    for case in [*CASES, *ON_GPU, *WITH_LOGITS]:
         wanted = case.name in inputs["cases"] if "cases" in inputs else case in CASES
         if not wanted or case.processes != int(os.environ["WORLD_SIZE"]):
             continue
-        for kind in KINDS:
+        for kind in inputs.get("kinds", KINDS):
             try:
                 run(case, kind, folder, inputs)
             except (UserError, ValueError) as error:

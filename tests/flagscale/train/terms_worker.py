@@ -81,6 +81,10 @@ REFERENCES = {  # of what a layout must equal, by how its name ends
     "mse": Layout("one, mse", distillation={"attention_fit": "mse"}),
     "": Layout("one"),
 }
+BF16 = [
+    Layout("one, bf16", training={"precision": "bf16"}),
+    Layout("PP2, bf16", 2, PIPELINE, {"precision": "bf16"}),
+]
 LAYOUTS = [
     Layout(
         "recompute full, whole layers",
@@ -99,14 +103,11 @@ LAYOUTS = [
     ),
     Layout("CP2", 2, CONTEXT),
     Layout("CP2, mse", 2, CONTEXT, distillation={"attention_fit": "mse"}),
-    Layout("DP2", 2),
     Layout("PP2, packed", 2, PIPELINE, PACKED),
-    Layout("TP2 SP, packed", 2, TENSOR | SEQUENCE, PACKED),
     Layout("PP4", 4, {"pipeline_model_parallel_size": 4}),
     Layout("TP2 x PP2", 4, TENSOR | PIPELINE),
     Layout("TP2 x PP2 SP", 4, TENSOR | PIPELINE | SEQUENCE),
     Layout("PP2 x CP2", 4, PIPELINE | CONTEXT),
-    Layout("PP2 x DP2", 4, PIPELINE),
 ]
 
 
@@ -186,7 +187,7 @@ def keep_gradients(trainer) -> dict[str, torch.Tensor]:
 def main() -> None:
     folder = Path(sys.argv[1])
     inputs = json.loads((folder / "inputs.json").read_text())
-    for layout in [*REFERENCES.values(), *LAYOUTS]:
+    for layout in [*REFERENCES.values(), *LAYOUTS, *BF16]:
         if layout.processes == int(os.environ["WORLD_SIZE"]):
             run(layout, folder, inputs)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from terms_worker import LAYOUTS, REFERENCES, Layout
+from terms_worker import BF16, LAYOUTS, REFERENCES, Layout
 
 RELATIVE = 1e-5  # the bound for fp32
 WORKER = Path(__file__).with_name("terms_worker.py")
@@ -41,6 +41,12 @@ def test_equals_one_process(results, layout):
 
 def numbers(record: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "tokens per second"}
+
+
+def test_losses_travel_without_rounding(results):
+    """Between stages of bf16, which would round them at 2^-9; without TP all else is the same."""
+    one, two = (result(results, layout)["validation"] for layout in BF16)
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def test_each_term_is_reported(results):

@@ -41,7 +41,7 @@ def test_what_holds_tasks(spec: dict[str, Any]) -> None:
 
 def test_a_volume_is_made_without_a_pod() -> None:
     """KFP skips the pod then, as it does where a step is cached."""
-    definition = Definition(compiled("smollm2-135m-to-10-layers-on-prem-a100"))
+    definition = Definition(compiled("smollm2-135m-to-22-layers-on-prem-a100"))
     assert not definition.has_pod(["createpvc"])
     assert definition.has_pod(["prepare-data"])
     details = read_tasks(tasks(createpvc="CACHED", prepare_data="CACHED"))

@@ -1,0 +1,170 @@
+"""Output layers and distillation loss, apart and fused: time, memory, error, side by side.
+
+    make bench      # or: python benchmarks/output_layer.py --tokens 512 --vocabulary 49152
+
+Forward and backward from hidden states of student and teacher, on the GPU where there is one. The
+floor is the four matrix products alone, in buffers that are there already. Cases take turns, so
+that what else the machine does meets all of them; each time is the shortest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+
+from flagscale.megatron import platform
+from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
+from flagscale.recipe import DistillationRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DIVERGENCE = divergence_of(DistillationRecipe())
+
+
+def heads(options: argparse.Namespace) -> tuple[HeadInput, HeadInput]:
+    """Student and teacher; their logits spread over some units."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        values = torch.randn(*size, generator=generator) * options.width**-0.25 * 3**0.5
+        return values.to(platform.device(), DTYPES[options.dtype])
+
+    student, teacher = (
+        HeadInput(
+            normal(options.tokens, options.width),
+            normal(options.vocabulary, options.width),
+            options.vocabulary,
+        )
+        for _ in range(2)
+    )
+    for tensor in (student.hidden_nh, student.weight_vh):
+        tensor.requires_grad_()
+    return student, teacher
+
+
+def products(student: HeadInput, teacher: HeadInput) -> Callable[[], None]:
+    """The floor: both models' logits, and the gradients of hidden states and weight."""
+    (hidden, weight), (their_hidden, their_weight) = (
+        (head.hidden_nh.detach(), head.weight_vh.detach()) for head in (student, teacher)
+    )
+    logits = torch.empty(2, len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=logits[0])
+        torch.mm(their_hidden, their_weight.t(), out=logits[1])
+        torch.mm(logits[0], weight, out=grad_hidden)
+        torch.mm(logits[0].t(), hidden, out=grad_weight)
+
+    return run
+
+
+def apart(student: HeadInput, teacher: HeadInput) -> None:
+    """Logits of both models, and the loss of them."""
+    with torch.no_grad():
+        targets = teacher.hidden_nh @ teacher.weight_vh.t()
+    DIVERGENCE(student.hidden_nh @ student.weight_vh.t(), targets).sum().backward()
+
+
+def fused(student: HeadInput, teacher: HeadInput) -> None:
+    """As training computes it."""
+    ones = torch.ones(len(student.hidden_nh), device=student.hidden_nh.device)
+    linear_divergence(student, teacher, Terms(DIVERGENCE), ones)[0].sum().backward()
+
+
+def seconds(work: Callable[[], None], student: HeadInput) -> float:
+    """Of one run."""
+    student.hidden_nh.grad = student.weight_vh.grad = None
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def synchronise() -> None:
+    """Wait for the GPU."""
+    if platform.HAS_GPU:
+        torch.cuda.synchronize()
+
+
+def extra_mib(work: Callable[[], None], student: HeadInput) -> float:
+    """What torch holds at the most beside inputs and gradients."""
+    student.hidden_nh.grad = student.weight_vh.grad = None
+    if platform.HAS_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        most = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            work()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
+        most = max(itertools.accumulate(changes))
+    return (most - student.hidden_nh.nbytes - student.weight_vh.nbytes) / 2**20
+
+
+def gradient_error(student: HeadInput, teacher: HeadInput) -> float:
+    """Of the weight's gradient after a run, against float64, relative to the norm.
+
+    Columns of the vocabulary at the beginning are compared; it takes all to make them.
+    """
+    some = slice(0, 64)
+    total = torch.zeros(64, student.hidden_nh.size(1), dtype=torch.float64)
+    for rows in torch.arange(len(student.hidden_nh)).split(16):
+        hidden, *logits = (
+            head.hidden_nh[rows].detach().double().cpu()
+            @ head.weight_vh.detach().double().cpu().t()
+            for head in (student, teacher)
+        )
+        q, p = hidden.softmax(-1), logits[0].softmax(-1)
+        total += (q - p)[:, some].t() @ student.hidden_nh[rows].detach().double().cpu()
+    assert student.weight_vh.grad is not None, "a run came before"
+    return ((student.weight_vh.grad[some].double().cpu() - total).norm() / total.norm()).item()
+
+
+def main() -> None:
+    """Measure all cases and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="default: %(default)s")
+    parser.add_argument("--width", type=int, default=576, help="hidden size, default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="default: %(default)s")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    student, teacher = heads(options)
+    cases: dict[str, Callable[[], None]] = {
+        "floor: four products": products(student, teacher),
+        "apart": lambda: apart(student, teacher),
+        "fused": lambda: fused(student, teacher),
+    }
+    times: dict[str, list[float]] = {case: [] for case in cases}
+    for _ in range(options.repeat + 1):  # the first warms up
+        for case, work in cases.items():
+            times[case].append(seconds(work, student))
+    device = torch.cuda.get_device_name() if platform.HAS_GPU else f"CPU, {options.threads} threads"
+    print(
+        f"{options.tokens} tokens x {options.vocabulary}, hidden size {options.width}, "
+        f"{options.dtype}, {device}\n"
+    )
+    print("| output layers and loss | forward + backward | extra memory | gradient error |")
+    print("|---|---:|---:|---:|")
+    for case, work in cases.items():
+        cells = [f"{1000 * min(times[case][1:]):.0f} ms", "-", "-"]
+        if not case.startswith("floor"):
+            cells[1] = f"{extra_mib(work, student):.0f} MiB"
+            cells[2] = f"{gradient_error(student, teacher):.1e}"
+        print(f"| {case} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The audit alone, of artifacts that are there, with the recipe's own loss and precision.
+
+What convert-student cannot afford, or is not told, is done here: the chosen divergence, the dtype
+that training computes in, and the same figures on two tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flagscale.artifacts import open_artifact
+from flagscale.errors import UserError
+from flagscale.execution.launch import call_on_ranks
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import model_arguments, with_teacher
+from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.layout import check_layout
+from flagscale.megatron.shape import ModelShape
+from flagscale.models.audit_artifacts import audited_batch
+from flagscale.models.distillation_proof import PROOF_LOSS
+from flagscale.models.student_audit import Artifacts, audit_student, load_pair
+from flagscale.post_training.findings import Finding, not_run, within
+from flagscale.recipe import (
+    DistillationRecipe,
+    LayoutRecipe,
+    ModelsRecipe,
+    ParallelismRecipe,
+    TrainingRecipe,
+)
+
+_TP = "TP1 equals TP2"
+# Of the order of sums: a share of the figure.
+_SAME_ON_RANKS, _SAME_ON_RANKS_16_BITS = 1e-4, 0.03
+
+
+class Paths(NamedTuple):
+    """The artifacts of one run."""
+
+    teacher: Path
+    student: Path
+    dataset: Path
+
+
+def doctor(
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    paths: Paths,
+    models: ModelsRecipe = ModelsRecipe(),
+) -> list[Finding]:
+    """Audit a student with the recipe's own loss.
+
+    Args:
+        distillation: the recipe's section; of `loss: none` the default loss is audited.
+        training: the recipe's section: its precision is computed in.
+        paths: a `teacher`, a `student` made of it, and the `dataset`.
+        models: how the work is spread over processes.
+
+    Returns:
+        What was found, whatever it is.
+
+    Raises:
+        UserError: an artifact is missing or damaged.
+    """
+    for kind, path in paths._asdict().items():
+        open_artifact(path, kind)
+    common: dict[str, Any] = {"distillation": distillation, "training": training, "paths": paths}
+    alone = call_on_ranks("doctor", audit_on_rank, models.processes, **common, models=models)
+    findings = [Finding(**finding) for finding in alone["findings"]]
+    return [*findings, _on_two_ranks(common, models, alone["figures"])]
+
+
+def audit_on_rank(
+    distillation: DistillationRecipe, training: TrainingRecipe, paths: Paths, models: ModelsRecipe
+) -> dict[str, Any]:
+    """The work of one rank: `findings`, and the `figures` that no layout may change."""
+    manifests = {kind: open_artifact(path, kind, False) for kind, path in paths._asdict().items()}
+    shape = ModelShape.load(paths.student)
+    seq_length = manifests["dataset"].facts["seq_length"]
+    dtype = platform.training_dtype(training.precision)
+    args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
+    facts = manifests["student"].facts
+    with (
+        platform.runtime(training.seed, models.sizes),
+        use_args(with_teacher(args, paths.teacher, PROOF_LOSS)),
+    ):
+        batch, unigram = audited_batch(paths.dataset, shape.vocab_size)
+        stored = getattr(torch, facts["dtype"])
+        artifacts = Artifacts(
+            paths.student, paths.teacher, paths.dataset, manifests, facts.get("keep_layers"), stored
+        )
+        student, teacher = load_pair(artifacts, args)
+        audited = audit_student(artifacts, student, teacher, batch, unigram, distillation)
+    return {
+        "findings": [asdict(finding) for finding in audited.findings],
+        "figures": audited.figures,
+    }
+
+
+def _on_two_ranks(
+    common: dict[str, Any], models: ModelsRecipe, expected: dict[str, float]
+) -> Finding:
+    """The same figures with the vocabulary, and every matrix, over two ranks."""
+    paths, training = common["paths"], common["training"]
+    if models.processes > 1:
+        return not_run(_TP, f"the models are over {models.processes} processes already")
+    if platform.HAS_GPU and torch.cuda.device_count() < 2:
+        return not_run(_TP, "this machine has one GPU")
+    halves = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
+    try:
+        for path in (paths.teacher, paths.student):
+            sizes: ParallelismRecipe = halves.sizes
+            check_layout(ModelShape.load(path), sizes, _seq_length(paths), section="models")
+    except UserError as error:
+        return not_run(_TP, f"the models do not divide by two: {error}")
+    found = call_on_ranks("doctor", audit_on_rank, halves.processes, **common, models=halves)
+    share, worst = 0.0, ""
+    for name, value in expected.items():
+        change = (found["figures"][name] - value) / max(abs(value), 1e-6)
+        if not abs(change) <= abs(share):
+            share, worst = change, name
+    wide = platform.training_dtype(training.precision).itemsize > 2
+    return within(
+        _TP,
+        share,
+        _SAME_ON_RANKS if wide else _SAME_ON_RANKS_16_BITS,
+        "largest change of a loss or of its gradient's size on two ranks, as a share",
+        f"the {worst} differs by {share:.3g} of itself on two tensor-parallel ranks",
+    )
+
+
+def _seq_length(paths: Paths) -> int:
+    return int(open_artifact(paths.dataset, "dataset", False).facts["seq_length"])
