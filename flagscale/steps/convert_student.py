@@ -144,7 +144,7 @@ def convert_on_rank(
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del made.model  # what is proven is the artifact
         if source is not None:
-            staging.facts |= source.facts()
+            staging.facts |= source.facts() | {"zero_weights": made.zero_weights}
             figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
         if student.quantization is not None:
             quantized, logits_bsv = quantize(
