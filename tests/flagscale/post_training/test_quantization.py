@@ -34,6 +34,9 @@ def quantized(name, stored=torch.float32):
 
     torch.manual_seed(0)
     model = build_model(SHAPE, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
     calibrate(model, name, lambda one: forward(one, TOKENS), stored)
     return model
 
@@ -64,7 +67,10 @@ def test_fp8_layers_compute_what_float64_does(runtime):
     assert len(linears) == 2 * 4  # not the output layer
     for name, linear in linears.items():
         linear.register_forward_hook(
-            lambda _module, inputs, output, name=name: seen.update({name: (inputs[0], output[0])})
+            # Copied: a residual is added in place.
+            lambda _module, inputs, output, name=name: seen.update(
+                {name: (inputs[0].clone(), output[0].clone())}
+            )
         )
     forward(model, TOKENS)
     for name, linear in linears.items():
