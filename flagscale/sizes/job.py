@@ -84,7 +84,7 @@ class Job:
             teacher=self.teacher.shape,
             student=self.student,
             source_bytes=self.teacher.dtype_bytes,
-            student_source_bytes=self.student_source and self.student_source.dtype_bytes,
+            student_source_bytes=self.student_source.dtype_bytes if self.student_source else None,
             export_bytes=_EXPORTED[self.recipe.export.dtype],
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,

@@ -20,9 +20,10 @@ from flagscale.sizes.parameters import first_projections, parameters, stage_laye
 from flagscale.sizes.quantization import fake_weights, rounding
 
 MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
-# Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
-KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
-KD_BUFFERS = 4
+# Elements of the KD loss's fp32 buffers, and how many live at a time (`divergences.rows`; where
+# bf16 has to be widened, two more).
+KD_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+KD_BUFFERS = 6
 # Bytes of the chunks of logits that a fused output layer holds (`linear_divergence`).
 FUSED_CHUNKS = {"cpu": 26 * 2**20, "cuda": 2**30}
 Parts = dict[str, int]
