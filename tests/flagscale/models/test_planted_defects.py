@@ -356,7 +356,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     ),
     "mean over the vocabulary": (
         kd(lambda s, t, x: x * x * kl(t / x, s / x) / s.size(-1)),
-        "it is a mean over the padded vocabulary, not a sum",
+        r"it is a mean over the (padded )?vocabulary, not a sum",
     ),
     "temperature missing in the gradient": (
         gradient_times(0.25),
@@ -483,7 +483,10 @@ def test_nothing_is_found_in_sound_models(family, dtype, init, teacher, argument
     student_shape = replace(shape, num_layers=len(layers))
     learner = with_random_weights(partial(build, student_shape), 6)
     if init != "scratch":
-        learner.load_state_dict(of_layers(taught, layers))
+        theirs = dict(taught.named_parameters())
+        for name, parameter in learner.named_parameters():
+            kept = re.sub(r"layers\.(\d+)", lambda at: f"layers.{layers[int(at[1])]}", name)
+            parameter.data.copy_(theirs[kept])
     tokens = torch.randint(300, (1, 33), generator=torch.Generator().manual_seed(1))
     batch = {
         "tokens": tokens[:, :-1],
@@ -496,14 +499,3 @@ def test_nothing_is_found_in_sound_models(family, dtype, init, teacher, argument
         found = audit(learner, taught, batch, unigram=5.0).findings
     wrong = [one for one in found if one.verdict not in ("passed", "not run")]
     assert [(one.check, one.verdict) for one in wrong] == [("teacher's loss", "warning")], wrong
-
-
-def of_layers(model: GPTModel, layers: list[int]) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, value in model.state_dict().items():
-        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-        if layer is None:
-            state[name] = value
-        elif int(layer[1]) in layers:
-            state[f"decoder.layers.{layers.index(int(layer[1]))}.{name[layer.end() :]}"] = value
-    return state
