@@ -117,7 +117,7 @@ def _why_not(model: GPTModel) -> str | None:
     known = Counter([mask_padding, *_CAPTURES])
     for whose, part in (("student", model), ("teacher", model.teacher_model)):
         layer = part.output_layer
-        if type(layer) is not ColumnParallelLinear:
+        if not _is_plain(layer):
             return f"the {whose}'s output layer is a {type(layer).__name__}"
         if layer.bias is not None:
             return f"the {whose}'s output layer has a bias"
@@ -126,6 +126,13 @@ def _why_not(model: GPTModel) -> str | None:
         if unknown := hooks - known:
             return f"the {whose}'s output layer has a hook ({next(iter(unknown)).__name__})"
     return None
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether it is Megatron-Core's, or computes the same: ModelOpt's, with quantisers off."""
+    quantizers = list(layer.children())
+    off = bool(quantizers) and not any(getattr(one, "is_enabled", True) for one in quantizers)
+    return type(layer) is ColumnParallelLinear or (isinstance(layer, ColumnParallelLinear) and off)
 
 
 class _FusedOutputLayer:

@@ -14,6 +14,7 @@ from flagscale.megatron.global_vars import use_args
 from flagscale.post_training import linear_divergence
 from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.post_training.export import plain_student
+from flagscale.post_training.quantization import insert_quantizers
 from flagscale.recipe import DistillationRecipe
 from flagscale.train.train_gpt import forward_step, model_provider
 
@@ -120,6 +121,21 @@ def test_export_leaves_nothing(args, student, teacher, batch):
     assert all("forward" in vars(layer) for layer in layers)
     plain = plain_student(model)
     assert not any("forward" in vars(layer) for layer in (*layers, plain, teacher_model))
+
+
+def test_quantised_students_output_layers_are_fused(args, student, teacher, batch):
+    """ModelOpt replaces them too, but leaves their quantisers off."""
+    with use_args(replace(args, export_kd_teacher_load=None)):
+        models = [model_provider() for _ in range(2)]
+    insert_quantizers(models[0], "fp8")
+    layer = models[0].output_layer
+    assert type(layer) is not type(models[1].output_layer)
+    model = convert_for_distillation(*models, DistillationRecipe(fuse_output_layer=True))
+    assert "forward" in vars(layer)
+    plain_student(model)
+    layer.weight_quantizer.enable()
+    with pytest.raises(UserError, match="fuse_output_layer=true: the student's output layer is a"):
+        convert_for_distillation(*models, DistillationRecipe(fuse_output_layer=True))
 
 
 @pytest.mark.parametrize(
