@@ -103,11 +103,15 @@ def audit(
         findings.append(check_teacher_loss(reached.seen, unigram))
     alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
     short = _short(batch)
-    with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
-        found, figures = _losses(student, teacher, short, alone)
-        findings += found
-        found, when_equal = _when_equal(teacher, short, alone, figures["KD gradient"])
-        findings += found
+    figures, when_equal = {}, math.nan
+    try:
+        with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
+            found, figures = _losses(student, teacher, short, alone)
+            findings += found
+            found, when_equal = _when_equal(teacher, short, alone, figures["KD gradient"])
+            findings += found
+    except RuntimeError as error:
+        findings.append(_failed("losses", "a micro-batch", error))
     for model in (student, teacher):
         model.eval()
         model.zero_grad(set_to_none=True)
@@ -129,11 +133,15 @@ def _reached(student: GPTModel, teacher: GPTModel, batch: Batch) -> _Reached:
     except UserError as error:  # on all ranks
         return _Reached(fault(name, str(error), note), math.nan, None)
     except RuntimeError as error:
-        if torch.distributed.get_world_size() > 1:  # perhaps of this one alone
-            raise
-        first = str(error).partition("\n")[0]
-        return _Reached(fault(name, f"the backward pass fails: {first}", note), math.nan, None)
+        return _Reached(_failed(name, "the backward pass", error), math.nan, None)
     return _Reached(fault(name, None, note), loss, seen)
+
+
+def _failed(check: str, what: str, error: RuntimeError) -> Finding:
+    """What cannot be computed; where there are other ranks, which may wait, it is raised."""
+    if torch.distributed.get_world_size() > 1:
+        raise error
+    return fault(check, f"{what} fails: {str(error).partition(chr(10))[0]}", "")
 
 
 def _losses(

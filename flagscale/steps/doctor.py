@@ -105,6 +105,8 @@ def _on_two_ranks(
 ) -> Finding:
     """The same figures with the vocabulary, and every matrix, over two ranks."""
     paths, training = common["paths"], common["training"]
+    if not expected:
+        return not_run(_TP, "there are no figures of one rank to compare with")
     if models.processes > 1:
         return not_run(_TP, f"the models are over {models.processes} processes already")
     if platform.HAS_GPU and torch.cuda.device_count() < 2:

@@ -314,6 +314,16 @@ def apart(case: Case) -> None:
     case.loss = AUDITED_LOSS.model_copy(update={"fuse_output_layer": False})
 
 
+def with_logits(plant: Plant) -> Plant:
+    """Fused, the losses of masked tokens are not even made."""
+
+    def planted(case: Case) -> None:
+        apart(case)
+        plant(case)
+
+    return planted
+
+
 def overwritten_logits(case: Case) -> None:
     apart(case)
     case.patch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
@@ -385,8 +395,12 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
         "position ids begin at 1, not 0",
     ),
     "mask ignored in the loss": (
-        summed(lambda right, mask: right(torch.ones_like(mask))),
+        with_logits(summed(lambda right, mask: right(torch.ones_like(mask)))),
         "it is summed over the masked tokens too: the mask is ignored",
+    ),
+    "mask ignored in the loss, fused": (
+        summed(lambda right, mask: right(torch.ones_like(mask))),
+        "fails: .* differentiated in another way than its gradient was computed for",
     ),
     "mask ignored in the denominator": (
         result(all_are_counted),
