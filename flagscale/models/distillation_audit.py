@@ -103,7 +103,8 @@ def audit(
         findings.append(check_teacher_loss(reached.seen, unigram))
     alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
     short = _short(batch)
-    figures, when_equal = {}, math.nan
+    figures: dict[str, float] = {}
+    when_equal = math.nan
     try:
         with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
             found, figures = _losses(student, teacher, short, alone)
@@ -157,12 +158,11 @@ def _losses(
         by_itself_sbh = hidden_states(teacher.eval(), batch["tokens"])
     with distilling(student, teacher, recipe) as model:
         _, alone = run(model, batch, forward_only=True, differentiates=True)
-        frozen = []
+        frozen: list[Finding] = []
         if alone is not None and by_itself_sbh is not None:
             frozen = [check_teacher(alone, by_itself_sbh.transpose(0, 1), teacher)]
     with distilling(student, teacher, mixed) as model, torch.no_grad():
-        edit = _unchanged(batch)
-        losses, beside = run(model, batch, forward_only=True, edit=edit)
+        losses, beside = run(model, batch, forward_only=True, edit=_unchanged)
         perturbed, edit = _perturbed(batch, student.unpadded_vocab_size)
         _, elsewhere = run(model, perturbed, forward_only=True, edit=edit)
         _, evaluated = run(model, batch, forward_only=True, training=False)
@@ -213,8 +213,8 @@ def _short(batch: Batch) -> Batch:
     return short
 
 
-def _unchanged(batch: Batch) -> Edit:
-    return lambda whose, hidden_sbh: hidden_sbh
+def _unchanged(whose: str, hidden_sbh: torch.Tensor) -> torch.Tensor:
+    return hidden_sbh
 
 
 def _perturbed(batch: Batch, vocab_size: int) -> tuple[Batch, Edit]:
