@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flagscale.megatron.gpt_builder import PADDING_LOGIT
 from flagscale.post_training.cross_entropy import cross_entropy_and_gradient
 from flagscale.post_training.divergences import Divergence
 
@@ -243,7 +242,7 @@ def _logits(head: HeadInput, rows: slice, out_nv: torch.Tensor) -> None:
     else:
         for columns, block_vh in _blocks(weight_vh):
             torch.mm(hidden_nh.float(), block_vh.t(), out=out_nv[:, columns])
-    out_nv[:, head.tokens :] = PADDING_LOGIT
+    out_nv[:, head.tokens :] = -math.inf  # as divergences know what is no token
 
 
 def _multiply(grad_nv: torch.Tensor, weight_vh: torch.Tensor, out_nh: torch.Tensor) -> None:
