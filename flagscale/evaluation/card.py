@@ -12,6 +12,7 @@ from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.origin import Origin
+from flagscale.recipe.quantization import FORMATS
 
 _ROWS = {TEACHER: "Teacher", BEFORE: "Before training", AFTER: "This model"}
 
@@ -50,7 +51,7 @@ def model_card(
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_learnt(metrics['kinds'], has_chat_template)}\n\n"
         f"{_training(training)}",
-        f"## How to use it\n\n{_USAGE[export_format]}",
+        f"## How to use it\n\n{_usage(shape, export_format)}",
         f"## Licence\n\n{_license(weights, _name(weights))}",
     ]
     if pretrained and training["distillation"]["loss"] != "none":
@@ -88,6 +89,37 @@ with platform.runtime():
     print(tokenizer.decode(logits(model, tokens)[0, -1].argmax()))
 ```""",
 }
+
+
+_SERVED = """Its weights are FP8 numbers with scales, in ModelOpt's unified format
+(`hf_quant_config.json`), which vLLM, SGLang and TensorRT-LLM are made to read:
+
+```python
+from vllm import LLM
+
+model = LLM("path/to/this/folder", quantization="modelopt")
+print(model.generate("Once upon a time")[0].outputs[0].text)
+```
+
+transformers 5 does not know the format: it warns, leaves the scales out, and loads another
+model."""
+
+
+def _usage(shape: ModelShape, export_format: str) -> str:
+    if shape.quantization is not None and export_format == "huggingface":
+        return _SERVED
+    return _USAGE[export_format]
+
+
+def _quantized(shape: ModelShape) -> str:
+    if shape.quantization is None:
+        return ""
+    one = FORMATS[shape.quantization]
+    what = "weights and inputs" if one.quantizes_inputs else "weights"
+    return (
+        f" The {what} of its layers' matrix products are quantised to {one.weight_bits} bits "
+        f"(ModelOpt's `{one.modelopt}`); embedding and output layer are not."
+    )
 
 
 def _kind(shape: ModelShape) -> str:

@@ -111,8 +111,8 @@ class ModelShape:
     def with_vocabulary(self, vocab_size: int) -> ModelShape:
         """The same model without the rows of its vocabulary that are no tokens.
 
-        Models' embeddings are padded, and not all alike: of one tokenizer of 151,669 tokens to
-        151,936 rows or to 152,064. No text ever has these rows' ids.
+        Models' embeddings are padded, and not all alike: of Qwen2.5's 151,665 tokens to 151,936
+        rows in small models, to 152,064 in large ones. No text ever has these rows' ids.
 
         Args:
             vocab_size: tokens of the tokenizer, which may know more than the model.

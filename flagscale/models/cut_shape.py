@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.megatron.families import family_of
@@ -34,7 +35,7 @@ def cut_shape(teacher: ModelShape, sizes: Mapping[str, int]) -> ModelShape:
         teacher: its shape.
         sizes: `num_layers`, and of `widths`; no checks are made.
     """
-    values = {name: size for name, size in sizes.items() if name not in _OF_EXPERTS}
+    values: dict[str, Any] = {n: size for n, size in sizes.items() if n not in _OF_EXPERTS}
     shape = replace(teacher, **values)
     experts = {name: sizes[name] for name in _OF_EXPERTS if name in sizes}
     if not experts:

@@ -15,6 +15,7 @@ from flagscale.checkpoint import load_weights
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
+from flagscale.megatron.shape import ModelShape
 from flagscale.models.audit_artifacts import check_kept, check_stored, check_tokenizers
 from flagscale.models.distillation_audit import AUDITED_LOSS, Audited, Batch, audit
 from flagscale.models.distillation_proof import PROOF_LOSS
@@ -35,7 +36,7 @@ class Artifacts:
         dataset: ditto.
         manifests: of `teacher` and `dataset`.
         kept: which of the teacher's layers the student's are; None: its weights are its own.
-        dtype: that student and teacher are stored in.
+        dtype: that the student is stored in.
     """
 
     student: Path
@@ -55,6 +56,10 @@ def load_pair(artifacts: Artifacts, args: Arguments) -> tuple[GPTModel, GPTModel
         artifacts: the models'.
         args: of the student.
     """
+    # As it is stored: quantised, where it is.
+    args = replace(
+        args, shape=ModelShape.load(artifacts.student), export_quant_load=artifacts.student
+    )
     if args.shape.architecture.mtp_num_layers:  # which is never distilled
         student, teacher = (
             load_model(path, args.seq_length, args.parallelism, args.params_dtype)
@@ -93,11 +98,12 @@ def audit_student(
     found = []
     if torch.distributed.get_rank() == 0:
         found += check_tokenizers(artifacts.teacher, artifacts.dataset, artifacts.manifests, batch)
-    for whose, model, folder in (
-        ("teacher", teacher, artifacts.teacher),
-        ("student", student, artifacts.student),
+    stored = getattr(torch, artifacts.manifests["teacher"].facts.get("dtype", "float32"))
+    for whose, model, folder, dtype in (
+        ("teacher", teacher, artifacts.teacher, stored),
+        ("student", student, artifacts.student, artifacts.dtype),
     ):
-        found.append(check_stored(whose, model, folder / WEIGHTS, artifacts.dtype))
+        found.append(check_stored(whose, model, folder / WEIGHTS, dtype))
     found.append(check_kept(student, teacher, artifacts.kept))
     audited = audit(student, teacher, batch, unigram, recipe)
     return replace(audited, findings=of_all_ranks([*found, *audited.findings]))

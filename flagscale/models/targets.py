@@ -3,7 +3,7 @@
 From the teacher's shape and the recipe alone, so that plans know the student before anything runs,
 and every step finds the same. Of all students on a grid that meet the targets and come near them,
 the one is taken whose sizes hurt least (`_harm`). The grid's bounds are ModelOpt's for its search
-by parameters: at most 20% of the layers, at most 40% of a width, where both are cut.
+by parameters: at most 40% of a width and, where widths are cut too, 20% of the layers.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ from flagscale.sizes.use import (
 Sizes = dict[str, int]
 
 _NEAR = 0.98  # of the nearest to the target: among these, the least harm decides
-_BESIDE_WIDTH, _BESIDE_DEPTH = 0.2, 0.4
-# How much the logarithm of a size, squared, counts: `docs/benchmarks.md` has the trials.
+_DEPTH_BESIDE_WIDTH, _WIDTH = 0.2, 0.4  # the most that goes, unless the recipe says otherwise
+# Nats a token that a cut costs before training, over ln(teacher's / student's) to the power: of
+# SmolLM2, one size cut alone (`docs/benchmarks.md`). For experts, an MLP's is taken.
 _HARM = {
-    "num_layers": 1.0,
-    "hidden_size": 1.0,
-    "ffn_hidden_size": 1.0,
-    "moe_ffn_hidden_size": 1.0,
-    "num_experts": 1.0,
-    "num_attention_heads": 1.0,
+    "num_layers": 8.0,
+    "hidden_size": 15.0,
+    "num_attention_heads": 8.6,
+    "ffn_hidden_size": 2.2,
+    "moe_ffn_hidden_size": 2.2,
+    "num_experts": 2.2,
 }
+_POWER = 1.5
 # ModelOpt's divisors, the most that sizes are multiples of; smaller models have smaller ones.
 _MULTIPLES = {"hidden_size": 256, "ffn_hidden_size": 512, "moe_ffn_hidden_size": 512}
 _STEPS = 16
@@ -221,8 +223,8 @@ class _Costs:
 
 
 def _harm(whole: Mapping[str, int], sizes: Mapping[str, int]) -> float:
-    """How much worse a student starts, by what trials on SmolLM2 and Minitron's paper say."""
-    return sum(_HARM[name] * math.log(whole[name] / size) ** 2 for name, size in sizes.items())
+    """How far a student starts from its teacher, nats a token, by `_HARM`."""
+    return sum(_HARM[name] * math.log(whole[name] / size) ** _POWER for name, size in sizes.items())
 
 
 def _named(values: Mapping[str, object]) -> str:
@@ -231,13 +233,10 @@ def _named(values: Mapping[str, object]) -> str:
 
 def _limits(student: StudentRecipe) -> dict[str, float]:
     """The most that may go, by the recipe's names; without one, anything may."""
-    both = student.init == "depth_and_width"
-    limits = {
-        "max_depth_pruning": _default(student.max_depth_pruning, _BESIDE_WIDTH if both else None),
-        "max_width_pruning": _default(student.max_width_pruning, _BESIDE_DEPTH if both else None),
-    }
+    depth, width = student.max_depth_pruning, student.max_width_pruning
+    if depth is None and student.cuts_depth and student.cuts_width:
+        depth = _DEPTH_BESIDE_WIDTH
+    if width is None and student.cuts_width:
+        width = _WIDTH
+    limits = {"max_depth_pruning": depth, "max_width_pruning": width}
     return {name: limit for name, limit in limits.items() if limit is not None}
-
-
-def _default(given: float | None, otherwise: float | None) -> float | None:
-    return otherwise if given is None else given

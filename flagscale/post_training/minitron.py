@@ -165,7 +165,7 @@ class _DynamicNorm(_DynamicLayerNorm):
 DMRegistry.register({RMSNorm: "flagscale RMSNorm", LayerNorm: "flagscale LayerNorm"})(_DynamicNorm)
 
 
-class _Estimators(mcore_minitron.ImportanceEstimatorRegistry):  # type: ignore[misc]
+class _Estimators(mcore_minitron.ImportanceEstimatorRegistry):
     """ModelOpt's hooks without means over no tokens: NaN, which no later token would mend.
 
     Attributes:

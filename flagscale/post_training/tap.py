@@ -7,7 +7,7 @@ losses, and holds whether logits are made as a whole, in chunks, or never.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from megatron.core.utils import unwrap_model
 # Changes what an output layer is given: (whose, hidden states [s, b, h]) -> hidden states.
 Edit = Callable[[str, torch.Tensor], torch.Tensor]
 STUDENT, TEACHER = "student", "teacher"
+Layer = tuple[str, str]  # whose, and the module's name
 _COLUMNS = 4096  # of an output layer that are widened to float64 at a time
 
 
@@ -91,6 +92,7 @@ class Seen:
         mask_bs: 0 where there is no loss.
         positions_bs: of each token in its document.
         heads: of `student` and `teacher`; of the student alone where nothing is distilled.
+        layers: (whose, name) -> output [s, b, h], of the layers that were asked for.
         report: name of a loss -> its sum and its count, as training reports them.
         loss: what training takes the gradient of, summed over the tokens.
         num_tokens: what it divides that by.
@@ -103,6 +105,7 @@ class Seen:
     mask_bs: torch.Tensor
     positions_bs: torch.Tensor
     heads: dict[str, Head]
+    layers: dict[Layer, torch.Tensor] = field(default_factory=dict)
     report: dict[str, tuple[float, float]] = field(default_factory=dict)
     loss: float = 0.0
     num_tokens: float = 0.0
@@ -117,16 +120,23 @@ class Tap:
         edit: see `Edit`.
         differentiates: find the gradient in the student's last hidden states too. The model's body
             then has no part in the loss.
+        layers: whose outputs are kept too; of this pipeline stage.
     """
 
     def __init__(
-        self, model: GPTModel, edit: Edit | None = None, *, differentiates: bool = False
+        self,
+        model: GPTModel,
+        edit: Edit | None = None,
+        *,
+        differentiates: bool = False,
+        layers: Sequence[Layer] = (),
     ) -> None:
         self._model = unwrap_model(model)
         self._edit = edit
         self._differentiates = differentiates
         self._given: dict[str, torch.Tensor] = {}
         self._heads: dict[str, Head] = {}
+        self._layers: dict[Layer, torch.Tensor | None] = dict.fromkeys(layers)
         self.seen: Seen | None = None
 
     @contextmanager
@@ -141,6 +151,9 @@ class Tap:
                 hook = partial(self._head, whose, model)
                 layer = model.output_layer
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for whose, name in self._layers:
+            module = models[whose].get_submodule(name)
+            hooks.append(module.register_forward_hook(partial(self._layer, (whose, name))))
         try:
             yield self
         finally:
@@ -167,12 +180,18 @@ class Tap:
             self.seen = Seen(
                 **self._given,
                 heads=self._heads,
+                layers={k: v for k, v in self._layers.items() if v is not None},
                 report={name: (s, n) for name, (s, n) in zip(report, sums, strict=True)},
                 loss=loss.item(),
                 num_tokens=num_tokens.item(),
                 is_sum=bool(self._model.config.calculate_per_token_loss),
             )
         return result
+
+    def _layer(self, layer: Layer, _module: Any, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+        if self.seen is None:
+            tensor = output[0] if isinstance(output, tuple) else output  # some return a bias too
+            self._layers[layer] = (tensor if tensor.dim() > 2 else tensor.unsqueeze(1)).detach()
 
     def _batch(self, _model: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:  # noqa: ANN401
         if self.seen is None and self._model.post_process:

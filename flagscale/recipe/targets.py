@@ -49,7 +49,7 @@ class TargetsRecipe(Section):
         None, description="Most layers that a target takes; default: 0.2 beside width, else any"
     )
     max_width_pruning: Fraction | None = Field(
-        None, description="Most of a width that a target takes; default: 0.4 beside depth, else any"
+        None, description="Most of a width that a target takes; default: 0.4"
     )
 
     @property

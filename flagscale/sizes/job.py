@@ -11,6 +11,7 @@ from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import Machine
 from flagscale.sizes.models import ModelSteps
 from flagscale.sizes.parameters import parameters
+from flagscale.sizes.quantization import exported_bytes, quantizers_bytes
 from flagscale.sizes.teacher import Teacher
 from flagscale.sizes.training import Training
 
@@ -59,18 +60,20 @@ class Job:
             precision = "bf16" if on_gpu else "fp32"
         sharded = training.parallelism.use_distributed_optimizer
         ranks = training.micro_batch_size * self.training_layout.data
+        quantized = self.recipe.student.quantization is not None
         return Training(
             seq_length=self.recipe.data.seq_length,
             micro_batch_size=training.micro_batch_size,
             micro_batches=max(1, training.global_batch_size // ranks),
             computation=Computation(
                 2 if precision == "bf16" else FLOAT32,
-                on_gpu and training.transformer_impl != "local",
+                on_gpu and training.transformer_impl != "local" and not quantized,
                 training.recompute_granularity,
             ),
             distributed_optimizer=on_gpu if sharded is None else sharded,
             distillation=self.recipe.distillation,
             device=machine.device,
+            quantized=quantized,
         )
 
     @property
@@ -81,7 +84,7 @@ class Job:
             teacher=self.teacher.shape,
             student=self.student,
             source_bytes=self.teacher.dtype_bytes,
-            student_source_bytes=self.student_source and self.student_source.dtype_bytes,
+            student_source_bytes=self.student_source.dtype_bytes if self.student_source else None,
             export_bytes=_EXPORTED[self.recipe.export.dtype],
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,
@@ -98,17 +101,30 @@ class Job:
     @property
     def student_bytes(self) -> int:
         """Of the untrained student's weights in its artifact."""
-        return (self.student_source or self.teacher).dtype_bytes * parameters(self.student).total
+        size = (self.student_source or self.teacher).dtype_bytes
+        return size * parameters(self.student).total + self._quantizers_bytes
+
+    @property
+    def _quantizers_bytes(self) -> int:
+        quantization = self.recipe.student.quantization
+        if quantization is None:
+            return 0
+        return quantizers_bytes(self.student, quantization.recipe)
 
     @property
     def distilled_bytes(self) -> int:
         """Of the trained student's."""
-        return self.training_setup.computation.dtype_bytes * parameters(self.student).total
+        size = self.training_setup.computation.dtype_bytes
+        return size * parameters(self.student).total + self._quantizers_bytes
 
     @property
     def exported_bytes(self) -> int:
         """Of the model that comes out."""
-        return _EXPORTED[self.recipe.export.dtype] * parameters(self.student).total
+        count, size = parameters(self.student).total, _EXPORTED[self.recipe.export.dtype]
+        quantization = self.recipe.student.quantization
+        if quantization is not None and self.recipe.export.format == "huggingface":
+            return exported_bytes(self.student, quantization.recipe, count, size)
+        return size * count
 
     def model_sizes(self, chosen: ParallelismRecipe | None) -> ParallelismRecipe:
         """The recipe's layout of the model steps, or else the chosen one, or a lone process."""

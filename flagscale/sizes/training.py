@@ -17,11 +17,13 @@ from flagscale.sizes.activations import (
 from flagscale.sizes.intermediate import Terms
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.parameters import first_projections, parameters, stage_layers
+from flagscale.sizes.quantization import fake_weights, rounding
 
 MOMENTS = 8  # bytes a parameter: Adam's two, in fp32
-# Elements of the KD loss's fp32 buffers, and how many live at a time (`kl_divergence`).
-KD_CHUNK = {"cpu": 2**18, "cuda": 2**26}
-KD_BUFFERS = 4
+# Elements of the KD loss's fp32 buffers, and how many live at a time (`divergences.rows`; where
+# bf16 has to be widened, two more).
+KD_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+KD_BUFFERS = 6
 # Bytes of the chunks of logits that a fused output layer holds (`linear_divergence`).
 FUSED_CHUNKS = {"cpu": 26 * 2**20, "cuda": 2**30}
 Parts = dict[str, int]
@@ -39,6 +41,7 @@ class Training:
         distributed_optimizer: its state is shared by the ranks with equal weights.
         distillation: the loss, where there is a teacher.
         device: `cuda` or `cpu`.
+        quantized: whether the student's weights are rounded in every forward pass.
     """
 
     seq_length: int
@@ -48,6 +51,7 @@ class Training:
     distributed_optimizer: bool = False
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
+    quantized: bool = False
 
     @property
     def fuses_output_layer(self) -> bool:
@@ -69,6 +73,8 @@ def training_peak(
         stage: of the pipeline.
     """
     kept = training_state(student, teacher, training, layout, stage)
+    if training.quantized:
+        kept["rounding"] = rounding(student, layout)
     phases = [
         kept | _step(student, teacher, training, layout, stage),
         kept | _validation(student, teacher, training, layout, stage),
@@ -157,6 +163,10 @@ def _step(
     layers = stage_layers(student, layout, stage)
     in_flight = min(layout.pipeline - stage, training.micro_batches)
     kept = in_flight * stage_activations(student, layers, layout, computation, tokens)
+    if training.quantized:
+        recompute = computation.recompute
+        size = computation.dtype_bytes
+        kept += in_flight * fake_weights(student, layout, stage, size, recompute)
     again = max(backward_transient(student, i, layout, computation, tokens) for i in layers)
     if computation.recompute == "full":
         again += max(layer_activations(student, i, layout, computation, tokens) for i in layers)

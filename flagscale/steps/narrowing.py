@@ -91,9 +91,28 @@ def record_narrowing(found: Narrowing | None, staging: Staging, run: tracking.St
     facts = {
         "criterion": "activations (arXiv 2407.14679)",
         "sizes": found.sizes,
+        "kept_importance": _kept_importance(found),
         "calibration_tokens": found.tokens,
         "calibration_digest": found.digest,
     }
     staging.facts["width_importance"] = facts
     run.log_params({"width_importance": facts})
     run.log_artifact(path)
+
+
+def _kept_importance(found: Narrowing) -> dict[str, float]:
+    """The share of all importance that stays, mean over layers; heads aside, which go by groups."""
+    shares: dict[str, list[float]] = {}
+    for name, scores in found.scores.items():
+        if name == "hidden_size":
+            kind = name
+        elif name.endswith(".mlp"):
+            kind = "ffn_hidden_size"
+        elif name.endswith(".experts"):
+            kind = "num_experts"
+        else:
+            kind = "moe_ffn_hidden_size"
+        if kind in found.sizes and not name.endswith(".self_attention"):
+            kept = scores.topk(found.sizes[kind]).values.sum() / scores.sum()
+            shares.setdefault(kind, []).append(kept.nan_to_num().item())
+    return {kind: round(sum(each) / len(each), 6) for kind, each in shares.items()}

@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 from flagscale.megatron.arguments import Arguments
 from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.findings import Finding, failures, fault, of_all_ranks
+from flagscale.post_training.float64_layers import check_layers, paired_layers
 from flagscale.post_training.preflight import check_losses
 from flagscale.post_training.tap import Seen, Tap
 from flagscale.recipe import DistillationRecipe
@@ -69,7 +70,8 @@ class TrainingAudit:
             yield forward_step
             return
         self._looked = True
-        with Tap(self._model).open() as tap:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        with Tap(self._model, layers=paired_layers(self._recipe, stages)).open() as tap:
             yield tap.around(forward_step)
         findings = of_all_ranks(self._findings(tap.seen))
         if wrong := failures(findings):
@@ -83,14 +85,20 @@ class TrainingAudit:
                 ", ".join(
                     f"{one.check} within {abs(one.figure or 0):.1g} of float64's"
                     for one in findings
-                    if one.check.endswith("loss")
+                    if one.check.endswith("loss") and one.verdict == "passed"
                 ),
             )
 
     def _findings(self, seen: Seen | None) -> list[Finding]:
         if seen is None:
             return []
-        return [*check_losses(seen, self._recipe), *_labels(seen)]
+        findings = [*check_losses(seen, self._recipe), *_labels(seen)]
+        if self._recipe is not None:
+            from flagscale.post_training.intermediate_terms import intermediate_terms
+
+            projections = dict(intermediate_terms(self._model).projections.items())
+            findings += check_layers(seen, self._recipe, projections)
+        return findings
 
 
 def _labels(seen: Seen) -> list[Finding]:

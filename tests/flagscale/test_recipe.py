@@ -139,6 +139,31 @@ CONTRADICTIONS = [
     ),
     (
         "distillation",
+        {"beta": 0.4},
+        "beta=0.4 has no effect with divergence=forward_kl: it is of jensen_shannon",
+    ),
+    (
+        "distillation",
+        {"divergence": "skew_kl", "top_k": 8},
+        "top_k=8 has no effect with divergence=skew_kl: it is of top_k_kl",
+    ),
+    (
+        "distillation",
+        {"divergence": "jensen_shannon", "alpha": 0.3},
+        "alpha=0.3 has no effect with divergence=jensen_shannon: it is of skew_kl",
+    ),
+    (
+        "distillation",
+        {"divergence": "logits_mse", "temperature": 2},
+        "temperature=2.0 has no effect with divergence=logits_mse",
+    ),
+    (
+        "distillation",
+        {"loss": "none", "divergence": "reverse_kl"},
+        "divergence=reverse_kl has no effect with loss=none",
+    ),
+    (
+        "distillation",
         {"loss": "none", "intermediate_layer_pairs": [["a", "b"]]},
         "intermediate_layer_pairs need loss=logits",
     ),

@@ -16,7 +16,9 @@ from gpu_machine import skip_on_cpu, skip_without_gpus
 from megatron.core.utils import StragglerDetector
 from resume_worker import STEPS, Task
 
-from flagscale.post_training.divergences.forward_kl import ForwardKL
+from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.divergences.reference import reference_gradient, reference_loss
+from flagscale.recipe import DistillationRecipe
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -75,14 +77,22 @@ def losses(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in one.items() if k != "tokens per second"} for one in records]
 
 
-def test_kl_equals_float64():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", DistillationRecipe.model_fields["divergence"].annotation.__args__)
+def test_a_divergence_equals_float64(name, dtype):
     skip_on_cpu()
     generator = torch.Generator().manual_seed(0)
-    teacher, student = (3 * torch.randn(64, 49152, generator=generator) for _ in range(2))
-    log_p = torch.log_softmax(teacher.double(), -1)
-    exact = (log_p.exp() * (log_p - torch.log_softmax(student.double(), -1))).sum(-1)
-    found = ForwardKL()(student.cuda(), teacher.cuda()).cpu().double()
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    teacher, student = (
+        (3 * torch.randn(64, 49152, generator=generator)).to("cuda", dtype) for _ in range(2)
+    )
+    recipe = DistillationRecipe(divergence=name)
+    exact, exact_gradient = (
+        of(student, teacher, recipe) for of in (reference_loss, reference_gradient)
+    )
+    found, gradient = divergence_of(recipe).loss_and_gradient(student, teacher)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
+    assert error < {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["save", "async save"])

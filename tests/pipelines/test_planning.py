@@ -122,9 +122,10 @@ def test_widths_are_pruned_on_pipelines_alone():
     (plan,) = plans(large, platform(models=8))
     assert plan.sizes.tensor_model_parallel_size == 1
     assert plan.sizes.pipeline_model_parallel_size == 4
-    hidden = plan.job.student.hidden_size
-    assert hidden < 5120
-    assert f", 64 layers, hidden_size {hidden}, ffn_hidden_size" in as_text(plan, "a cluster")
+    student, shown = plan.job.student, as_text(plan, "a cluster")
+    assert student.hidden_size < 5120
+    assert f", 64 layers, hidden_size {student.hidden_size}, " in shown
+    assert f", ffn_hidden_size {student.ffn_hidden_size}" in shown
     layout = {"parallelism": {"tensor_model_parallel_size": 4}}
     with pytest.raises(ValueError, match=r"models.parallelism.tensor_model_parallel_size=4: Model"):
         recipe("Qwen/Qwen3-32B", 40, student=narrow, models=layout)
@@ -266,7 +267,7 @@ def test_a_student_that_is_a_model_of_its_own(tmp_path, capsys):
     [
         (
             {"num_attention_heads": 6, "num_key_value_heads": 2},
-            "num_attention_heads=6 .the student",
+            "num_attention_heads=6 .of the student",
         ),
         ({"max_position_embeddings": 2048}, "the student's max_position_embeddings=2048"),
         ({"model_type": "gemma"}, "student: model_type='gemma' is not supported"),

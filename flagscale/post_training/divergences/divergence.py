@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from flagscale.post_training.divergences.rows import (
-    Chunk,
-    Rows,
-    chunks,
-    gathered,
-    is_shared,
-    merged,
-)
+from flagscale.post_training.divergences.passing import one_pass, scale_rows
+from flagscale.post_training.divergences.rows import Rows, gathered, is_shared, merged
 
 
 class Divergence(ABC):
@@ -131,42 +127,22 @@ class FDivergence(Divergence):
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> torch.Tensor:
-        if is_shared(group):
-            return self._on_ranks(student_nv, teacher_nv, group, with_gradient)
-        loss_n = torch.empty(student_nv.size(0), device=student_nv.device)
-        for chunk in chunks(student_nv, teacher_nv, self.temperature):
-            rows, _ = chunk.normalised()
-            sums = self.sums(rows)
-            loss_n[chunk.at] = sums[0]
-            if with_gradient:
-                self._write(chunk, rows, sums)
-        return loss_n
-
-    def _on_ranks(
-        self,
-        student_nv: torch.Tensor,
-        teacher_nv: torch.Tensor,
-        group: dist.ProcessGroup,
-        with_gradient: bool,
-    ) -> torch.Tensor:
-        local = torch.empty(4, student_nv.size(0), device=student_nv.device)
-        for chunk in chunks(student_nv, teacher_nv, self.temperature):
-            _, local[:, chunk.at] = chunk.normalised()
-        norms, _ = merged(gathered(local, group), self.temperature)
-        parts = [
-            self.sums(chunk.of_whole(norms[:, chunk.at]))
-            for chunk in chunks(student_nv, teacher_nv, self.temperature)
-        ]
-        sums = torch.cat(parts, 1)
-        dist.all_reduce(sums, group=group)
+        run = partial(one_pass, self, student_nv, teacher_nv)
+        if not is_shared(group):
+            return run(with_gradient=with_gradient)[1][0]
+        norms, sums = self._of_whole(run, group)
         if with_gradient:
-            for chunk in chunks(student_nv, teacher_nv, self.temperature):
-                self._write(chunk, chunk.of_whole(norms[:, chunk.at]), sums[:, chunk.at])
+            run(norms, sums, with_gradient=True)
         return sums[0]
 
-    def _write(self, chunk: Chunk, rows: Rows, sums: torch.Tensor) -> None:
-        # d/ds of T^2 D(s / T) is T dD/dz.
-        chunk.write(self.gradient(rows, sums), self.temperature)
+    def _of_whole(
+        self, run: Callable[..., tuple[torch.Tensor, torch.Tensor]], group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalisers and sums of the vocabulary that the ranks share."""
+        norms, _ = merged(gathered(run(with_sums=False)[0], group), self.temperature)
+        _, sums = run(norms)
+        dist.all_reduce(sums, group=group)
+        return norms, sums
 
 
 class ChainRule(FDivergence):
@@ -180,27 +156,15 @@ class ChainRule(FDivergence):
     def weights(self, shares: Rows) -> torch.Tensor:
         """Which of the two distributions' shares weigh."""
 
-    def _on_ranks(
-        self,
-        student_nv: torch.Tensor,
-        teacher_nv: torch.Tensor,
-        group: dist.ProcessGroup,
-        with_gradient: bool,
-    ) -> torch.Tensor:
-        local = torch.empty(5, student_nv.size(0), device=student_nv.device)
-        for chunk in chunks(student_nv, teacher_nv, self.temperature):
-            rows, local[:4, chunk.at] = chunk.normalised()
-            local[4, chunk.at] = self.sums(rows)[0]
-        everywhere = gathered(local, group)
+    def _of_whole(
+        self, run: Callable[..., tuple[torch.Tensor, torch.Tensor]], group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        everywhere = gathered(torch.cat(run()), group)
         norms, (log_p_rn, log_q_rn) = merged(everywhere[:, :4], self.temperature)
         shares = Rows.of_shares(log_p_rn.T, log_q_rn.T)
-        weights = self.weights(shares)
-        within = torch.where(weights > 0, weights * everywhere[:, 4].T, 0).sum(-1)
-        loss_n = self.sums(shares)[0] + within
-        if with_gradient:
-            for chunk in chunks(student_nv, teacher_nv, self.temperature):
-                self._write(chunk, chunk.of_whole(norms[:, chunk.at]), loss_n[None, chunk.at])
-        return loss_n
+        weights, own = self.weights(shares), everywhere[:, 4].T
+        within = torch.where(weights > 0, weights * own, 0).sum(-1)
+        return norms, self.sums(shares) + within
 
 
 class _Loss(torch.autograd.Function):
@@ -231,5 +195,5 @@ class _Loss(torch.autograd.Function):
         gradient_nv, ctx.gradient_nv = ctx.gradient_nv, None
         if gradient_nv is None:
             raise RuntimeError("the gradient was given away by an earlier backward pass")
-        gradient_nv.mul_(grad_outputs[0].reshape(-1, 1))
+        scale_rows(gradient_nv, grad_outputs[0].reshape(-1))
         return gradient_nv.view(ctx.shape), None, None, None, None

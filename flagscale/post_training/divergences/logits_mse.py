@@ -11,11 +11,17 @@ import torch
 import torch.distributed as dist
 
 from flagscale.post_training.divergences.divergence import Divergence
-from flagscale.post_training.divergences.rows import Chunk, chunks, is_shared, without_nan
+from flagscale.post_training.divergences.rows import (
+    NO_TOKEN,
+    Chunk,
+    chunks,
+    is_shared,
+    without_nan,
+)
 
 
 class LogitsMSE(Divergence):
-    """`sum (s - t)^2 / V`, over the columns that are tokens: not -inf in both models."""
+    """`sum (s - t)^2 / V`, over the columns that are tokens in either model."""
 
     def __init__(self) -> None:
         """Take no temperature."""
@@ -33,7 +39,7 @@ class LogitsMSE(Divergence):
         for chunk in chunks(student_nv, teacher_nv):
             difference = _difference(chunk)
             sums[0, chunk.at] = torch.linalg.vecdot(difference, difference)
-            sums[1, chunk.at] = torch.isfinite(chunk.teacher).sum(-1)
+            sums[1, chunk.at] = _tokens(chunk)
             if with_gradient and not shared:
                 chunk.write(difference.div_(sums[1, chunk.at, None]), 2)
         if is_shared(group):
@@ -42,6 +48,12 @@ class LogitsMSE(Divergence):
                 for chunk in chunks(student_nv, teacher_nv):
                     chunk.write(_difference(chunk).div_(sums[1, chunk.at, None]), 2)
         return sums[0] / sums[1]
+
+
+def _tokens(chunk: Chunk) -> torch.Tensor:
+    """How many columns are tokens, [n]."""
+    larger = torch.maximum(chunk.student, chunk.teacher, out=chunk.buffers[1])
+    return (larger > NO_TOKEN).sum(-1)
 
 
 def _difference(chunk: Chunk) -> torch.Tensor:

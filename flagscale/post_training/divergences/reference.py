@@ -24,10 +24,11 @@ def reference_loss(
     Returns:
         float64 [...], nats (for `total_variation` and `logits_mse` without a unit).
     """
-    is_token = torch.isfinite(teacher_logits) | torch.isfinite(student_logits)
     s = student_logits.double() / recipe.temperature
     t = teacher_logits.double() / recipe.temperature
     if recipe.divergence == "logits_mse":
+        # Padding's logits are -10,000, and -inf where there is no such column.
+        is_token = torch.maximum(teacher_logits, student_logits) > -9000
         squares = torch.where(is_token, s - t, 0).square().sum(-1)
         return recipe.temperature**2 * squares / is_token.sum(-1)
     log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
@@ -73,7 +74,8 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
     """log(weight p + (1 - weight) q)."""
-    return torch.log(weight * log_p.exp() + (1 - weight) * log_q.exp())
+    mixture = weight * log_p.exp() + (1 - weight) * log_q.exp()
+    return torch.where(mixture > 0, mixture, 1).log()  # the log of what is no token is not used
 
 
 def _top_k_kl(log_p: torch.Tensor, log_q: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -17,7 +17,9 @@ from typing import TypeGuard
 import torch
 import torch.distributed as dist
 
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of one fp32 buffer: 1 MiB, 256 MiB
+# A logit below it stands for no token: `gpt_builder` sets those of padding to -10,000.
+NO_TOKEN = -9000.0
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of one fp32 buffer: 1 MiB, 64 MiB
 _BUFFERS = 4
 _SMALLEST = torch.finfo(torch.float32).min
 

@@ -26,6 +26,7 @@ class TotalVariation(FDivergence):
         return self._sign(rows).mul_(0.5).sub_(sums[1, :, None]).mul_(rows.q)
 
     def _sign(self, rows: Rows) -> torch.Tensor:
+        """Of q - p, but exact where the two are close."""
         if rows.kept is None:
-            rows.kept = torch.sub(rows.q, rows.p, out=rows.spare).sign_()
+            rows.kept = rows.log_ratio.sign_().neg_()
         return rows.kept

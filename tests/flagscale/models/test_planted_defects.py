@@ -22,15 +22,15 @@ from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.megatron.shape import ModelShape, from_hf_config
 from flagscale.models import distillation_proof
 from flagscale.models.audit_artifacts import audited_batch
-from flagscale.models.distillation_audit import audit
+from flagscale.models.distillation_audit import AUDITED_LOSS, audit
 from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.megatron import WEIGHTS, build_model, logits
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.post_training import conversion, loss_func
+from flagscale.post_training.divergences import Divergence
 from flagscale.post_training.divergences.total_variation import TotalVariation
 from flagscale.post_training.findings import Finding, failures
-from flagscale.post_training.losses import LogitsLoss
 from flagscale.train import train_gpt
 from flagscale.train.batches import get_batch
 
@@ -56,12 +56,13 @@ class Case:
         manifests = {kind: open_artifact(path, kind, False) for kind, path in kinds.items()}
         self.artifacts = Artifacts(student, teacher, dataset, manifests, [0, 3], torch.float32)
         self.student, self.teacher = load_pair(self.artifacts, get_args())
+        self.loss = AUDITED_LOSS
         self.batch, self.unigram = audited_batch(dataset, self.teacher.unpadded_vocab_size)
 
     def audit(self) -> list[Finding]:
         """As convert-student does."""
         audited = audit_student(
-            self.artifacts, self.student, self.teacher, self.batch, self.unigram
+            self.artifacts, self.student, self.teacher, self.batch, self.unigram, self.loss
         )
         return audited.findings
 
@@ -104,13 +105,21 @@ def kl(p_v: torch.Tensor, q_v: torch.Tensor) -> torch.Tensor:
 def kd(function: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]) -> Plant:
     """Another KD loss, of (student's logits, teacher's logits, temperature)."""
 
-    def plant(case: Case) -> None:
-        def forward(self: Any, predictions: Any, targets: Any) -> Any:
-            student, teacher = self.pre_forward(predictions, targets)
-            loss = function(student.float(), teacher.float(), self._divergence.temperature)
-            return self.post_forward(loss)
+    class Planted(Divergence):
+        def loss_and_gradient(self, student_nv, teacher_nv, group=None, *, with_gradient=True):
+            leaf_nv = student_nv.detach().float().requires_grad_()
+            with torch.enable_grad():
+                loss_n = function(leaf_nv, teacher_nv.float(), self.temperature)
+                (gradient_nv,) = torch.autograd.grad(loss_n.sum(), leaf_nv)
+            if not with_gradient:
+                return loss_n.detach(), None
+            return loss_n.detach(), student_nv.copy_(gradient_nv)
 
-        case.patch.setattr(LogitsLoss, "forward", forward)
+        def _work(self, *_):
+            raise NotImplementedError
+
+    def plant(case: Case) -> None:
+        case.patch.setattr(conversion, "divergence_of", lambda recipe: Planted(recipe.temperature))
 
     return plant
 
@@ -278,6 +287,7 @@ def untied(case: Case) -> None:
 
 
 def padding_in_the_softmax(case: Case) -> None:
+    apart(case)
     for model in (case.student, case.teacher):
         model.output_layer._forward_hooks.clear()
         with torch.no_grad():  # padding that nobody masks is not 0
@@ -299,7 +309,13 @@ def stored_in_bf16(case: Case) -> None:
     case.artifacts = replace(case.artifacts, student=case.folder / "saved")
 
 
+def apart(case: Case) -> None:
+    """Output layers and losses are not fused: there are logits."""
+    case.loss = AUDITED_LOSS.model_copy(update={"fuse_output_layer": False})
+
+
 def overwritten_logits(case: Case) -> None:
+    apart(case)
     case.patch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
 
 

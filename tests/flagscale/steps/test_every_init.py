@@ -55,7 +55,11 @@ INITS: dict[str, dict[str, Any]] = {
     "depth, by block influence": {"layer_importance": "block_influence", **FEWER},
     "width": {"init": "width", **NARROWER},
     "depth and width": {"init": "depth_and_width", **FEWER, **NARROWER},
-    "to a target": {"init": "depth_and_width", "target_parameters": 130_000},
+    "to a target": {
+        "init": "depth_and_width",
+        "target_parameters": 140_000,
+        "max_width_pruning": 0.6,
+    },
     "same": {"init": "same"},
     "pretrained": {"init": "pretrained"},
     "scratch": {"init": "scratch", **FEWER},

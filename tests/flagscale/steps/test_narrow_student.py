@@ -62,6 +62,10 @@ def test_narrower_students(
     assert cut["calibration_tokens"] == values.get("calibration_tokens", cut["calibration_tokens"])
     scores = load_file(tmp_path / "alone" / WIDTH_IMPORTANCE)
     assert scores["hidden_size"].shape == (wide.hidden_size,)
+    top = scores["hidden_size"].sort(descending=True).values[: shape.hidden_size]
+    share = (top.sum() / scores["hidden_size"].sum()).item()
+    assert share > shape.hidden_size / wide.hidden_size
+    assert cut["kept_importance"]["hidden_size"] == pytest.approx(share, abs=1e-5)
     assert set(scores) == {"hidden_size"} | {
         f"decoder.layers.{layer}.{part}"
         for layer in range(shape.num_layers)

@@ -10,14 +10,27 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flagscale.artifacts import open_artifact
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import load_model, logits
 from flagscale.models.origin import Origin
 from flagscale.models.tokenizers import load_tokenizer
-from flagscale.recipe import LayoutRecipe, ModelsRecipe, StudentRecipe
+from flagscale.recipe import (
+    DistillationRecipe,
+    EvaluationRecipe,
+    ExportRecipe,
+    LayoutRecipe,
+    ModelsRecipe,
+    ParallelismRecipe,
+    StudentRecipe,
+    TrainingRecipe,
+)
 from flagscale.steps.convert_student import convert_student
+from flagscale.steps.distil_student import distil_student
+from flagscale.steps.evaluate import evaluate
+from flagscale.steps.export_student import export_student
 
 TOKENS = torch.arange(64)[None]
 ROWS = 1100  # the tokenizer has 1000
@@ -119,6 +132,46 @@ def test_ranks_make_the_same(
         ours, alone = (load_model(folder, 64) for folder in (tmp_path / "student", converted))
     for (name, one), other in zip(ours.named_parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_it_is_trained_and_comes_out_in_transformers(
+    converted: Path, qwen: Path, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """On two ranks, which share a vocabulary: of what no text has, nothing is left."""
+    distilled, evaluation, exported = (tmp_path / name for name in ("distilled", "eval", "export"))
+    layout = ParallelismRecipe(tensor_model_parallel_size=2)
+    training = TrainingRecipe(
+        train_iters=4,
+        global_batch_size=4,
+        lr=1e-3,
+        lr_warmup_iters=1,
+        eval_interval=4,
+        eval_iters=1,
+        parallelism=layout,
+    )
+    loss = DistillationRecipe(skip_lm_loss=False)
+    distil_student(loss, training, teacher, converted, dataset, tmp_path / "c", distilled)
+    lines = (distilled / "validation.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["logits distillation loss"] for line in lines]
+    assert losses[-1] < losses[0]
+    measured = EvaluationRecipe(max_documents=4, bootstrap_samples=100, prompts=("The",))
+    evaluate(measured, teacher, converted, distilled, dataset, evaluation)
+    figures = export_student(ExportRecipe(), distilled, evaluation, exported)
+    assert figures["max_logit_difference"] <= 1e-5
+    hf_model, report = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(report.values())
+    assert (hf_model.config.model_type, hf_model.config.vocab_size) == ("qwen3", 1000)
+    with torch.no_grad(), platform.runtime():
+        expected = hf_model(TOKENS, use_cache=False).logits
+        found = logits(load_model(distilled, 64), TOKENS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    stored = StoredTensors(distilled / "weights")
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        height, width = stored.tensors[key].shape
+        assert height == 1024
+        assert not stored.read(key, (1000, 0), (height - 1000, width)).any()
+    card = (exported / "README.md").read_text()
+    assert f"that was `{qwen}`, distilled from `" in card
 
 
 def other_tokenizer(source: Path, change: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from flagscale.checkpoint import load_weights
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.post_training.losses import LogitsLoss
+from flagscale.post_training import conversion
+from flagscale.post_training.divergences.reverse_kl import ReverseKL
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train import train_gpt
 from flagscale.train.audit import AuditError, TrainingAudit
@@ -64,10 +65,8 @@ def test_without_an_interval_nothing_is_looked_at(training):
     assert not any(audit.due(step) for step in range(1, 300))
 
 
-def reverse(self, predictions, targets):
-    student, teacher = self.pre_forward(predictions, targets)
-    log_q, log_p = ((x / 2).log_softmax(-1) for x in (student, teacher))
-    return self.post_forward(4 * (log_q.exp() * (log_q - log_p)).sum(-1))
+def reverse(recipe):
+    return ReverseKL(recipe.temperature)
 
 
 def shifted_twice(*args):
@@ -78,7 +77,7 @@ def shifted_twice(*args):
 @pytest.mark.parametrize(
     ("where", "name", "planted", "message"),
     [
-        (LogitsLoss, "forward", reverse, "audit of step 1 failed, .* it is the reverse KL"),
+        (conversion, "divergence_of", reverse, "audit of step 1 failed, .* it is the reverse KL"),
         (train_gpt, "get_batch", shifted_twice, r"\d+ of \d+ labels are not the next token"),
     ],
     ids=["reversed KL", "labels"],
@@ -87,10 +86,10 @@ def test_a_wrong_figure_stops_the_training(
     training, tmp_path, monkeypatch, where, name, planted, message
 ):
     """Before the step is taken, and what was trained before is saved."""
+    monkeypatch.setattr(where, name, planted)
     chosen, trainer, batches = training()
     before = [parameter.clone() for parameter in trainer.chunks[0].parameters()]
     saved = TrainingCheckpoints(tmp_path / "checkpoints", keep=1)
-    monkeypatch.setattr(where, name, planted)
     with use_args(chosen), pytest.raises(AuditError, match=message):
         train(
             trainer,

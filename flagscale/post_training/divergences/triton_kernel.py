@@ -1,0 +1,300 @@
+# ruff: noqa: ANN001, ANN202, N803 - Triton infers types, and spells a kernel's constants so
+"""The pass over rows of logits as a Triton kernel: one program a row, which it reads in blocks.
+
+Each formula stands here once more, per column, because Triton compiles no torch. A row is read once
+for its normalisers, once for its sums and once for its gradient; what fits the GPU's cache comes
+from memory only the first time. The forward KL's gradient needs no sum, so its sums and gradient
+share a reading.
+
+Never run on a GPU so far: the arithmetic is tested by Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from flagscale.post_training.divergences.divergence import FDivergence
+
+_FORWARD_KL, _REVERSE_KL, _JENSEN_SHANNON, _SKEW_KL, _TOTAL_VARIATION = range(5)
+FORWARD_KL = tl.constexpr(_FORWARD_KL)
+REVERSE_KL = tl.constexpr(_REVERSE_KL)
+JENSEN_SHANNON = tl.constexpr(_JENSEN_SHANNON)
+SKEW_KL = tl.constexpr(_SKEW_KL)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
+NEAR = tl.constexpr(0.1)
+
+_KINDS = {
+    "ForwardKL": _FORWARD_KL,
+    "ReverseKL": _REVERSE_KL,
+    "JensenShannon": _JENSEN_SHANNON,
+    "SkewKL": _SKEW_KL,
+    "TotalVariation": _TOTAL_VARIATION,
+}
+
+
+def one_pass(
+    divergence: FDivergence,
+    student_nv: torch.Tensor,
+    teacher_nv: torch.Tensor,
+    norms: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    with_sums: bool,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `passing.one_pass`."""
+    count, width = student_nv.shape
+    normalise, add_up = norms is None, sums is None and with_sums
+    if norms is None:
+        norms = torch.empty(4, count, dtype=torch.float32, device=student_nv.device)
+    if sums is None:
+        sums = torch.empty(2, count, dtype=torch.float32, device=student_nv.device)
+    block = min(4096, triton.next_power_of_2(width))
+    if count:
+        _rows_kernel[(count,)](
+            student_nv,
+            teacher_nv,
+            norms,
+            sums,
+            norms.stride(0),
+            sums.stride(0) if sums.size(0) > 1 else 0,  # where there is but one
+            student_nv.stride(0),
+            teacher_nv.stride(0),
+            width,
+            1 / divergence.temperature,
+            getattr(divergence, "beta", getattr(divergence, "alpha", 0.0)),
+            divergence.temperature,
+            KIND=_KINDS[type(divergence).__name__],
+            NORMALISE=normalise,
+            ADD_UP=add_up,
+            WRITE=with_gradient,
+            BLOCK=block,
+            num_warps=8,
+        )
+    return norms, sums
+
+
+def scale_rows(gradient_nv: torch.Tensor, scale_n: torch.Tensor) -> None:
+    """As `passing.scale_rows`, without the host knowing which rows."""
+    count, width = gradient_nv.shape
+    if count:
+        scale_n = scale_n.float().contiguous()
+        stride = gradient_nv.stride(0)
+        _scale_kernel[(count,)](gradient_nv, scale_n, stride, width, BLOCK=4096, num_warps=8)
+
+
+@triton.jit
+def _scale_kernel(gradient, scales, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + row)
+    if scale != 1:
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            part = gradient + row * stride + at
+            old = tl.load(part, mask=at < width, other=0).to(tl.float32)
+            tl.store(part, (old * scale).to(gradient.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _rows_kernel(
+    student,
+    teacher,
+    norms,
+    sums,
+    norms_stride,
+    sums_stride,
+    student_stride,
+    teacher_stride,
+    width,
+    scale,
+    weight,
+    factor,
+    KIND: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    ADD_UP: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    norms += row
+    sums += row
+    m_t, log_z_t, m_s, log_z_s = _normalisers(
+        student, teacher, norms, norms_stride, width, scale, NORMALISE, BLOCK
+    )
+    shift = (m_s - m_t) * scale + (log_z_s - log_z_t)
+
+    first, second = 0.0, 0.0
+    # The one gradient that needs no sum is written along.
+    write_along: tl.constexpr = WRITE and KIND == FORWARD_KL
+    if ADD_UP or write_along:
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            p, q, x = _columns(
+                student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
+            )
+            if ADD_UP:
+                one, two = _summands(p, q, x, weight, KIND)
+                first += tl.sum(one)
+                second += tl.sum(two)
+            if write_along:
+                _store(student, at, width, (q - p) * factor)
+    if ADD_UP:
+        if KIND == JENSEN_SHANNON:
+            first = weight * first + (1 - weight) * second
+        tl.store(sums, first)
+        tl.store(sums + sums_stride, second)
+    elif WRITE and KIND != FORWARD_KL:
+        first = tl.load(sums)
+        second = tl.load(sums + sums_stride)
+    if WRITE and KIND != FORWARD_KL:
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            p, q, x = _columns(
+                student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
+            )
+            _store(student, at, width, _gradient(p, q, x, weight, first, second, KIND) * factor)
+
+
+@triton.jit
+def _normalisers(
+    student,
+    teacher,
+    norms,
+    norms_stride,
+    width,
+    scale,
+    NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of both models, made and stored, or loaded."""
+    if NORMALISE:
+        m_t, log_z_t = _normaliser(teacher, width, scale, BLOCK)
+        m_s, log_z_s = _normaliser(student, width, scale, BLOCK)
+        tl.store(norms, m_t)
+        tl.store(norms + norms_stride, log_z_t)
+        tl.store(norms + 2 * norms_stride, m_s)
+        tl.store(norms + 3 * norms_stride, log_z_s)
+    else:
+        m_t = tl.load(norms)
+        log_z_t = tl.load(norms + norms_stride)
+        m_s = tl.load(norms + 2 * norms_stride)
+        log_z_s = tl.load(norms + 3 * norms_stride)
+    return m_t, log_z_t, m_s, log_z_s
+
+
+@triton.jit
+def _normaliser(logits, width, scale, BLOCK: tl.constexpr):
+    """The largest logit, and the log of the sum of the exponentials that are shifted by it."""
+    m, total = -3.4028234663852886e38, 0.0
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(m, tl.max(z))
+        total = total * tl.exp((m - larger) * scale) + tl.sum(tl.exp((z - larger) * scale))
+        m = larger
+    return m, tl.log(total)
+
+
+@triton.jit
+def _columns(student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale):
+    """Probabilities, and the log of their ratio, 0 where neither has any."""
+    nothing = -float("inf")
+    s = tl.load(student + at, mask=at < width, other=nothing).to(tl.float32)
+    t = tl.load(teacher + at, mask=at < width, other=nothing).to(tl.float32)
+    p = tl.exp((t - m_t) * scale - log_z_t)
+    q = tl.exp((s - m_s) * scale - log_z_s)
+    x = (t - s) * scale + shift
+    return p, q, tl.where((p == 0) & (q == 0), 0.0, x)
+
+
+@triton.jit
+def _store(student, at, width, gradient):
+    tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _summands(p, q, x, weight, KIND: tl.constexpr):
+    """What a column adds to the two sums."""
+    two = p * 0
+    if KIND == FORWARD_KL:
+        one = _kl(p, x, q - p)
+    elif KIND == REVERSE_KL:
+        one = _kl(q, -x, p - q)
+    elif KIND == JENSEN_SHANNON:
+        to_p, to_q = _logs_of_mixture(x, weight)
+        one, two = p * to_p, q * to_q
+    elif KIND == SKEW_KL:
+        to_p, to_q = _logs_of_mixture(x, weight)
+        one = _kl(p, to_p, (1 - weight) * (q - p))
+        two = _tilted(p, q, to_q, weight)
+    else:
+        one = (q - p) * _sign(-x) / 2
+        two = q * _sign(-x) / 2
+    return one, two
+
+
+@triton.jit
+def _gradient(p, q, x, weight, first, second, KIND: tl.constexpr):
+    """By the student's scaled logit, given both sums of whole rows."""
+    if KIND == REVERSE_KL:
+        gradient = q * (tl.maximum(-x, SMALLEST) - first)
+    elif KIND == JENSEN_SHANNON:
+        _, to_q = _logs_of_mixture(x, weight)
+        gradient = (1 - weight) * q * (to_q - second)
+    elif KIND == SKEW_KL:
+        _, to_q = _logs_of_mixture(x, weight)
+        gradient = (1 - weight) * (q * second - _tilted(p, q, to_q, weight))
+    else:
+        gradient = q * (_sign(-x) / 2 - second)
+    return gradient
+
+
+@triton.jit
+def _kl(p, x, difference):
+    """`p x + difference`, x = log(p / q), difference = q - p; a series where both are close."""
+    x = tl.maximum(x, SMALLEST)
+    series = p * x * x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x / 120)))
+    return tl.where(tl.abs(x) < NEAR, series, p * x + difference)
+
+
+@triton.jit
+def _logs_of_mixture(x, weight):
+    """log(p / m) and log(q / m), as in `mixtures`."""
+    x = tl.minimum(tl.maximum(x, SMALLEST), LARGEST)
+    share = tl.where(x > 0, 1 - weight, weight)
+    log_m = _log1p(share * _expm1(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - log_m, -log_m - tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _tilted(p, q, to_q, weight):
+    """`(p - q) (1 - weight) q / m`."""
+    return (p - q) * (1 - weight) * tl.exp(to_q)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _expm1(x):
+    """`exp(x) - 1` for x <= 0."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _log1p(y):
+    """`log(1 + y)` for -1 < y <= 0."""
+    r = y / (2 + y)
+    square = r * r
+    series = 2 * r * (1 + square * (1 / 3 + square * (1 / 5 + square / 7)))
+    return tl.where(y > -0.25, series, tl.log(1 + y))
