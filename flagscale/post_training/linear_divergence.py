@@ -196,7 +196,8 @@ class _Chunks:
         self, rows: slice, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
         """A chunk's divergence, its cross entropy, and the gradient of both with their scales."""
-        terms, cross_entropy_n = self._terms, 0.0
+        terms = self._terms
+        cross_entropy_n: torch.Tensor | float = 0.0
         student_nv, teacher_nv, *more = (b[: rows.stop - rows.start] for b in self._buffers)
         _logits(self._student, rows, student_nv)
         _logits(self._teacher, rows, teacher_nv)
