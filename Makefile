@@ -98,6 +98,7 @@ sizes: $(VENV)/.test  ## measure what ranks hold, renew the tables of docs/sizes
 
 bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
+	$(BIN)/python benchmarks/output_layer.py
 	$(BIN)/python benchmarks/data_loader.py
 	$(BIN)/python benchmarks/startup.py
 

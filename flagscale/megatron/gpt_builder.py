@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Far below any logit, so that its probability is 0 in every dtype and at every temperature (1000 at
 # most), and finite, so that 0 x it is 0.
-PADDING_LOGIT = -1e6
+_PADDING_LOGIT = -1e6
 
 
 def build_gpt_model(
@@ -113,4 +113,4 @@ def mask_padding(module: torch.nn.Module, inputs: Any, output: Any) -> None:  # 
     logits_sbv, _ = output
     if isinstance(logits_sbv, torch.Tensor):  # else the layer is fused with the loss
         lowest = torch.finfo(logits_sbv.dtype).min
-        logits_sbv[..., module.tokens :] = max(PADDING_LOGIT, lowest)
+        logits_sbv[..., module.tokens :] = max(_PADDING_LOGIT, lowest)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of one fp32 buffer: 1 MiB, 256 MiB
 
+_SMALLEST = torch.finfo(torch.float32).min
+
 
 def cross_entropy_and_gradient(
     logits_nv: torch.Tensor,
@@ -43,6 +45,7 @@ def cross_entropy_and_gradient(
     step = max(1, _BLOCK_ELEMENTS.get(logits_nv.device.type, 2**18) // width)
     for block, logits in zip(figures.split(step, dim=1), logits_nv.split(step), strict=True):
         torch.amax(logits, 1, out=block[0])
+        block[0].clamp_(min=_SMALLEST)  # a slice may hold nothing but -inf: what is no token
         logits.sub_(block[0, :, None]).exp_()
         torch.sum(logits, 1, out=block[1])
     own_largest_n = figures[0]

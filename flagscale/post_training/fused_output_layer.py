@@ -124,7 +124,8 @@ def _why_not(model: GPTModel) -> str | None:
         # Who hooks twice wants logits for something else beside the loss.
         hooks = Counter([*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()])
         if unknown := hooks - known:
-            return f"the {whose}'s output layer has a hook ({next(iter(unknown)).__name__})"
+            hook = next(iter(unknown))
+            return f"the {whose}'s output layer has a hook ({getattr(hook, '__name__', hook)})"
     return None
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flagscale.megatron.gpt_builder import PADDING_LOGIT
 from flagscale.post_training.cross_entropy import cross_entropy_and_gradient
 from flagscale.post_training.divergences import Divergence
 
@@ -197,7 +196,8 @@ class _Chunks:
         self, rows: slice, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
         """A chunk's divergence, its cross entropy, and the gradient of both with their scales."""
-        terms, cross_entropy_n = self._terms, 0.0
+        terms = self._terms
+        cross_entropy_n: torch.Tensor | float = 0.0
         student_nv, teacher_nv, *more = (b[: rows.stop - rows.start] for b in self._buffers)
         _logits(self._student, rows, student_nv)
         _logits(self._teacher, rows, teacher_nv)
@@ -243,7 +243,7 @@ def _logits(head: HeadInput, rows: slice, out_nv: torch.Tensor) -> None:
     else:
         for columns, block_vh in _blocks(weight_vh):
             torch.mm(hidden_nh.float(), block_vh.t(), out=out_nv[:, columns])
-    out_nv[:, head.tokens :] = PADDING_LOGIT
+    out_nv[:, head.tokens :] = -math.inf  # as divergences know what is no token
 
 
 def _multiply(grad_nv: torch.Tensor, weight_vh: torch.Tensor, out_nh: torch.Tensor) -> None:

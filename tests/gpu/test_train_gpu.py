@@ -18,6 +18,12 @@ from resume_worker import STEPS, Task
 
 from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.divergences.reference import reference_gradient, reference_loss
+from flagscale.post_training.linear_divergence import (
+    CHUNK_BYTES,
+    HeadInput,
+    Terms,
+    linear_divergence,
+)
 from flagscale.recipe import DistillationRecipe
 
 pytestmark = pytest.mark.timeout(1800)
@@ -93,6 +99,40 @@ def test_a_divergence_equals_float64(name, dtype):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
     error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
     assert error < {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+
+
+@pytest.mark.parametrize("with_lm_loss", [False, True], ids=["alone", "LM loss too"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_fused_output_layer_equals_float64(monkeypatch, dtype, with_lm_loss):
+    skip_on_cpu()
+    monkeypatch.setitem(CHUNK_BYTES, "cuda", 2**24)  # about 40 of the 256 tokens
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to("cuda", dtype)
+
+    student, teacher = (HeadInput(normal(256, 64), normal(49152, 64) / 4, 49100) for _ in range(2))
+    labels = torch.randint(49100, (256,), generator=generator).to("cuda")
+    leaves = [student.hidden_nh.requires_grad_(), student.weight_vh.requires_grad_()]
+    weights = (torch.arange(256, device="cuda") % 3 > 0).float()
+    recipe = DistillationRecipe()
+    terms = Terms(divergence_of(recipe), 1.0, labels if with_lm_loss else None)
+    found = linear_divergence(student, teacher, terms, weights)
+    (sum(found[: 1 + with_lm_loss]) * weights).sum().backward()
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = (exact_leaves[0] @ exact_leaves[1].T)[:, :49100]
+    targets = (teacher.hidden_nh.double() @ teacher.weight_vh.double().T)[:, :49100]
+    exact = reference_loss(logits, targets, recipe)
+    if with_lm_loss:
+        exact = exact + torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    (exact * weights).sum().backward()
+    # Logits are fp32; the gradient in them has the models' bits, for the products.
+    torch.testing.assert_close(
+        sum(found[: 1 + with_lm_loss]).double(), exact.detach(), rtol=1e-4, atol=0
+    )
+    for leaf, exact_leaf in zip(leaves, exact_leaves, strict=True):
+        error = (leaf.grad.double() - exact_leaf.grad).norm() / exact_leaf.grad.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["save", "async save"])

@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from flagscale.post_training import linear_divergence as module
 from flagscale.post_training.cross_entropy import cross_entropy_and_gradient
 from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.divergences.reference import reference_loss
 from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
 from flagscale.recipe import DistillationRecipe
 
 TEMPERATURE = 2.0
 DIVERGENCE = divergence_of(DistillationRecipe(temperature=TEMPERATURE))
+RECIPES = [
+    DistillationRecipe(divergence=name, temperature=1 if name == "logits_mse" else TEMPERATURE)
+    for name in DistillationRecipe.model_fields["divergence"].annotation.__args__
+]
 TOKENS, VOCABULARY, PADDED = 37, 480, 500
 SCALE = 0.7
 
@@ -86,6 +91,23 @@ def test_values_and_gradients_equal_float64(dtype, bound, with_cross_entropy):
     for found, leaf in zip((student.hidden_nh, student.weight_vh), exact, strict=True):
         assert found.grad.dtype == dtype
         assert error(found.grad, leaf.grad) < bound
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.divergence)
+def test_every_divergence(recipe):
+    student, teacher, _, weights = heads()
+    found, _ = linear_divergence(student, teacher, Terms(divergence_of(recipe)), weights)
+    (found * weights).sum().backward()
+    leaves = [t.detach().double().requires_grad_() for t in (student.hidden_nh, student.weight_vh)]
+    targets = teacher.hidden_nh.double() @ teacher.weight_vh.double().T
+    exact = reference_loss(
+        (leaves[0] @ leaves[1].T)[:, :VOCABULARY], targets[:, :VOCABULARY], recipe
+    )
+    (exact * weights).sum().backward()
+    assert error(found, exact) < 1e-6
+    for tensor, leaf in zip((student.hidden_nh, student.weight_vh), leaves, strict=True):
+        assert error(tensor.grad, leaf.grad) < 2e-6
+        assert tensor.grad.isfinite().all()
 
 
 def test_a_weight_that_does_not_learn_gets_no_gradient():
