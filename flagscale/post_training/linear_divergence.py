@@ -158,8 +158,8 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _factor(grad_n: torch.Tensor, scale: float, weights_n: torch.Tensor) -> torch.Tensor:
-    """What the loss was multiplied with, 0-dim, from the gradient of the heaviest token."""
-    heaviest = weights_n.abs().argmax()
+    """What the loss was multiplied with, [1], from the gradient of the heaviest token."""
+    heaviest = weights_n.abs().argmax(0, keepdim=True)  # not 0-dim: as an index it would be read
     weight = scale * weights_n[heaviest]
     return torch.where(weight == 0, 0.0, grad_n[heaviest] / weight)
 
