@@ -48,6 +48,6 @@ def convert_student(
             output=folder,
             models=step.section(ModelsRecipe, models_recipe),
         )
-        step.copy(folder / "report.html", student_report.path)
-        step.copy(folder / "audit.html", audit.path)
+        for name, page in (("report.html", student_report), ("audit.html", audit)):
+            step.copy(folder / name, page.path)
         step.report(figures, student_metrics)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from flagscale.errors import UserError
+from flagscale.megatron.model_sizes import Sizes
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe
 from flagscale.recipe.layer_pairs import OF_HIDDEN_SIZE, SPLIT_OVER_TENSOR_RANKS, layer_of
@@ -20,17 +21,6 @@ from flagscale.recipe.layer_pairs import OF_HIDDEN_SIZE, SPLIT_OVER_TENSOR_RANKS
 EMBEDDING, FINAL_NORM = "embedding", "decoder.final_layernorm"
 _PAIRS = "distillation.intermediate_layer_pairs"
 _ATTENTION_PAIRS = "distillation.attention_layer_pairs"
-
-
-class Sizes(Protocol):
-    """What a `ModelShape` and Megatron-Core's `TransformerConfig` both say of a model."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
 
 
 @dataclass(frozen=True)

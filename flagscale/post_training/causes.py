@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from flagscale.recipe import DistillationRecipe
 
 # Relative: known mistakes are further apart, as a rule even from logits that are stored in 16 bits.
 _MATCHES, _MATCHES_16_BITS = 2e-3, 0.03
+_Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student's, teacher's logits
 _TOP = (1, 4, 8, 16, 32, 50, 64, 100, 128)
 
 
@@ -58,16 +60,13 @@ def _kd_mistakes(seen: Seen, recipe: DistillationRecipe) -> Iterator[tuple[str, 
         ):
             for factor in (temperature**2, 1.0):
                 name = f"with the temperature applied to {what}"
-                yield name, summed(lambda s, t, a=t_s, b=t_t, f=factor: f * _kl(t / b, s / a))
+                yield name, summed(partial(_uneven, t_s, t_t, factor))
     for squared in {temperature**2, 1.0}:
         for name, mistake in _OTHERS.items():
-            yield (
-                name,
-                summed(lambda s, t, m=mistake, f=squared: f * m(s / temperature, t / temperature)),
-            )
+            yield name, summed(partial(_softened, mistake, temperature, squared))
     for k in _TOP:
         name = f"over the teacher's top {k} tokens alone, renormalised"
-        yield name, summed(lambda s, t, k=k: temperature**2 * _top(s, t, temperature, k))
+        yield name, summed(partial(_renormalised, k, temperature))
     name = "computed on logits that the cross entropy has overwritten"
     yield name, summed(lambda s, t: function(s.softmax(-1), t))
     everything = replace(seen, mask_bs=torch.ones_like(seen.mask_bs))
@@ -136,12 +135,31 @@ def _kl(p_nv: torch.Tensor, q_nv: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def _uneven(
+    student: float, teacher: float, factor: float, s_nv: torch.Tensor, t_nv: torch.Tensor
+) -> torch.Tensor:
+    """KL of logits that have been divided by temperatures of their own."""
+    return factor * _kl(t_nv / teacher, s_nv / student)
+
+
+def _softened(
+    mistake: _Function, temperature: float, factor: float, s_nv: torch.Tensor, t_nv: torch.Tensor
+) -> torch.Tensor:
+    return factor * mistake(s_nv / temperature, t_nv / temperature)
+
+
+def _renormalised(
+    k: int, temperature: float, s_nv: torch.Tensor, t_nv: torch.Tensor
+) -> torch.Tensor:
+    return temperature**2 * _top(s_nv, t_nv, temperature, k)
+
+
 def _top(s_nv: torch.Tensor, t_nv: torch.Tensor, temperature: float, k: int) -> torch.Tensor:
     top = t_nv.topk(min(k, t_nv.size(-1)), dim=-1)
     return _kl(top.values / temperature, s_nv.gather(-1, top.indices) / temperature)
 
 
-_OTHERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_OTHERS: dict[str, _Function] = {
     "the forward KL": lambda s, t: _kl(t, s),
     "the reverse KL": lambda s, t: _kl(s, t),
     "soft cross entropy: the teacher's entropy is not taken off": lambda s, t: (

@@ -96,7 +96,7 @@ class TrainingAudit:
         if self._recipe is not None:
             from flagscale.post_training.intermediate_terms import intermediate_terms
 
-            projections = dict(intermediate_terms(self._model).projections.items())
+            projections: dict[str, Any] = dict(intermediate_terms(self._model).projections.items())
             findings += check_layers(seen, self._recipe, projections)
         return findings
 
