@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ _KL, _AGREEMENT = FIGURES.index("kl"), FIGURES.index("top1_agreement")
 _PROGRESS_SECONDS = 5.0
 # Logits of one model that are held at once; see `flagscale.evaluation.measuring`.
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+_HELD_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class _Text:
         self._masks = [batch["loss_mask"].reshape(-1).bool() for batch in batches]
         self._labels = [batch["labels"].reshape(-1) for batch in batches]
         self.tokens = sum(int(mask.sum()) for mask in self._masks)
+        self._kept: dict[int, list[torch.Tensor]] = {}
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with a model of these layers alone."""
@@ -89,36 +91,41 @@ class _Text:
     def without(self, layer: int, kept: Sequence[int]) -> tuple[float, float]:
         """KL and agreement, means over the tokens with a loss, the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=platform.device())
-        for run, mask, labels in zip(self._runs, self._masks, self._labels, strict=True):
+        for batch, run in enumerate(self._runs):
             cut_sbh = run.without(layer, kept)
             if cut_sbh is not None and run.whole_sbh is not None:
-                sums += self._sums(run.whole_sbh, cut_sbh, mask, labels)
+                sums += self._sums(batch, run.whole_sbh, cut_sbh)
         kl, agreement = (from_last_stage(sums) / self.tokens).tolist()
         return kl, agreement
 
-    def _sums(
-        self,
-        whole_sbh: torch.Tensor,
-        cut_sbh: torch.Tensor,
-        mask_n: torch.Tensor,
-        labels_n: torch.Tensor,
-    ) -> torch.Tensor:
+    def _sums(self, batch: int, whole_sbh: torch.Tensor, cut_sbh: torch.Tensor) -> torch.Tensor:
         layer = self._output_layer
         assert layer is not None, "of the last stage, which has these"
+        mask_n = self._masks[batch].to(whole_sbh.device)
         rows = max(1, _CHUNK_ELEMENTS[whole_sbh.device.type] // layer.size)
-        mask_n = mask_n.to(whole_sbh.device)
-        chosen = [
-            hidden_sbh.transpose(0, 1).flatten(0, 1)[mask_n] for hidden_sbh in (whole_sbh, cut_sbh)
-        ]
-        labels_n = labels_n.to(whole_sbh.device)[mask_n]
+        whole_nh, cut_nh = (x.transpose(0, 1).flatten(0, 1)[mask_n] for x in (whole_sbh, cut_sbh))
+        labels_n = self._labels[batch].to(whole_sbh.device)[mask_n]
         sums = torch.zeros(2, dtype=torch.float64, device=whole_sbh.device)
-        parts = (values.split(rows) for values in (*chosen, labels_n))
-        for whole_nh, cut_nh, labels in zip(*parts, strict=True):
+        predicted = self._predicted(batch, layer, whole_nh, rows)
+        for whole_nv, cut, labels in zip(
+            predicted, cut_nh.split(rows), labels_n.split(rows), strict=True
+        ):
             figures_mfn = token_figures(
-                layer(whole_nh), layer(cut_nh), labels, layer.first_token, layer.group
+                whole_nv, layer(cut), labels, layer.first_token, layer.group
             )
             sums += figures_mfn[1, [_KL, _AGREEMENT]].sum(dim=-1)
         return sums
+
+    def _predicted(
+        self, batch: int, layer: OutputLayer, whole_nh: torch.Tensor, rows: int
+    ) -> Iterable[torch.Tensor]:
+        """The whole model's logits, `rows` at a time; of little text they are held."""
+        chunks = (layer(chunk) for chunk in whole_nh.split(rows))
+        if self.tokens * layer.size > _HELD_CHUNKS * _CHUNK_ELEMENTS[whole_nh.device.type]:
+            return chunks
+        if batch not in self._kept:
+            self._kept[batch] = list(chunks)
+        return self._kept[batch]
 
 
 class _Progress:

@@ -103,11 +103,16 @@ def audit(
         findings.append(check_teacher_loss(reached.seen, unigram))
     alone = recipe.model_copy(update={"skip_lm_loss": True, "kd_loss_scale": 1.0})
     short = _short(batch)
-    with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
-        found, figures = _losses(student, teacher, short, alone)
-        findings += found
-        found, when_equal = _when_equal(teacher, short, alone, figures["KD gradient"])
-        findings += found
+    figures: dict[str, float] = {}
+    when_equal = math.nan
+    try:
+        with use_args(replace(get_args(), seq_length=short["tokens"].size(1))):
+            found, figures = _losses(student, teacher, short, alone)
+            findings += found
+            found, when_equal = _when_equal(teacher, short, alone, figures["KD gradient"])
+            findings += found
+    except RuntimeError as error:
+        findings.append(_failed("losses", "a micro-batch", error))
     for model in (student, teacher):
         model.eval()
         model.zero_grad(set_to_none=True)
@@ -129,11 +134,15 @@ def _reached(student: GPTModel, teacher: GPTModel, batch: Batch) -> _Reached:
     except UserError as error:  # on all ranks
         return _Reached(fault(name, str(error), note), math.nan, None)
     except RuntimeError as error:
-        if torch.distributed.get_world_size() > 1:  # perhaps of this one alone
-            raise
-        first = str(error).partition("\n")[0]
-        return _Reached(fault(name, f"the backward pass fails: {first}", note), math.nan, None)
+        return _Reached(_failed(name, "the backward pass", error), math.nan, None)
     return _Reached(fault(name, None, note), loss, seen)
+
+
+def _failed(check: str, what: str, error: RuntimeError) -> Finding:
+    """What cannot be computed; where there are other ranks, which may wait, it is raised."""
+    if torch.distributed.get_world_size() > 1:
+        raise error
+    return fault(check, f"{what} fails: {str(error).partition(chr(10))[0]}", "")
 
 
 def _losses(
@@ -149,12 +158,11 @@ def _losses(
         by_itself_sbh = hidden_states(teacher.eval(), batch["tokens"])
     with distilling(student, teacher, recipe) as model:
         _, alone = run(model, batch, forward_only=True, differentiates=True)
-        frozen = []
+        frozen: list[Finding] = []
         if alone is not None and by_itself_sbh is not None:
             frozen = [check_teacher(alone, by_itself_sbh.transpose(0, 1), teacher)]
     with distilling(student, teacher, mixed) as model, torch.no_grad():
-        edit = _unchanged(batch)
-        losses, beside = run(model, batch, forward_only=True, edit=edit)
+        losses, beside = run(model, batch, forward_only=True, edit=_unchanged)
         perturbed, edit = _perturbed(batch, student.unpadded_vocab_size)
         _, elsewhere = run(model, perturbed, forward_only=True, edit=edit)
         _, evaluated = run(model, batch, forward_only=True, training=False)
@@ -205,8 +213,8 @@ def _short(batch: Batch) -> Batch:
     return short
 
 
-def _unchanged(batch: Batch) -> Edit:
-    return lambda whose, hidden_sbh: hidden_sbh
+def _unchanged(whose: str, hidden_sbh: torch.Tensor) -> torch.Tensor:
+    return hidden_sbh
 
 
 def _perturbed(batch: Batch, vocab_size: int) -> tuple[Batch, Edit]:

@@ -98,6 +98,7 @@ class LayerRuns:
             hidden_sbh = self._like.new_empty(self._shape)
             previous = parallel_state.get_pipeline_model_parallel_prev_rank()
             torch.distributed.recv(hidden_sbh, previous, group=self._group)
+        assert hidden_sbh is not None, "a stage holds what goes into its layers"
         for number, layer in self._layers.items():
             if number in kept:
                 into[number] = hidden_sbh

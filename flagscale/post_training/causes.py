@@ -20,14 +20,15 @@ from flagscale.post_training.float64 import (
 from flagscale.post_training.tap import STUDENT, Head, Seen
 from flagscale.recipe import DistillationRecipe
 
-_MATCHES = 2e-3  # relative: known mistakes are further apart
+# Relative: known mistakes are further apart, as a rule even from logits that are stored in 16 bits.
+_MATCHES, _MATCHES_16_BITS = 2e-3, 0.03
 _TOP = (1, 4, 8, 16, 32, 50, 64, 100, 128)
 
 
 def cause_of_kd(seen: Seen, recipe: DistillationRecipe, reported: float, expected: float) -> str:
     """A clause that names the mistake that gives the reported sum of the KD loss, if any does."""
     for name, figure in _kd_mistakes(seen, recipe):
-        if _same(reported, figure):
+        if _same(reported, figure, seen):
             return f"it is {name}"
     return _ratio(seen, reported, expected) or "none of the known mistakes gives this figure"
 
@@ -35,7 +36,7 @@ def cause_of_kd(seen: Seen, recipe: DistillationRecipe, reported: float, expecte
 def cause_of_lm(seen: Seen, reported: float, expected: float) -> str:
     """The same of the LM loss."""
     for name, figure in _lm_mistakes(seen):
-        if _same(reported, figure):
+        if _same(reported, figure, seen):
             return f"it is {name}"
     return _ratio(seen, reported, expected) or "none of the known mistakes gives this figure"
 
@@ -111,18 +112,19 @@ def _ratio(seen: Seen, reported: float, expected: float) -> str | None:
         ("scaled by the share of unmasked tokens", unmasked / tokens),
         ("without its sign", -1.0),
     ):
-        if ratio and factor != 1 and _same(ratio, factor):
+        if ratio and factor != 1 and _same(ratio, factor, seen):
             return f"it is {name}"
     for times in range(2, 65):
-        if _same(ratio, times):
+        if _same(ratio, times, seen):
             return f"it is {times} times too large: summed over ranks, or counted, that often"
-        if _same(ratio, 1 / times):
+        if _same(ratio, 1 / times, seen):
             return f"it is {times} times too small: divided by ranks or tokens once too often"
     return None
 
 
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= _MATCHES * abs(other)
+def _same(one: float, other: float, seen: Seen) -> bool:
+    in_16_bits = seen.heads[STUDENT].dtype.itemsize == 2
+    return abs(one - other) <= (_MATCHES_16_BITS if in_16_bits else _MATCHES) * abs(other)
 
 
 def _padded(head: Head) -> Head:

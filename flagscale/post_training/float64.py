@@ -17,8 +17,9 @@ from flagscale.post_training.divergences.reference import reference_loss
 from flagscale.post_training.tap import STUDENT, TEACHER, Head, Seen
 from flagscale.recipe import DistillationRecipe
 
-# float64 numbers in one buffer of logits, of which there are about eight: 128 MiB, 512 MiB in all.
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
+# float64 numbers in one buffer of logits, of which there are about eight: 64 MiB, 512 MiB in all.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+_ROWS, _COLUMNS = 64, 4096  # that `loss_and_entropy` works off at a time
 
 # (student's logits, teacher's logits) [n, V] -> [n]
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,12 +48,6 @@ def cross_entropy(logits_nv: torch.Tensor, labels_n: torch.Tensor) -> torch.Tens
     """The LM loss of each row, nats."""
     picked_n = logits_nv.gather(-1, labels_n[:, None]).squeeze(-1)
     return logits_nv.logsumexp(-1) - picked_n
-
-
-def entropy(logits_nv: torch.Tensor) -> torch.Tensor:
-    """Of each row's distribution, nats."""
-    log_p = logits_nv.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
 
 
 @torch.no_grad()
@@ -101,8 +96,63 @@ def row_sum(
     return Sum(value, rounding)
 
 
-def hidden_gradient(seen: Seen, function: Divergence) -> torch.Tensor:
+@torch.no_grad()
+def loss_and_entropy(seen: Seen, whose: str) -> tuple[float, float]:
+    """Of one model's unmasked rows, weighed by the mask: LM loss, and entropy; sums, nats.
+
+    Columns pass by: no row is ever whole. All ranks that share the vocabulary call it.
+    """
+    head = seen.heads[whose]
+    mask_n = seen.mask_bs.flatten().double()
+    index_n = mask_n.nonzero().squeeze(-1)
+    rows_nh, labels_n = head.rows()[index_n], seen.labels_bs.flatten()[index_n]
+    parts = [
+        _row_sums(head, some_nh, some_n)
+        for some_nh, some_n in zip(rows_nh.split(_ROWS), labels_n.split(_ROWS), strict=True)
+    ]
+    local = torch.cat(parts, dim=-1)
+    ranks = [torch.empty_like(local) for _ in range(head.group.size())]
+    torch.distributed.all_gather(ranks, local, group=head.group)
+    largest, exps, products, picked = torch.stack(ranks, dim=1)
+    top_n = largest.amax(0)
+    share = (largest - top_n).exp()
+    total_n = (exps * share).sum(0)
+    normaliser_n = top_n + total_n.log()
+    entropy_n = normaliser_n - (products * share).sum(0) / total_n
+    loss_n = normaliser_n - picked.sum(0)
+    weights_n = mask_n[index_n]
+    return (loss_n * weights_n).sum().item(), (entropy_n * weights_n).sum().item()
+
+
+def _row_sums(head: Head, rows_nh: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+    """Of this rank's columns z, [4, n]: max, sum e^(z - max), sum e^(z - max) z, the label's z."""
+    first = head.group.rank() * head.weight_vh.size(0)
+    weight_vh = head.weight_vh.detach()[: max(head.vocab_size - first, 0)]
+    rows_nh = rows_nh.double()
+    found = torch.zeros(4, rows_nh.size(0), dtype=torch.float64, device=rows_nh.device)
+    found[0] = -1e30  # no column yet, and finite
+    for start in range(0, weight_vh.size(0), _COLUMNS):
+        z_nv = rows_nh @ weight_vh[start : start + _COLUMNS].double().T
+        largest_n = torch.maximum(found[0], z_nv.amax(-1))
+        shrunk_n = (found[0] - largest_n).exp()
+        exps_nv = (z_nv - largest_n[:, None]).exp()
+        found[1] = found[1] * shrunk_n + exps_nv.sum(-1)
+        found[2] = found[2] * shrunk_n + (exps_nv * z_nv).sum(-1)
+        found[0] = largest_n
+        place_n = labels_n - first - start
+        here_n = (place_n >= 0) & (place_n < z_nv.size(-1))
+        z_n = z_nv.gather(-1, place_n.clamp(0, z_nv.size(-1) - 1)[:, None]).squeeze(-1)
+        found[3] += torch.where(here_n, z_n, 0.0)
+    return found
+
+
+def hidden_gradient(seen: Seen, function: Divergence, *, stored: bool = False) -> torch.Tensor:
     """The gradient of the divergence's sum in what the student's output layer is given.
+
+    Args:
+        seen: the micro-batch.
+        function: the divergence.
+        stored: of logits as the models store them.
 
     Returns:
         float64 [b * s, h], whole on every rank that shares the vocabulary.
@@ -110,6 +160,9 @@ def hidden_gradient(seen: Seen, function: Divergence) -> torch.Tensor:
     head = seen.heads[STUDENT]
     gradient_nh = torch.zeros_like(head.rows(), dtype=torch.float64)
     for index_n, mask_n, (student_nv, teacher_nv) in _chunks(seen, STUDENT, TEACHER):
+        if stored:
+            student_nv = _stored(student_nv, head)
+            teacher_nv = _stored(teacher_nv, seen.heads[TEACHER])
         leaf_nv = student_nv.detach().requires_grad_(True)
         (function(leaf_nv, teacher_nv) * mask_n).sum().backward()
         assert leaf_nv.grad is not None
@@ -137,9 +190,8 @@ def _through(head: Head, gradient_nv: torch.Tensor) -> torch.Tensor:
     result = torch.zeros(
         gradient_nv.size(0), weight_vh.size(1), dtype=torch.float64, device=gradient_nv.device
     )
-    columns = 4096
     for part_nv, part_vh in zip(
-        own_nv.split(columns, dim=1), weight_vh.split(columns), strict=True
+        own_nv.split(_COLUMNS, dim=1), weight_vh.split(_COLUMNS), strict=True
     ):
         result += part_nv @ part_vh.double()
     return result
@@ -156,7 +208,7 @@ def _chunks(
     rows = [head.rows() for head in heads]
     mask_n = seen.mask_bs.flatten().double()
     width = max(head.weight_vh.size(0) * head.group.size() for head in heads)
-    step = max(1, _CHUNK_ELEMENTS.get(mask_n.device.type, 2**21) // width)
+    step = max(1, _CHUNK_ELEMENTS.get(mask_n.device.type, 2**20) // width)
     known = min(head.vocab_size for head in heads)
     for index_n in mask_n.nonzero().squeeze(-1).split(step):
         logits = [head.logits(row[index_n]) for head, row in zip(heads, rows, strict=True)]

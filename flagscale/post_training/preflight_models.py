@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flagscale.post_training.findings import Finding, fault, within
-from flagscale.post_training.float64 import cross_entropy, entropy, row_sum
+from flagscale.post_training.float64 import loss_and_entropy
 from flagscale.post_training.preflight import unchanged
 from flagscale.post_training.tap import TEACHER, Seen
 
@@ -134,8 +134,7 @@ def check_teacher_loss(seen: Seen, unigram: float) -> Finding:
         unigram: the loss of the tokens' frequencies on the same labels, nats a token.
     """
     unmasked = max(seen.mask_bs.double().sum().item(), 1)
-    loss = row_sum(seen, TEACHER, cross_entropy).value / unmasked
-    expects = row_sum(seen, TEACHER, lambda logits_nv, _: entropy(logits_nv)).value / unmasked
+    loss, expects = (total / unmasked for total in loss_and_entropy(seen, TEACHER))
     vocab = math.log(seen.heads[TEACHER].vocab_size)
     said = f"the teacher's loss is {loss:.3f} nats a token, and that of the tokens' frequencies "
     said += f"{unigram:.3f}"

@@ -55,6 +55,8 @@ FORMATS: dict[str, QuantizationFormat] = {
 def _of_modelopt(value: object) -> object:
     """ModelOpt's own names lead to ours; quantised keys and values would have no effect."""
     text = str(value).lower()
+    if value in FORMATS:
+        return value
     if "kv" in text:
         raise ValueError(
             f"{value}: ModelOpt quantises keys and values of transformer-engine's attention alone, "

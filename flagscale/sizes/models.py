@@ -152,7 +152,9 @@ def _calibrated(steps: ModelSteps, layout: Layout, stage: int) -> list[Parts]:
         tokens = steps.measured_tokens
         states = (len(stage_layers(steps.teacher, layout, stage)) + 2) * size * tokens * hidden
         logits = tokens * steps.teacher.padded_vocab_size // layout.tensor
-        buffers = 2 * size * min(logits, _LOGITS[steps.device])
+        # Of little text the teacher's logits are held (`evaluation.layer_importance`).
+        chunk = _LOGITS[steps.device]
+        buffers = size * (logits if logits <= 4 * chunk else chunk) + size * min(logits, chunk)
         buffers += 3 * FLOAT32 * min(logits, _FIGURES[steps.device])
         layer = _layer(steps.teacher, layout, stage, computation, tokens)
         phases.append(teacher | {"activations": states + layer, "logits": buffers})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from flagscale.models.student_audit import Artifacts
 from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
+from flagscale.recipe.quantization import FORMATS
 from flagscale.steps.conversion_audit import prove, record_audit
 from flagscale.steps.describe_student import describe_student
 from flagscale.steps.layer_choice import needs, record
@@ -144,15 +146,21 @@ def convert_on_rank(
         figures["parameters"] = float(count_parameters(staging.path / WEIGHTS))
         del made.model  # what is proven is the artifact
         if source is not None:
-            staging.facts |= source.facts()
+            staging.facts |= source.facts() | {"zero_weights": made.zero_weights}
             figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
+        is_changed = made.choice.fits or made.narrowing is not None
+        kept = None if is_changed else made.choice.kept or None
         if student.quantization is not None:
             quantized, logits_bsv = quantize(
                 student.quantization, (teacher, dataset), args, stored, staging.path, batch
             )
             staging.facts["quantization"] = quantized
             figures |= quantization_figures(quantized)
-        kept = made.choice.kept or None
+            args = replace(
+                args, shape=ModelShape.load(staging.path), export_quant_load=staging.path
+            )
+            if FORMATS[student.quantization.recipe].scales_inputs:
+                kept = None  # weights that were divided by scales are the student's own
         artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
         proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
         figures |= proven

@@ -32,11 +32,13 @@ class Made:
         model: this rank's part.
         choice: of the teacher's layers.
         narrowing: of them, where they were.
+        zero_weights: how many are all zero, of a model of its own.
     """
 
     model: GPTModel
     choice: LayerChoice
     narrowing: Narrowing | None = None
+    zero_weights: int = 0
 
 
 def make_student(
@@ -66,7 +68,7 @@ def make_student(
         made = Made(with_random_weights(build, student.seed), choice)
     elif source is not None:
         made = Made(build(), choice)
-        source.fill(made.model)
+        made.zero_weights = source.fill(made.model)
     else:
         as_wide = cut_shape(teacher_shape, {"num_layers": shape.num_layers})
         model = build_model(as_wide, args.seq_length, args.parallelism, args.params_dtype)

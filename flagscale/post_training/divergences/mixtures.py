@@ -16,14 +16,15 @@ def logs_of_mixture(rows: Rows, weight: float) -> tuple[torch.Tensor, torch.Tens
     1)`: the one whose exponent is negative gives both.
 
     Returns:
-        float32 [n, V] each; they are buffers of the rows (`log_ratio` and `spare`).
+        float32 [n, V] each; `log_ratio` and `spare` are overwritten.
     """
     x = rows.log_ratio
     if weight == 0:
         return x, rows.spare.zero_()
     x.clamp_(-_LIMIT, _LIMIT)
     log_m = torch.abs(x, out=rows.spare).neg_().expm1_()
-    log_m.mul_(torch.where(x > 0, 1 - weight, weight)).log1p_()  # over the larger of p and q
+    # Over the larger of p and q: the other's weight is 1 - weight where x > 0, else weight.
+    log_m.mul_(torch.sign(x).mul_(0.5 - weight).add_(0.5)).log1p_()
     log_m.neg_()
     to_p = torch.minimum(x, x.new_zeros(())).add_(log_m)
     return to_p, log_m.sub_(x.clamp_(min=0))

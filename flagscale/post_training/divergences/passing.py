@@ -8,20 +8,16 @@ one rank has all of the vocabulary, all three happen in a single pass.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 
-from flagscale.post_training.divergences.rows import chunks
-
-if TYPE_CHECKING:
-    from flagscale.post_training.divergences.divergence import FDivergence
+from flagscale.post_training.divergences.rows import Formula, chunks
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def one_pass(
-    divergence: FDivergence,
+    divergence: Formula,
     student_nv: torch.Tensor,
     teacher_nv: torch.Tensor,
     norms: torch.Tensor | None = None,
@@ -67,7 +63,7 @@ def scale_rows(gradient_nv: torch.Tensor, scale_n: torch.Tensor) -> None:
 
 
 def _in_chunks(
-    divergence: FDivergence,
+    divergence: Formula,
     student_nv: torch.Tensor,
     teacher_nv: torch.Tensor,
     norms: torch.Tensor | None,

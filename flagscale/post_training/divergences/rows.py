@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,18 @@ class Rows:
         """Of log probabilities of few things, such as the ranks' shares of a vocabulary."""
         p, q = log_p_nv.exp(), log_q_nv.exp()
         return cls(p, q, torch.empty_like(p), lambda: without_nan(log_p_nv - log_q_nv))
+
+
+class Formula(Protocol):
+    """What of a divergence a pass over rows needs; see `divergence.FDivergence`."""
+
+    temperature: float
+
+    def sums(self, rows: Rows) -> torch.Tensor:
+        """Sums over the columns, [S, n]."""
+
+    def gradient(self, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
+        """By the student's scaled logits, [n, V]."""
 
 
 class Chunk:

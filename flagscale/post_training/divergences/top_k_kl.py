@@ -62,7 +62,7 @@ class TopKKL(Divergence):
                 loss_n[chunk.at] = merged.loss_n
                 if with_gradient:
                     self._write(chunk, tokens[chunk.at], *merged.gradient(0))
-        if shared:
+        if is_shared(group):
             merged = _Merged(gathered(parts, group), self.top_k, self.temperature)
             loss_n = merged.loss_n.float()
             if with_gradient:
@@ -153,13 +153,13 @@ def _likeliest(logits_nv: torch.Tensor, k: int) -> torch.Tensor:
 
     So it is on every layout, and bf16 has many that are equal.
     """
-    values, tokens = logits_nv.topk(k)
-    least = values[:, -1:]
-    undecided = (logits_nv == least).sum(-1) > (values == least).sum(-1)
-    if undecided.any():
-        some, least = logits_nv[undecided], least[undecided]
-        equal = some == least
-        room = k - (some > least).sum(-1, keepdim=True)
-        chosen = (some > least) | (equal & (equal.cumsum(-1) <= room))
-        tokens[undecided] = chosen.nonzero()[:, 1].view(-1, k)
-    return tokens.sort(-1).values
+    count = logits_nv.size(0)
+    least_n = logits_nv.topk(k, sorted=False).values.amin(-1)
+    rows, tokens = (logits_nv < least_n[:, None]).logical_not_().nonzero(as_tuple=True)
+    if tokens.numel() > count * k:
+        sure = logits_nv[rows, tokens] > least_n[rows]
+        room_n = k - torch.bincount(rows[sure], minlength=count)
+        others_n = torch.bincount(rows[~sure], minlength=count)
+        place = (~sure).cumsum(0) - (others_n.cumsum(0) - others_n)[rows]
+        tokens = tokens[sure | (place <= room_n[rows])]
+    return tokens.view(count, k)

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 # ruff: noqa: ANN001, ANN202, N803 - Triton infers types, and spells a kernel's constants so
 """The pass over rows of logits as a Triton kernel: one program a row, which it reads in blocks.
 
@@ -11,14 +12,11 @@ Never run on a GPU so far: the arithmetic is tested by Triton's interpreter (`TR
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from flagscale.post_training.divergences.divergence import FDivergence
+from flagscale.post_training.divergences.rows import Formula
 
 _FORWARD_KL, _REVERSE_KL, _JENSEN_SHANNON, _SKEW_KL, _TOTAL_VARIATION = range(5)
 FORWARD_KL = tl.constexpr(_FORWARD_KL)
@@ -39,7 +37,7 @@ _KINDS = {
 
 
 def one_pass(
-    divergence: FDivergence,
+    divergence: Formula,
     student_nv: torch.Tensor,
     teacher_nv: torch.Tensor,
     norms: torch.Tensor | None,

@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B to 4B by both": (QWEN, {"init": "depth_and_width", "target_parameters": 4e9}),
     "a given size stays": (
         QWEN,
-        {"init": "width", "target_parameters": 5e9, "hidden_size": 3584},
+        {"init": "width", "target_parameters": 5.5e9, "hidden_size": 3584},
     ),
     "given layers stay": (
         SMOLLM2,

@@ -72,7 +72,7 @@ MEGATRON = {"format": "megatron"}
         (
             (
                 {"recipe": "int8"},
-                {"init": "scratch", "architecture": {"add_bias_linear": True}},
+                {"init": "scratch", "architecture": {"normalization": "LayerNorm"}},
                 {},
                 MEGATRON,
             ),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from divergence_worker import DIVERGENCES, LAYOUTS
+from divergence_worker import DIVERGENCES, FUSED, LAYOUTS
 
 RELATIVE = 1e-5  # the bound for fp32
 WORKER = Path(__file__).with_name("divergence_worker.py")
@@ -24,7 +24,7 @@ def results(tmp_path_factory, torchrun, teacher, student, dataset):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_equals_one_process(results, name, layout):
     reference = "one, packed" if layout.endswith("packed") else "one"
-    for form in ("apart", "fused"):
+    for form in ("apart", "fused") if layout in FUSED else ("apart",):
         found, expected = (results[one][f"{name}, {form}"] for one in (layout, reference))
         assert found["training"]["grad norm"] > 0
         for part in ("training", "validation"):
