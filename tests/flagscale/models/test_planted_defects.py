@@ -99,7 +99,12 @@ def count_hooks(model: GPTModel) -> int:
 
 def kl(p_v: torch.Tensor, q_v: torch.Tensor) -> torch.Tensor:
     log_p, log_q = p_v.log_softmax(-1), q_v.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    # Of what is no token both are -inf.
+    return (log_p.exp() * torch.where(log_p.isneginf(), 0.0, log_p - log_q)).sum(-1)
+
+
+def entropy(p_v: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Categorical(logits=p_v.clamp(min=-1e4)).entropy()
 
 
 def kd(function: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]) -> Plant:
@@ -347,7 +352,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
         r"teacher's .*final_layernorm.weight in memory is not what its artifact holds",
     ),
     "soft cross entropy as KL": (
-        kd(lambda s, t, x: -x * x * ((t / x).softmax(-1) * (s / x).log_softmax(-1)).sum(-1)),
+        kd(lambda s, t, x: x * x * kl(t / x, s / x) + x * x * entropy(t / x)),
         "KD loss is reported as .* it is soft cross entropy: the teacher's entropy is not taken",
     ),
     "top-k renormalised": (kd(top_k_renormalised), "it is over the teacher's top 32 .*renormalis"),
@@ -361,7 +366,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
         "it is with the temperature applied to the student's logits alone",
     ),
     "masked teacher's log-probabilities": (
-        kd(lambda s, t, x: x * x * kl(torch.where(t < t.median(), -1e4, t) / x, s / x)),
+        kd(lambda s, t, x: x * x * kl(t.where((t > t.median()) | t.isneginf(), -1e4) / x, s / x)),
         "KD loss is reported as .* but is .* in float64 from the same hidden states",
     ),
     "mean over the vocabulary": (

@@ -79,7 +79,8 @@ def test_modelopt_arguments_give_a_distillation_model(runtime, args, teacher):
 
 def test_fp8_is_the_students_alone(runtime, args, teacher):
     fp8 = replace(args, export_kd_teacher_load=teacher, fp8="hybrid")
-    assert _build_teacher(fp8, True, True).config.fp8 is None
+    shape = ModelShape.load(teacher)
+    assert _build_teacher(fp8, shape, True, True).config.fp8 is None
 
 
 def test_without_modelopt_arguments_the_model_is_plain(runtime, args):
