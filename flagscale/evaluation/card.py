@@ -47,7 +47,7 @@ def model_card(
         f"# {name}",
         f"A {_kind(shape)} model of {shape.num_layers} layers and "
         f"{metrics['parameters'][AFTER] / 1e6:.1f}M parameters, "
-        f"{_made(training, teacher, pretrained)}",
+        f"{_made(training, teacher, pretrained)}{_quantized(shape)}",
         f"## How well it does\n\n{_table(metrics)}\n\n{_note(metrics)}",
         f"## How it was trained\n\n{_learnt(metrics['kinds'], has_chat_template)}\n\n"
         f"{_training(training)}",

@@ -48,7 +48,7 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
             source, dataset, teacher, models,
         ),
         "convert-student": lambda: convert_student.convert_on_rank(
-            StudentRecipe(num_layers=4), teacher, dataset, student, models
+            StudentRecipe(num_layers=4), None, teacher, dataset, student, models
         ),
         "distil-student": lambda: distil_student.distil_on_rank(
             DistillationRecipe(),
