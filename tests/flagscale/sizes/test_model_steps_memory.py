@@ -63,7 +63,7 @@ def rows(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def make_source(folder: Path, tokenizer: Path) -> None:
-    """A random model in bf16, with the tokenizer of another."""
+    """A random model in bf16, with the tokenizer of another and as many tokens as it has rows."""
     config = LlamaConfig(
         hidden_size=TEACHER.hidden_size,
         intermediate_size=TEACHER.ffn_hidden_size,
@@ -76,7 +76,9 @@ def make_source(folder: Path, tokenizer: Path) -> None:
     )
     torch.manual_seed(1)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    filled = AutoTokenizer.from_pretrained(tokenizer)  # rows without a token are left out
+    filled.add_tokens([f"<unused {number}>" for number in range(TEACHER.vocab_size - len(filled))])
+    filled.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("step", MODEL_STEPS)
