@@ -295,7 +295,6 @@ def _has_module(shape: ModelShape, number: int, inside: str) -> bool:
 
 def _hint(inside: str) -> str:
     known = (*OF_HIDDEN_SIZE, *SPLIT_OVER_TENSOR_RANKS)
-    near = difflib.get_close_matches(inside, known, n=1)
-    if near:
+    if near := difflib.get_close_matches(inside, known, n=1):
         return f"no module there is called {inside}; did you mean {near[0]}?"
     return f"{inside} cannot be compared token by token; there are {', '.join(known)}"

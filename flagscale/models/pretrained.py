@@ -294,8 +294,7 @@ def _check_loss(pretrained: Pretrained, loss: float) -> None:
     if not loss <= limit:
         meaning = "" if own else " (what guessing all tokens alike gives)"
         raise UserError(
-            f"{section} {pretrained.recipe.source}: LM loss on the validation split is {loss:.3f} "
-            f"nats a token, above the limit of {limit:.3f}{meaning}; set "
-            f"{section}.max_validation_loss if that is right for this text"
+            f"{section} {pretrained.recipe.source}: LM loss on the validation split is {loss:.3f}, "
+            f"above the limit of {limit:.3f}{meaning}; set {section}.max_validation_loss otherwise"
         )
     logger.info("LM loss on the validation split: %.3f nats a token", loss)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.checkpoint import checkpoint
 
 Parts = Mapping[str, torch.Tensor]  # `query`, `key`, `value`: [s, b, channels of all heads]
@@ -159,3 +160,19 @@ _FITS = {"kl": _kl, "mse": _mse, "cosine": _cosine}
 def _only(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Probability 0 elsewhere; finite, for 0 times the difference of two of them is to be 0."""
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)
+
+
+def positions_of(
+    rows: int, context: torch.distributed.ProcessGroup, packed: PackedSeqParams | None
+) -> Positions:
+    """Of this rank's rows: all, or two of 2 x CP chunks (see `SDPACoreAttention`)."""
+    if context.size() > 1:
+        length, rank = rows // 2, context.rank()
+        return Positions(
+            [(index * length, length) for index in (rank, 2 * context.size() - 1 - rank)]
+        )
+    if packed is None:
+        return Positions([(0, rows)])
+    borders = packed.cu_seqlens_q
+    places = torch.arange(rows, device=borders.device, dtype=borders.dtype)
+    return Positions([(0, rows)], torch.bucketize(places, borders[1:], right=True))

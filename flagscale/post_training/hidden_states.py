@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+
+from flagscale.megatron.paired_layers import HiddenPair
 
 Fit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,3 +44,17 @@ def cosine(student_sbc: torch.Tensor, teacher_sbc: torch.Tensor) -> torch.Tensor
 
 
 FITS: dict[str, Fit] = {"cosine": cosine, "mse": mse}
+
+
+def projection_of(student: GPTModel, pair: HiddenPair, seed: int) -> torch.nn.Linear:
+    """From the student's width to the teacher's; weights as the student's, the bias zeros."""
+    linear = torch.nn.Linear(pair.student.width, pair.teacher.width)
+    with torch.random.fork_rng(devices=[]):
+        # The GPU's generator, not forked, stays as it is.
+        torch.default_generator.manual_seed(seed)
+        student.config.init_method(linear.weight.data)
+    torch.nn.init.zeros_(linear.bias)
+    for parameter in linear.parameters():
+        # Each rank sees its share of the positions; Megatron-Core then adds the gradients up.
+        parameter.sequence_parallel = student.config.sequence_parallel  # type: ignore[attr-defined]
+    return linear

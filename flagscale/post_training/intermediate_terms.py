@@ -25,15 +25,14 @@ from megatron.core.tensor_parallel.mappings import (
 from flagscale.megatron.attention import whole_sequence
 from flagscale.megatron.paired_layers import (
     AttentionPair,
-    HiddenPair,
     Pair,
     PairedLayer,
     attention_pairs,
     hidden_pairs,
 )
 from flagscale.megatron.pipeline_cargo import Cargo, Key, cargo_of, key_of, leaving
-from flagscale.post_training.attention_relations import Positions, relation_loss
-from flagscale.post_training.hidden_states import FITS
+from flagscale.post_training.attention_relations import positions_of, relation_loss
+from flagscale.post_training.hidden_states import FITS, projection_of
 from flagscale.post_training.layer_outputs import LayerOutputs
 from flagscale.post_training.pipeline_columns import from_columns, to_columns
 from flagscale.recipe import DistillationRecipe
@@ -81,7 +80,7 @@ class IntermediateTerms(torch.nn.Module):
         )
         self.projections = torch.nn.ModuleDict(
             {
-                str(pair.number): _projection(student, pair, seed + pair.number)
+                str(pair.number): projection_of(student, pair, seed + pair.number)
                 for pair in self._hidden
                 if pair.stage == self._stage and pair.needs_projection
             }
@@ -223,7 +222,7 @@ class IntermediateTerms(torch.nn.Module):
             recipe.attention_relations,
             heads // self._tensor_ranks,
             pair.fit,
-            _positions(rows, context, packed),
+            positions_of(rows, context, packed),
             **in_order,
         )
         # Each tensor-parallel rank has some heads, of all positions. Megatron-Core adds up in
@@ -287,20 +286,6 @@ def intermediate_terms(model: mtd.DistillationModel) -> IntermediateTerms:
     return found
 
 
-def _projection(student: GPTModel, pair: HiddenPair, seed: int) -> torch.nn.Linear:
-    """From the student's width to the teacher's; weights as the student's, the bias zeros."""
-    linear = torch.nn.Linear(pair.student.width, pair.teacher.width)
-    with torch.random.fork_rng(devices=[]):
-        # The GPU's generator, not forked, stays as it is.
-        torch.default_generator.manual_seed(seed)
-        student.config.init_method(linear.weight.data)
-    torch.nn.init.zeros_(linear.bias)
-    for parameter in linear.parameters():
-        # Each rank sees its share of the positions; Megatron-Core then adds the gradients up.
-        parameter.sequence_parallel = student.config.sequence_parallel  # type: ignore[attr-defined]
-    return linear
-
-
 def _check_gradient(pair: Pair, outputs: Iterable[torch.Tensor]) -> None:
     """The recipe refuses what is known to forget; this is for what is not known to."""
     if not all(output.requires_grad for output in outputs):
@@ -308,22 +293,6 @@ def _check_gradient(pair: Pair, outputs: Iterable[torch.Tensor]) -> None:
             f"{pair.name}: the student's part has no gradient, because it is computed again in the "
             "backward pass; set training.recompute_granularity=none"
         )
-
-
-def _positions(
-    rows: int, context: torch.distributed.ProcessGroup, packed: PackedSeqParams | None
-) -> Positions:
-    """Of this rank's rows: all, or two of 2 x CP chunks (see `SDPACoreAttention`)."""
-    if context.size() > 1:
-        length, rank = rows // 2, context.rank()
-        return Positions(
-            [(index * length, length) for index in (rank, 2 * context.size() - 1 - rank)]
-        )
-    if packed is None:
-        return Positions([(0, rows)])
-    borders = packed.cu_seqlens_q
-    places = torch.arange(rows, device=borders.device, dtype=borders.dtype)
-    return Positions([(0, rows)], torch.bucketize(places, borders[1:], right=True))
 
 
 def _columns(cargo: list[Cargo]) -> int:
