@@ -4,18 +4,26 @@ from pathlib import Path
 
 import torch
 
-from flagscale.data.calibration import calibration
+from flagscale.data.calibration import OTHER_ORDER, calibration
 from flagscale.data.loader import train_iterator
 
 SEQ_LENGTH = 64
 
 
-def test_it_is_what_training_would_see_first(dataset: Path, tmp_path: Path) -> None:
+def test_it_is_not_what_training_sees_first(dataset: Path, tmp_path: Path) -> None:
+    found = calibration(dataset, tmp_path / "a", 3 * SEQ_LENGTH, 7, "cpu")
+    training = train_iterator(
+        dataset, tmp_path / "b", micro_batch_size=3, global_batch_size=3, seed=7
+    )
+    assert not torch.equal(found.whole, next(training)["tokens"])
+
+
+def test_it_is_of_the_train_split_in_an_order_of_its_own(dataset: Path, tmp_path: Path) -> None:
     found = calibration(dataset, tmp_path / "a", 3 * SEQ_LENGTH + 5, 7, "cpu")
     assert found.tokens == 3 * SEQ_LENGTH
     assert len(found.batches) == 1
     iterator = train_iterator(
-        dataset, tmp_path / "b", micro_batch_size=3, global_batch_size=3, seed=7
+        dataset, tmp_path / "b", micro_batch_size=3, global_batch_size=3, seed=7 ^ OTHER_ORDER
     )
     expected = next(iterator)
     for name, values in found.batches[0].items():
