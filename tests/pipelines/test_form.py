@@ -128,6 +128,7 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         for spec in specs
     )
     shared = {
+        "audit",
         "dataset",
         "dataset_metrics",
         "distilled_student",
@@ -138,6 +139,7 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "report",
         "student",
         "student_metrics",
+        "student_report",
         "teacher",
         "teacher_metrics",
         "training_metrics",
