@@ -10,7 +10,7 @@ from pipelines.outcome import StepFailed
 from pipelines.planning import fitted
 
 _EXAMPLES = """\
-  python -m pipelines doctor recipes/smollm2-135m-to-10-layers.yaml
+  python -m pipelines doctor recipes/smollm2-135m-to-22-layers.yaml
       data, teacher and student as `run` makes them, from the cache where they are there, then
       every check with figure and tolerance; exit status 1 when one fails
 

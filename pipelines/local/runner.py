@@ -98,7 +98,9 @@ def prepare_recipe(recipe: Recipe, runs: Path) -> RunResult:
     recipe, runs = with_fingerprints(recipe), _writable(runs)
     _check(recipe, runs)
     pipeline = build_preparation(recipe, code_version=source_version())
-    arguments = {"training_checkpoints": "", "tracking_experiment": ""}
+    # What a whole run would be given, so that it finds these steps in the cache.
+    checkpoints = checkpoint_folder(recipe, runs)
+    arguments = {"training_checkpoints": str(checkpoints), "tracking_experiment": ""}
     return run_pipeline(pipeline, arguments, recipe, runs, reuse=True)
 
 
