@@ -170,7 +170,9 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     if not teacher.exists():
         prepare_teacher(recipe.teacher, dataset, teacher, recipe.models)
     if not student.exists():
-        convert_student(recipe.student, teacher, dataset, student, recipe.models)
+        # The others cut it out of the same teacher: not fitted to it.
+        cut = recipe.student.model_copy(update={"reconstruction": None})
+        convert_student(cut, teacher, dataset, student, recipe.models)
     with ours_set_up(recipe, folder) as (_, batches):
         tokens = [torch.cat([b["tokens"], b["labels"][:, -1:]], 1) for b in _take(batches[0], 64)]
     torch.save(torch.cat(tokens), folder / "tokens.pt")

@@ -35,7 +35,7 @@ class Artifacts:
         teacher: ditto.
         dataset: ditto.
         manifests: of `teacher` and `dataset`.
-        kept: which of the teacher's layers the student's are; None: its weights are its own.
+        copied: which of the teacher's layers the student's are; None: its weights are its own.
         dtype: that the student is stored in.
     """
 
@@ -43,7 +43,7 @@ class Artifacts:
     teacher: Path
     dataset: Path
     manifests: Mapping[str, Manifest]
-    kept: Sequence[int] | None
+    copied: Sequence[int] | None
     dtype: torch.dtype
 
 
@@ -104,6 +104,6 @@ def audit_student(
         ("student", student, artifacts.student, artifacts.dtype),
     ):
         found.append(check_stored(whose, model, folder / WEIGHTS, dtype))
-    found.append(check_kept(student, teacher, artifacts.kept))
+    found.append(check_kept(student, teacher, artifacts.copied))
     audited = audit(student, teacher, batch, unigram, recipe)
     return replace(audited, findings=of_all_ranks([*found, *audited.findings]))

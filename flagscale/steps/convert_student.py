@@ -149,7 +149,7 @@ def convert_on_rank(
             staging.facts |= source.facts() | {"zero_weights": made.zero_weights}
             figures |= pretrained.prove(source, staging.path, dataset, models.sizes)
         is_changed = made.choice.fits or made.narrowing is not None
-        kept = None if is_changed else made.choice.kept or None
+        copied = None if is_changed else list(made.choice.kept) or None
         if student.quantization is not None:
             quantized, logits_bsv = quantize(
                 student.quantization, (teacher, dataset), args, stored, staging.path, batch
@@ -160,8 +160,9 @@ def convert_on_rank(
                 args, shape=ModelShape.load(staging.path), export_quant_load=staging.path
             )
             if FORMATS[student.quantization.recipe].scales_inputs:
-                kept = None  # weights that were divided by scales are the student's own
-        artifacts = Artifacts(staging.path, teacher, dataset, parents, kept, stored)
+                copied = None  # weights that were divided by scales are the student's own
+        staging.facts["copied_layers"] = copied
+        artifacts = Artifacts(staging.path, teacher, dataset, parents, copied, stored)
         proven, findings = prove(artifacts, args, batch, unigram, logits_bsv)
         figures |= proven
         figures |= needs(shape, seq_length, stored)

@@ -6,7 +6,7 @@ that training computes in, and the same figures on two tensor-parallel ranks.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,8 @@ def audit_on_rank(
     seq_length = manifests["dataset"].facts["seq_length"]
     dtype = platform.training_dtype(training.precision)
     args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
+    if shape.quantization is not None:
+        args = replace(args, export_quant_load=paths.student)
     facts = manifests["student"].facts
     with (
         platform.runtime(training.seed, models.sizes),
@@ -90,7 +92,7 @@ def audit_on_rank(
         batch, unigram = audited_batch(paths.dataset, shape.vocab_size)
         stored = getattr(torch, facts["dtype"])
         artifacts = Artifacts(
-            paths.student, paths.teacher, paths.dataset, manifests, facts.get("keep_layers"), stored
+            paths.student, paths.teacher, paths.dataset, manifests, facts["copied_layers"], stored
         )
         student, teacher = load_pair(artifacts, args)
         audited = audit_student(artifacts, student, teacher, batch, unigram, distillation)

@@ -41,12 +41,15 @@ def work(arguments: argparse.Namespace) -> str:
         raise UserError("sweep: a doctor looks at one student; give --set sweep=null and a variant")
     result = prepare_recipe(recipe, arguments.runs)
     outputs = {name: path for step in result.steps.values() for name, path in step.outputs.items()}
+    from flagscale.execution.logs import configure_logging
+
+    configure_logging()  # as a step's process does, and before Megatron warns of what is missing
+    logging.getLogger("flagscale").setLevel(logging.WARNING)
     # Only now: the runner holds no torch while the steps work.
     from flagscale.evaluation.audit_report import AUDIT, render
     from flagscale.post_training.findings import as_text, failures
     from flagscale.steps.doctor import Paths, doctor
 
-    logging.getLogger("flagscale").setLevel(logging.WARNING)
     paths = Paths(outputs["teacher"], outputs["student"], outputs["dataset"])
     findings = doctor(recipe.distillation, recipe.training, paths, recipe.models)
     page = result.folder / AUDIT

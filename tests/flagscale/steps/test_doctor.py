@@ -1,9 +1,12 @@
 """The audit alone: the recipe's own loss, and the same figures on two tensor-parallel ranks."""
 
+import pytest
+
 from flagscale.post_training import conversion
 from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.findings import failures
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe, StudentRecipe, TrainingRecipe
+from flagscale.steps.convert_student import convert_student
 from flagscale.steps.doctor import Paths, doctor
 
 TRAINING = TrainingRecipe(train_iters=1, lr=1e-3)
@@ -27,3 +30,19 @@ def test_the_loss_that_is_audited_is_the_recipes(teacher, student, dataset, monk
     recipe = DistillationRecipe(divergence="reverse_kl")
     found = failures(doctor(recipe, TRAINING, Paths(teacher, student, dataset)))
     assert any("KD loss is reported as" in one and "it is the forward KL" in one for one in found)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keep_layers": [0, 3], "reconstruction": {"tokens": 256}},
+        {"init": "width", "ffn_hidden_size": 96},
+        {"init": "same", "quantization": {"recipe": "int8_sq", "calibration_tokens": 256}},
+    ],
+    ids=["fitted", "narrower", "quantised"],
+)
+def test_students_whose_weights_are_their_own_pass(teacher, dataset, tmp_path, values):
+    student = StudentRecipe.model_validate(values)
+    convert_student(student, teacher, dataset, tmp_path / "student")
+    found = doctor(DistillationRecipe(), TRAINING, Paths(teacher, tmp_path / "student", dataset))
+    assert failures(found) == []

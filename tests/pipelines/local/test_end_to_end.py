@@ -126,6 +126,18 @@ def test_the_summary_says_where_everything_is(commands: Commands, first: Finishe
     assert (commands.runs / "latest").is_dir()
 
 
+def test_a_doctor_looks_at_what_the_run_made(commands: Commands, first: Finished) -> None:
+    before = (commands.runs / "latest").resolve()
+    output = commands("doctor")
+    for name in IMPORTED:
+        assert f"{name} reused" in output
+    assert "TP1 equals TP2" in output
+    assert "audit.html" in output
+    assert "Warning" not in output
+    # What is compared and continued is runs, and this was none.
+    assert (commands.runs / "latest").resolve() == before
+
+
 def test_the_student_comes_closer_to_its_teacher(first: Finished) -> None:
     metrics = json.loads((first.evaluation / "metrics.json").read_text())
     before, after = (metrics["models"][name]["kl"] for name in ("student", "distilled"))
