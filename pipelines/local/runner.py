@@ -101,7 +101,7 @@ def prepare_recipe(recipe: Recipe, runs: Path) -> RunResult:
     # What a whole run would be given, so that it finds these steps in the cache.
     checkpoints = checkpoint_folder(recipe, runs)
     arguments = {"training_checkpoints": str(checkpoints), "tracking_experiment": ""}
-    return run_pipeline(pipeline, arguments, recipe, runs, reuse=True)
+    return run_pipeline(pipeline, arguments, recipe, runs, reuse=True, is_whole=False)
 
 
 def _check(recipe: Recipe, runs: Path) -> None:
@@ -157,6 +157,8 @@ def run_pipeline(
     runs: Path,
     reuse: bool,
     containers: Containers | None = None,
+    *,
+    is_whole: bool = True,
 ) -> RunResult:
     """Run any pipeline whose steps use `step_process`, tracked and stoppable.
 
@@ -167,6 +169,7 @@ def run_pipeline(
         runs: folder of all runs.
         reuse: False to repeat every step.
         containers: where the steps run; None: as processes.
+        is_whole: whether it has all that people look for in `latest`, which then points to it.
 
     Raises:
         UserError: the tracking server is not usable.
@@ -178,6 +181,8 @@ def run_pipeline(
     runs = _plain(runs)
     begin, given = time.monotonic(), carried(arguments)
     folder = _run_folder(runs, recipe.name)
+    if is_whole:
+        _point_latest(folder)
     (folder / "recipe.yaml").write_text(tracking.recipe_yaml(recipe), encoding="utf-8")
     stopper = Stopper()
     with (
@@ -221,7 +226,7 @@ def _plain(runs: Path) -> Path:
 
 
 def _run_folder(runs: Path, name: str) -> Path:
-    """A new folder for a run, which `latest` then points to."""
+    """A new folder for a run."""
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
     folder = runs / f"{stamp}-{name}"
     number = 1
@@ -229,11 +234,14 @@ def _run_folder(runs: Path, name: str) -> Path:
         number += 1
         folder = runs / f"{stamp}-{name}-{number}"
     folder.mkdir(parents=True)
-    link = runs / f".latest-{os.getpid()}"
+    return folder
+
+
+def _point_latest(folder: Path) -> None:
+    link = folder.parent / f".latest-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    os.replace(link, runs / "latest")
-    return folder
+    os.replace(link, folder.parent / "latest")
 
 
 @contextmanager

@@ -27,9 +27,12 @@ def test_the_loss_that_is_audited_is_the_recipes(teacher, student, dataset, monk
         "divergence_of",
         lambda recipe: divergence_of(recipe.model_copy(update={"divergence": "forward_kl"})),
     )
-    recipe = DistillationRecipe(divergence="reverse_kl")
+    # Sharpened, or these two models are so close that both divergences have one value.
+    recipe = DistillationRecipe(divergence="reverse_kl", temperature=0.2)
     found = failures(doctor(recipe, TRAINING, Paths(teacher, student, dataset)))
-    assert any("KD loss is reported as" in one and "it is the forward KL" in one for one in found)
+    assert any(
+        "KD loss is reported as" in one and "it is the forward KL" in one for one in found
+    ), found
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_doctor_looks_at_what_the_run_made(commands: Commands, first: Finished
     assert "TP1 equals TP2" in output
     assert "audit.html" in output
     assert "Warning" not in output
-    # What is compared and continued is runs, and this was none.
+    # It has no student to show.
     assert (commands.runs / "latest").resolve() == before
 
 
