@@ -1,17 +1,24 @@
 """Rows that are no tokens, in a teacher and a student of different families, have no influence."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from padding_worker import distil_on_rank
 
 from flagscale.execution.launch import call_on_ranks
-from flagscale.recipe import LayoutRecipe, ModelsRecipe
+from flagscale.post_training.divergences.reference import reference_loss
+from flagscale.recipe import DistillationRecipe, LayoutRecipe, ModelsRecipe
 
-LM_TOO = {"skip_lm_loss": False, "temperature": 2.0}
-HOT = {"temperature": 4.0}
+DIVERGENCES = get_args(DistillationRecipe.model_fields["divergence"].annotation)
+RECIPES: dict[str, dict[str, Any]] = {
+    "with the LM loss": {"skip_lm_loss": False, "temperature": 2.0},
+    "fused": {"fuse_output_layer": True},
+    **{name: {"divergence": name} for name in DIVERGENCES},
+    # As many tokens as there are: were columns of padding among them, they would count.
+    "top_k_kl": {"divergence": "top_k_kl", "top_k": 40},
+}
 
 
 def distil(vocab_size: int, padding: float, recipe: dict[str, Any], ranks: int = 1) -> Any:
@@ -22,34 +29,28 @@ def distil(vocab_size: int, padding: float, recipe: dict[str, Any], ranks: int =
     return call_on_ranks("test", distil_on_rank, ranks, **given)
 
 
-def forward_kl(logits: dict[str, Any], temperature: float) -> float:
-    """In float64, of logits that have no column of padding; nats a token, times T^2."""
-    teacher, student = (
-        (torch.tensor(logits[name], dtype=torch.float64) / temperature).log_softmax(-1)
-        for name in ("teacher", "student")
-    )
-    loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    return temperature**2 * loss.item()
+def by_hand(logits: dict[str, Any], recipe: dict[str, Any]) -> float:
+    """In float64, of logits that have no column of padding; a token."""
+    student, teacher = (torch.tensor(logits[name]) for name in ("student", "teacher"))
+    return reference_loss(student, teacher, DistillationRecipe(**recipe)).mean().item()
 
 
-@pytest.mark.parametrize("vocab_size", [100, 50])  # of 128: of two ranks the second has none of 50
-@pytest.mark.parametrize("recipe", [LM_TOO, HOT], ids=["with the LM loss", "at a temperature"])
-def test_padding_has_no_influence(
-    vocab_size: int, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither on losses, gradients and the next token, nor under tensor parallelism."""
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_padding_has_no_influence(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on losses, gradients and the next token, nor where ranks share the vocabulary."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-    expected = distil(vocab_size, 0.0, recipe)
-    by_hand = forward_kl(expected["logits"], recipe["temperature"])
-    assert by_hand > 1e-3
-    found_loss = expected["reports"]["logits distillation loss"]
-    assert found_loss == pytest.approx(by_hand, rel=1e-4)
-    found = {
-        "other rows": distil(vocab_size, 7.0, recipe),
-        "other rows, two ranks": distil(vocab_size, 7.0, recipe, ranks=2),
-    }
-    for name, one in found.items():
-        assert one["reports"] == pytest.approx(expected["reports"], rel=1e-4, abs=1e-6), name
-        assert one["next token"] == expected["next token"]
-        assert one["of padding"] == 0
-    assert found["other rows"]["gradients"] == pytest.approx(expected["gradients"], rel=1e-4)
+    for vocab_size in (100, 50):  # of 128: of two ranks the second has none of 50
+        expected = distil(vocab_size, 0.0, recipe)
+        loss = expected["reports"]["logits distillation loss"]
+        assert loss == pytest.approx(by_hand(expected["logits"], recipe), rel=1e-4)
+        assert loss > 1e-4  # the models differ
+        found = distil(vocab_size, 7.0, recipe, ranks=2)
+        assert found["reports"] == pytest.approx(expected["reports"], rel=1e-4, abs=1e-6)
+        assert found["next token"] == expected["next token"]
+        assert found["of padding"] == 0
+
+
+def test_padding_changes_no_gradient() -> None:
+    recipe = RECIPES["with the LM loss"]
+    expected, found = (distil(100, padding, recipe)["gradients"] for padding in (0.0, 7.0))
+    assert found == pytest.approx(expected, rel=1e-4)
