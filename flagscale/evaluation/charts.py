@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 _ROLES = {
     "ink": "#010203",
@@ -196,6 +196,9 @@ def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
             axes.bar(chosen, [values[i] for i in chosen], color=_ROLES[role], label=name)
         if min(values) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("layer of the teacher")
         axes.set_ylabel(label)
 

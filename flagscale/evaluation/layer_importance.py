@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _KL, _AGREEMENT = FIGURES.index("kl"), FIGURES.index("top1_agreement")
 _PROGRESS_SECONDS = 5.0
+_LOOKED_AGAIN = 2  # models for each layer after the first, before any of them is gone
 # Logits of one model that are held at once; see `flagscale.evaluation.measuring`.
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 _HELD_CHUNKS = 4
@@ -143,11 +144,11 @@ class _Progress:
             return
         self._last, spent = now, now - self._start
         logger.info(
-            "layer importance: %d models measured, %d of %d layers gone, %.0f s left at most",
+            "layer importance: %d models measured, %d of %d layers gone, about %.0f s left",
             self._looked,
             self._removed,
             self._count,
-            spent / self._looked * self._most_left(),
+            spent / self._looked * self._left(),
         )
 
     def removed(self, removal: Removal) -> None:
@@ -161,10 +162,12 @@ class _Progress:
             100 * removal.top1_agreement,
         )
 
-    def _most_left(self) -> int:
-        """Models, were every layer looked at again each time."""
-        total = sum(self._layers - gone for gone in range(self._count))
-        return max(0, total - self._looked)
+    def _left(self) -> float:
+        """Models: all in the first round, then as many for each layer as there were so far."""
+        first = max(0, self._layers - self._looked)
+        rounds = max(0, self._removed - 1)
+        each = (self._looked - self._layers) / rounds if rounds else _LOOKED_AGAIN
+        return first + each * (self._count - max(1, self._removed))
 
 
 def measure_importance(
