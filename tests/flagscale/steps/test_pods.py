@@ -46,7 +46,7 @@ def start(component: str, arguments: dict, disk: Path, attempt: int = 0) -> KfpP
     return KfpPod([POD, component, json.dumps(arguments)], environment, disk.parent)
 
 
-def common(folder: Path, model: str, metrics: str) -> dict:
+def common(folder: Path, model: str, metrics: str, *reports: str) -> dict:
     """What steps have in common; their outputs have the names that the component gives them."""
     return {
         "code_version": "",
@@ -54,6 +54,7 @@ def common(folder: Path, model: str, metrics: str) -> dict:
         "accelerators": "0",
         model: {"artifact": str(folder / "model")},
         metrics: {"artifact": str(folder / "metrics")},
+        **{report: {"artifact": str(folder / report)} for report in reports},
     }
 
 
@@ -90,7 +91,7 @@ def test_a_pod_reads_what_another_put_on_the_volume(
         "models_recipe": {},
         **inputs,
     }
-    outputs = ("student", "student_report", "student_metrics")
+    outputs = ("student", "student_metrics", "student_report", "audit")
     own = common(tmp_path / "a", *outputs)
     pod = start("convert_student", {**arguments, **own}, tmp_path / "disk-a")
     code, output = pod.end()

@@ -5,6 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
 
 from flagscale.checkpoint import load_weights
 from flagscale.megatron.arguments import training_arguments, with_teacher
@@ -74,6 +79,15 @@ def shifted_twice(*args):
     return batch._replace(labels=batch.labels.roll(-1, 1))
 
 
+@pytest.fixture
+def rerun_machine(runtime):
+    """Ended with the test: an error within a step leaves it there, as it leaves the process."""
+    yield
+    destroy_rerun_state_machine()
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+
+
+@pytest.mark.usefixtures("rerun_machine")
 @pytest.mark.parametrize(
     ("where", "name", "planted", "message"),
     [
