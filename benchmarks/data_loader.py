@@ -99,7 +99,7 @@ def batches(case: str, folder: Path, seq_length: int, micro_batch: int) -> Any: 
         return floor(folder / "text" / "train-text.bin", seq_length, micro_batch)
     name, _, apart = case.partition(", ")
     dataset = folder / name
-    index = Index(dataset, folder / "cache", "train", SEED)
+    index = Index(dataset, folder / "cache", "train")
     parts = index.open(bool(apart))
     shape = BatchShape(micro_batch, micro_batch)
     return Batches(parts, _weights(index, parts), shape, SEED, iter(int, 1), bool(apart))
@@ -163,7 +163,7 @@ def main() -> None:
             "blend": {"text": "text", "chat": "chat"},
         }.items():
             write(folder / name, kinds, options.documents, options.seq_length)
-            prepare_index(folder / name, folder / "cache", SEED)
+            prepare_index(folder / name, folder / "cache")
         _report(folder, options)
 
 

@@ -6,6 +6,7 @@ between, so that a run may begin anywhere and any rank may ask for any part.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -13,27 +14,39 @@ import numpy as np
 
 
 class Epochs:
-    """Position in an endless sequence of epochs -> sample; keeps one epoch's permutation.
+    """Position in an endless sequence of epochs -> sample; each epoch is another permutation.
+
+    A permutation is computed at the places that are asked for: of a billion samples nothing is
+    held. It is a Feistel network over numbers of an even count of bits (Luby and Rackoff, 1988),
+    entered again with what is no sample (Black and Rogaway, CT-RSA 2002).
 
     Args:
         count: samples an epoch.
-        seed: of the order. Epoch 0 is the order that the samples have: they were shuffled when
-            their index was built.
+        seed: of the orders.
     """
+
+    _ROUNDS = 8  # of few samples, four still prefer some orders
 
     def __init__(self, count: int, seed: int) -> None:
         self._count = count
         self._seed = seed
-        self._epoch = 0
-        self._permutation: np.ndarray | None = None
+        self._half = max(1, ((count - 1).bit_length() + 1) // 2)  # bits
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self._count)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            random = np.random.default_rng((self._seed, epoch))
-            self._permutation = random.permutation(self._count) if epoch else None
-        return place if self._permutation is None else int(self._permutation[place])
+        place = self._encrypted(place, epoch)
+        while place >= self._count:
+            place = self._encrypted(place, epoch)
+        return place
+
+    def _encrypted(self, place: int, epoch: int) -> int:
+        low = (1 << self._half) - 1
+        left, right = place >> self._half, place & low
+        for turn in range(self._ROUNDS):
+            text = f"{self._seed} {epoch} {turn} {right}".encode()
+            hashed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            left, right = right, left ^ (hashed & low)
+        return left << self._half | right
 
 
 class Interleave:

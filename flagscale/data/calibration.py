@@ -59,7 +59,7 @@ def calibration(dataset: Path, cache: Path, tokens: int, seed: int, device: str)
     seq_length = int(read_manifest(dataset)["facts"]["seq_length"])
     samples, length = max(1, tokens // seq_length), min(tokens, seq_length)
     seed ^= OTHER_ORDER
-    Index(dataset, cache, "train", seed).build()  # the other ranks wait for what is read
+    Index(dataset, cache, "train").build()  # the other ranks wait for what is read
     iterator = train_iterator(dataset, cache, micro_batch_size=1, global_batch_size=1, seed=seed)
     names = ("tokens", "labels", "loss_mask")
     rows = [

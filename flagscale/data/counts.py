@@ -180,7 +180,7 @@ def measure_epoch(dataset: Path, facts: dict[str, Any], split: str) -> Epoch:
             sequences += (part.tokens - 1) // facts["seq_length"]
             continue
         lengths = part_lengths(dataset, part)
-        sequences += len(pack(lengths, capacity, seed=0).firsts) - 1  # of every seed as many
+        sequences += len(pack(lengths, capacity, seed=0).firsts) - 1
         truncated += int(np.count_nonzero(lengths > capacity))
     return Epoch(sequences, truncated)
 

@@ -8,6 +8,7 @@ weight, each with epochs of its own.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -72,21 +73,28 @@ class Mixture:
     """The endless sequence of samples of one or several parts of a split.
 
     Args:
-        parts: an epoch of each.
+        parts: the samples of each.
         weights: their shares.
         seed: of the epochs' order.
     """
 
     def __init__(self, parts: list[Samples], weights: list[float], seed: int) -> None:
         self._parts = parts
+        self._firsts = [0, *itertools.accumulate(map(len, parts))]
         self._epochs = [Epochs(len(part), seed) for part in parts]
         self._interleave = Interleave(weights)
         self._look = range(0)
         self._order: list[tuple[int, int]] = []
 
-    def __getitem__(self, position: int) -> Sample:
-        part, number = (0, position) if len(self._parts) == 1 else self._take(position)
-        return self._parts[part][self._epochs[part][number]]
+    def number(self, position: int) -> int:
+        """Which sample it is: they are numbered through all parts of the split."""
+        part, taken = (0, position) if len(self._parts) == 1 else self._take(position)
+        return self._firsts[part] + self._epochs[part][taken]
+
+    def sample(self, number: int) -> Sample:
+        """The sample of a number."""
+        part = bisect.bisect_right(self._firsts, number) - 1
+        return self._parts[part][number - self._firsts[part]]
 
     def _take(self, position: int) -> tuple[int, int]:
         if position not in self._look:
@@ -100,8 +108,9 @@ class Mixture:
 class Batches:
     """Micro-batches of some steps; each `iter()` starts again at the first of them.
 
-    A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], and `loss_mask`,
-    float32 [b, s], in pinned memory where there is a GPU. A step has `global_batch_size /
+    A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], `loss_mask`, float32
+    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes. All
+    are in pinned memory where there is a GPU. A step has `global_batch_size /
     (micro_batch_size * data_parallel_size)` of them. A thread makes them ahead.
 
     With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
@@ -142,14 +151,16 @@ class Batches:
         samples = Mixture(self._parts, self._weights, self._seed)
         for step in self._steps:
             for positions in self._shape.micro_batches(step):
-                yield self._stack([samples[position] for position in positions])
+                numbers = [samples.number(position) for position in positions]
+                yield self._stack([samples.sample(number) for number in numbers], numbers)
 
-    def _stack(self, rows: list[Sample]) -> MicroBatch:
+    def _stack(self, rows: list[Sample], numbers: list[int]) -> MicroBatch:
         batch_size, seq_length = len(rows), len(rows[0].tokens)
         stacked: dict[str, np.ndarray] = {
             "tokens": np.stack([row.tokens for row in rows]),
             "labels": np.stack([row.labels for row in rows]),
             "loss_mask": np.stack([row.loss_mask for row in rows]),
+            "samples": np.array(numbers, np.int64),
         }
         extra: MicroBatch = {}
         if self._reset:
@@ -164,7 +175,7 @@ class Batches:
         return {**tensors, **extra}
 
 
-def prepare_index(dataset: Path, cache: Path, seed: int) -> None:
+def prepare_index(dataset: Path, cache: Path) -> None:
     """Build what `train_iterator` and `validation_batches` read in `cache`.
 
     Where there are several processes, rank 0 calls this, and the others wait for it (a barrier is
@@ -173,18 +184,17 @@ def prepare_index(dataset: Path, cache: Path, seed: int) -> None:
     Args:
         dataset: a `dataset` artifact; nothing is written there.
         cache: folder for the index, kept between runs; of one run at a time.
-        seed: of the training order.
 
     Raises:
         UserError: the artifact is unusable, or a split does not fill one sample.
     """
-    Index(dataset, cache, "train", seed).build()
+    Index(dataset, cache, "train").build()
     prepare_validation_index(dataset, cache)
 
 
 def prepare_validation_index(dataset: Path, cache: Path) -> None:
     """`prepare_index` of what `validation_batches` alone reads."""
-    Index(dataset, cache, "validation", VALIDATION_SEED).build()
+    Index(dataset, cache, "validation").build()
 
 
 def train_iterator(
@@ -218,7 +228,7 @@ def train_iterator(
         RuntimeError: there are several processes, and no index.
     """
     shape = BatchShape(micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
-    index = Index(dataset, cache, "train", seed)
+    index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
     return iter(Batches(parts, _weights(index, parts), shape, seed, steps, reset_attention_mask))
@@ -241,7 +251,7 @@ def validation_batches(
     Arguments and errors are those of `train_iterator`.
     """
     shape = BatchShape(micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
-    index = Index(dataset, cache, "validation", VALIDATION_SEED)
+    index = Index(dataset, cache, "validation")
     parts = index.open(reset_attention_mask)
     found = sum(map(len, parts))
     if found < eval_iters * global_batch_size:

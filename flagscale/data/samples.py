@@ -1,8 +1,10 @@
 """The samples of a `dataset` artifact, and the index that says which tokens each has.
 
 Text is packed by Megatron's `GPTDataset`: documents, shuffled once, are laid end to end (each with
-its EOD) and cut into samples. Conversations stay whole (`flagscale.data.packing`). An index is
-built by one process, once, in a cache folder, and then read by all; no collective call is made.
+its EOD) and cut into samples. Conversations stay whole (`flagscale.data.packing`). Which tokens a
+sample has depends on the dataset alone; a training's seed is of the order in which it takes them.
+So what was computed for a sample serves every training. An index is built by one process, once, in
+a cache folder, and then read by all; no collective call is made.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from flagscale.data.packing import ChatSamples, load_packing, pack, save_packing
 from flagscale.errors import UserError
 
 _COMPLETE = "complete"
+SEED = 0  # of all datasets' shuffles
 
 
 class Samples(Protocol):
-    """One epoch of samples, shuffled."""
+    """The samples of one part of a split, shuffled once and for all."""
 
     def __len__(self) -> int: ...
 
@@ -81,17 +84,15 @@ class Index:
         dataset: a `dataset` artifact; nothing is written there.
         cache: folder that is kept between runs; of one run at a time.
         split: `train`, `validation` or `test`.
-        seed: of the shuffles.
 
     Raises:
         UserError: the artifact is unusable, or the split does not fill one sample.
     """
 
-    def __init__(self, dataset: Path, cache: Path, split: str, seed: int) -> None:
+    def __init__(self, dataset: Path, cache: Path, split: str) -> None:
         manifest = read_manifest(dataset)
         self._facts = manifest["facts"]
         self._dataset = dataset
-        self._seed = seed
         # Megatron's cache knows the path alone, and an artifact may be made anew at the same path
         self._cache = cache / digest(manifest["files"]).removeprefix("sha256:")[:16]
         self.parts = parts_of(self._facts, split)
@@ -107,7 +108,7 @@ class Index:
             shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half an index
             if part.kind == "chat":
                 lengths = part_lengths(self._dataset, part)
-                save_packing(pack(lengths, self._facts["seq_length"] + 1, self._seed), folder)
+                save_packing(pack(lengths, self._facts["seq_length"] + 1, SEED), folder)
             else:
                 self._gpt_dataset(part)
             (folder / _COMPLETE).touch()
@@ -150,7 +151,7 @@ class Index:
         blends: list[tuple[list[str], None] | None] = [None] * len(SPLITS)
         blends[index_split.value] = ([prefix], None)
         config = GPTDatasetConfig(
-            random_seed=self._seed,
+            random_seed=SEED,
             sequence_length=self._facts["seq_length"],
             blend_per_split=blends,
             path_to_cache=str(self._folder(part)),
@@ -169,7 +170,7 @@ class Index:
     def _folder(self, part: Part) -> Path:
         plain = part.name is None and part.kind == "text"
         label = "" if plain else f"-{part.name or part.kind}"
-        return self._cache / f"{part.split}-{self._seed}{label}"
+        return self._cache / f"{part.split}{label}"
 
     def _check(self, part: Part) -> None:
         needed = self._facts["seq_length"] + 1

@@ -38,6 +38,8 @@ class Batch(NamedTuple):
             forbidden.
         position_ids: int64 [b, s / CP].
         packed_seq_params: where documents begin and end, if they do not see one another.
+        samples: int64 [rows], not moved to the device: which of the split's samples the rows are;
+            -1 where whoever made the micro-batch did not say.
     """
 
     tokens: torch.Tensor | None
@@ -46,6 +48,7 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     packed_seq_params: PackedSeqParams | None = None
+    samples: torch.Tensor | None = None
 
 
 def get_batch(
@@ -66,12 +69,14 @@ def get_batch(
         values = _from_first_tensor_rank(values, args)
     assert values is not None, "no data iterator on a rank that reads data"
     device = platform.device()
+    samples = values.get("samples")
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
+        if name != "samples"
     }
     if args.reset_attention_mask:
-        return _packed(moved)
+        return _packed(moved)._replace(samples=samples)
     kept = {name: moved[name] for name in (*_INTEGERS, "loss_mask")}
     if moved.get("attention_mask") is not None:
         kept["attention_mask"] = moved["attention_mask"]
@@ -82,6 +87,7 @@ def get_batch(
         kept["loss_mask"],
         kept.get("attention_mask"),
         kept["position_ids"],
+        samples=samples,
     )
 
 
@@ -112,16 +118,18 @@ def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> d
         raise ValueError("attention_mask: is not sent to other tensor-parallel ranks; pack instead")
     device, size = platform.device(), args.micro_batch_size * args.seq_length
     # One message of a size that all know: with a GPU nobody waits for what is in it.
-    message = torch.empty(4 * size, dtype=torch.int64, device=device)
+    message = torch.full((4 * size + args.micro_batch_size,), -1, device=device)
     if values is not None:
         rows = [values[name].reshape(-1) for name in _INTEGERS]
         mask = values["loss_mask"].reshape(-1).double().view(torch.int64)
-        message.copy_(_pinned(torch.cat([*rows, mask])), non_blocking=True)
+        sent = torch.cat([*rows, mask, values.get("samples", mask[:0])])
+        message[: sent.numel()].copy_(_pinned(sent), non_blocking=True)
     _broadcast(message)
     shape = (args.micro_batch_size, args.seq_length)
-    *rows, mask = (part.view(shape) for part in message.split(size))
+    *rows, mask = (part.view(shape) for part in message[: 4 * size].split(size))
     received: dict[str, Any] = dict(zip(_INTEGERS, rows, strict=True))
     received["loss_mask"] = mask.view(torch.float64).float()
+    received["samples"] = message[4 * size :]
     if args.reset_attention_mask:
         received |= _borders_from_first_tensor_rank(values, size)
     return received

@@ -24,7 +24,7 @@ class RankBatches:
         """Build the index on one rank, before the others read it."""
         self._dataset, self._cache, self._args, self._training = dataset, cache, args, training
         if torch.distributed.get_rank() == 0:
-            prepare_index(dataset, cache, seed=training.seed)
+            prepare_index(dataset, cache)
         torch.distributed.barrier()
         self._share: dict[str, Any] = {
             "micro_batch_size": args.micro_batch_size,

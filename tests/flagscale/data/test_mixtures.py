@@ -78,7 +78,7 @@ def blend(
             "vocab_size": text.vocab_size,
             "seq_length": SEQ_LENGTH,
         }
-    prepare_index(path, path.parent / "cache", seed=7)
+    prepare_index(path, path.parent / "cache")
     return path, path.parent / "cache"
 
 
@@ -227,7 +227,7 @@ def test_documents_of_text_apart(blend: tuple[Path, Path]) -> None:
         _check_borders(one)
         assert torch.equal(one["tokens"], other["tokens"])
         assert torch.equal(one["labels"], other["labels"])
-        assert set(other) == {"tokens", "labels", "loss_mask", "position_ids"}
+        assert set(other) == {"tokens", "labels", "loss_mask", "position_ids", "samples"}
         assert torch.equal(other["position_ids"], torch.arange(SEQ_LENGTH).expand(8, -1))
         is_text = (one["tokens"] != 1).all(dim=1)
         predicted = torch.where(one["tokens"] == 0, 0.0, 1.0)
