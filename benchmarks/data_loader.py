@@ -102,7 +102,7 @@ def batches(case: str, folder: Path, seq_length: int, micro_batch: int) -> Any: 
     index = Index(dataset, folder / "cache", "train")
     parts = index.open(bool(apart))
     shape = BatchShape(micro_batch, micro_batch)
-    return Batches(parts, _weights(index, parts), shape, SEED, iter(int, 1), bool(apart))
+    return Batches(parts, _weights(index, parts), shape, SEED, iter(int, 1), bool(apart), "train")
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:

@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flagscale.data.blending import Epochs, Interleave
 from flagscale.data.borders import Sample, pieces
-from flagscale.data.layout import check_split, parts_of, read_manifest
+from flagscale.data.layout import SPLITS, check_split, parts_of, read_manifest
 from flagscale.data.prefetch import Ahead
 from flagscale.data.samples import Index, Samples
 from flagscale.errors import UserError
@@ -109,9 +109,10 @@ class Batches:
     """Micro-batches of some steps; each `iter()` starts again at the first of them.
 
     A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], `loss_mask`, float32
-    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes. All
-    are in pinned memory where there is a GPU. A step has `global_batch_size /
-    (micro_batch_size * data_parallel_size)` of them. A thread makes them ahead.
+    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes;
+    `split`, int64, is that one's place in `SPLITS`. All are in pinned memory where there is a GPU.
+    A step has `global_batch_size / (micro_batch_size * data_parallel_size)` of them. A thread makes
+    them ahead.
 
     With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
     each document, and a micro-batch also has:
@@ -133,6 +134,7 @@ class Batches:
         seed: int,
         steps: Iterable[int],
         reset_attention_mask: bool,
+        split: str,
     ) -> None:
         self._parts = parts
         self._weights = weights
@@ -140,6 +142,7 @@ class Batches:
         self._seed = seed
         self._steps = steps
         self._reset = reset_attention_mask
+        self._split = np.array(SPLITS.index(split), np.int64)
         self._device = platform.device()
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -161,6 +164,7 @@ class Batches:
             "labels": np.stack([row.labels for row in rows]),
             "loss_mask": np.stack([row.loss_mask for row in rows]),
             "samples": np.array(numbers, np.int64),
+            "split": self._split,
         }
         extra: MicroBatch = {}
         if self._reset:
@@ -231,7 +235,8 @@ def train_iterator(
     index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
-    return iter(Batches(parts, _weights(index, parts), shape, seed, steps, reset_attention_mask))
+    weights = _weights(index, parts)
+    return iter(Batches(parts, weights, shape, seed, steps, reset_attention_mask, "train"))
 
 
 def validation_batches(
@@ -264,7 +269,9 @@ def validation_batches(
         )
     weights = _weights(index, parts)
     steps = range(eval_iters)
-    return Batches(parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask)
+    return Batches(
+        parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask, "validation"
+    )
 
 
 def split_documents(

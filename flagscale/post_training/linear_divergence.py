@@ -179,9 +179,7 @@ def _check(grad_n: torch.Tensor, factor: torch.Tensor, weights_n: torch.Tensor) 
 class _Chunks:
     """Chunks of tokens, one after the other in the same buffers of logits."""
 
-    def __init__(
-        self, student: HeadInput, teacher: HeadInput | SparseRows, terms: Terms
-    ) -> None:
+    def __init__(self, student: HeadInput, teacher: HeadInput | SparseRows, terms: Terms) -> None:
         self._student, self._teacher, self._terms = student, teacher, terms
         count, width = len(student.hidden_nh), len(student.weight_vh)
         buffers = 1 + isinstance(teacher, HeadInput) + (terms.labels_n is not None)

@@ -6,8 +6,8 @@ they share: chunks, normalisers, ranks. `reference` has each once more, slow and
 compare with.
 """
 
-from flagscale.post_training.divergences.choosing import divergence_of
+from flagscale.post_training.divergences.choosing import divergence_of, sparse_divergence_of
 from flagscale.post_training.divergences.divergence import Divergence
 from flagscale.post_training.divergences.sparse_kl import SparseKL
 
-__all__ = ["Divergence", "SparseKL", "divergence_of"]
+__all__ = ["Divergence", "SparseKL", "divergence_of", "sparse_divergence_of"]

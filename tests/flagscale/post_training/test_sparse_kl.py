@@ -91,7 +91,7 @@ def test_it_is_top_k_kl_of_the_same_teacher(kind):
 
 
 def test_the_mean_over_draws_is_forward_kl():
-    """Value and gradient, at 3 standard errors; of a student that is near, where bias would show."""
+    """Value and gradient, at 3 standard errors; the student is near, where bias would show."""
     vocabulary, repeats = 50, 4000
     teacher = normal(1, vocabulary, scale=2.0)
     student = teacher + normal(1, vocabulary, seed=1, scale=0.1)
