@@ -68,9 +68,10 @@ class Batches:
     """Micro-batches of some steps; each `iter()` starts again at the first of them.
 
     A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], `loss_mask`, float32
-    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes. All
-    are in pinned memory where there is a GPU. A step has `global_batch_size /
-    (micro_batch_size * data_parallel_size)` of them. A thread makes them ahead.
+    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes;
+    `split`, int64, is that one's place in `SPLITS`. All are in pinned memory where there is a GPU.
+    A step has `global_batch_size / (micro_batch_size * data_parallel_size)` of them. A thread makes
+    them ahead.
 
     With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
     each document, and a micro-batch also has:
@@ -92,6 +93,7 @@ class Batches:
         seed: int,
         steps: Iterable[int],
         reset_attention_mask: bool,
+        split: str,
     ) -> None:
         self._parts = parts
         self._weights = weights
@@ -99,6 +101,7 @@ class Batches:
         self._seed = seed
         self._steps = steps
         self._reset = reset_attention_mask
+        self._split = split
         self._device = platform.device()
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -112,7 +115,7 @@ class Batches:
             for positions in self._shape.micro_batches(step):
                 numbers = [samples.number(position) for position in positions]
                 rows = [samples.sample(number) for number in numbers]
-                yield stacked(rows, numbers, self._reset)
+                yield stacked(rows, numbers, self._split, self._reset)
 
 
 def prepare_index(dataset: Path, cache: Path) -> None:
@@ -171,7 +174,8 @@ def train_iterator(
     index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
-    return iter(Batches(parts, weights_of(index, parts), shape, seed, steps, reset_attention_mask))
+    weights = weights_of(index, parts)
+    return iter(Batches(parts, weights, shape, seed, steps, reset_attention_mask, "train"))
 
 
 def validation_batches(
@@ -204,7 +208,9 @@ def validation_batches(
         )
     weights = weights_of(index, parts)
     steps = range(eval_iters)
-    return Batches(parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask)
+    return Batches(
+        parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask, "validation"
+    )
 
 
 def split_documents(

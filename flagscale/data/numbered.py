@@ -34,7 +34,8 @@ class NumberedSamples:
         self, dataset: Path, cache: Path, split: str, reset_attention_mask: bool = False
     ) -> None:
         index = Index(dataset, cache, split)
-        self._parts, self._reset = index.open(reset_attention_mask), reset_attention_mask
+        self._parts = index.open(reset_attention_mask)
+        self._split, self._reset = split, reset_attention_mask
         self._weights = weights_of(index, self._parts)
         self._device = platform.device()
 
@@ -73,6 +74,6 @@ class NumberedSamples:
             order = Mixture(self._parts, self._weights, VALIDATION_SEED)
             for some in numbers:
                 rows = [order.sample(number) for number in some]
-                yield stacked(rows, some, self._reset)
+                yield stacked(rows, some, self._split, self._reset)
 
         return Ahead(make, _AHEAD)

@@ -9,19 +9,21 @@ import numpy as np
 import torch
 
 from flagscale.data.borders import Sample, pieces
+from flagscale.data.layout import SPLITS
 from flagscale.megatron import platform
 
 MicroBatch = dict[str, Any]
 
 
 def stacked(
-    rows: Sequence[Sample], numbers: Sequence[int], reset_attention_mask: bool
+    rows: Sequence[Sample], numbers: Sequence[int], split: str, reset_attention_mask: bool
 ) -> MicroBatch:
     """A micro-batch as `flagscale.data.loader.Batches` describes it.
 
     Args:
         rows: its samples.
         numbers: theirs in the split.
+        split: that they are of.
         reset_attention_mask: keep documents apart.
     """
     batch_size, seq_length = len(rows), len(rows[0].tokens)
@@ -30,6 +32,7 @@ def stacked(
         "labels": np.stack([row.labels for row in rows]),
         "loss_mask": np.stack([row.loss_mask for row in rows]),
         "samples": np.array(numbers, np.int64),
+        "split": np.array(SPLITS.index(split), np.int64),
     }
     extra: MicroBatch = {}
     if reset_attention_mask:

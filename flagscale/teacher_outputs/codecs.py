@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flagscale.errors import UserError
 from flagscale.teacher_outputs.facts import OutputsFacts
 from flagscale.teacher_outputs.hidden import HiddenCodec
+from flagscale.teacher_outputs.sampled import SampledCodec
+from flagscale.teacher_outputs.top_k import TopKCodec
 from flagscale.teacher_outputs.values import Codec
 
 
@@ -16,8 +21,11 @@ def codec_of(facts: OutputsFacts) -> Codec:
     """
     options = dict(facts.codec)
     name = options.pop("name", None)
-    made = {
+    sizes = facts.seq_length, facts.vocab_size
+    made: dict[Any, Callable[[], Codec]] = {
         "hidden": lambda: HiddenCodec(facts.seq_length, **options),
+        "sampled": lambda: SampledCodec(*sizes, **options),
+        "topk": lambda: TopKCodec(*sizes, **options),
     }
     try:
         return made[name]()

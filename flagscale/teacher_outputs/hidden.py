@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from flagscale.errors import UserError
 from flagscale.teacher_outputs.values import Codec, Hidden
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,6 +59,11 @@ class HiddenCodec(Codec):
                 f"{(len(samples), *self._shape)}"
             )
         stored = answers_bsx.detach().to(DTYPES[self._dtype]).cpu().contiguous()
+        if not stored.isfinite().all():
+            raise UserError(
+                f"the teacher's hidden states for {split} samples {list(samples)} are not finite; "
+                "which params_dtype did it run in?"
+            )
         return [row_sh.view(torch.uint8).numpy().tobytes() for row_sh in stored]
 
     def decode(self, records: Sequence[bytes]) -> Hidden:

@@ -85,3 +85,24 @@ class Codec(ABC):
         Raises:
             ValueError: a record is not one of this codec's.
         """
+
+
+def check_logits(
+    logits_bsv: torch.Tensor,
+    samples: int,
+    seq_length: int,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Refuse logits that are not of so many samples and of the whole vocabulary.
+
+    Raises:
+        ValueError: what they are.
+    """
+    ranks = 1 if group is None else group.size()
+    *found, width = logits_bsv.shape
+    if found != [samples, seq_length] or width * ranks < vocab_size:
+        raise ValueError(
+            f"logits are {tuple(logits_bsv.shape)} on {ranks} ranks; needed are "
+            f"({samples}, {seq_length}, {vocab_size} / ranks)"
+        )
