@@ -53,6 +53,11 @@ class DistillationRecipe(Section):
         description="Make the losses in the output layers, some tokens at a time, so that no "
         "logits are held; auto: on a CPU, where the layer is a plain one",
     )
+    teacher_outputs: Literal["auto", "live", "cached"] = Field(
+        "auto",
+        description="live: the teacher runs beside the student; cached: it runs once, before, and "
+        "its outputs are read (section teacher_outputs); auto: which of the two is faster by plan",
+    )
     skip_lm_loss: bool = Field(True, description="Train on the KD loss alone")
     kd_loss_scale: Scale = Field(
         1.0, description="Weight of the KD loss beside the LM loss (skip_lm_loss: false)"

@@ -17,6 +17,7 @@ from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRe
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
+from flagscale.recipe.teacher_outputs import TeacherOutputsRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, variants
 
@@ -32,6 +33,7 @@ class Recipe(Section):
     student: StudentRecipe
     data: DataRecipe = DataRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
+    teacher_outputs: TeacherOutputsRecipe = TeacherOutputsRecipe()
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
