@@ -44,13 +44,14 @@ def test_every_layout_reads_what_one_process_wrote(results, layout):
 
 
 def test_sparse_targets_estimate_the_live_teacher(results):
-    """Far closer than the loss is large; and fused they are what they are apart."""
+    """As near as draws can be to so small a loss; and fused they are what they are apart."""
     for codec, name in SPARSE.items():
         live = results["one"][f"live, {name}, apart"]
         apart, fused = (results["one"][f"{codec}, {name}, {form}"] for form in ("apart", "fused"))
         assert fused["training"] == pytest.approx(apart["training"], rel=LAYOUT)
         for part in ("training", "validation"):
             kd = "logits distillation loss"
-            allowed = {"sampled": 0.2, "topk": 2e-3}[codec]
-            assert apart[part][kd] == pytest.approx(live[part][kd], rel=allowed)
+            # 4 standard errors, of T^2 times a token's 0.5 nats / sqrt(50), of 256 tokens.
+            allowed = {"sampled": {"abs": 0.07}, "topk": {"rel": 2e-3}}[codec]
+            assert apart[part][kd] == pytest.approx(live[part][kd], **allowed)
             assert apart[part]["lm loss"] == pytest.approx(live[part]["lm loss"], rel=ROUNDING)
