@@ -100,8 +100,7 @@ class Batches:
         self._shape = shape
         self._seed = seed
         self._steps = steps
-        self._reset = reset_attention_mask
-        self._split = split
+        self._reset, self._split = reset_attention_mask, split
         self._device = platform.device()
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -34,8 +34,8 @@ class NumberedSamples:
         self, dataset: Path, cache: Path, split: str, reset_attention_mask: bool = False
     ) -> None:
         index = Index(dataset, cache, split)
-        self._parts = index.open(reset_attention_mask)
         self._split, self._reset = split, reset_attention_mask
+        self._parts = index.open(reset_attention_mask)
         self._weights = weights_of(index, self._parts)
         self._device = platform.device()
 

@@ -23,7 +23,7 @@ def stacked(
     Args:
         rows: its samples.
         numbers: theirs in the split.
-        split: that they are of.
+        split: `train`, `validation` or `test`.
         reset_attention_mask: keep documents apart.
     """
     batch_size, seq_length = len(rows), len(rows[0].tokens)

@@ -27,7 +27,7 @@ from flagscale.checkpoint import load_output_layer
 from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padded_vocabulary
 from flagscale.megatron.shape import ModelShape
-from flagscale.post_training.sparse_targets import SparseRows
+from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
 from flagscale.teacher_outputs import SparseTargets, TeacherOutputs
 
 if TYPE_CHECKING:
@@ -194,14 +194,6 @@ class CachedTeacher(torch.nn.Module):
         return torch.empty(
             length, count, 0, dtype=self.config.params_dtype, device=input_ids.device
         )
-
-
-class GivenTargets(torch.nn.Module):
-    """Stands where an output layer would, and gives what it is given."""
-
-    def forward(self, targets: SparseRows) -> tuple[SparseRows, None]:
-        """The targets, and no bias."""
-        return targets, None
 
 
 class _Received(torch.nn.Module):

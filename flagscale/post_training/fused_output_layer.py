@@ -29,10 +29,9 @@ from megatron.core.tensor_parallel.mappings import (
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padding
-from flagscale.post_training.cached_teacher import GivenTargets
 from flagscale.post_training.divergences import Divergence, SparseKL
 from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
-from flagscale.post_training.sparse_targets import SparseRows
+from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
 from flagscale.post_training.upstream import mtd
 from flagscale.recipe import DistillationRecipe
 

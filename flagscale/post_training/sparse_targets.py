@@ -27,8 +27,25 @@ class SparseRows:
     def __len__(self) -> int:
         return len(self.tokens_nk)
 
-    def __getitem__(self, rows: slice) -> SparseRows:
+    def __getitem__(self, rows: slice | torch.Tensor) -> SparseRows:
         return SparseRows(*(None if one is None else one[rows] for one in self._tensors()))
+
+    def by_sample(self, samples: int) -> SparseRows:
+        """Rows in the order of hidden states [s, b] as those of a batch [b, s].
+
+        Args:
+            samples: b.
+        """
+        places = torch.arange(len(self), device=self.tokens_nk.device)
+        return self[places.view(-1, samples).T.flatten()]
 
     def _tensors(self) -> list[torch.Tensor | None]:
         return [getattr(self, field.name) for field in fields(self)]
+
+
+class GivenTargets(torch.nn.Module):
+    """Stands where an output layer would, and gives what it is given."""
+
+    def forward(self, targets: SparseRows) -> tuple[SparseRows, None]:
+        """The targets, and no bias."""
+        return targets, None

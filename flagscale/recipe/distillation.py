@@ -25,7 +25,8 @@ Relation = Literal["query", "key", "value", "query_key"]
 
 _OF_ONE_DIVERGENCE = {"beta": "jensen_shannon", "alpha": "skew_kl", "top_k": "top_k_kl"}
 # Fields that change no result but by rounding: a training may go on with others.
-CHANGES_NO_RESULT = ("fuse_output_layer",)
+# What teacher outputs change follows from those that are read.
+CHANGES_NO_RESULT = ("fuse_output_layer", "teacher_outputs")
 
 
 class DistillationRecipe(Section):

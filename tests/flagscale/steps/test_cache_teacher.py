@@ -164,9 +164,10 @@ def test_stopped_and_begun_again(
         write(writer, *what)
         raise Interrupted("asked to stop")
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(OutputsWriter, "write", stopped)
-        cached(tmp_path, teacher, dataset, met=met)
+        with pytest.raises(Interrupted):
+            cached(tmp_path, teacher, dataset, met=met)
     assert not (tmp_path / "outputs").exists()
     (work,) = (path for path in (tmp_path / "work").iterdir() if path.is_dir())
     before = {path.name: path.read_bytes() for path in (work / "outputs/train").iterdir()}

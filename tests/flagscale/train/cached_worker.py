@@ -26,17 +26,17 @@ from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
 SPARSE = {"sampled": "forward_kl", "topk": "top_k_kl"}
-FULL = ("one", "one, packed")  # every divergence, against the live teacher in the same process
+WRITES = ("one", "one, packed")  # and compares with the live teacher in the same process
 
 
 def cases(layout: str) -> dict[str, tuple[DistillationRecipe, str | None]]:
     """Name -> the loss, and the codec; None: with the live teacher."""
     found: dict[str, tuple[DistillationRecipe, str | None]] = {}
-    names = DIVERGENCES if layout in FULL else ("forward_kl", "top_k_kl")
+    names = DIVERGENCES if layout == "one" else ("forward_kl",)
     for fuse in (False, True):
         form = "fused" if fuse else "apart"
         for name in names:
-            if layout in FULL:
+            if layout in WRITES:
                 found[f"live, {name}, {form}"] = distillation(name, fuse), None
             found[f"fp32, {name}, {form}"] = distillation(name, fuse), "fp32"
         for codec, name in SPARSE.items():
@@ -61,7 +61,7 @@ def run(layout: str, parallelism: dict[str, Any], folder: Path, inputs: dict[str
     found = {}
     with platform.runtime(training.seed, training.parallelism):
         outputs = {codec: folder / f"{codec}{'-packed' if packed else ''}" for codec in CODECS}
-        if layout in FULL:
+        if layout in WRITES:
             for codec, place in outputs.items():
                 write_outputs(
                     place, teacher, dataset, codec, folder / "data", packed=packed, samples=4

@@ -1,4 +1,4 @@
-"""What the live teacher answers to the samples that some steps meet, as an artifact."""
+"""What the live teacher answers to the samples that some steps meet; of one process."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cached_worker import FULL, SPARSE, cases
+from cached_worker import SPARSE, cases
 from divergence_worker import DIVERGENCES, LAYOUTS
 
 ROUNDING = 1e-6  # of training from fp32 hidden states to that with the live teacher
@@ -24,8 +24,9 @@ def results(tmp_path_factory, torchrun, teacher, student, dataset):
 
 
 @pytest.mark.parametrize("form", ["apart", "fused"])
-@pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("layout", FULL)
+@pytest.mark.parametrize(
+    ("layout", "name"), [("one", name) for name in DIVERGENCES] + [("one, packed", "forward_kl")]
+)
 def test_hidden_states_are_the_live_teacher(results, layout, name, form):
     live, cached = (results[layout][f"{kind}, {name}, {form}"] for kind in ("live", "fp32"))
     for part in ("training", "validation"):
@@ -42,15 +43,15 @@ def test_every_layout_reads_what_one_process_wrote(results, layout):
             assert found[part] == pytest.approx(expected[part], rel=LAYOUT), (case, part)
 
 
-@pytest.mark.parametrize("layout", FULL)
-def test_sparse_targets_estimate_the_live_teacher(results, layout):
-    """Far closer than the loss is large; and fused they are what they are apart."""
+def test_sparse_targets_estimate_the_live_teacher(results):
+    """As near as draws can be to so small a loss; and fused they are what they are apart."""
     for codec, name in SPARSE.items():
-        live = results[layout][f"live, {name}, apart"]
-        apart, fused = (results[layout][f"{codec}, {name}, {form}"] for form in ("apart", "fused"))
+        live = results["one"][f"live, {name}, apart"]
+        apart, fused = (results["one"][f"{codec}, {name}, {form}"] for form in ("apart", "fused"))
         assert fused["training"] == pytest.approx(apart["training"], rel=LAYOUT)
         for part in ("training", "validation"):
             kd = "logits distillation loss"
-            allowed = {"sampled": 0.2, "topk": 2e-3}[codec]
-            assert apart[part][kd] == pytest.approx(live[part][kd], rel=allowed)
+            # 4 standard errors, of T^2 times a token's 0.5 nats / sqrt(50), of 256 tokens.
+            allowed = {"sampled": {"abs": 0.07}, "topk": {"rel": 2e-3}}[codec]
+            assert apart[part][kd] == pytest.approx(live[part][kd], **allowed)
             assert apart[part]["lm loss"] == pytest.approx(live[part]["lm loss"], rel=ROUNDING)
