@@ -56,7 +56,7 @@ def test_answers_to_other_samples_do_not(audit, outputs, codec, monkeypatch):
     monkeypatch.setattr(
         TeacherOutputs, "read", lambda self, split, samples: read(self, split, samples[::-1])
     )
-    with pytest.raises(AuditError, match="are not what .* answers now.*make them anew"):
+    with pytest.raises(AuditError, match=r"are not what .* answers now.*make them anew"):
         audit(outputs[codec])
 
 
