@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from flagscale.recipe.section import (
     Seed,
     Width,
 )
+from flagscale.recipe.served import check_served
 from flagscale.recipe.training import TrainingRecipe
 
 # A count of draws is stored in 16 bits.
@@ -95,6 +96,36 @@ class Taught(Protocol):
 def reads_outputs(distillation: DistillationRecipe) -> bool:
     """Whether a training reads what was kept of the teacher; `auto` has been decided before."""
     return distillation.teacher_outputs == "cached" and distillation.loss != "none"
+
+
+def unserved(distillation: DistillationRecipe, outputs: TeacherOutputsRecipe) -> str | None:
+    """Why a training could not read outputs of this kind; None if it can."""
+    codec = {"name": outputs.codec, "temperature": distillation.temperature, "top_k": outputs.top_k}
+    try:
+        check_served(distillation, codec)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+RecipeT = TypeVar("RecipeT", bound=Section)
+
+
+def decided(recipe: RecipeT, cached: bool) -> RecipeT:
+    """A recipe without a sweep whose `distillation.teacher_outputs=auto` is decided.
+
+    Args:
+        recipe: the whole.
+        cached: whether outputs are to be read, wherever they can be.
+    """
+    distillation: DistillationRecipe = recipe.distillation  # type: ignore[attr-defined]
+    outputs: TeacherOutputsRecipe = recipe.teacher_outputs  # type: ignore[attr-defined]
+    if distillation.teacher_outputs != "auto":
+        return recipe
+    can = distillation.loss != "none" and unserved(distillation, outputs) is None
+    choice = "cached" if cached and can else "live"
+    changed = distillation.model_copy(update={"teacher_outputs": choice})
+    return recipe.model_copy(update={"distillation": changed})
 
 
 def met_by(recipes: Iterable[Taught], outputs: TeacherOutputsRecipe) -> MetRecipe:

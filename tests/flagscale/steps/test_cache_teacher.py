@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from flagscale.artifacts import open_artifact
 from flagscale.data.numbered import NumberedSamples
-from flagscale.errors import UserError
+from flagscale.errors import Interrupted, UserError
 from flagscale.execution.launch import run_on_ranks
 from flagscale.recipe import LayoutRecipe, MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.cache_teacher import Paths, cache_teacher
@@ -155,21 +153,21 @@ def test_everything(teacher: Path, dataset: Path, tmp_path: Path) -> None:
         assert split["stored"] == split["of"] > 0
 
 
-def test_killed_and_begun_again(teacher: Path, dataset: Path, tmp_path: Path) -> None:
+def test_stopped_and_begun_again(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was answered is not asked again, and nothing is left when the artifact is in place."""
     met = MetRecipe(train=((1, 40),))  # several passes
-    child = os.fork()
-    if not child:
-        write = OutputsWriter.write
+    write = OutputsWriter.write
 
-        def killed(writer: OutputsWriter, *what: object) -> None:
-            write(writer, *what)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def stopped(writer: OutputsWriter, *what: object) -> None:
+        write(writer, *what)
+        raise Interrupted("asked to stop")
 
-        OutputsWriter.write = killed
-        cached(tmp_path, teacher, dataset, met=met)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputsWriter, "write", stopped)
+        with pytest.raises(Interrupted):
+            cached(tmp_path, teacher, dataset, met=met)
     assert not (tmp_path / "outputs").exists()
     (work,) = (path for path in (tmp_path / "work").iterdir() if path.is_dir())
     before = {path.name: path.read_bytes() for path in (work / "outputs/train").iterdir()}
