@@ -173,7 +173,7 @@ class CachedTeacher(torch.nn.Module):
         if isinstance(found, SparseTargets):
             return _rows(found, here)
         hidden_sbh = self._positions(here(found.hidden_bsh)).contiguous()
-        return hidden_sbh.to(platform.device(), self.config.params_dtype)
+        return _on_device(hidden_sbh).to(self.config.params_dtype)
 
     def _positions(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
         """This tensor-parallel rank's, where ranks share them."""
@@ -211,7 +211,7 @@ def _rows(found: SparseTargets, here: Callable[[torch.Tensor], torch.Tensor]) ->
     """Of this rank's positions, in the order of hidden states."""
 
     def rows(values_bs: torch.Tensor) -> torch.Tensor:
-        return here(values_bs).flatten(0, 1).to(platform.device())
+        return _on_device(here(values_bs).flatten(0, 1))
 
     return SparseRows(
         rows(found.tokens_bsk),
@@ -219,6 +219,13 @@ def _rows(found: SparseTargets, here: Callable[[torch.Tensor], torch.Tensor]) ->
         None if found.tail_bs is None else rows(found.tail_bs),
         rows(found.entropy_bs),
     )
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Where the model is; a GPU is not waited for."""
+    if platform.HAS_GPU:
+        tensor = tensor.pin_memory()
+    return tensor.to(platform.device(), non_blocking=True)
 
 
 def _with_width(config: TransformerConfig, hidden_size: int) -> TransformerConfig:

@@ -32,7 +32,7 @@ from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.outputs_check import check_met, check_outputs, outputs_to_read
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
-from flagscale.teacher_outputs import KIND
+from flagscale.teacher_outputs import KIND, TeacherOutputs
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror
 from flagscale.train.loop import evaluate_loss, train
 from flagscale.train.outputs_audit import audit_outputs
@@ -188,10 +188,12 @@ def distil_on_rank(
 
 
 def _parents(paths: Paths) -> dict[str, Manifest]:
-    inputs = dict(paths.inputs)
+    parents = {
+        name: open_artifact(path, name, check_files=False) for name, path in paths.inputs.items()
+    }
     if paths.teacher_outputs is not None:
-        inputs[KIND] = paths.teacher_outputs
-    return {name: open_artifact(path, name, check_files=False) for name, path in inputs.items()}
+        parents[KIND] = TeacherOutputs.open(paths.teacher_outputs).manifest
+    return parents
 
 
 def _trains(student: Manifest) -> bool:

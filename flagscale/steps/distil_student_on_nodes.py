@@ -14,7 +14,7 @@ from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.outputs_check import check_outputs, outputs_to_read
 from flagscale.steps.training_check import check_training
-from flagscale.teacher_outputs import KIND
+from flagscale.teacher_outputs import KIND, TeacherOutputs
 
 _STEP = "distil-student"
 
@@ -58,12 +58,13 @@ def distil_student_on_nodes(
     inputs = {"teacher": teacher, "student": student, "dataset": dataset}
     paths: dict[str, str | Path] = {**inputs, "checkpoints": checkpoints, "output": output}
     if outputs is not None:
-        inputs[KIND] = paths["teacher_outputs"] = outputs
+        paths["teacher_outputs"] = outputs
     shared = shared_folder(paths)
     recipe = sections(distillation, training)
     parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
     if outputs is not None:
         check_outputs(outputs, distillation, training, teacher, parents)
+        parents[KIND] = TeacherOutputs.open(outputs).manifest
     name = fingerprint(recipe, parents)
     keep_exclusive(f"{checkpoints}/{name}")
     figures: dict[str, float] = run_on_nodes(

@@ -3,58 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from flagscale.artifacts import Manifest, check_file, check_names, open_artifact
+from flagscale.artifacts import Manifest
 from flagscale.errors import UserError
 from flagscale.teacher_outputs.codecs import codec_of
 from flagscale.teacher_outputs.facts import KIND, OutputsFacts
+from flagscale.teacher_outputs.places import OutputsPlace, Range, place_of
 from flagscale.teacher_outputs.shards import ENTRY, INDEX, RECORDS, checksum, entries_of
 from flagscale.teacher_outputs.values import Codec, Hidden, SparseTargets
 
 
 class TeacherOutputs:
-    """An artifact of kind `teacher-outputs`. No file stays open, so it survives a fork.
+    """An artifact of kind `teacher-outputs`.
 
     Attributes:
-        manifest: of the artifact.
         facts: what the outputs are of.
         codec: that they are in.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, place: OutputsPlace) -> None:
         """See `open`."""
-        self._folder, self.manifest = folder, manifest
-        self.facts = OutputsFacts.of(manifest.facts)
+        self._place = place
+        self.facts = OutputsFacts.of(place.manifest.facts)
         self.codec: Codec = codec_of(self.facts)
-        self._splits: dict[str, _Index] = {}
+        names = sorted(name for name in place.manifest.files if name.endswith(INDEX))
+        splits = {PurePosixPath(name).parent.name for name in names}
+        self._splits = {
+            split: _Index({n: place.read(n) for n in names if n.startswith(f"{split}/")})
+            for split in splits
+        }
 
     @classmethod
-    def open(cls, folder: Path) -> TeacherOutputs:
-        """Open an artifact. Its records are checked when they are read, all else now.
+    def open(cls, path: Path) -> TeacherOutputs:
+        """Open an artifact, or what a pointer points to: of an object store only what is read.
+
+        Names, indices and manifest are checked now, records when they are read.
 
         Raises:
             UserError: there is none, it is of another kind or version, or was changed.
         """
-        manifest = open_artifact(folder, KIND, check_files=False)
-        check_names(folder, manifest)
-        for name in manifest.files:
-            if not name.endswith(RECORDS):
-                check_file(folder, manifest, name)
-        return cls(folder, manifest)
+        return cls(place_of(path, KIND))
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the artifact."""
+        return self._place.manifest
 
     @property
     def manifest_facts(self) -> dict[str, Any]:
         """Everything that the manifest says of the outputs, see `OutputsWriter.finish`."""
-        return self.manifest.facts
+        return self._place.manifest.facts
 
     def missing(self, split: str, samples: Sequence[int]) -> list[int]:
         """Those of the samples that are not there, in their order."""
-        wanted = np.asarray(samples, np.int64)
-        absent: list[int] = wanted[~np.isin(wanted, self._index(split).entries["sample"])].tolist()
+        wanted, index = np.asarray(samples, np.int64), self._splits.get(split)
+        if index is None:
+            return [int(sample) for sample in samples]
+        absent: list[int] = wanted[~np.isin(wanted, index.entries["sample"])].tolist()
         return absent
 
     def read(self, split: str, samples: Sequence[int]) -> Hidden | SparseTargets:
@@ -70,35 +79,25 @@ class TeacherOutputs:
         Raises:
             UserError: a sample is not there, or its record is damaged.
         """
-        records = [self._record(split, int(sample)) for sample in samples]
+        absent = self.missing(split, samples)
+        if absent:
+            there = len(self._splits[split].entries) if split in self._splits else 0
+            raise UserError(
+                f"{self._place.name}: has no answer to sample {absent[0]} of {split}, only to "
+                f"{there} others; let cache-teacher ask for it: teacher_outputs.samples: all, or "
+                "met with this training's seed, train_iters and global_batch_size"
+            )
+        index = self._splits[split]
+        found = [index.find(sample) for sample in samples]
+        records = self._place.ranges([place for place, _ in found])
+        for sample, record, (place, expected) in zip(samples, records, found, strict=True):
+            if len(record) != place[2] or checksum(split, sample, record) != expected:
+                raise UserError(
+                    f"{self._place.name}: the record of sample {sample} of {split} ({place[0]}, "
+                    f"{place[2]} bytes at {place[1]}) is damaged: its checksum is another; make "
+                    f"the {KIND} anew"
+                )
         return self.codec.decode(records)
-
-    def _record(self, split: str, sample: int) -> bytes:
-        index = self._index(split)
-        at = int(np.searchsorted(index.entries["sample"], sample))
-        if at == len(index.entries) or index.entries["sample"][at] != sample:
-            raise UserError(
-                f"{self._folder}: has no answer to sample {sample} of {split}, only to "
-                f"{len(index.entries)} others; let cache-teacher ask for it: "
-                "teacher_outputs.samples: all, or met with this training's seed, train_iters and "
-                "global_batch_size"
-            )
-        _, offset, size, expected = index.entries[at].tolist()
-        path = self._folder / split / f"{index.shards[at]}{RECORDS}"
-        with path.open("rb") as file:
-            file.seek(offset)
-            record = file.read(size)
-        if len(record) != size or checksum(split, sample, record) != expected:
-            raise UserError(
-                f"{path}: the record of sample {sample} of {split}, {size} bytes at {offset}, is "
-                "damaged: its checksum is another; make the teacher-outputs anew"
-            )
-        return record
-
-    def _index(self, split: str) -> _Index:
-        if split not in self._splits:
-            self._splits[split] = _Index(self._folder, split)
-        return self._splits[split]
 
 
 class _Index:
@@ -106,13 +105,18 @@ class _Index:
 
     Attributes:
         entries: `ENTRY` [n], by sample, each once.
-        shards: [n], the names of the shards that they are in.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
-        files = sorted((folder / split).glob(f"*{INDEX}"))
-        parts = [entries_of(file.read_bytes()) for file in files]
-        names = np.repeat([file.stem for file in files], [len(part) for part in parts])
+    def __init__(self, files: dict[str, bytes]) -> None:
+        parts = [entries_of(content) for content in files.values()]
+        shards = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         entries = np.concatenate([np.empty(0, ENTRY), *parts])
         _, order = np.unique(entries["sample"], return_index=True)
-        self.entries, self.shards = entries[order], names[order]
+        self.entries, self._shard = entries[order], shards[order]
+        self._names = [name.removesuffix(INDEX) + RECORDS for name in files]
+
+    def find(self, sample: int) -> tuple[Range, int]:
+        """Where the record of a sample that is there is, and its checksum."""
+        at = int(np.searchsorted(self.entries["sample"], sample))
+        _, offset, size, expected = self.entries[at].tolist()
+        return (self._names[self._shard[at]], offset, size), expected

@@ -99,9 +99,11 @@ def repair(folder: Path, split: str) -> np.ndarray:
         int64, the samples whose records are there and whole; in order, each once.
     """
     found = [np.empty(0, np.int64)]
-    for records in sorted(folder.glob(f"*{RECORDS}")):
-        index = records.with_suffix(INDEX)
-        content = index.read_bytes() if index.exists() else b""
+    for stem in sorted({path.stem for path in folder.glob("[0-9]*")}):
+        records, index = folder / f"{stem}{RECORDS}", folder / f"{stem}{INDEX}"
+        for path in (records, index):
+            path.touch()
+        content = index.read_bytes()
         entries = entries_of(content)
         whole = entries[list(_whole(records, split, entries))]
         if len(whole) < len(entries):
@@ -127,7 +129,7 @@ def _whole(records: Path, split: str, entries: np.ndarray) -> Iterator[bool]:
 def _keep(records: Path, index: Path, content: bytes, entries: np.ndarray) -> None:
     """Let the shard have these entries and no bytes after the last of them."""
     if not len(entries):
-        index.unlink(missing_ok=True)
+        index.unlink()
         records.unlink()
         return
     if entries.tobytes() != content:

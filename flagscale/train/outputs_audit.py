@@ -24,6 +24,8 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.cached_teacher import CachedTeacher
 from flagscale.post_training.divergences import SparseKL
 from flagscale.post_training.findings import Finding, failures, of_all_ranks, within
+from flagscale.post_training.fused_output_layer import DeferredLogits
+from flagscale.post_training.linear_divergence import Terms, linear_divergence
 from flagscale.post_training.model_provider import live_teacher
 from flagscale.post_training.sparse_targets import SparseRows
 from flagscale.teacher_outputs import TeacherOutputs
@@ -104,23 +106,19 @@ class _Comparison:
         batch = get_batch(iterator)
         packed = batch.packed_seq_params
         named = {} if packed is None else {"packed_seq_params": packed}
-        given: list[torch.Tensor] = []
-        if model.post_process:
-            hook = model.output_layer.register_forward_pre_hook(lambda _, x: given.append(x[0]))
+        # A stage that does not compute the output layer returns what goes into it: no logits.
+        is_last, model.post_process = model.post_process, False
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, **named)
-        if model.post_process:
-            hook.remove()
+        model.post_process = is_last
+        if is_last:
             assert batch.tokens is not None, "the last stage is given a batch"
             self._cached.ask(**batch.names)
             answer = self._cached.answer(packed is not None, batch.tokens.shape)
-            # Logits are given back as [b, s, V].
-            self.findings = self._compare(answer, given[0], output.transpose(0, 1).flatten(0, 1))
+            self.findings = [self._compare(answer, output)]
         nothing = torch.zeros((), device=platform.device())
         return output, lambda output: (nothing, nothing.int(), {})
 
-    def _compare(
-        self, answer: torch.Tensor | SparseRows, hidden_sbh: torch.Tensor, logits_nv: torch.Tensor
-    ) -> list[Finding]:
+    def _compare(self, answer: torch.Tensor | SparseRows, hidden_sbh: torch.Tensor) -> Finding:
         codec = self._outputs.codec.options
         is_fp32 = self._outputs.facts.params_dtype == "fp32"
         is_fp32 &= self._args.params_dtype == torch.float32
@@ -128,14 +126,18 @@ class _Comparison:
         if isinstance(answer, torch.Tensor):
             allowed = of_hidden + _STORED[codec["dtype"]]
             far = (answer.float() - hidden_sbh.float()).norm() / hidden_sbh.float().norm()
-            return [within("hidden states differ by a share of", far.item(), allowed, _WHAT)]
+            return within("hidden states differ by a share of", far.item(), allowed, _WHAT)
         # The live teacher in a student's place: it must be no distance from itself.
-        temperature = codec["temperature"]
-        kl_n, _ = SparseKL(temperature).loss_and_gradient(
-            logits_nv, answer, self._teacher.output_layer.tp_group, with_gradient=False
+        temperature, layer = codec["temperature"], self._teacher.output_layer
+        tied = self._teacher.share_embeddings_and_output_weights
+        weight = self._teacher.shared_embedding_or_output_weight() if tied else layer.weight
+        head = DeferredLogits(layer, hidden_sbh, weight).head_input()
+        terms = Terms(SparseKL(temperature), group=layer.tp_group)
+        kl_n, _ = linear_divergence(
+            head, answer, terms, torch.ones(len(answer), device=hidden_sbh.device)
         )
         kl_n = kl_n.double() / temperature**2
         allowed = of_kl + (_SHARES if answer.tail_n is not None else 0)
         if answer.tail_n is None:
             allowed += _STANDARD_ERRORS * kl_n.std().item() / len(kl_n) ** 0.5
-        return [within("KL, nats a token,", kl_n.mean().item(), allowed, _WHAT)]
+        return within("KL, nats a token,", kl_n.mean().item(), allowed, _WHAT)

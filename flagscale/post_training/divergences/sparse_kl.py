@@ -169,33 +169,36 @@ class _Chunk:
         self.at, self.rows = at, rows
         self._out, self._buffer, self._temperature = student_nv, buffer, temperature
         tokens_nk = rows.tokens_nk - first
-        self._here = (rows.p_nk > 0) & (tokens_nk >= 0) & (tokens_nk < student_nv.size(1))
-        self._row, self._place = self._here.nonzero(as_tuple=True)
-        self._token = tokens_nk[self._row, self._place]
+        self._is_here = (rows.p_nk > 0) & (tokens_nk >= 0) & (tokens_nk < student_nv.size(1))
+        # Others than those here stand at some column, where nothing is then added: on a GPU, to
+        # pick out the former would mean to wait for how many they are.
+        self._columns = tokens_nk.clamp(0, student_nv.size(1) - 1)
 
     def part(self) -> torch.Tensor:
         """What the other ranks need to know of this slice, float64 [n, 3].
 
         Of the scaled logits z the logsumexp of the tail's and of the known tokens', and `sum p z`.
         """
-        z = self._out[self._row, self._token].double() / self._temperature
-        z_nk = torch.full(self.rows.p_nk.shape, -torch.inf, dtype=z.dtype, device=z.device)
-        z_nk[self._row, self._place] = z
+        z_nk = self._out.gather(1, self._columns).double() / self._temperature
+        self._z_nk = z_nk.masked_fill(~self._is_here, -torch.inf)
         q = self._buffer.copy_(self._out)
-        q[self._row, self._token] = -torch.inf
+        self._add(q, torch.full_like(z_nk, -torch.inf))
         m_n, total_n = exponentials(q, self._temperature, out=q)
         self._m_n = m_n.double() / self._temperature
-        p_z = torch.where(self._here, self.rows.p_nk * z_nk, 0).sum(-1)
-        self._z_nk = z_nk
-        return torch.stack([self._m_n + total_n.double().log(), z_nk.logsumexp(-1), p_z], -1)
+        p_z = torch.where(self._is_here, self.rows.p_nk * z_nk, 0).sum(-1)
+        return torch.stack([self._m_n + total_n.double().log(), self._z_nk.logsumexp(-1), p_z], -1)
 
     def write(self, whole: _Whole) -> None:
         """Overwrite the logits with the gradient: `q - p`, and in a tail `q (1 - P / Q)`."""
-        factor_n = (self._m_n - whole.log_z_n).exp() * whole.of_tail_n
-        q = self._buffer.mul_(factor_n.float()[:, None])
-        z = self._z_nk[self._row, self._place] - whole.log_z_n[self._row]
-        q[self._row, self._token] = (z.exp() - self.rows.p_nk[self._row, self._place]).float()
+        factor_n = (self._m_n - whole.log_z_n).exp()
+        factor_n = factor_n - whole.mass_n * (self._m_n - whole.log_tail_n).exp()
+        q = self._buffer.mul_(factor_n.float()[:, None])  # 0 where tokens are known
+        self._add(q, (self._z_nk - whole.log_z_n[:, None]).exp() - self.rows.p_nk)
         torch.mul(q, self._temperature, out=self._out)
+
+    def _add(self, to_nv: torch.Tensor, values_nk: torch.Tensor) -> None:
+        """To the columns of the known tokens that are here."""
+        to_nv.scatter_add_(1, self._columns, torch.where(self._is_here, values_nk, 0).float())
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,14 @@ class _Whole:
     Attributes:
         loss_n: the KL.
         log_z_n: the logsumexp of the scaled logits.
-        of_tail_n: what a token that is not known has for a gradient, as a share of its q.
+        mass_n: what the teacher gives all tokens that are not known; 0 where nobody says.
+        log_tail_n: the logsumexp of theirs; where the mass is 0, any number.
     """
 
     loss_n: torch.Tensor
     log_z_n: torch.Tensor
-    of_tail_n: torch.Tensor
+    mass_n: torch.Tensor
+    log_tail_n: torch.Tensor
 
     @classmethod
     def of(cls, parts_rn3: torch.Tensor, rows: _Rows) -> _Whole:
@@ -220,15 +225,15 @@ class _Whole:
         log_z_n = torch.logaddexp(log_tail_n, known.logsumexp(0))
         loss_n = rows.own_n - p_z.sum(0) + rows.p_nk.sum(-1) * log_z_n
         if not rows.has_tail:
-            return cls(loss_n, log_z_n, torch.ones_like(loss_n))
+            return cls(loss_n, log_z_n, torch.zeros_like(loss_n), log_z_n)
         # Where all tokens are known there is no tail, whatever rounding has left of its mass.
         is_empty = log_tail_n.isneginf()
         mass_n = torch.where(is_empty, 0, rows.tail_n)
-        log_q_n = torch.where(is_empty, 0, log_tail_n - log_z_n)
-        return cls(loss_n - mass_n * log_q_n, log_z_n, 1 - mass_n / log_q_n.exp())
+        log_tail_n = torch.where(is_empty, log_z_n, log_tail_n)
+        return cls(loss_n - mass_n * (log_tail_n - log_z_n), log_z_n, mass_n, log_tail_n)
 
     def __getitem__(self, at: slice) -> _Whole:
-        return _Whole(self.loss_n[at], self.log_z_n[at], self.of_tail_n[at])
+        return _Whole(self.loss_n[at], self.log_z_n[at], self.mass_n[at], self.log_tail_n[at])
 
 
 def _likeliest(

@@ -1,7 +1,7 @@
 """One rank of trainings from teacher outputs and with the live teacher: `torchrun ... FOLDER`.
 
 Leaves in FOLDER what one step and a validation of each case reported on every layout of this number
-of processes; see `test_cached_teacher.py`.
+of processes, on which the live teacher is asked again too; see `test_cached_teacher.py`.
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergence_worker import DIVERGENCES, LAYOUTS, distillation
+from divergence_worker import DIVERGENCES, distillation
+from divergence_worker import LAYOUTS as OTHERS
 from teacher_outputs import CODECS, write_outputs
 
 from flagscale.checkpoint import load_weights
@@ -22,9 +23,11 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train.audit import TrainingAudit
 from flagscale.train.loop import evaluate_loss, train_step
+from flagscale.train.outputs_audit import audit_outputs
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
+LAYOUTS = {1: OTHERS[1], 2: OTHERS[2] | {"DP2": {}}}
 SPARSE = {"sampled": "forward_kl", "topk": "top_k_kl"}
 WRITES = ("one", "one, packed")  # and compares with the live teacher in the same process
 
@@ -66,6 +69,11 @@ def run(layout: str, parallelism: dict[str, Any], folder: Path, inputs: dict[str
                 write_outputs(
                     place, teacher, dataset, codec, folder / "data", packed=packed, samples=4
                 )
+        for place in outputs.values():
+            args = with_teacher(plain, teacher, DistillationRecipe(), place)
+            with use_args(args):
+                batches = RankBatches(dataset, folder / "data", args, training)
+                audit_outputs(args, batches.train(0))
         for key, (recipe, codec) in cases(layout).items():
             args = with_teacher(plain, teacher, recipe, outputs[codec] if codec else None)
             with use_args(args):

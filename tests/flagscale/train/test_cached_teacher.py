@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from cached_worker import SPARSE, cases
-from divergence_worker import DIVERGENCES, LAYOUTS
+from cached_worker import LAYOUTS, SPARSE, cases
+from divergence_worker import DIVERGENCES
 
 ROUNDING = 1e-6  # of training from fp32 hidden states to that with the live teacher
 LAYOUT = 1e-5  # of one layout to another, in fp32
