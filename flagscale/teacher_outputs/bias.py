@@ -78,9 +78,10 @@ class BiasMeter:
         Raises:
             ValueError: no token was added.
         """
-        if not self._tokens:
+        figures = torch.cat([torch.empty(5, 0, dtype=torch.float64), *self._tokens], 1)
+        if not figures.numel():
             raise ValueError("no token was added whose loss counts")
-        kl_n, loss_n, error_n, along_n, true_n = torch.cat(self._tokens, 1)
+        kl_n, loss_n, error_n, along_n, true_n = figures
         square = float(true_n.mean())
         return {
             "tokens": float(len(kl_n)),
