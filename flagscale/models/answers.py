@@ -83,6 +83,11 @@ class Answers:
         )
 
     @property
+    def micro_batch_size(self) -> int:
+        """Samples of a pass."""
+        return self._args.micro_batch_size
+
+    @property
     def reads_data(self) -> bool:
         """Whether this rank must be given batches."""
         return reads_data(self._args)

@@ -25,18 +25,17 @@ from flagscale.errors import UserError
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
-from flagscale.megatron.shape import ModelShape
-from flagscale.models.answers import open_teacher, passes
+from flagscale.models.answers import Answers, open_teacher, passes
+from flagscale.models.outputs_bias import SAMPLES, STUDENT, measured_bias
 from flagscale.models.token_progress import TokenProgress
 from flagscale.recipe import MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.outputs_facts import DTYPES, outputs_facts
 from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
 
 logger = logging.getLogger(__name__)
 
 _PASS_TOKENS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to be fast
-_DRAWS_SEED = 0  # of no run
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Paths(NamedTuple):
@@ -71,7 +70,9 @@ def cache_teacher(
             copies of it share the samples.
 
     Returns:
-        `samples`, `bytes`, `bytes per token`, and of what was not there yet `tokens per second`.
+        `samples`, `bytes`, `bytes per token`; how far they are from the teacher on held-out text:
+        `kl`, `gradient error`, `gradient bias` (`flagscale.teacher_outputs.bias`); and of what was
+        not there yet `tokens per second`.
 
     Raises:
         UserError: an input is missing or damaged, the two do not belong together, or the disk is
@@ -80,7 +81,7 @@ def cache_teacher(
     """
     paths = Paths(teacher, dataset, Path(checkpoints), output)
     parents = _parents(paths, check_files=False)
-    folder = _folder(paths, _facts(outputs, met, paths, parents))
+    folder = _folder(paths, outputs_facts(outputs, met, paths.teacher, parents))
     keep_exclusive(str(folder))
     figures = call_on_ranks(
         "cache-teacher",
@@ -100,7 +101,7 @@ def cache_on_rank(
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `cache_teacher`."""
     parents = _parents(paths, check_files=is_first_rank())
-    facts = _facts(outputs, met, paths, parents)
+    facts = outputs_facts(outputs, met, paths.teacher, parents)
     folder = _folder(paths, facts)
     recipe = {
         "teacher_outputs": outputs.model_dump(mode="json"),
@@ -114,13 +115,17 @@ def cache_on_rank(
         writer = OutputsWriter(folder / "outputs", facts, torch.distributed.get_rank())
         asked = {} if met.is_empty else _asked(met, paths, folder / "data", facts)
         missing = _missing(writer, asked)
-        speed = _answer(writer, facts, missing, asked, paths, models) if missing else 0.0
+        speed, bias = 0.0, {}
+        if asked:
+            teacher = _open(facts, missing, paths, models)
+            speed = _answer(writer, facts, teacher, missing, asked)
+            bias = _bias(facts, teacher, asked["validation"])
         writer.close()
         torch.distributed.barrier()
         figures: dict[str, float] = {}
         if is_first_rank():
             totals = {split: len(samples.there) for split, samples in asked.items()}
-            staging.facts = writer.finish(totals)
+            staging.facts = writer.finish(totals) | {"bias": {**bias, "student": STUDENT}}
             staging.tokenizer_hash = facts.tokenizer
             figures = _figures(staging.facts, speed, writer.folder)
             shutil.copytree(writer.folder, staging.path, dirs_exist_ok=True, copy_function=_link)
@@ -151,36 +156,6 @@ def _parents(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
             f"{paths.teacher}: its tokenizer ({own}) is not that of {paths.dataset} ({used})"
         )
     return parents
-
-
-def _facts(
-    outputs: TeacherOutputsRecipe, met: MetRecipe, paths: Paths, parents: Mapping[str, Manifest]
-) -> OutputsFacts:
-    shape = ModelShape.load(paths.teacher)
-    params_dtype = _DTYPES[platform.training_dtype(met.precision)]
-    return OutputsFacts(
-        codec=_codec(outputs, met, shape, params_dtype),
-        teacher=parents["teacher"].digest,
-        dataset=parents["dataset"].digest,
-        tokenizer=parents["dataset"].tokenizer_hash,
-        seq_length=int(parents["dataset"].facts["seq_length"]),
-        reset_attention_mask=met.reset_attention_mask,
-        params_dtype=params_dtype,
-        vocab_size=shape.vocab_size,
-    )
-
-
-def _codec(
-    outputs: TeacherOutputsRecipe, met: MetRecipe, shape: ModelShape, params_dtype: str
-) -> dict[str, Any]:
-    """Name and options, as `codec_of` takes them."""
-    if outputs.codec == "hidden":
-        dtype = params_dtype if outputs.dtype == "auto" else outputs.dtype
-        return {"name": "hidden", "dtype": dtype, "hidden_size": shape.hidden_size}
-    options = {"draws": outputs.draws, "seed": _DRAWS_SEED}
-    if outputs.codec == "topk":
-        options = {"top_k": outputs.top_k}
-    return {"name": outputs.codec, "temperature": met.temperature, **options}
 
 
 def _folder(paths: Paths, facts: OutputsFacts) -> Path:
@@ -228,27 +203,36 @@ def _missing(writer: OutputsWriter, asked: Mapping[str, _Asked]) -> dict[str, li
     return missing
 
 
+def _open(
+    facts: OutputsFacts, missing: Mapping[str, list[int]], paths: Paths, models: ModelsRecipe
+) -> Answers:
+    """The teacher, for as many samples at a time as all of its copies have work for."""
+    copies = parallel_state.get_data_parallel_world_size()
+    most = max(map(len, missing.values()), default=1)
+    size = max(1, _PASS_TOKENS[platform.device().type] // facts.seq_length)
+    return open_teacher(
+        paths.teacher,
+        facts.seq_length,
+        models.sizes,
+        DTYPES[facts.params_dtype],
+        min(size, -(-most // copies)),
+        facts.reset_attention_mask,
+    )
+
+
 def _answer(
     writer: OutputsWriter,
     facts: OutputsFacts,
+    teacher: Answers,
     missing: Mapping[str, list[int]],
     asked: Mapping[str, _Asked],
-    paths: Paths,
-    models: ModelsRecipe,
 ) -> float:
-    """Run the teacher on what is missing; tokens a second."""
+    """Run the teacher on what is missing; tokens a second, 0 where nothing was."""
     codec = codec_of(facts)
-    copies = parallel_state.get_data_parallel_world_size()
-    most = max(map(len, missing.values()))
-    size = min(-(-most // copies), max(1, _PASS_TOKENS[platform.device().type] // facts.seq_length))
-    dtype = {name: dtype for dtype, name in _DTYPES.items()}[facts.params_dtype]
-    teacher = open_teacher(
-        paths.teacher, facts.seq_length, models.sizes, dtype, size, facts.reset_attention_mask
-    )
     total = facts.seq_length * sum(map(len, missing.values()))
     progress = TokenProgress("teacher", total)
     for split, numbers in missing.items():
-        todo = passes(numbers, size, teacher.rank, teacher.ranks)
+        todo = passes(numbers, teacher.micro_batch_size, teacher.rank, teacher.ranks)
         batches = None
         if teacher.reads_data:
             batches = asked[split].there.batches([one.samples for one in todo])
@@ -258,7 +242,16 @@ def _answer(
                 if records and teacher.writes:
                     writer.write(split, one.samples[: one.new], records)
             progress.advance(facts.seq_length * len(one.samples) * teacher.ranks)
-    return progress.speed
+    return progress.speed if total else 0.0
+
+
+def _bias(facts: OutputsFacts, teacher: Answers, held_out: _Asked) -> dict[str, float]:
+    some = held_out.numbers[:SAMPLES]
+    todo = passes(some, teacher.micro_batch_size, rank=0, ranks=1)
+    batches = None
+    if teacher.reads_data:
+        batches = held_out.there.batches([one.samples for one in todo])
+    return measured_bias(teacher, codec_of(facts), "validation", todo, batches, facts.vocab_size)
 
 
 def _figures(told: Mapping[str, Any], speed: float, folder: Path) -> dict[str, float]:
@@ -266,6 +259,11 @@ def _figures(told: Mapping[str, Any], speed: float, folder: Path) -> dict[str, f
         "samples": float(sum(split["stored"] for split in told["samples"].values())),
         "bytes": float(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())),
         "bytes per token": float(told["bytes_per_token"]),
+    }
+    figures |= {
+        name.replace("_", " "): told["bias"][name]
+        for name in ("kl", "gradient_error", "gradient_bias")
+        if name in told["bias"]
     }
     return figures | ({"tokens per second": speed} if speed else {})
 
