@@ -72,7 +72,7 @@ class CachedTeacher(torch.nn.Module):
         if not post_process:
             return
         if not self.has_logits:
-            self.output_layer: torch.nn.Module = GivenTargets()
+            self.output_layer: GivenTargets | ColumnParallelLinear = GivenTargets()
             return
         self.output_layer = ColumnParallelLinear(
             shape.hidden_size,
@@ -83,7 +83,7 @@ class CachedTeacher(torch.nn.Module):
             gather_output=False,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
-        mask_padded_vocabulary(self, shape.vocab_size)
+        mask_padded_vocabulary(self.output_layer, shape.vocab_size)
 
     @property
     def has_logits(self) -> bool:
@@ -102,6 +102,7 @@ class CachedTeacher(torch.nn.Module):
         """
         if self.has_logits:
             layer = self.output_layer if self.post_process else None
+            assert not isinstance(layer, GivenTargets), "there are logits"
             load_output_layer(layer, teacher, tied=tied)
 
     def ask(self, split: str, samples: torch.Tensor | None) -> None:
