@@ -19,7 +19,7 @@ FOUR = "sweep.vary={distillation.temperature: [1, 2, 3, 4]}"
 CACHED = "distillation.teacher_outputs=cached"
 SAMPLED = "teacher_outputs.codec=sampled"
 PAIRS = "distillation.attention_layer_pairs=[[3, 5]]"
-MANY = "training.train_iters=2000"  # or a step's start is all that there is
+MANY = "training.train_iters=200000"  # or a step's start is all that there is
 
 
 def recipe(*overrides: str) -> Recipe:
