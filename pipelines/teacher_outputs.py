@@ -94,7 +94,9 @@ def _faster(asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | N
     a_token = bytes_per_token(first.recipe.teacher_outputs, shape, size, seq_length)
     step = cache_step(first, first.model_sizes(choose(first)), recipes)
     peak = step.layout.ranks * _flops(first.models)
-    once = step.flops / (peak * step.efficiency) + step.moved / STORAGE_RATE + _START_SECONDS
+    # On a CPU the same products take as long in one step as in another.
+    share = step.efficiency if first.models.accelerators else TRAINING_EFFICIENCY
+    once = step.flops / (peak * share) + step.moved / STORAGE_RATE + _START_SECONDS
     again = tokens * a_token / STORAGE_RATE
     if first.recipe.teacher_outputs.codec == "hidden":
         head = 2.0 * shape.padded_vocab_size * shape.hidden_size / forward_flops(shape, 1, 1)
