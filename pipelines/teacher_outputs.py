@@ -104,7 +104,7 @@ def _faster(asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | N
     cached = once + again
     told = (
         f"{_count(len(asking), 'training')} would ask the teacher for {_tokens(tokens)} tokens, "
-        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({gb(a_token * asked)}) and read it "
+        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({_bytes(a_token * asked)}) and read it "
         f"takes {_time(cached)}"
     )
     return Choice(cached < _WORTH_WHILE * live, told)
@@ -131,6 +131,10 @@ def _tokens(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(int(count))
+
+
+def _bytes(count: float) -> str:
+    return gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _time(seconds: float) -> str:
