@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -90,9 +91,9 @@ def _of_all_stages(
     layers: dict[Layer, torch.Tensor], model: GPTModel
 ) -> tuple[dict[Layer, torch.Tensor], Projections]:
     """What the stages of this pipeline saw and project with, on its last one; all call it."""
+    linears: dict[str, Any] = dict(intermediate_terms(model).projections.items())
     projections = {
-        int(number): (linear.weight.detach(), linear.bias.detach())
-        for number, linear in intermediate_terms(model).projections.items()
+        int(number): (one.weight.detach(), one.bias.detach()) for number, one in linears.items()
     }
     group = parallel_state.get_pipeline_model_parallel_group()
     last = group.size() - 1
@@ -102,9 +103,9 @@ def _of_all_stages(
     mine = on_cpu, {number: (w.cpu(), b.cpu()) for number, (w, b) in projections.items()}
     told = [mine] * group.size() if group.rank() == last else None
     torch.distributed.gather_object(mine, told, group=group, group_dst=last)
-    for theirs, linears in (told or [])[:-1]:
+    for theirs, more in (told or [])[:-1]:
         layers |= theirs
-        projections |= linears
+        projections |= more
     return layers, projections
 
 

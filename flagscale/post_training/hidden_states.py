@@ -50,7 +50,7 @@ def hidden_loss(
     pair: HiddenPair,
     student_sbc: torch.Tensor,
     teacher_sbc: torch.Tensor,
-    projection: torch.nn.Module | None,
+    projection: torch.nn.Linear | None,
 ) -> torch.Tensor:
     """How far a pair's outputs are apart, token by token.
 
@@ -58,7 +58,7 @@ def hidden_loss(
         pair: whose fit it is.
         student_sbc: the student's output.
         teacher_sbc: the teacher's, of its own width.
-        projection: from the one width to the other, a linear layer.
+        projection: from the one width to the other.
 
     Returns:
         [s, b], float32.

@@ -199,7 +199,8 @@ class IntermediateTerms(torch.nn.Module):
             _check_gradient(pair, ours.values())
         if isinstance(pair, AttentionPair):
             return self._attention_loss(pair, ours, theirs, packed)
-        projection = dict(self.projections.items()).get(str(pair.number))
+        projections: dict[str, Any] = dict(self.projections.items())
+        projection = projections.get(str(pair.number))
         return hidden_loss(pair, ours["output"], theirs["output"], projection)
 
     def _attention_loss(
