@@ -178,9 +178,8 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     if job.reads_outputs and setup.teacher_logits:  # of hidden states, the output layer makes them
         shape = job.teacher.shape
         flops += 2.0 * (tokens + validated) * shape.padded_vocab_size * shape.hidden_size
-    touched = 0.0
+    touched, size = 0.0, setup.computation.dtype_bytes
     if live is not None:
-        size = setup.computation.dtype_bytes
         terms = Terms(recipe.distillation, job.student, live, layout, size)
         for count, trains in ((tokens, True), (validated, False)):
             work = (count, training.micro_batch_size, seq_length)
@@ -189,7 +188,6 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     saved = saved_bytes(job.student, setup)
     reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
     if job.reads_outputs:
-        size = setup.computation.dtype_bytes
         a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
         reads += (tokens + validated) * a_token
     saves = -(-training.train_iters // training.save_interval)
