@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe
 from flagscale.sizes import models
+from flagscale.sizes.codecs import bytes_per_token
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import PROCESS, Machine
@@ -159,15 +160,21 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     )
     training, seq_length = recipe.training, recipe.data.seq_length
     tokens = training.train_iters * training.global_batch_size * seq_length
-    flops = training_flops(
-        job.student, job.distilled_from, tokens, seq_length, training.recompute_granularity
-    )
+    live = job.runs_in_training
+    flops = training_flops(job.student, live, tokens, seq_length, training.recompute_granularity)
     validations = 1 + training.train_iters // training.eval_interval
     validated = validations * training.eval_iters * training.global_batch_size * seq_length
-    for shape in filter(None, (job.student, job.distilled_from)):
+    for shape in filter(None, (job.student, live)):
         flops += forward_flops(shape, validated, seq_length)
+    if job.reads_outputs and setup.teacher_logits:  # of hidden states, the output layer makes them
+        shape = job.teacher.shape
+        flops += 2.0 * (tokens + validated) * shape.padded_vocab_size * shape.hidden_size
     saved = saved_bytes(job.student, setup)
     reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
+    if job.reads_outputs:
+        size = setup.computation.dtype_bytes
+        a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
+        reads += (tokens + validated) * a_token
     saves = -(-training.train_iters // training.save_interval)
     ranks_a_pod = -(-layout.ranks // machine.pods)
     staged = _staged(job, layout)
@@ -175,7 +182,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     keep = training.keep_checkpoints + 1 + (training.keep_weights == "best")
     a_step = sent_a_step(
         job.student,
-        job.distilled_from,
+        live,
         layout,
         setup.computation.dtype_bytes,
         seq_length * training.global_batch_size // (layout.data * layout.context),
