@@ -229,7 +229,8 @@ def choose(job: Job) -> ParallelismRecipe | None:
     def fits(sizes: ParallelismRecipe) -> bool:
         try:
             check_width_pruning(job.recipe.student, sizes)
-        except ValueError:
+            _check_quantized(job, sizes, calibrates=True)
+        except (ValueError, UserError):
             return False
         steps = [*MODEL_STEPS, CACHE_STEP] if job.reads_outputs else [*MODEL_STEPS]
         return all(_model_step(job, step, sizes).lacks is None for step in steps)
@@ -304,9 +305,19 @@ def _training_layouts(job: Job) -> Iterator[Layout]:
         )
         try:
             training.model_copy(update={"parallelism": given}).check_world_size(world)
-        except ValueError:
+            _check_quantized(job, given, calibrates=False)
+        except (ValueError, UserError):
             continue
         yield Layout.of(given, world)
+
+
+def _check_quantized(job: Job, sizes: ParallelismRecipe, *, calibrates: bool) -> None:
+    """Refuse a layout that the student is not quantised on, if it is."""
+    from flagscale.megatron.quantized import check_quantized
+
+    quantization = job.recipe.student.quantization
+    if quantization is not None:
+        check_quantized(job.student, quantization.recipe, sizes, calibrates=calibrates)
 
 
 def _machines(recipe: Recipe, platform: Platform) -> tuple[Machine, Machine]:
@@ -325,7 +336,7 @@ def machine(pods: Pods) -> Machine:
     flops = pods.accelerator_tflops * 1e12 if pods.accelerator_tflops else None
     accelerator = known
     if known is not None:
-        accelerator = Accelerator(memory or known.memory, flops or known.flops)
+        accelerator = Accelerator(memory or known.memory, flops or known.flops, known.bandwidth)
     elif memory:
         accelerator = Accelerator(memory, flops)
     return Machine(
