@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,15 @@ def test_another_pod_goes_on_from_the_object_store(
     there = NumberedSamples(dataset, tmp_path, "train").first(40, 1)
     assert not found.missing("train", there)
     assert not store.sizes()
+
+
+def test_no_room(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"outputs of [\d,]+ tokens take 0.0 GB .256 bytes a token"):
+        cached(tmp_path, teacher, dataset)
 
 
 def test_not_the_teachers_tokens(teacher: Path, dataset: Path, tmp_path: Path) -> None:
