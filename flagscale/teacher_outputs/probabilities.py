@@ -16,7 +16,7 @@ import torch.distributed as dist
 from flagscale.errors import UserError
 
 BLOCK = 128
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # of one fp32 buffer: 16 MiB, 512 MiB
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # of one fp32 buffer: 16 MiB, 128 MiB
 _NOTHING = -200.0  # exp of it is 0 in float32
 
 

@@ -111,7 +111,7 @@ def test_copies_share_the_samples(teacher: Path, dataset: Path, tmp_path: Path) 
     """On more accelerators than one copy needs: here four processes, TP2 and two copies."""
     expected = cached(tmp_path / "alone", teacher, dataset)
     models = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
-    paths = Paths(teacher, dataset, tmp_path / "work", tmp_path / "outputs")
+    paths = Paths(teacher, dataset, str(tmp_path / "work"), tmp_path / "outputs")
     values = {"outputs": CODECS["hidden"], "met": MET, "paths": paths, "models": models}
     request = to_jsonable_python(values)
     run_on_ranks("cache-teacher", "flagscale.steps.cache_teacher:cache_on_rank", request, 4)

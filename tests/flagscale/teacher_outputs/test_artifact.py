@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kfp import dsl
 
 from flagscale.artifacts import new_artifact
 from flagscale.errors import UserError
-from flagscale.shared import read_pointer, shared_place, write_pointer
+from flagscale.execution.notes import FOLDER_VARIABLE
+from flagscale.execution.step_process import step_process
+from flagscale.shared import read_pointer
 from flagscale.shared.store import ObjectStore
 from flagscale.teacher_outputs import KIND, Hidden, OutputsWriter, SparseTargets, TeacherOutputs
 from flagscale.teacher_outputs.shards import ENTRY, ShardWriter
@@ -196,13 +199,13 @@ def test_an_object_store_is_read_in_parts(
     folder: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLAGSCALE_SHARED", f"{bucket}/distillation")
-    place = shared_place()
-    assert place
-    with place:
-        staged = place.stage("cache-teacher")
-        shutil.copytree(folder, staged)
-        write_pointer(place.publish(staged), tmp_path / "pointer")
-    here, there = (TeacherOutputs.open(path) for path in (folder, tmp_path / "pointer"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with step_process("cache-teacher") as step:
+        shutil.copytree(folder, step.output(str(tmp_path / "pointer")))
+    with step_process("distil-student") as step:
+        artifact = dsl.Dataset(uri=str(tmp_path / "pointer"))
+        found = step.input("teacher_outputs", artifact, in_parts=True)
+    here, there = TeacherOutputs.open(folder), TeacherOutputs.open(found)
     assert there.manifest == here.manifest
     samples = [5, 7, 0]
     assert torch.equal(
