@@ -7,7 +7,7 @@ ranks all read the whole sequence and keep their part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,19 +147,23 @@ def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> d
     if values is not None:
         integers = [values[name].reshape(-1) for name in _INTEGERS]
         mask = values["loss_mask"].reshape(-1).double().view(torch.int64)
-        names = [values[name].reshape(-1) for name in _NAMES if name in values]
-        sent = torch.cat([*integers, mask, *names])
+        sent = torch.cat([*integers, mask, *(values[name].reshape(-1) for name in _named(values))])
         message[: sent.numel()].copy_(_pinned(sent), non_blocking=True)
     _broadcast(message)
     shape = (rows, args.seq_length)
     *integers, mask = (part.view(shape) for part in message[: 4 * size].split(size))
     received: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=True))
     received["loss_mask"] = mask.view(torch.float64).float()
-    names = message[4 * size :]
-    received |= {"samples": names[:rows], "split": names[rows], "following": names[rows + 1 :]}
+    samples, split, following = message[4 * size :].split([rows, 1, rows])
+    received |= {"samples": samples, "split": split[0], "following": following}
     if args.reset_attention_mask:
         received |= _borders_from_first_tensor_rank(values, size)
     return received
+
+
+def _named(values: dict[str, Any]) -> Iterable[str]:
+    """All that says which samples there are, or nothing: in a message each has its place."""
+    return _NAMES if all(name in values for name in _NAMES) else ()
 
 
 def _borders_from_first_tensor_rank(values: dict[str, Any] | None, size: int) -> dict[str, Any]:
