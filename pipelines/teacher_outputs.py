@@ -104,8 +104,8 @@ def _faster(asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | N
     cached = once + again
     told = (
         f"{_count(len(asking), 'training')} would ask the teacher for {_tokens(tokens)} tokens, "
-        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({_bytes(a_token * asked)}) and read it "
-        f"takes {_time(cached)}"
+        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({_bytes(a_token * asked)}) and "
+        f"read it takes {_time(cached)}"
     )
     return Choice(cached < _WORTH_WHILE * live, told)
 

@@ -113,6 +113,20 @@ def test_outputs_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         OutputsWriter(tmp_path, facts(teacher="sha256:u", seq_length=6))
 
 
+def test_facts_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    OutputsWriter(tmp_path, facts())
+    (tmp_path / "facts.json").write_text("")
+    with pytest.raises(UserError, match=r"facts.json: cannot be read: .*; remove"):
+        OutputsWriter(tmp_path, facts())
+
+
+def test_nothing_to_write_leaves_nothing(tmp_path: Path) -> None:
+    writer = OutputsWriter(tmp_path, facts())
+    writer.write("train", [], [])
+    assert writer.finish({"train": 9})["bytes_per_token"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
 def test_killed_at_any_byte_it_goes_on(tmp_path: Path) -> None:
     """Cut off anywhere; the index may have gone to the disk before the records."""
     of, samples = facts("sampled"), [4, 0, 2]
