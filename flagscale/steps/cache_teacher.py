@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from flagscale.models.outputs_bias import SAMPLES, STUDENT, measured_bias
 from flagscale.models.token_progress import TokenProgress
 from flagscale.recipe import MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_facts import DTYPES, outputs_facts
+from flagscale.steps.outputs_facts import DTYPES, check_room, outputs_facts
 from flagscale.steps.outputs_mirror import OutputsMirror
 from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
 from flagscale.train.checkpoints import mirror
@@ -121,6 +122,9 @@ def cache_on_rank(
         writer = OutputsWriter(folder / "outputs", facts, rank)
         asked = {} if met.is_empty else _asked(met, paths, folder / "data", facts)
         missing = _missing(writer, asked)
+        tokens = facts.seq_length * sum(map(len, missing.values()))
+        room = partial(check_room, outputs, facts, paths.teacher, folder, tokens)
+        on_first_rank(folder, "cannot be written", room)
         speed, bias = 0.0, {}
         if asked:
             teacher = _open(facts, missing, paths, models)
