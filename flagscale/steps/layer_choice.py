@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,22 @@ def needs(shape: ModelShape, seq_length: int, stored: torch.dtype) -> dict[str, 
     }
 
 
-def record(choice: LayerChoice, shape: ModelShape, staging: Staging, run: tracking.StepRun) -> None:
-    """Say what the student is, and why: in the artifact and to MLflow. The first rank calls it."""
+def record(
+    choice: LayerChoice,
+    widths: Mapping[str, Sequence[float]],
+    shape: ModelShape,
+    staging: Staging,
+    run: tracking.StepRun,
+) -> None:
+    """Say what the student is, and why: in the artifact and to MLflow. The first rank calls it.
+
+    Args:
+        choice: of its layers.
+        widths: see `flagscale.evaluation.student_report.render`.
+        shape: of the student.
+        staging: its artifact.
+        run: the step's.
+    """
     facts: dict[str, Any] = {"shape": {name: getattr(shape, name) for name in _SHAPE}}
     if choice.kept:
         facts["keep_layers"] = list(choice.kept)
@@ -158,7 +173,9 @@ def record(choice: LayerChoice, shape: ModelShape, staging: Staging, run: tracki
         }
     staging.facts.update(facts)
     run.log_params(facts)
-    (staging.path / REPORT).write_text(render(staging.facts, choice.importance), encoding="utf-8")
+    (staging.path / REPORT).write_text(
+        render(staging.facts, choice.importance, widths), encoding="utf-8"
+    )
     run.log_artifact(staging.path / REPORT)
 
 

@@ -182,3 +182,8 @@ def test_page_shows_order_and_figures() -> None:
     plain = render(facts, None)
     assert "<svg" not in plain
     assert "Which layers went" not in plain
+    cut = facts | {"width_importance": {"sizes": {"hidden_size": 2, "ffn_hidden_size": 1}}}
+    shares = {"hidden_size": [0.5, 0.9, 1.0], "ffn_hidden_size": [0.75, 1.0]}
+    narrower = render(cut, None, shares)
+    assert "Which channels went" in narrower
+    assert "2 of 3 hidden_size have 90.0%; 1 of 2 ffn_hidden_size have 75.0%" in narrower
