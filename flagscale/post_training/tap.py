@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
+from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
 from flagscale.recipe.layer_pairs import layer_of
 
 # Changes what an output layer is given: (whose, hidden states [s, b, h]) -> hidden states.
@@ -95,7 +96,9 @@ class Seen:
         labels_bs: the token after each.
         mask_bs: 0 where there is no loss.
         positions_bs: of each token in its document.
-        heads: of `student` and `teacher`; of the student alone where nothing is distilled.
+        heads: of `student` and `teacher`; of the student alone where nothing is distilled, or the
+            teacher gives no logits.
+        targets: b * s rows, what it gives then.
         report: name of a loss -> its sum and its count, as training reports them.
         loss: what training takes the gradient of, summed over the tokens.
         num_tokens: what it divides that by.
@@ -109,6 +112,7 @@ class Seen:
     mask_bs: torch.Tensor
     positions_bs: torch.Tensor
     heads: dict[str, Head]
+    targets: SparseRows | None = None
     report: dict[str, tuple[float, float]] = field(default_factory=dict)
     loss: float = 0.0
     num_tokens: float = 0.0
@@ -145,6 +149,7 @@ class Tap:
         self._differentiates = differentiates
         self._given: dict[str, Any] = {}
         self._heads: dict[str, Head] = {}
+        self._targets: SparseRows | None = None
         self._wanted = layers
         self.layers: dict[Layer, torch.Tensor] = {}
         self.seen: Seen | None = None
@@ -157,9 +162,13 @@ class Tap:
             models[TEACHER] = self._model.teacher_model
         hooks = [self._model.register_forward_pre_hook(self._batch, with_kwargs=True)]
         for whose, model in models.items():
-            if model.post_process:
+            if not model.post_process:
+                continue
+            layer = model.output_layer
+            if isinstance(layer, GivenTargets):
+                hooks.append(layer.register_forward_pre_hook(self._given_targets))
+            else:
                 hook = partial(self._head, whose, model)
-                layer = model.output_layer
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for wanted in self._wanted:
             module = _on_this_stage(models[wanted[0]], wanted[1])
@@ -187,10 +196,14 @@ class Tap:
             if self._differentiates:
                 head = self._heads[STUDENT]
                 head.gradient_sbh = torch.autograd.grad(loss, head.hidden_sbh)[0]
+            targets = self._targets
+            if targets is not None:
+                targets = targets.by_sample(len(self._given["mask_bs"]))
             sums = torch.stack([torch.stack([*one]) for one in report.values()]).tolist()
             self.seen = Seen(
                 **self._given,
                 heads=self._heads,
+                targets=targets,
                 report={name: (s, n) for name, (s, n) in zip(report, sums, strict=True)},
                 loss=loss.item(),
                 num_tokens=num_tokens.item(),
@@ -219,6 +232,10 @@ class Tap:
                 "mask_bs": named["loss_mask"],
                 "is_packed": named.get("packed_seq_params") is not None,
             }
+
+    def _given_targets(self, _layer: Any, args: tuple[SparseRows, ...]) -> None:  # noqa: ANN401
+        if self.seen is None:
+            self._targets = args[0]
 
     def _head(
         self,

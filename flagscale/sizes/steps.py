@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe
 from flagscale.sizes import models
+from flagscale.sizes.codecs import bytes_per_token
 from flagscale.sizes.intermediate import Terms
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
@@ -168,23 +169,27 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     )
     training, seq_length = recipe.training, recipe.data.seq_length
     tokens = training.train_iters * training.global_batch_size * seq_length
-    flops = training_flops(
-        job.student, job.distilled_from, tokens, seq_length, training.recompute_granularity
-    )
+    live = job.runs_in_training
+    flops = training_flops(job.student, live, tokens, seq_length, training.recompute_granularity)
     validations = 1 + training.train_iters // training.eval_interval
     validated = validations * training.eval_iters * training.global_batch_size * seq_length
-    for shape in filter(None, (job.student, job.distilled_from)):
+    for shape in filter(None, (job.student, live)):
         flops += forward_flops(shape, validated, seq_length)
-    touched = 0.0
-    if job.distilled_from is not None:
-        size = setup.computation.dtype_bytes
-        terms = Terms(recipe.distillation, job.student, job.distilled_from, layout, size)
+    if job.reads_outputs and setup.teacher_logits:  # of hidden states, the output layer makes them
+        shape = job.teacher.shape
+        flops += 2.0 * (tokens + validated) * shape.padded_vocab_size * shape.hidden_size
+    touched, size = 0.0, setup.computation.dtype_bytes
+    if live is not None:
+        terms = Terms(recipe.distillation, job.student, live, layout, size)
         for count, trains in ((tokens, True), (validated, False)):
             work = (count, training.micro_batch_size, seq_length)
             flops += terms.flops(*work, trains=trains)
             touched += terms.touched(*work, trains=trains)
     saved = saved_bytes(job.student, setup)
     reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
+    if job.reads_outputs:
+        a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
+        reads += (tokens + validated) * a_token
     saves = -(-training.train_iters // training.save_interval)
     ranks_a_pod = -(-layout.ranks // machine.pods)
     staged = _staged(job, layout)
@@ -192,7 +197,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     keep = training.keep_checkpoints + 1 + (training.keep_weights == "best")
     a_step = sent_a_step(
         job.student,
-        job.distilled_from,
+        live,
         layout,
         setup.computation.dtype_bytes,
         seq_length * training.global_batch_size // (layout.data * layout.context),
