@@ -118,8 +118,12 @@ class OutputsWriter:
             # Several may begin at once, and all write the same.
             partial = self.folder / f".{FACTS}.{self._writer}"
             write_json(partial, self._facts.values())
-            flush(self.folder)  # before the records, which are nobody's without it
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
             os.replace(partial, file)
+            # Before the records, which are nobody's without it. The names alone: what others have
+            # begun to write goes while one looks.
+            flush(self.folder, deep=False)
             return
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
