@@ -115,15 +115,13 @@ class OutputsWriter:
     def _claim(self) -> None:
         file = self.folder / FACTS
         if not file.exists():
-            # Several may begin at once, and all write the same.
+            # Several may begin at once, and all write the same; the others' files come and go.
             partial = self.folder / f".{FACTS}.{self._writer}"
             write_json(partial, self._facts.values())
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
             os.replace(partial, file)
-            # Before the records, which are nobody's without it. The names alone: what others have
-            # begun to write goes while one looks.
-            flush(self.folder, deep=False)
+            flush(self.folder, deep=False)  # before the records, which are nobody's without it
             return
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
