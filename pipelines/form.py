@@ -70,6 +70,7 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
     return Made(
         parameters=tuple(names),
         recipe=facts,
+        caches_teacher=recipe.caches_teacher,
         platform=_facts(platform, recipe) if platform else None,
     )
 

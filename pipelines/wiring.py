@@ -7,6 +7,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components.cache_teacher.component import cache_teacher
 from components.check_recipe.component import check_recipe
 from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
@@ -14,13 +15,14 @@ from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
-from flagscale.run_values import SECTIONS, Made
+from flagscale.run_values import MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
 
 _FIGURES = {
     "prepare-data": "dataset_metrics",
     "prepare-teacher": "teacher_metrics",
+    "cache-teacher": "outputs_metrics",
     "convert-student": "student_metrics",
     "distil-student": "training_metrics",
     "distil-student-on-nodes": "training_metrics",
@@ -49,7 +51,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, "sweep_variants") if name in values]
-    return {**values, **{name: checked.outputs[name] for name in outputs}}
+    return {**values, **{name: checked.outputs[name] for name in (*outputs, MET)}}
 
 
 def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
@@ -78,6 +80,25 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
+def cache(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Any,  # noqa: ANN401 - KFP's channel
+    teacher: Any,  # noqa: ANN401 - KFP's channel
+) -> Any:  # noqa: ANN401 - KFP's channel
+    """The step that asks the teacher for all trainings: a channel of its outputs."""
+    asked = cache_teacher(
+        teacher_outputs_recipe=values["teacher_outputs"],
+        met_recipe=values[MET],
+        models_recipe=values["models"],
+        checkpoints=values["training_checkpoints"],
+        teacher=teacher,
+        dataset=dataset,
+        **always(values, "models"),
+    )
+    return placed.place(asked, "models", "Cache teacher").outputs["teacher_outputs"]
+
+
 def convert(
     values: Mapping[str, Any],
     placed: Placement,
@@ -100,10 +121,14 @@ def teach(
     placed: Placement,
     dataset: Any,  # noqa: ANN401 - KFP's channel
     teacher: Any,  # noqa: ANN401 - KFP's channel
+    outputs: Any = None,  # noqa: ANN401 - KFP's channel, of `cache`
 ) -> tuple[Any, Any]:
     """The steps of one student: channels of the distilled student and its evaluation."""
     student = convert(values, placed, dataset, teacher)
-    distilled = _train(values, placed, teacher=teacher, student=student, dataset=dataset)
+    read = {"teacher": teacher, "student": student, "dataset": dataset}
+    if outputs is not None:
+        read["teacher_outputs"] = outputs
+    distilled = _train(values, placed, **read)
 
     measured = evaluate(
         evaluation_recipe=values["evaluation"],
@@ -140,7 +165,9 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
 def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[str, Any]:
     """What the last step is given: the figures of the steps that every run has, and of `last`."""
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
-    steps = ("prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last)
+    steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
+    if placed.has("cache-teacher"):
+        steps.append("cache-teacher")
     given = {_FIGURES[step]: placed.task(step).outputs[_FIGURES[step]] for step in steps}
     return {"experiment": values["tracking_experiment"], **given}
 

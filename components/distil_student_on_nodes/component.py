@@ -20,6 +20,7 @@ def distil_student_on_nodes(
     dataset: dsl.Input[dsl.Dataset],
     distilled_student: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
+    teacher_outputs: dsl.Input[dsl.Dataset] = None,
 ) -> None:
     """Train the student as distil-student does, as a TrainJob: starts it and follows it.
 
@@ -40,6 +41,7 @@ def distil_student_on_nodes(
         dataset: from prepare-data.
         distilled_student: the student after training, with its loss curves.
         training_metrics: last losses, speed.
+        teacher_outputs: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -54,6 +56,7 @@ def distil_student_on_nodes(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
+            teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             nodes=nodes,

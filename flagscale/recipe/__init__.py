@@ -24,6 +24,7 @@ from flagscale.recipe.results import (
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
+from flagscale.recipe.teacher_outputs import MetRecipe, TeacherOutputsRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
 
@@ -34,6 +35,7 @@ __all__ = [
     "EvaluationRecipe",
     "ExportRecipe",
     "LayoutRecipe",
+    "MetRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
     "QuantizationRecipe",
@@ -45,6 +47,7 @@ __all__ = [
     "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
+    "TeacherOutputsRecipe",
     "TeacherRecipe",
     "TrackingRecipe",
     "TrainingRecipe",

@@ -17,6 +17,12 @@ from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRe
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
+from flagscale.recipe.teacher_outputs import (
+    TeacherOutputsRecipe,
+    met_by,
+    reads_outputs,
+    unserved,
+)
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, variants
 
@@ -32,6 +38,7 @@ class Recipe(Section):
     student: StudentRecipe
     data: DataRecipe = DataRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
+    teacher_outputs: TeacherOutputsRecipe = TeacherOutputsRecipe()
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
@@ -65,6 +72,10 @@ class Recipe(Section):
         check_combination(self.distillation, self.training, self.student.architecture)
         if self.student.quantization is not None:
             check_quantization(self.student.quantization, self.training, self.export.format)
+        if reads_outputs(self.distillation):
+            reason = unserved(self.distillation, self.teacher_outputs)
+            if reason is not None:
+                raise ValueError(reason)
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
@@ -84,14 +95,23 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sweep(self) -> Recipe:
-        if self.sweep is not None:
-            variants(self, self.sweep)
+        met_by(self.trainings, self.teacher_outputs)
         return self
 
     @property
     def variants(self) -> list[Variant[Recipe]]:
         """The sweep's variants, each a whole recipe; none without a sweep."""
         return [] if self.sweep is None else variants(self, self.sweep)
+
+    @property
+    def trainings(self) -> list[Recipe]:
+        """The recipes of all trainings: the variants' of a sweep, else this one."""
+        return [self] if self.sweep is None else [variant.recipe for variant in self.variants]
+
+    @property
+    def caches_teacher(self) -> bool:
+        """Whether a training reads teacher outputs, so that a step must make them."""
+        return any(reads_outputs(training.distillation) for training in self.trainings)
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:

@@ -14,10 +14,12 @@ from flagscale.recipe import (
     ModelsRecipe,
     Recipe,
     Section,
+    TeacherOutputsRecipe,
     TeacherRecipe,
     parse_section,
 )
 from flagscale.recipe.sweep import VARIED
+from flagscale.recipe.teacher_outputs import decided, met_by, reads_outputs
 from flagscale.recipe.variants import check_distinct
 from flagscale.run_values.fields import set_fields
 from flagscale.run_values.made import Made
@@ -28,11 +30,13 @@ SECTIONS = (
     "teacher",
     "student",
     "distillation",
+    "teacher_outputs",
     "training",
     "evaluation",
     "export",
     "models",
 )
+MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
 _WHOLE = "the recipe with this run's parameters"
 
 
@@ -41,6 +45,7 @@ class _Shared(Section):
 
     data: DataRecipe
     teacher: TeacherRecipe
+    teacher_outputs: TeacherOutputsRecipe
     evaluation: EvaluationRecipe
     export: ExportRecipe
     models: ModelsRecipe
@@ -56,6 +61,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`.
+        And under `MET` what its trainings meet of teacher outputs.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -69,11 +75,24 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     whole = _changed(made, values)
     if "sweep_variants" in values:
         parse_section(_Shared, {name: whole[name] for name in _Shared.model_fields}, where=_WHOLE)
-        recipes = _variants(values["sweep_variants"], whole)
+        recipes = _variants(made, values["sweep_variants"], whole)
     else:
-        recipes = {_WHOLE: parse_section(Recipe, whole, where=_WHOLE)}
+        recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
     return _resolved(values, list(recipes.values()))
+
+
+def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
+    """One training's recipe, in which it is decided whether it reads teacher outputs."""
+    recipe = parse_section(Recipe, whole, where=where)
+    if recipe.distillation.teacher_outputs == "auto":
+        return decided(recipe, made.caches_teacher)
+    if reads_outputs(recipe.distillation) and not made.caches_teacher:
+        raise UserError(
+            f"{where}: distillation.teacher_outputs=cached, but this pipeline was made without the "
+            "step cache-teacher; make one of a recipe that says so, or leave it out"
+        )
+    return recipe
 
 
 def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +109,7 @@ def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _variants(given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
+def _variants(made: Made, given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
     """A sweep's variants as whole recipes, by what errors call them."""
     keys = ["name", *VARIED]
     found: dict[str, Recipe] = {}
@@ -104,7 +123,7 @@ def _variants(given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
         if name in found:
             raise UserError(f"{name}: two variants have this name; each needs its own")
         own = {section: variant[section] for section in VARIED}
-        found[name] = parse_section(Recipe, {**shared, **own}, where=name)
+        found[name] = _read(made, {**shared, **own}, name)
     if not found:
         raise UserError("parameter sweep_variants: is empty; give at least one variant")
     names = (variant["name"] for variant in given)
@@ -137,4 +156,8 @@ def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any
             {"name": variant["name"], **{section: one[section] for section in VARIED}}
             for variant, one in zip(values["sweep_variants"], whole, strict=True)
         ]
+    try:
+        resolved[MET] = met_by(recipes, recipes[0].teacher_outputs).model_dump(mode="json")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return resolved

@@ -26,4 +26,5 @@ class Made(Section):
     recipe: dict[str, Any] = Field(
         description="Its sections are the parameters' defaults; a sweep's has not those that vary"
     )
+    caches_teacher: bool = Field(False, description="Whether it has the step cache-teacher")
     platform: PlatformFacts | None = Field(None, description="None: this machine")
