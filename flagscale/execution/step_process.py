@@ -35,6 +35,7 @@ from flagscale.imports import uncollected
 from flagscale.recipe import SectionT, parse_section
 from flagscale.run_values.literal import literal
 from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
+from flagscale.shared.store import is_url
 from flagscale.stop import deferred_stop
 from flagscale.tracking import step_failed
 
@@ -92,7 +93,7 @@ class Step:
         found: ValueT = literal(value)
         return found
 
-    def input(self, name: str, artifact: Input) -> Path:
+    def input(self, name: str, artifact: Input, *, in_parts: bool = False) -> Path:
         """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
 
         KFP's launcher says nothing where it found nothing to download.
@@ -100,6 +101,8 @@ class Step:
         Args:
             name: of the component's input.
             artifact: what KFP handed over.
+            in_parts: what lies in an object store is left there, and the folder is that of the
+                pointer to it: for an artifact whose reader follows one, and reads but a part.
 
         Raises:
             UserError: nothing is there, or something else than what was pointed to.
@@ -111,6 +114,8 @@ class Step:
         try:
             pointer = read_pointer(path)
             if pointer is None:
+                return path
+            if in_parts and is_url(pointer.location):
                 return path
             folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
             return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)

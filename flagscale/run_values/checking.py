@@ -61,7 +61,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`.
-        And under `MET` what its trainings meet of teacher outputs.
+        Of a pipeline with cache-teacher also, under `MET`, what that is asked for.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -79,15 +79,16 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     else:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
-    return _resolved(values, list(recipes.values()))
+    resolved = _resolved(values, list(recipes.values()))
+    return resolved | (_met(list(recipes.values())) if made.caches_teacher else {})
 
 
 def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
     """One training's recipe, in which it is decided whether it reads teacher outputs."""
     recipe = parse_section(Recipe, whole, where=where)
-    if recipe.distillation.teacher_outputs == "auto":
-        return decided(recipe, made.caches_teacher)
-    if reads_outputs(recipe.distillation) and not made.caches_teacher:
+    if made.caches_teacher:
+        return decided(recipe, cached=True)
+    if reads_outputs(recipe.distillation):
         raise UserError(
             f"{where}: distillation.teacher_outputs=cached, but this pipeline was made without the "
             "step cache-teacher; make one of a recipe that says so, or leave it out"
@@ -156,8 +157,11 @@ def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any
             {"name": variant["name"], **{section: one[section] for section in VARIED}}
             for variant, one in zip(values["sweep_variants"], whole, strict=True)
         ]
+    return resolved
+
+
+def _met(recipes: list[Recipe]) -> dict[str, Any]:
     try:
-        resolved[MET] = met_by(recipes, recipes[0].teacher_outputs).model_dump(mode="json")
+        return {MET: met_by(recipes, recipes[0].teacher_outputs).model_dump(mode="json")}
     except ValueError as error:
         raise UserError(str(error)) from None
-    return resolved
