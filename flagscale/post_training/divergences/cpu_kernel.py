@@ -1,8 +1,8 @@
 """The pass over rows of logits compiled for this machine's CPU, where a C++ compiler is at hand.
 
-`cpp/` does what the chunks in `passing` and `top_k_kl` do, in a third to two thirds of
-the time: a row's numbers stay in the core's cache, and no operation stores what the next reads. It
-is compiled once a process, in some 3 seconds of a core, for the very processor it runs on; nothing of it is
+`cpp/` does what the chunks in `passing` and `top_k_kl` do, in a quarter to a half of the time: a
+row's numbers stay in the core's cache, and no operation stores what the next reads. It is compiled
+once a process, in some 3 seconds of a core, for the very processor it runs on; nothing of it is
 kept, so that no other processor meets it. Where there is no compiler, the chunks do the work.
 """
 
