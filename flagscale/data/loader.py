@@ -231,7 +231,7 @@ def train_iterator(
     index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
-    return iter(Batches(parts, _weights(index, parts), shape, seed, steps, reset_attention_mask))
+    return iter(Batches(parts, part_weights(index, parts), shape, seed, steps, reset_attention_mask))
 
 
 def validation_batches(
@@ -262,7 +262,7 @@ def validation_batches(
             eval_iters,
             global_batch_size,
         )
-    weights = _weights(index, parts)
+    weights = part_weights(index, parts)
     steps = range(eval_iters)
     return Batches(parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask)
 
@@ -294,7 +294,7 @@ def split_documents(
     return [np.asarray(one[number], np.int64) for one, number in places]
 
 
-def _weights(index: Index, parts: list[Samples]) -> list[float]:
+def part_weights(index: Index, parts: list[Samples]) -> list[float]:
     """The recipe's, or where it gives none the number of samples."""
     return [
         float(len(samples) if part.weight is None else part.weight)

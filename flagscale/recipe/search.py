@@ -1,0 +1,160 @@
+"""Section `search`: which students are candidates, and how they are narrowed down to one.
+
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are trained a little,
+the worse ones are dropped, the rest go on. A candidate's training is one training with one learning
+rate schedule, `training`, which is stopped at the end of each rung and goes on in the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.section import NUMBER, Line, Positive, PositiveInt, Ranks, Section
+from flagscale.recipe.sweep import check_vary
+from flagscale.recipe.training import TrainingRecipe
+
+MOST_CANDIDATES = 64
+_MOST_RUNGS = 8
+
+Ranking = Literal["distillation_loss", "lm_loss"]
+
+
+class CandidatesRecipe(Section):
+    """Students that differ in some fields."""
+
+    name: Line | None = Field(None, description="What they are called; default: what they vary")
+    vary: dict[str, tuple[Any, ...]] = Field(
+        description="student.field: [values]; every combination is a candidate"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CandidatesRecipe:
+        check_vary(self.vary, ("student",))
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return math.prod(len(values) for values in self.vary.values())
+
+
+class RungRecipe(Section):
+    """How long candidates are trained before they are ranked, and how many of them go on."""
+
+    steps: PositiveInt = Field(description="Optimiser steps since the beginning of the training")
+    keep: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
+        0.5, description="Share of this rung's candidates that goes on, at most; rounded up"
+    )
+
+
+class SearchRecipe(Section):
+    """Candidates, rungs, and what decides between them."""
+
+    candidates: tuple[CandidatesRecipe, ...] = Field(description="Students to choose from")
+    rungs: tuple[RungRecipe, ...] = Field(description="Of rising steps; after the last one is left")
+    metric: Ranking = Field(
+        "distillation_loss",
+        description="Held-out loss that ranks: distillation_loss: the recipe's divergence from the "
+        "teacher, by default the KL; lm_loss: of the text",
+    )
+    samples: Annotated[PositiveInt, Field(ge=2)] = Field(
+        64, description="Samples of the validation split that candidates are ranked on"
+    )
+    bootstrap_samples: Annotated[PositiveInt, Field(ge=100, le=10**6)] = Field(
+        1000, description="Resamples of them for the intervals"
+    )
+    confidence: Annotated[Positive, Field(lt=1)] = Field(
+        0.95, description="A candidate is dropped early if so surely worse than the best"
+    )
+    parallelism: Ranks = Field(
+        2, description="Candidates at a time, on a cluster; this machine takes one after another"
+    )
+    budget_tokens: Annotated[Positive, Field(ge=1, le=1e15)] | None = Field(
+        None, description="Most tokens that all trainings together may see; default: no limit"
+    )
+    budget_gpu_hours: Positive | None = Field(
+        None, description="Most hours of accelerators, by the planner's estimate; default: no limit"
+    )
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many candidates each rung trains, at most."""
+        found = [sum(candidates.count for candidates in self.candidates)]
+        for rung in self.rungs[:-1]:
+            found.append(max(1, math.ceil(round(rung.keep * found[-1], 9))))
+        return tuple(found)
+
+    def steps(self, train_iters: int) -> int:
+        """Optimiser steps of all trainings together, at most: of the rungs and of the winner."""
+        before = (0, *(rung.steps for rung in self.rungs))
+        rungs = zip(self.slots, before, self.rungs, strict=False)
+        return sum(n * (rung.steps - start) for n, start, rung in rungs) + train_iters - before[-1]
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchRecipe:
+        if not self.candidates or not self.rungs:
+            missing = "rungs" if self.candidates else "candidates"
+            raise ValueError(f"{missing}=[]: needs at least one")
+        count = self.slots[0]
+        if not 2 <= count <= MOST_CANDIDATES:
+            raise ValueError(
+                f"candidates: make {count}; a search needs at least 2 and at most {MOST_CANDIDATES}"
+            )
+        steps = [rung.steps for rung in self.rungs]
+        if steps != sorted(set(steps)) or len(steps) > _MOST_RUNGS:
+            raise ValueError(
+                f"rungs: steps={steps} must rise from rung to rung, in at most {_MOST_RUNGS} rungs"
+            )
+        if self.rungs[-1].keep != RungRecipe.model_fields["keep"].default:
+            raise ValueError(
+                f"rungs: the last has keep={self.rungs[-1].keep}, which has no effect: one candidate "
+                "is left after it; leave it out"
+            )
+        return self
+
+
+def check_search(
+    search: SearchRecipe,
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    seq_length: int,
+) -> None:
+    """Refuse a search that its training could not hold.
+
+    Args:
+        search: the recipe's section.
+        distillation: the recipe's section.
+        training: the recipe's section.
+        seq_length: tokens a sample.
+
+    Raises:
+        ValueError: both values, and what would be right.
+    """
+    last = search.rungs[-1].steps
+    if last >= training.train_iters:
+        raise ValueError(
+            f"search.rungs: the last ends after steps={last}, but training.train_iters="
+            f"{training.train_iters}: the winner is trained on to train_iters, which must be more"
+        )
+    if search.metric == "distillation_loss" and distillation.loss == "none":
+        raise ValueError(
+            "search.metric=distillation_loss with distillation.loss=none: nothing is distilled; "
+            "set search.metric=lm_loss"
+        )
+    shares = training.global_batch_size // training.micro_batch_size
+    if search.samples % shares:
+        raise ValueError(
+            f"search.samples={search.samples} is not a multiple of the {shares} micro-batches of a "
+            "training step, which data-parallel ranks share; take the next multiple"
+        )
+    tokens = search.steps(training.train_iters) * training.global_batch_size * seq_length
+    if search.budget_tokens is not None and tokens > search.budget_tokens:
+        raise ValueError(
+            f"search.budget_tokens={search.budget_tokens:g}, but rungs of {list(search.slots)} "
+            f"candidates, and the winner's training to train_iters={training.train_iters}, are "
+            f"{tokens:,} tokens; lower search.rungs' steps or keep, or have fewer candidates"
+        )
