@@ -96,6 +96,10 @@ class Placement:
         """Whether there is a platform."""
         return self._platform is not None
 
+    def has(self, step: str) -> bool:
+        """Whether the step has been placed."""
+        return step in self._tasks
+
     def task(self, step: str) -> dsl.PipelineTask:
         """The step's task, which has been placed."""
         return self._tasks[step]

@@ -64,7 +64,7 @@ class Plan:
 
 
 def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> list[Plan]:
-    """The recipe's plan, or one of each variant of its sweep.
+    """The recipe's plan, or one of each variant of its sweep or candidate of its search.
 
     Args:
         recipe: resolved.
@@ -83,14 +83,15 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
         machines = (here, here) if platform is None else _machines(one, platform)
         return _plan(one, teacher, machines, name)
 
-    if recipe.sweep is None:
+    variants = recipe.variants
+    if not variants:
         return [plan(recipe, None)]
     found = []
-    for variant in recipe.variants:
+    for variant in variants:
         try:
             found.append(plan(variant.recipe, variant.name))
         except UserError as error:
-            raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
+            raise UserError(f"{recipe.varied} {variant.name!r}: {error}") from error
     return found
 
 

@@ -103,7 +103,9 @@ def _wire(
         looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
-        distilled, evaluation = teach({**looped, **own}, placed, dataset, teacher)
+        distilled, evaluation = teach(
+            {**looped, **own}, placed, dataset, teacher, record_failure=True
+        )
 
     ranked = leaderboard(
         variants=values["sweep_variants"],

@@ -13,6 +13,9 @@ def distil_student(
     code_version: str,
     experiment: str,
     accelerators: str,
+    until_step: int,
+    samples: int,
+    record_failure: bool,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -28,18 +31,32 @@ def distil_student(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
+        until_step: of a search: stop after this step, and measure; 0: train to the end.
+        samples: of a search: held-out samples that the student is measured on.
+        record_failure: whether a failure is written into the output, so that the steps of other
+            students go on, instead of ending the run.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
-        distilled_student: the student after training, with its loss curves.
+        distilled_student: the student after training, with its loss curves; of a rung the curves
+            and held-out losses alone.
         training_metrics: last losses, speed.
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("distil-student", experiment, accelerators) as step:
+    with step_process(
+        "distil-student",
+        experiment,
+        accelerators,
+        record_failure_at=distilled_student.path if record_failure else None,
+    ) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student import distil_student
+        from flagscale.steps.rung import Rung
 
+        rung = None
+        if until_step:
+            rung = Rung(until_step, samples, step.pointer("student", student))
         figures = distil_student(
             step.section(DistillationRecipe, distillation_recipe),
             step.section(TrainingRecipe, training_recipe),
@@ -48,5 +65,6 @@ def distil_student(
             dataset=step.input("dataset", dataset),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
+            rung=rung,
         )
         step.report(figures, training_metrics)

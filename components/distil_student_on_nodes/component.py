@@ -15,6 +15,9 @@ def distil_student_on_nodes(
     nodes: int,
     accelerator_count: str,
     pods: dict,
+    until_step: int,
+    samples: int,
+    record_failure: bool,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -35,19 +38,32 @@ def distil_student_on_nodes(
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
             runtime, timeout_seconds, restarts, annotations, network; image, volumes, node selector
             and secrets are the launcher's.
+        until_step: of a search: stop after this step, and measure; 0: train to the end.
+        samples: of a search: held-out samples that the student is measured on.
+        record_failure: whether a failure is written into the output, so that the steps of other
+            students go on, instead of ending the run.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
-        distilled_student: the student after training, with its loss curves.
+        distilled_student: the student after training, with its loss curves; of a rung the curves
+            and held-out losses alone.
         training_metrics: last losses, speed.
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("distil-student", experiment=experiment) as step:
+    with step_process(
+        "distil-student",
+        experiment=experiment,
+        record_failure_at=distilled_student.path if record_failure else None,
+    ) as step:
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
+        from flagscale.steps.rung import Rung
 
+        rung = None
+        if until_step:
+            rung = Rung(until_step, samples, step.pointer("student", student))
         figures = distil_student_on_nodes(
             step.section(DistillationRecipe, distillation_recipe),
             step.section(TrainingRecipe, training_recipe),
@@ -59,5 +75,6 @@ def distil_student_on_nodes(
             nodes=nodes,
             accelerator_count=accelerators_of(accelerator_count),
             pods=step.section(NodePods, pods),
+            rung=rung,
         )
         step.report(figures, training_metrics)

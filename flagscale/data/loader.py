@@ -231,7 +231,9 @@ def train_iterator(
     index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
-    return iter(Batches(parts, part_weights(index, parts), shape, seed, steps, reset_attention_mask))
+    return iter(
+        Batches(parts, part_weights(index, parts), shape, seed, steps, reset_attention_mask)
+    )
 
 
 def validation_batches(

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-_ROLES = {
+ROLES = {
     "ink": "#010203",
     "muted": "#010204",
     "grid": "#010205",
@@ -33,21 +33,21 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flagscale",
     "font.size": 8.5,
-    "text.color": _ROLES["ink"],
-    "axes.edgecolor": _ROLES["grid"],
-    "axes.labelcolor": _ROLES["muted"],
+    "text.color": ROLES["ink"],
+    "axes.edgecolor": ROLES["grid"],
+    "axes.labelcolor": ROLES["muted"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": _ROLES["grid"],
+    "grid.color": ROLES["grid"],
     "grid.linewidth": 0.7,
-    "xtick.color": _ROLES["grid"],
-    "ytick.color": _ROLES["grid"],
-    "xtick.labelcolor": _ROLES["muted"],
-    "ytick.labelcolor": _ROLES["muted"],
+    "xtick.color": ROLES["grid"],
+    "ytick.color": ROLES["grid"],
+    "xtick.labelcolor": ROLES["muted"],
+    "ytick.labelcolor": ROLES["muted"],
     "ytick.major.size": 0,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
@@ -90,20 +90,20 @@ def losses(training: Log, validation: Log) -> Chart | None:
     def draw(axes: Axes) -> None:
         for key in shown:
             label, role = _LOSSES[key]
-            colour, points = _ROLES[role], _series(validation, key)
+            colour, points = ROLES[role], _series(validation, key)
             steps, values = _series(training, key)
             if steps:
                 axes.plot(steps, values, color=colour, label=label)
             elif points[0]:
                 axes.plot(*points, "--", color=colour, linewidth=1, label=label)
-            axes.plot(*points, "o", color=colour, markeredgecolor=_ROLES["surface"], markersize=6.5)
+            axes.plot(*points, "o", color=colour, markeredgecolor=ROLES["surface"], markersize=6.5)
         if validation:
-            axes.plot([], [], "o", color=_ROLES["muted"], markersize=5, label="validation")
+            axes.plot([], [], "o", color=ROLES["muted"], markersize=5, label="validation")
         axes.set_ylabel("nats a token")
         axes.set_ylim(bottom=0)
 
     text = f"{_describe(training, shown, 'Training')} {_describe(validation, shown, 'Validation')}"
-    return _chart("losses", "Losses during training", text, draw)
+    return make_chart("losses", "Losses during training", text, draw)
 
 
 def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
@@ -113,11 +113,11 @@ def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
         return None
 
     def draw(axes: Axes) -> None:
-        axes.plot(steps, values, color=_ROLES[role])
+        axes.plot(steps, values, color=ROLES[role])
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
-    return _chart(key.replace(" ", "-"), title, _describe(training, (key,), "Training"), draw)
+    return make_chart(key.replace(" ", "-"), title, _describe(training, (key,), "Training"), draw)
 
 
 def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
@@ -129,9 +129,9 @@ def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
     def draw(axes: Axes) -> None:
         x = np.arange(1, len(order) + 1)
         low, high = before_d[order], after_d[order]
-        axes.vlines(x, low, high, color=_ROLES["grid"], linewidth=1.2)
-        axes.plot(x, low, "o", color=_ROLES["before"], markersize=3.6, label="before")
-        axes.plot(x, high, "o", color=_ROLES["after"], markersize=3.6, label="after")
+        axes.vlines(x, low, high, color=ROLES["grid"], linewidth=1.2)
+        axes.plot(x, low, "o", color=ROLES["before"], markersize=3.6, label="before")
+        axes.plot(x, high, "o", color=ROLES["after"], markersize=3.6, label="after")
         axes.set_ylabel("KL, nats a token")
         axes.set_xlabel("documents, the best matched first")
         axes.set_ylim(bottom=0)
@@ -142,7 +142,7 @@ def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
         f"{better} of {len(after_d)} documents are closer to the teacher after distillation. "
         f"Median KL before {np.median(before_d):.3g}, after {np.median(after_d):.3g}."
     )
-    return _chart("documents", "KL to the teacher, document by document", text, draw)
+    return make_chart("documents", "KL to the teacher, document by document", text, draw)
 
 
 def ranking(
@@ -170,9 +170,9 @@ def ranking(
     def draw(axes: Axes) -> None:
         y = -np.arange(len(names))
         for i, role in enumerate(roles):
-            axes.plot([low[i], high[i]], [y[i], y[i]], color=_ROLES[role], linewidth=2)
-            axes.plot(value[i], y[i], "o", color=_ROLES[role], markersize=6)
-        axes.set_yticks(y, [_shortened(name) for name in names])
+            axes.plot([low[i], high[i]], [y[i], y[i]], color=ROLES[role], linewidth=2)
+            axes.plot(value[i], y[i], "o", color=ROLES[role], markersize=6)
+        axes.set_yticks(y, [shortened(name) for name in names])
         axes.set_ylim(-len(names) + 0.4, 0.6)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -184,7 +184,7 @@ def ranking(
         for name, v, lo, hi in zip(names, value, low, high, strict=True)
     )
     size = (7.6, 0.75 + 0.27 * len(names))
-    return _chart("ranking", f"{label}, best first", f"{text}.", draw, size)
+    return make_chart("ranking", f"{label}, best first", f"{text}.", draw, size)
 
 
 def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
@@ -193,7 +193,7 @@ def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
     def draw(axes: Axes) -> None:
         for name, role in (("kept", "muted"), ("removed", "before")):
             chosen = [i for i in range(len(values)) if (i in gone) == (name == "removed")]
-            axes.bar(chosen, [values[i] for i in chosen], color=_ROLES[role], label=name)
+            axes.bar(chosen, [values[i] for i in chosen], color=ROLES[role], label=name)
         if min(values) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -203,14 +203,14 @@ def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
         axes.set_ylabel(label)
 
     text = "; ".join(f"layer {i} {value:.3g}" for i, value in enumerate(values))
-    return _chart("scores", "Each layer by itself", f"{label}: {text}.", draw)
+    return make_chart("scores", "Each layer by itself", f"{label}: {text}.", draw)
 
 
 def removals(layers: Sequence[int], kl: Sequence[float], left: Sequence[int]) -> Chart:
     """The KL to the whole model after each removal, with the layer that went."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(left, kl, "o-", color=_ROLES["before"], markersize=4)
+        axes.plot(left, kl, "o-", color=ROLES["before"], markersize=4)
         for x, y, layer in zip(left, kl, layers, strict=True):
             axes.annotate(
                 str(layer), (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
@@ -224,10 +224,11 @@ def removals(layers: Sequence[int], kl: Sequence[float], left: Sequence[int]) ->
     text = "; ".join(
         f"{n} layers without {layer} {y:.3g}" for n, layer, y in zip(left, layers, kl, strict=True)
     )
-    return _chart("removals", "Layer after layer", f"KL to the teacher: {text}.", draw)
+    return make_chart("removals", "Layer after layer", f"KL to the teacher: {text}.", draw)
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """A name that fits beside an axis."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
@@ -247,13 +248,22 @@ def _describe(log: Log, keys: Sequence[str], name: str) -> str:
     return f"{name}: {'; '.join(parts)}." if parts else ""
 
 
-def _chart(
+def make_chart(
     name: str,
     title: str,
     description: str,
     draw: Callable[[Axes], None],
     size: tuple[float, float] = _SIZE,
 ) -> Chart:
+    """A chart that `draw` draws, in the page's style.
+
+    Args:
+        name: of its ids in the page.
+        title: its caption.
+        description: for screen readers.
+        draw: given the axes.
+        size: inches.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -275,7 +285,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    for role, colour in _ROLES.items():
+    for role, colour in ROLES.items():
         svg = svg.replace(colour, f"var(--{role})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
     box = re.search(r'viewBox="[^"]+"', svg)

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from flagscale import variables
+from flagscale.artifacts import MANIFEST, read_manifest
 from flagscale.errors import Interrupted, UserError
+from flagscale.execution.absent import AbsentInputError, absent, pass_on, write_absent
 from flagscale.execution.exclusive import exclusively
 from flagscale.execution.logs import configure_logging
 from flagscale.execution.metrics_file import write_metrics
@@ -34,7 +36,17 @@ from flagscale.execution.signals import end_with_runner, signals_raise
 from flagscale.imports import uncollected
 from flagscale.recipe import SectionT, parse_section
 from flagscale.run_values.literal import literal
-from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
+from flagscale.secrets import mask
+from flagscale.shared import (
+    ANEW,
+    Place,
+    Pointer,
+    fetch,
+    pointer_to,
+    read_pointer,
+    shared_place,
+    write_pointer,
+)
 from flagscale.stop import deferred_stop
 from flagscale.tracking import step_failed
 
@@ -69,6 +81,7 @@ class Step:
         self._outputs: list[tuple[Path, Path]] = []
         self._afterwards: list[Callable[[], object]] = []
         self._importing = ExitStack()
+        self.recipe: dict[str, Any] = {}
 
     def import_first(self) -> None:
         """Collect no garbage until the body has imported what it runs: its next calls are these."""
@@ -85,7 +98,9 @@ class Step:
             UserError: a field is unknown or has a wrong value.
         """
         self._importing.close()
-        return parse_section(kind, literal(values), where=self.name)
+        section = parse_section(kind, literal(values), where=self.name)
+        self.recipe[kind.__name__.removesuffix("Recipe").lower()] = section.model_dump(mode="json")
+        return section
 
     def literal(self, value: ValueT) -> ValueT:
         """A parameter that is no section, without what it was carried in (`carried`)."""
@@ -96,6 +111,25 @@ class Step:
         """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
 
         KFP's launcher says nothing where it found nothing to download.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
+        Raises:
+            UserError: nothing is there, or something else than what was pointed to.
+            AbsentInputError: it says that there is none.
+        """
+        path = self.input_or_absent(name, artifact)
+        manifest = absent(path)
+        if manifest is not None:
+            raise AbsentInputError(name, manifest)
+        if (path / MANIFEST).exists():
+            self.recipe |= {k: v for k, v in read_manifest(path).recipe.items() if v}
+        return path
+
+    def input_or_absent(self, name: str, artifact: Input) -> Path:
+        """`input`, or the folder of an artifact that says that there is none, and why.
 
         Args:
             name: of the component's input.
@@ -116,6 +150,34 @@ class Step:
             return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
         except UserError as error:
             raise UserError(f"input {name}: {error}") from error
+
+    def pointer(self, name: str, artifact: Input) -> Pointer:
+        """Where an input artifact is, for later steps that go on with it.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
+        Raises:
+            UserError: see `input`.
+            AbsentInputError: see there.
+        """
+        folder = self.input(name, artifact)
+        found = read_pointer(Path(artifact.path))
+        if found is not None:
+            return found
+        return pointer_to(folder, read_manifest(folder), str(folder.absolute()))
+
+    def record_failure(self, path: str, error: Exception) -> None:
+        """Say where an output was to be that there is none, and why; the step then ends well."""
+        target = Path(path)
+        if isinstance(error, AbsentInputError):
+            pass_on(target, error.manifest, self.recipe)
+            logger.info("%s: %s", self.name, error)
+            return
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        write_absent(target, self.name, mask(message), self.recipe)
+        logger.warning("%s: the run goes on without this one", self.name)
 
     def output(self, path: str) -> Path:
         """The folder to write an output artifact to.
@@ -217,7 +279,11 @@ def keep_exclusive(place: str) -> None:
 
 @contextmanager
 def step_process(
-    name: str, experiment: str = "", accelerators: str = "0", is_rank: bool = False
+    name: str,
+    experiment: str = "",
+    accelerators: str = "0",
+    is_rank: bool = False,
+    record_failure_at: str | None = None,
 ) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
@@ -229,6 +295,8 @@ def step_process(
         experiment: MLflow's, as KFP carried it; where the environment does not name one.
         accelerators: how many its pod was given; the step fails where torch cannot use them.
         is_rank: another process started this one, and will tell its error.
+        record_failure_at: path of the output at which a failure is told instead, if the run is to
+            go on without it (`flagscale.execution.absent`): the process then ends well.
 
     Raises:
         SystemExit: the step failed or was interrupted.
@@ -236,11 +304,11 @@ def step_process(
     configure_logging()
     if experiment:
         os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", literal(experiment))
+    step = Step(name)
     with signals_raise():
         try:
             note_process()
             end_with_runner()
-            step = Step(name)
             _running.append(step)
             if not is_rank:
                 step.import_first()
@@ -254,13 +322,21 @@ def step_process(
         except (Interrupted, KeyboardInterrupt) as error:
             _fail(name, "interrupted: " + (str(error) or "stopped by a signal"), is_rank)
             sys.exit(EXIT_INTERRUPTED)
-        except UserError as error:
-            _fail(name, str(error), is_rank)
-            sys.exit(EXIT_ERROR)
         except Exception as error:
-            logger.error("%s", traceback.format_exc().rstrip())
-            _fail(name, f"{type(error).__name__}: {error}", is_rank)
-            sys.exit(EXIT_ERROR)
+            if not (record_failure_at and isinstance(error, AbsentInputError)):
+                _fail(name, _message(error), is_rank)
+            if not record_failure_at:
+                sys.exit(EXIT_ERROR)
+            with deferred_stop():
+                step.record_failure(record_failure_at, error)
+
+
+def _message(error: Exception) -> str:
+    """What people read: with a traceback before it where they cannot put it right."""
+    if isinstance(error, UserError):
+        return str(error)
+    logger.error("%s", traceback.format_exc().rstrip())
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_accelerators(count: str) -> None:

@@ -94,8 +94,8 @@ class Recipe(Section):
                 "search drops most of its candidates; leave one of the two out"
             )
         if self.search is not None:
-            seq_length = self.data.seq_length
-            check_search(self.search, self.distillation, self.training, seq_length)
+            count, seq_length = self.search.count, self.data.seq_length
+            check_search(self.search, count, self.distillation, self.training, seq_length)
         self.variants  # noqa: B018 - each is checked where it is made
         return self
 

@@ -51,10 +51,9 @@ class RungRecipe(Section):
     )
 
 
-class SearchRecipe(Section):
-    """Candidates, rungs, and what decides between them."""
+class RungsRecipe(Section):
+    """How candidates, whichever they are, are narrowed down to one."""
 
-    candidates: tuple[CandidatesRecipe, ...] = Field(description="Students to choose from")
     rungs: tuple[RungRecipe, ...] = Field(description="Of rising steps; after the last one is left")
     metric: Ranking = Field(
         "distillation_loss",
@@ -80,30 +79,25 @@ class SearchRecipe(Section):
         None, description="Most hours of accelerators, by the planner's estimate; default: no limit"
     )
 
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """How many candidates each rung trains, at most."""
-        found = [sum(candidates.count for candidates in self.candidates)]
+    def slots_of(self, count: int) -> tuple[int, ...]:
+        """How many of so many candidates each rung trains, at most."""
+        found = [count]
         for rung in self.rungs[:-1]:
             found.append(max(1, math.ceil(round(rung.keep * found[-1], 9))))
         return tuple(found)
 
-    def steps(self, train_iters: int) -> int:
+    def steps_of(self, count: int, train_iters: int) -> int:
         """Optimiser steps of all trainings together, at most: of the rungs and of the winner."""
-        before = (0, *(rung.steps for rung in self.rungs))
-        rungs = zip(self.slots, before, self.rungs, strict=False)
-        return sum(n * (rung.steps - start) for n, start, rung in rungs) + train_iters - before[-1]
+        ends = [rung.steps for rung in self.rungs]
+        lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+        slots = self.slots_of(count)
+        trained = sum(n * length for n, length in zip(slots, lengths, strict=True))
+        return trained + train_iters - ends[-1]
 
     @model_validator(mode="after")
-    def _check(self) -> SearchRecipe:
-        if not self.candidates or not self.rungs:
-            missing = "rungs" if self.candidates else "candidates"
-            raise ValueError(f"{missing}=[]: needs at least one")
-        count = self.slots[0]
-        if not 2 <= count <= MOST_CANDIDATES:
-            raise ValueError(
-                f"candidates: make {count}; a search needs at least 2 and at most {MOST_CANDIDATES}"
-            )
+    def _check_rungs(self) -> RungsRecipe:
+        if not self.rungs:
+            raise ValueError("rungs=[]: needs at least one")
         steps = [rung.steps for rung in self.rungs]
         if steps != sorted(set(steps)) or len(steps) > _MOST_RUNGS:
             raise ValueError(
@@ -111,14 +105,35 @@ class SearchRecipe(Section):
             )
         if self.rungs[-1].keep != RungRecipe.model_fields["keep"].default:
             raise ValueError(
-                f"rungs: the last has keep={self.rungs[-1].keep}, which has no effect: one candidate "
-                "is left after it; leave it out"
+                f"rungs: the last has keep={self.rungs[-1].keep}, which has no effect: one "
+                "candidate is left after it; leave it out"
+            )
+        return self
+
+
+class SearchRecipe(RungsRecipe):
+    """Candidates, rungs, and what decides between them."""
+
+    candidates: tuple[CandidatesRecipe, ...] = Field(description="Students to choose from")
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are."""
+        return sum(candidates.count for candidates in self.candidates)
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> SearchRecipe:
+        if not 2 <= self.count <= MOST_CANDIDATES:
+            raise ValueError(
+                f"candidates: make {self.count}; a search needs at least 2 and at most "
+                f"{MOST_CANDIDATES}"
             )
         return self
 
 
 def check_search(
-    search: SearchRecipe,
+    search: RungsRecipe,
+    count: int,
     distillation: DistillationRecipe,
     training: TrainingRecipe,
     seq_length: int,
@@ -127,6 +142,7 @@ def check_search(
 
     Args:
         search: the recipe's section.
+        count: of its candidates.
         distillation: the recipe's section.
         training: the recipe's section.
         seq_length: tokens a sample.
@@ -151,10 +167,11 @@ def check_search(
             f"search.samples={search.samples} is not a multiple of the {shares} micro-batches of a "
             "training step, which data-parallel ranks share; take the next multiple"
         )
-    tokens = search.steps(training.train_iters) * training.global_batch_size * seq_length
+    slots = list(search.slots_of(count))
+    tokens = search.steps_of(count, training.train_iters) * training.global_batch_size * seq_length
     if search.budget_tokens is not None and tokens > search.budget_tokens:
         raise ValueError(
-            f"search.budget_tokens={search.budget_tokens:g}, but rungs of {list(search.slots)} "
+            f"search.budget_tokens={search.budget_tokens:g}, but rungs of {slots} "
             f"candidates, and the winner's training to train_iters={training.train_iters}, are "
             f"{tokens:,} tokens; lower search.rungs' steps or keep, or have fewer candidates"
         )

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from flagscale.run_values import SECTIONS, Made, check_run
+from flagscale.run_values import LISTS, SECTIONS, Made, check_run
 from flagscale.run_values.literal import carried, literal
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,16 @@ def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
             them.
 
     Returns:
-        The recipe's sections, then a sweep's variants, as KFP can carry them; empty for what is no
-        parameter of this pipeline.
+        The recipe's sections, then a sweep's variants and a search's candidates, as KFP can carry
+        them; empty for what is no parameter of this pipeline.
 
     Raises:
         UserError: what is wrong.
     """
     checked = check_run(made, {name: literal(arguments[name]) for name in made.parameters})
     logger.info("recipe %s: %d parameters are right", made.recipe["name"], len(made.parameters))
-    found = (*(checked.get(name, {}) for name in SECTIONS), checked.get("sweep_variants", []))
+    found = (
+        *(checked.get(name, {}) for name in SECTIONS),
+        *(checked.get(name, []) for name in LISTS),
+    )
     return tuple(carried(value) for value in found)

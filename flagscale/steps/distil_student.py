@@ -24,11 +24,12 @@ from flagscale.megatron.user_buffers import user_buffers
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.candidate import write_candidate
 from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.rung import Rung, write_candidate
+from flagscale.steps.rung import Rung
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror

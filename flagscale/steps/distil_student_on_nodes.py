@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from flagscale.artifacts import open_artifact
 from flagscale.execution.step_process import keep_exclusive, when_published
@@ -12,6 +15,7 @@ from flagscale.execution.trainjob.nodes import NodePods, processes_per_node, sha
 from flagscale.execution.trainjob.run import job_name, run_on_nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
+from flagscale.steps.rung import Rung
 from flagscale.steps.training_check import check_training
 
 _STEP = "distil-student"
@@ -28,6 +32,7 @@ def distil_student_on_nodes(
     nodes: int,
     accelerator_count: int,
     pods: NodePods,
+    rung: Rung | None = None,
 ) -> dict[str, float]:
     """`distil_student`, in pods of its own, one a node; every path must be on the shared volume.
 
@@ -42,6 +47,7 @@ def distil_student_on_nodes(
         nodes: pods that train together.
         accelerator_count: of each.
         pods: what else each gets.
+        rung: see `distil_student`.
 
     Raises:
         UserError: the training cannot be divided so, something is missing that it needs, or a rank
@@ -57,13 +63,20 @@ def distil_student_on_nodes(
     parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
     name = fingerprint(recipe, parents)
     keep_exclusive(f"{checkpoints}/{name}")
+    request: dict[str, Any] = {
+        **recipe,
+        "paths": {place: str(path) for place, path in paths.items()},
+    }
+    if rung is not None:
+        request["rung"] = to_jsonable_python(rung)
     figures: dict[str, float] = run_on_nodes(
         _STEP,
         "flagscale.steps.distil_student:distil_on_rank",
-        {**recipe, "paths": {place: str(path) for place, path in paths.items()}},
+        request,
         Nodes(nodes, processes, accelerator_count, pods),
         shared,
-        job_name(_STEP, [name, str(checkpoints)]),
+        job_name(_STEP, [name, str(checkpoints), *([str(rung.until_step)] if rung else [])]),
     )
-    when_published(lambda: shutil.rmtree(Path(checkpoints, name), ignore_errors=True))
+    if rung is None:
+        when_published(lambda: shutil.rmtree(Path(checkpoints, name), ignore_errors=True))
     return figures

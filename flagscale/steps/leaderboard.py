@@ -60,9 +60,9 @@ def rank_variants(
         tracking.step_run("leaderboard", {"sweep": {"metric": metric}}, parents=parents) as run,
         new_artifact(output, "leaderboard", recipe, parents, run.log_manifest) as staging,
     ):
-        changes = _changes(wanted)
+        varied = changes(wanted)
         candidates = [
-            _candidate(number, name, changes[name], *evaluations[name])
+            _candidate(number, name, varied[name], *evaluations[name])
             for number, name in enumerate(wanted, start=1)
         ]
         board = rank(candidates, metric)
@@ -129,7 +129,7 @@ def _known_by(sections: Mapping[str, Any]) -> str:
     return digest(decisive(sections))
 
 
-def _changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Name -> the fields that are not the same in all variants, `section.field` -> value."""
     flat = {name: tracking.flatten(sections) for name, sections in wanted.items()}
     fields = list(dict.fromkeys(field for values in flat.values() for field in values))

@@ -199,7 +199,7 @@ def evaluate_loss(
 def evaluation_reports(
     chunks: Sequence[GPTModel], batches: ChunkBatches, num_batches: int
 ) -> list[Report]:
-    """What each micro-batch reports; see `evaluate_loss`, and `run_schedule` for what comes back."""
+    """What each micro-batch reports (see `run_schedule`); takes what `evaluate_loss` takes."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

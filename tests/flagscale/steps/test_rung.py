@@ -1,4 +1,4 @@
-"""The rungs of a search: a training that is stopped, measured, and goes on as if it had not been."""
+"""The rungs of a search: a training is stopped, measured, and goes on as if nothing had been."""
 
 import json
 from pathlib import Path
