@@ -187,6 +187,7 @@ class _Wiring:
             slots=following[number - 1],
             bootstrap_samples=search.bootstrap_samples,
             confidence=float(search.confidence),
+            margin=float(search.margin),
             checkpoints=values["training_checkpoints"],
             results=results,
             **({} if before is None else {"before": before}),

@@ -50,6 +50,7 @@ def distil_student(
         accelerators,
         record_failure_at=distilled_student.path if record_failure else None,
     ) as step:
+        step.require(student=student)
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student import distil_student
         from flagscale.steps.rung import Rung

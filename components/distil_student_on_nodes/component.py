@@ -56,6 +56,7 @@ def distil_student_on_nodes(
         experiment=experiment,
         record_failure_at=distilled_student.path if record_failure else None,
     ) as step:
+        step.require(student=student)
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes

@@ -13,6 +13,7 @@ def rank_candidates(
     slots: int,
     bootstrap_samples: int,
     confidence: float,
+    margin: float,
     checkpoints: str,
     code_version: str,
     experiment: str,
@@ -31,6 +32,8 @@ def rank_candidates(
         slots: how many candidates go on at most.
         bootstrap_samples: resamples of the samples for the intervals.
         confidence: mass of the intervals.
+        margin: share of the best's loss by which a candidate must be clearly worse to be dropped
+            though there is room.
         checkpoints: folder or URL of training checkpoints; those of who is dropped are deleted.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
@@ -48,7 +51,7 @@ def rank_candidates(
         from flagscale.steps.rank_candidates import Ranking, rank_candidates
 
         figures = rank_candidates(
-            Ranking(rung, metric, slots, bootstrap_samples, confidence),
+            Ranking(rung, metric, slots, bootstrap_samples, confidence, margin),
             step.literal(candidates),
             results=[step.input_or_absent("results", one) for one in results],
             before=step.input("before", before) if before else None,

@@ -2,7 +2,9 @@
 
 All candidates were measured on the same held-out samples, which are resampled for all at once: what
 makes a sample hard for all cancels, so that the differences are paired (`bootstrap`). A candidate
-goes on if it is among the best share that the rung keeps, and is not clearly worse than the best.
+goes on if it is among the best share that the rung keeps, and is not hopeless: clearly worse than
+the best by more than a margin. Merely clearly worse does not do: paired differences are clear after
+a few steps of training already, and who is behind then may still overtake.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Place:
 
 
 def places(
-    losses: Mapping[int, Losses], slots: int, resamples: int, confidence: float
+    losses: Mapping[int, Losses], slots: int, resamples: int, confidence: float, margin: float
 ) -> list[Place]:
     """Rank the candidates of a rung.
 
@@ -52,6 +54,7 @@ def places(
         resamples: of the samples, for the intervals.
         confidence: mass of the intervals; one whose difference to the best is above 0 throughout is
             clearly worse.
+        margin: share of the best's loss; one whose difference is above that throughout is hopeless.
 
     Returns:
         The best first; of equals the one with the smaller number.
@@ -70,12 +73,13 @@ def places(
         difference = own - best
         interval = difference.interval(confidence)
         why = ""
+        clear = "clearly" if interval.low > 0 else "not clearly"
         if not math.isfinite(own.value):
             why = "its loss is not finite"
-        elif position and interval.low > 0:
-            why = "clearly worse than the best"
+        elif position and interval.low > margin * best.value:
+            why = f"clearly worse than the best by more than {margin:.0%}"
         elif position >= slots:
-            why = f"beyond the {slots} that go on, but not clearly worse than the best"
+            why = f"beyond the {slots} that go on, {clear} worse than the best"
         ranked.append(
             Place(
                 number,

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from flagscale.recipe.distillation import DistillationRecipe
-from flagscale.recipe.section import NUMBER, Line, Positive, PositiveInt, Ranks, Section
+from flagscale.recipe.section import (
+    NUMBER,
+    Line,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Ranks,
+    Section,
+)
 from flagscale.recipe.sweep import check_vary
 from flagscale.recipe.training import TrainingRecipe
 
@@ -66,8 +74,11 @@ class RungsRecipe(Section):
     bootstrap_samples: Annotated[PositiveInt, Field(ge=100, le=10**6)] = Field(
         1000, description="Resamples of them for the intervals"
     )
-    confidence: Annotated[Positive, Field(lt=1)] = Field(
-        0.95, description="A candidate is dropped early if so surely worse than the best"
+    confidence: Annotated[Positive, Field(lt=1)] = Field(0.95, description="Mass of the intervals")
+    margin: NonNegative = Field(
+        0.5,
+        description="A candidate is dropped, though there is room, if it is surely worse than the "
+        "best by more than this share of the best's loss: what training may still make up for",
     )
     parallelism: Ranks = Field(
         2, description="Candidates at a time, on a cluster; this machine takes one after another"

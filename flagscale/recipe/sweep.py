@@ -139,8 +139,8 @@ def _check_field(path: str, sections: Sequence[str]) -> None:
     section, _, rest = path.partition(".")
     if section not in sections:
         raise ValueError(
-            f"vary.{path}: only fields of {', '.join(sections)} may vary, because all share the "
-            "others, without which their figures could not be compared"
+            f"vary.{path}: only fields of {', '.join(sections)} may vary, because all share "
+            "data, teacher and evaluation, without which their figures could not be compared"
         )
     kind: type[BaseModel] | None = VARIED[section]
     for name in rest.split("."):

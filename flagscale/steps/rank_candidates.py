@@ -39,6 +39,7 @@ class Ranking(NamedTuple):
         slots: how many go on at most.
         bootstrap_samples: resamples for the intervals.
         confidence: their mass.
+        margin: see `flagscale.evaluation.ranking.places`.
     """
 
     rung: int
@@ -46,6 +47,7 @@ class Ranking(NamedTuple):
     slots: int
     bootstrap_samples: int
     confidence: float
+    margin: float
 
 
 def rank_candidates(
@@ -85,7 +87,9 @@ def rank_candidates(
         raise UserError(f"rung {ranking.rung}: no candidate is left:{errors}")
     parents = {found[n].name: open_artifact(path, "candidate") for n, path in measured.items()}
     losses = {number: _losses(path, ranking.metric) for number, path in measured.items()}
-    ranked = places(losses, ranking.slots, ranking.bootstrap_samples, ranking.confidence)
+    ranked = places(
+        losses, ranking.slots, ranking.bootstrap_samples, ranking.confidence, ranking.margin
+    )
     steps = {n: int(parents[found[n].name].facts["steps"]) for n in measured}
     board = SearchBoard(
         rung=ranking.rung,

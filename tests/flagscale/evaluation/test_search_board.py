@@ -29,7 +29,7 @@ def losses(mean: float, spread: float = 0.0, seed: int = 0) -> Losses:
 
 def test_the_order_is_that_of_the_means_over_tokens() -> None:
     given = {1: losses(0.3), 2: losses(0.1), 3: losses(0.2)}
-    ranked = places(given, 3, 200, 0.95)
+    ranked = places(given, 3, 200, 0.95, 0.5)
     assert [place.number for place in ranked] == [2, 3, 1]
     for place in ranked:
         sums, tokens = zip(*given[place.number].values(), strict=True)
@@ -39,17 +39,27 @@ def test_the_order_is_that_of_the_means_over_tokens() -> None:
 
 def test_paired_by_sample_a_small_difference_is_clear_that_single_intervals_hide() -> None:
     """Each own interval is wide, for samples differ; the difference is the same in all of them."""
-    first, second = places({1: losses(0.1), 2: losses(0.11)}, 2, 500, 0.95)
+    first, second = places({1: losses(0.1), 2: losses(0.11)}, 1, 500, 0.95, 0.5)
     assert first.loss["high"] > second.loss["value"]
     assert second.difference["low"] > 0
-    assert (second.goes_on, second.why) == (False, "clearly worse than the best")
+    assert second.why == "beyond the 1 that go on, clearly worse than the best"
     assert second.chance == 0.0
+
+
+def test_who_is_clearly_worse_by_more_than_the_margin_is_dropped_though_there_is_room() -> None:
+    given = {1: losses(0.1), 2: losses(0.2)}
+    best = places(given, 2, 200, 0.95, 0.5)[0].loss["value"]
+    share = 0.1 / best
+    for margin, goes_on in ((share * 1.01, True), (share * 0.99, False), (0.0, False)):
+        second = places(given, 2, 200, 0.95, margin)[1]
+        assert second.goes_on == goes_on
+        assert second.why.startswith("" if goes_on else "clearly worse than the best by more than")
 
 
 def test_who_is_not_clearly_worse_goes_on_as_far_as_there_is_room() -> None:
     noisy = {n: losses(0.1 + 0.001 * n, spread=0.5, seed=n) for n in (1, 2, 3, 4)}
     for slots in (1, 2, 4):
-        ranked = places(noisy, slots, 500, 0.95)
+        ranked = places(noisy, slots, 500, 0.95, 0.5)
         assert sum(place.goes_on for place in ranked) == slots
         assert all(f"beyond the {slots}" in place.why for place in ranked[slots:])
         assert all(0 < place.chance < 1 for place in ranked[1:])
@@ -57,7 +67,7 @@ def test_who_is_not_clearly_worse_goes_on_as_far_as_there_is_room() -> None:
 
 def test_the_chance_is_the_share_of_resamples_as_counted_by_hand() -> None:
     a, b = losses(0.1, 0.5, 1), losses(0.1, 0.5, 2)
-    best, other = places({1: a, 2: b}, 2, 400, 0.95)
+    best, other = places({1: a, 2: b}, 2, 400, 0.95, 0.5)
     draws = np.random.default_rng(0).multinomial(SAMPLES, np.full(SAMPLES, 1 / SAMPLES), 400)
     given = {1: a, 2: b}
     mine, theirs = (
@@ -69,13 +79,13 @@ def test_the_chance_is_the_share_of_resamples_as_counted_by_hand() -> None:
 
 def test_what_cannot_be_ranked_is_refused_or_last() -> None:
     broken = losses(float("nan"))
-    ranked = places({1: broken, 2: losses(0.1)}, 2, 200, 0.95)
+    ranked = places({1: broken, 2: losses(0.1)}, 2, 200, 0.95, 0.5)
     assert [(place.number, place.goes_on) for place in ranked] == [(2, True), (1, False)]
     fewer = dict(list(losses(0.1).items())[1:])
     with pytest.raises(UserError, match="candidates 1 and 2 were not measured on the same samples"):
-        places({1: losses(0.1), 2: fewer}, 2, 200, 0.95)
+        places({1: losses(0.1), 2: fewer}, 2, 200, 0.95, 0.5)
     with pytest.raises(UserError, match=r"on 1 sample\(s\), and intervals need at least 2"):
-        places({1: {0: (1.0, 2.0)}}, 1, 200, 0.95)
+        places({1: {0: (1.0, 2.0)}}, 1, 200, 0.95, 0.5)
 
 
 def board() -> SearchBoard:
@@ -96,10 +106,10 @@ def board() -> SearchBoard:
     failed = Candidate(
         5, "<b>odd</b>", {"student.num_layers": "5"}, "failed", "distil-student: NaN"
     )
-    first = places({n: losses(0.1 * n) for n in range(1, 5)}, 2, 200, 0.95)
+    first = places({n: losses(0.1 * n) for n in range(1, 5)}, 2, 200, 0.95, 0.5)
     first = [replace(place, goes_on=place.number < 3) for place in first]
     everyone = after_rung([*known, failed], first, 1, dict.fromkeys(range(1, 5), 4))
-    second = places({n: losses(0.1 * n, 0.5, n) for n in (1, 2)}, 1, 200, 0.95)
+    second = places({n: losses(0.1 * n, 0.5, n) for n in (1, 2)}, 1, 200, 0.95, 0.5)
     everyone = after_rung(everyone, second, 2, {1: 8, 2: 8})
     return SearchBoard(2, "distillation_loss", 0.95, SAMPLES, everyone)
 
