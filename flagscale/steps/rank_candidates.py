@@ -74,14 +74,18 @@ def rank_candidates(
     Raises:
         UserError: every candidate failed, or they cannot be compared.
     """
+    if ranking.metric not in LOSSES:
+        raise UserError(f"metric={ranking.metric!r}: must be one of {', '.join(LOSSES)}")
     known = _standing(candidates, before)
-    found, measured = dict(known.by_number), dict[int, Path]()
-    for path in results:
-        number, one = _updated(path, known)
-        if number:
-            found[number] = one
-        if number and one.status == "goes on":
-            measured[number] = path
+    given = _by_number(results, known)
+    found = dict(known.by_number)
+    for number, one in known.by_number.items():
+        if number in given:
+            found[number] = _updated(one, given[number])
+        elif one.status == "goes on":
+            why = f"rung {ranking.rung}: no result of it was given"
+            found[number] = replace(one, status="failed", why=why)
+    measured = {n: path for n, path in given.items() if found[n].status == "goes on"}
     if not measured:
         errors = "".join(f"\n  {one.name}: {one.why}" for one in found.values() if one.why)
         raise UserError(f"rung {ranking.rung}: no candidate is left:{errors}")
@@ -142,20 +146,32 @@ def _standing(candidates: Sequence[Mapping[str, Any]], before: Path | None) -> _
     return _Known({one.number: one for one in new}, numbers)
 
 
-def _updated(path: Path, known: _Known) -> tuple[int, Candidate]:
-    """A candidate as a result of the rung shows it; number 0: of none."""
+def _by_number(results: Sequence[Path], known: _Known) -> dict[int, Path]:
+    """Whose results they are; those of empty slots are nobody's."""
+    found: dict[int, Path] = {}
+    for path in results:
+        failed = absent(path)
+        if failed is not None and is_empty(failed):
+            continue
+        if failed is not None:
+            section = failed.recipe.get("student")
+        else:
+            section = open_artifact(path, "candidate").facts["student recipe"]
+        number = known.numbers.get(digest(section))
+        if number is None:
+            raise UserError(f"{path}: is of no candidate of this search: {section}")
+        if number in found:
+            name = known.by_number[number].name
+            raise UserError(f"{path} and {found[number]}: are both of candidate {name!r}")
+        found[number] = path
+    return found
+
+
+def _updated(one: Candidate, path: Path) -> Candidate:
     failed = absent(path)
-    if failed is not None and is_empty(failed):
-        return 0, Candidate(0, "", {})
-    manifest = failed or open_artifact(path, "candidate")
-    section = manifest.recipe["student"] if failed else manifest.facts["student recipe"]
-    number = known.numbers.get(digest(section))
-    if number is None:
-        raise UserError(f"{path}: is of no candidate of this search: {section}")
-    one = known.by_number[number]
     if failed is not None:
-        return number, replace(one, status="failed", why=reason(failed))
-    return number, _with_facts(one, path, manifest)
+        return replace(one, status="failed", why=reason(failed))
+    return _with_facts(one, path, open_artifact(path, "candidate"))
 
 
 def _with_facts(one: Candidate, path: Path, manifest: Manifest) -> Candidate:
