@@ -117,3 +117,28 @@ def test_an_earlier_rung_is_measured_where_it_ends_even_if_training_is_further(
         DistillationRecipe(), training, *inputs, where, tmp_path / "again", rung(inputs[1], 5)
     )
     assert losses(tmp_path / "again") == losses(folder / "rung 5")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {},
+    ],
+    ids=["tensor", "pipeline", "context", "data"],
+)
+def test_two_ranks_measure_the_same_samples_as_one(
+    folder: Path, inputs: tuple[Path, Path, Path], tmp_path: Path, layout: dict[str, object]
+) -> None:
+    training = TrainingRecipe.model_validate(
+        {**TRAINING.model_dump(mode="json"), "parallelism": {"processes": 2, **layout}}
+    )
+    where, stop = tmp_path / "checkpoints", rung(inputs[1], 2)
+    distil_student(DistillationRecipe(), training, *inputs, where, tmp_path / "two", stop)
+    found, expected = losses(tmp_path / "two"), losses(folder / "rung 2")
+    for name in ("lm loss", "logits distillation loss"):
+        assert list(found[name]) == list(expected[name])
+        for sample, (total, tokens) in expected[name].items():
+            assert found[name][sample] == pytest.approx((total, tokens), rel=1e-3)
