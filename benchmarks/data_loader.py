@@ -26,7 +26,8 @@ import torch
 from flagscale.artifacts import new_artifact
 from flagscale.data.counts import add_up
 from flagscale.data.encoder import EncodedDocument
-from flagscale.data.loader import Batches, BatchShape, _weights, prepare_index
+from flagscale.data.loader import Batches, BatchShape, prepare_index
+from flagscale.data.mixture import weights_of
 from flagscale.data.rows import BadRows
 from flagscale.data.samples import Index
 from flagscale.data.sources import Document
@@ -102,7 +103,7 @@ def batches(case: str, folder: Path, seq_length: int, micro_batch: int) -> Any: 
     index = Index(dataset, folder / "cache", "train")
     parts = index.open(bool(apart))
     shape = BatchShape(micro_batch, micro_batch)
-    return Batches(parts, _weights(index, parts), shape, SEED, iter(int, 1), bool(apart))
+    return Batches(parts, weights_of(index, parts), shape, SEED, iter(int, 1), bool(apart), "train")
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """A step of the whole training loop against TRL's `GKDTrainer` and a plain transformers loop.
 
     python benchmarks/training_step.py FOLDER [--recipe R] [--steps 20] [--trl FOLDER_WITH_TRL]
+    python benchmarks/training_step.py FOLDER --cases ours hidden sampled
 
 All train the recipe's student on the same batches, from the same weights, with the forward KL to
 the same teacher, AdamW and the gradient's norm clipped at 1: the losses of the first step are
 compared, so that no time is quoted for other work. Every case is a process of its own; one takes a
 step while the others sleep, in turn. `products` makes the matrix products of such a step and
-nothing else: the floor, on whose account stands what no loop can save. The artifacts stay in
-FOLDER.
+nothing else: the floor, on whose account stands what no loop can save. `hidden` and `sampled` are
+ours without the teacher: what it answered is read. The artifacts stay in FOLDER.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ from flagscale.recipe import Recipe
 from flagscale.recipe.reading import load_recipe
 
 DEFAULT = Path(__file__).parent.parent / "recipes/smollm2-135m-to-22-layers.yaml"
-CASES = ("ours", "transformers", "trl", "products")
+CASES = ("ours", "transformers", "trl", "products", "hidden", "sampled")
+_MICRO_BATCHES = 64  # that there are answers and tokens of
 _SAME_LOSS = 1e-3  # relative, of the first step: fp32, summed in another order
 
 
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", type=Path, help="folder with trl, made by pip install --target")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES[:4])
     parser.add_argument("--case", choices=("prepare", *CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     recipe = load_recipe(options.recipe)
@@ -50,7 +54,7 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([*command(options, "prepare")], check=True, stdout=sys.stderr)  # noqa: S603 - our own
-    cases = [case for case in CASES if case != "trl" or options.trl]
+    cases = [case for case in options.cases if case != "trl" or options.trl]
     workers = {case: Worker(case, options) for case in cases}
     found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for step in range(options.steps + 1):
@@ -58,7 +62,7 @@ def main() -> None:
             record = worker.step()
             if step:  # the first is a warm-up
                 found[case].append(record)
-            elif case != "products":
+            elif case not in ("products", "sampled"):  # of draws it is an estimate
                 compare(case, record["loss"], workers["ours"].first)
     for case, records in found.items():
         seconds = [record["seconds"] for record in records]
@@ -142,9 +146,14 @@ def run(case: str, recipe: Recipe, folder: Path) -> None:
         return
     import resource
 
-    steps = {"ours": ours, "transformers": transformers, "trl": trl, "products": products}[case](
-        recipe, folder
-    )
+    steps = {
+        "ours": ours,
+        "transformers": transformers,
+        "trl": trl,
+        "products": products,
+        "hidden": partial(ours, codec="hidden"),
+        "sampled": partial(ours, codec="sampled"),
+    }[case](recipe, folder)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         loss = next(steps)
@@ -173,9 +182,29 @@ def prepare(recipe: Recipe, folder: Path) -> None:
         # The others cut it out of the same teacher: not fitted to it.
         cut = recipe.student.model_copy(update={"reconstruction": None})
         convert_student(cut, teacher, dataset, student, recipe.models)
+    for codec in ("hidden", "sampled"):
+        if not (folder / codec).exists():
+            keep_outputs(recipe, folder, codec)
     with ours_set_up(recipe, folder) as (_, batches):
-        tokens = [torch.cat([b["tokens"], b["labels"][:, -1:]], 1) for b in _take(batches[0], 64)]
+        some = _take(batches[0], _MICRO_BATCHES)
+    tokens = [torch.cat([b["tokens"], b["labels"][:, -1:]], 1) for b in some]
     torch.save(torch.cat(tokens), folder / "tokens.pt")
+
+
+def keep_outputs(recipe: Recipe, folder: Path, codec: str) -> None:
+    """What the teacher answers to the samples of the first steps."""
+    from flagscale.recipe import MetRecipe, TeacherOutputsRecipe
+    from flagscale.steps.cache_teacher import cache_teacher
+
+    training = recipe.training
+    met = MetRecipe(
+        train=((training.seed, _MICRO_BATCHES * training.micro_batch_size),),
+        precision=training.precision,
+        temperature=recipe.distillation.temperature,
+    )
+    read = folder / "teacher", folder / "dataset"
+    outputs = TeacherOutputsRecipe(codec=codec)
+    cache_teacher(outputs, met, *read, folder / "work", folder / codec, recipe.models)
 
 
 def _take(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[dict[str, torch.Tensor]]:
@@ -183,8 +212,8 @@ def _take(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[dict[s
 
 
 @contextlib.contextmanager
-def ours_set_up(recipe: Recipe, folder: Path) -> Iterator[tuple]:
-    """Trainer and batches, as distil-student makes them."""
+def ours_set_up(recipe: Recipe, folder: Path, codec: str | None = None) -> Iterator[tuple]:
+    """Trainer and batches, as distil-student makes them; with `codec`, without the teacher."""
     from flagscale.checkpoint import load_weights
     from flagscale.megatron import platform
     from flagscale.megatron.arguments import training_arguments, with_teacher
@@ -197,7 +226,8 @@ def ours_set_up(recipe: Recipe, folder: Path) -> Iterator[tuple]:
     shape = ModelShape.load(folder / "student")
     training = resolved(recipe.training, shape, distilled=True)
     args = training_arguments(shape, recipe.data.seq_length, training)
-    args = with_teacher(args, folder / "teacher", recipe.distillation)
+    outputs = None if codec is None else folder / codec
+    args = with_teacher(args, folder / "teacher", recipe.distillation, outputs)
     with platform.runtime(training.seed, training.parallelism), use_args(args):
         chunks = build_model_chunks(args)
         load_weights(chunks, folder / "student" / "weights")
@@ -209,11 +239,11 @@ def ours_set_up(recipe: Recipe, folder: Path) -> Iterator[tuple]:
         yield trainer, RankBatches(folder / "dataset", cache, args, training).train(0)
 
 
-def ours(recipe: Recipe, folder: Path) -> Iterator[float]:
+def ours(recipe: Recipe, folder: Path, codec: str | None = None) -> Iterator[float]:
     """The product's own step."""
     from flagscale.train.loop import train_step
 
-    with ours_set_up(recipe, folder) as (trainer, batches):
+    with ours_set_up(recipe, folder, codec) as (trainer, batches):
         while True:
             yield train_step(trainer, batches)["logits distillation loss"]
 

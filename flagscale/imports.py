@@ -1,15 +1,17 @@
 """Large libraries imported at less cost.
 
-`without` leaves out what they take along where it is there, and we never use; `uncollected` keeps
-the garbage collector from looking through what they make.
+`without` leaves out what they take along where it is there, and we never use; `late` puts off what
+they cannot do without; `uncollected` keeps the garbage collector from looking through what they
+make.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -36,6 +38,68 @@ def without(*packages: str) -> Iterator[None]:
         for name in packages:
             del sys.modules[name]
         sys.modules.update(loaded)
+
+
+@contextmanager
+def late(names: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Inside, `from module import name` gives what loads the module when it is first called.
+
+    For functions and classes that a library imports and seldom calls. The first call puts the real
+    ones in the places of all that are late where it is made, so that an exception among them is the
+    real one before it is looked for. Not for blocks in which other threads import.
+
+    Args:
+        names: of modules -> of what is late in them; of one that is loaded already nothing is.
+    """
+    put_off = {module: _LateModule(module, of) for module, of in names.items()}
+    put_off = {name: module for name, module in put_off.items() if name not in sys.modules}
+    sys.modules.update(put_off)
+    try:
+        yield
+    finally:
+        for name, module in put_off.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+class _LateModule(ModuleType):
+    """Stands for a module that is not loaded; anything but its late names loads it."""
+
+    def __init__(self, name: str, late_names: Sequence[str]) -> None:
+        super().__init__(name)
+        self._late = {one: _Late(one, (), {"_of": (name, one)}) for one in late_names}
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the module has
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._late[name] if name in self._late else _real(self.__name__, name)
+
+
+class _Late(type):
+    """A class or function of a module that is not loaded; the call of one loads it."""
+
+    _of: tuple[str, str]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        used_in = sys._getframe(1).f_globals
+        for name, value in list(used_in.items()):
+            if isinstance(value, _Late):
+                used_in[name] = _real(*value._of)
+        return _real(*cls._of)(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        """As of the real one, of which there is no instance before its module is loaded."""
+        module, name = cls._of
+        loaded = sys.modules.get(module)
+        if loaded is None or isinstance(loaded, _LateModule):
+            return False
+        return isinstance(instance, getattr(loaded, name))
+
+
+def _real(module: str, name: str) -> Any:  # noqa: ANN401 - whatever it is
+    if isinstance(sys.modules.get(module), _LateModule):
+        del sys.modules[module]
+    return getattr(importlib.import_module(module), name)
 
 
 @contextmanager

@@ -24,7 +24,16 @@ from pipelines.placement import Placement
 from pipelines.platform import Platform
 from pipelines.search import build_search
 from pipelines.sweep import build_sweep
-from pipelines.wiring import always, check, convert, figures, place_record, prepare, teach
+from pipelines.wiring import (
+    always,
+    cache,
+    check,
+    convert,
+    figures,
+    place_record,
+    prepare,
+    teach,
+)
 
 RELEASE = f"flagscale-distillation {VERSION}"
 
@@ -95,7 +104,8 @@ def _build(
 
 def _wire(values: Mapping[str, Any], placed: Placement) -> None:
     dataset, teacher = prepare(values, placed)
-    distilled, evaluation = teach(values, placed, dataset, teacher)
+    outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
+    distilled, evaluation = teach(values, placed, dataset, teacher, outputs)
     exported = export_student(
         export_recipe=values["export"],
         models_recipe=values["models"],

@@ -82,6 +82,7 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
         recipe=facts,
         rungs=rungs,
         most_candidates=search.count if search else 0,
+        caches_teacher=recipe.caches_teacher,
         platform=_facts(platform, recipe) if platform else None,
     )
 

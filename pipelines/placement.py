@@ -96,8 +96,13 @@ class Placement:
         """Whether there is a platform."""
         return self._platform is not None
 
+    @property
+    def caches_teacher(self) -> bool:
+        """Whether there is to be a step that asks the teacher for all trainings."""
+        return self._recipe.caches_teacher
+
     def has(self, step: str) -> bool:
-        """Whether the step has been placed."""
+        """Whether a step's task has been placed."""
         return step in self._tasks
 
     def task(self, step: str) -> dsl.PipelineTask:

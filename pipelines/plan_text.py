@@ -28,7 +28,7 @@ def as_text(plan: Plan, where: str) -> str:
         f"{name} on {where}\n"
         f"  teacher {job.recipe.teacher.source}: {_model(job.teacher.shape)}, "
         f"{8 * job.teacher.dtype_bytes}-bit ({job.teacher.origin})\n"
-        f"  student{_source(job)}",
+        f"  student{_source(job)}" + f"\n  teacher outputs {plan.choice}",
         _table([_MEMORY, *(_memory(step) for step in plan.steps)]),
         _table([_RANK, *(_rank(step) for step in plan.steps)]),
         _table([_WORK, *(_work(step) for step in plan.steps), _total(plan.steps)]),
@@ -67,6 +67,7 @@ def as_json(plan: Plan, where: str) -> dict[str, Any]:
         "steps": [
             asdict(step) | {name: getattr(step, name) for name in figures} for step in plan.steps
         ],
+        "teacher_outputs": asdict(plan.choice),
         "problems": plan.problems,
     }
 

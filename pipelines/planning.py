@@ -20,14 +20,17 @@ from flagscale.errors import UserError
 from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.combinations import check_width_pruning
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
+from flagscale.recipe.teacher_outputs import decided
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import ACCELERATORS, Accelerator, Machine
+from flagscale.sizes.outputs import CACHE_STEP, cache_step
 from flagscale.sizes.steps import MODEL_STEPS, StepPlan, model_step, training_step
 from flagscale.sizes.teacher import Teacher, UnknownSizeError, teacher_of
 from pipelines.platform import Platform
 from pipelines.pods import Pods
+from pipelines.teacher_outputs import Choice, chosen, with_choice
 
 if TYPE_CHECKING:
     from flagscale.megatron.shape import ModelShape
@@ -44,12 +47,14 @@ class Plan:
         job: with the models and machines that they are for.
         sizes: of the model steps' layout.
         steps: in their order.
+        choice: whether its training reads teacher outputs, and why.
         name: of the variant; None without a sweep.
     """
 
     job: Job
     sizes: ParallelismRecipe
     steps: tuple[StepPlan, ...]
+    choice: Choice
     name: str | None = None
 
     @property
@@ -79,20 +84,25 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
     teacher = teacher_of(recipe.teacher)
     here = this_machine(on_cpu) if platform is None else Machine(None)
 
-    def plan(one: Recipe, name: str | None) -> Plan:
+    def job_of(one: Recipe) -> Job:
         machines = (here, here) if platform is None else _machines(one, platform)
-        return _plan(one, teacher, machines, name)
+        return _job(one, teacher, machines)
 
     variants = recipe.variants
+    jobs: dict[str | None, Job] = {}
     if not variants:
-        return [plan(recipe, None)]
-    found = []
+        jobs[None] = job_of(recipe)
     for variant in variants:
         try:
-            found.append(plan(variant.recipe, variant.name))
+            jobs[variant.name] = job_of(variant.recipe)
         except UserError as error:
             raise UserError(f"{recipe.varied} {variant.name!r}: {error}") from error
-    return found
+    choice = chosen(recipe, list(jobs.values()), choose)
+    trainings = [decided(job.recipe, choice.cached) for job in jobs.values()]
+    return [
+        _plan(replace(job, recipe=one), name, choice, trainings)
+        for (name, job), one in zip(jobs.items(), trainings, strict=True)
+    ]
 
 
 def check_run(recipes: Iterable[Recipe]) -> None:
@@ -118,7 +128,8 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
         on_cpu: leave its accelerators alone.
 
     Returns:
-        The recipe, and lines for people: what was not checked, and why.
+        The recipe, in which `distillation.teacher_outputs=auto` is decided too, and lines for
+        people: what was not checked, or what was decided, and why.
 
     Raises:
         UserError: what does not fit, with the number, and the nearest layout that does; or what a
@@ -135,14 +146,18 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
             f"recipe {recipe.name} does not fit {where}:\n  " + "\n  ".join(problems) + "\n"
             "`python -m pipelines plan` shows what each step needs"
         )
+    choice, note = found[0].choice, ""
+    if recipe.distillation.teacher_outputs == "auto" and choice.cached:
+        note = f"note: distillation.teacher_outputs=auto: {choice}\n"
+    recipe = with_choice(recipe, choice)
     if recipe.models.parallelism is not None:
-        return recipe, ""
+        return recipe, note
     largest = max((plan.sizes for plan in found), key=lambda sizes: sizes.smallest_world_size)
     if largest.smallest_world_size == 1:
-        return recipe, ""
+        return recipe, note
     given = {name: getattr(largest, name) for name in LayoutRecipe.model_fields}
     models = ModelsRecipe(parallelism=LayoutRecipe(**given))
-    return recipe.model_copy(update={"models": models}), ""
+    return recipe.model_copy(update={"models": models}), note
 
 
 def nearest(job: Job, step: StepPlan) -> str:
@@ -155,7 +170,7 @@ def nearest(job: Job, step: StepPlan) -> str:
     sizes = choose(roomy)
     if sizes is None:
         return f"no layout of up to {_MOST_RANKS} accelerators has room"
-    wanted = model_step(roomy, step.step, sizes)
+    wanted = _model_step(roomy, step.step, sizes)
     count = sizes.smallest_world_size
     return (
         f"the smallest layout that fits is {wanted.layout}: accelerator_count: {count} for the "
@@ -163,9 +178,7 @@ def nearest(job: Job, step: StepPlan) -> str:
     )
 
 
-def _plan(
-    recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine], name: str | None
-) -> Plan:
+def _job(recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine]) -> Job:
     student, student_source = _student(recipe, teacher)
     try:
         recipe.check_models(machines[0].accelerators)
@@ -175,11 +188,20 @@ def _plan(
     for field in ("spec", "heterogeneous_layers_config"):
         if getattr(student.architecture, field) is not None:
             raise UnknownSizeError(f"student.architecture.{field} may be of any size")
-    job = Job(recipe, teacher, student, *machines, student_source)
+    return Job(recipe, teacher, student, *machines, student_source)
+
+
+def _plan(job: Job, name: str | None, choice: Choice, trainings: list[Recipe]) -> Plan:
     sizes = job.model_sizes(choose(job))
     steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
     steps.insert(2, training_step(job))
-    return Plan(job, sizes, tuple(steps), name)
+    if job.reads_outputs:  # the plan of each variant has the steps that it shares with others
+        steps.insert(1, cache_step(job, sizes, trainings))
+    return Plan(job, sizes, tuple(steps), choice, name)
+
+
+def _model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
+    return cache_step(job, sizes) if step == CACHE_STEP else model_step(job, step, sizes)
 
 
 def _student(recipe: Recipe, teacher: Teacher) -> tuple[ModelShape, Teacher | None]:
@@ -208,9 +230,11 @@ def choose(job: Job) -> ParallelismRecipe | None:
     def fits(sizes: ParallelismRecipe) -> bool:
         try:
             check_width_pruning(job.recipe.student, sizes)
-        except ValueError:
+            _check_quantized(job, sizes, calibrates=True)
+        except (ValueError, UserError):
             return False
-        return all(model_step(job, step, sizes).lacks is None for step in MODEL_STEPS)
+        steps = [*MODEL_STEPS, CACHE_STEP] if job.reads_outputs else [*MODEL_STEPS]
+        return all(_model_step(job, step, sizes).lacks is None for step in steps)
 
     shapes = (job.teacher.shape, job.student)
     return smallest_layout(shapes, fits, job.models.accelerators, job.recipe.data.seq_length)
@@ -270,7 +294,8 @@ def _more(nodes: int) -> Iterator[int]:
 def _training_layouts(job: Job) -> Iterator[Layout]:
     """Layouts of all the training's accelerators, fewest ranks a copy of the model first."""
     training, world = job.recipe.training, job.training.accelerators * job.training.pods
-    shapes = [job.student] + ([job.teacher.shape] if job.distilled_from else [])
+    # The output layer of a teacher whose outputs are read is divided as the student's.
+    shapes = [job.student] + ([job.teacher.shape] if job.runs_in_training else [])
     for sizes in layouts(shapes, world, job.recipe.data.seq_length):
         split = sizes.tensor_model_parallel_size > 1
         given = sizes.model_copy(
@@ -281,9 +306,19 @@ def _training_layouts(job: Job) -> Iterator[Layout]:
         )
         try:
             training.model_copy(update={"parallelism": given}).check_world_size(world)
-        except ValueError:
+            _check_quantized(job, given, calibrates=False)
+        except (ValueError, UserError):
             continue
         yield Layout.of(given, world)
+
+
+def _check_quantized(job: Job, sizes: ParallelismRecipe, *, calibrates: bool) -> None:
+    """Refuse a layout that the student is not quantised on, if it is."""
+    from flagscale.megatron.quantized import check_quantized
+
+    quantization = job.recipe.student.quantization
+    if quantization is not None:
+        check_quantized(job.student, quantization.recipe, sizes, calibrates=calibrates)
 
 
 def _machines(recipe: Recipe, platform: Platform) -> tuple[Machine, Machine]:
@@ -302,7 +337,7 @@ def machine(pods: Pods) -> Machine:
     flops = pods.accelerator_tflops * 1e12 if pods.accelerator_tflops else None
     accelerator = known
     if known is not None:
-        accelerator = Accelerator(memory or known.memory, flops or known.flops)
+        accelerator = Accelerator(memory or known.memory, flops or known.flops, known.bandwidth)
     elif memory:
         accelerator = Accelerator(memory, flops)
     return Machine(

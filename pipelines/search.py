@@ -1,7 +1,7 @@
 """The search: many students trained a little, the better ones a little more, the best to the end.
 
     check-recipe
-    prepare-data, prepare-teacher
+    prepare-data, prepare-teacher, cache-teacher where trainings read its outputs
     rung 1: for each candidate, at most `search.parallelism` at a time:
         convert-student, distil-student (to the rung's step)
     rank-candidates
@@ -44,12 +44,14 @@ from pipelines.platform import Platform
 from pipelines.wiring import (
     Rung,
     always,
+    cache,
     check,
     convert,
     figures,
     judge,
     place_record,
     prepare,
+    reads,
     train,
 )
 
@@ -129,13 +131,15 @@ class _Wiring:
         """Make them all."""
         values, placed = self._values, self._placed
         dataset, teacher = prepare(values, placed)
-        results = self._first_rung(dataset, teacher)
+        outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
+        read = reads(dataset, teacher, outputs)
+        results = self._first_rung(dataset, teacher, read)
         ranked = self._rank(1, results, None)
         for number in range(2, len(self._search.rungs) + 1):
-            results = self._rung(number, ranked, dataset, teacher)
+            results = self._rung(number, ranked, read)
             ranked = self._rank(number, results, ranked)
         student = self._pick(1, ranked, values)
-        distilled = train(values, placed, teacher, student, dataset)
+        distilled = train(values, placed, student, read)
         evaluation = judge(values, placed, dataset, teacher, student, distilled)
         exported = export_student(
             export_recipe=values["export"],
@@ -149,13 +153,15 @@ class _Wiring:
             given = figures(values, placed, "rank-candidates", "export-student")
             place_record(record_search(search=ranked, **{**given, **self._figures}), placed)
 
-    def _first_rung(self, dataset: Channel, teacher: Channel) -> Channel:
+    def _first_rung(
+        self, dataset: Channel, teacher: Channel, read: Mapping[str, Channel]
+    ) -> Channel:
         with dsl.ParallelFor(
             self._looped["search_candidates"], name="rung 1", parallelism=self._parallelism
         ) as candidate:
             own = {**self._looped, "student": candidate.student}
             student = convert(own, self._placed, dataset, teacher, record_failure=True)
-            result = train(self._looped, self._placed, teacher, student, dataset, self._rung_of(1))
+            result = train(self._looped, self._placed, student, read, self._rung_of(1))
         given = figures(self._values, self._placed)
         self._figures = {
             "student_metrics": dsl.Collected(given["student_metrics"]),
@@ -163,13 +169,11 @@ class _Wiring:
         }
         return dsl.Collected(result)
 
-    def _rung(self, number: int, ranked: Channel, dataset: Channel, teacher: Channel) -> Channel:
+    def _rung(self, number: int, ranked: Channel, read: Mapping[str, Channel]) -> Channel:
         slots = [{"slot": slot + 1} for slot in range(self._slots[number - 1])]
         with dsl.ParallelFor(slots, name=f"rung {number}", parallelism=self._parallelism) as one:
             student = self._pick(one.slot, ranked, self._looped)
-            result = train(
-                self._looped, self._placed, teacher, student, dataset, self._rung_of(number)
-            )
+            result = train(self._looped, self._placed, student, read, self._rung_of(number))
         return dsl.Collected(result)
 
     def _pick(self, slot: Any, ranked: Channel, values: Mapping[str, Any]) -> Channel:  # noqa: ANN401

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
+from components.cache_teacher.component import cache_teacher
 from components.check_recipe.component import check_recipe
 from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
@@ -14,7 +15,7 @@ from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
-from flagscale.run_values import LISTS, SECTIONS, Made
+from flagscale.run_values import LISTS, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
 
@@ -23,6 +24,7 @@ Channel = Any  # KFP's
 _FIGURES = {
     "prepare-data": "dataset_metrics",
     "prepare-teacher": "teacher_metrics",
+    "cache-teacher": "outputs_metrics",
     "convert-student": "student_metrics",
     "distil-student": "training_metrics",
     "distil-student-on-nodes": "training_metrics",
@@ -52,7 +54,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, *LISTS) if name in values]
-    return {**values, **{name: checked.outputs[name] for name in outputs}}
+    return {**values, **{name: checked.outputs[name] for name in (*outputs, MET)}}
 
 
 def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
@@ -88,6 +90,22 @@ class Rung(NamedTuple):
     samples: int
 
 
+def cache(
+    values: Mapping[str, Any], placed: Placement, dataset: Channel, teacher: Channel
+) -> Channel:
+    """The step that asks the teacher for all trainings: a channel of its outputs."""
+    asked = cache_teacher(
+        teacher_outputs_recipe=values["teacher_outputs"],
+        met_recipe=values[MET],
+        models_recipe=values["models"],
+        checkpoints=values["training_checkpoints"],
+        teacher=teacher,
+        dataset=dataset,
+        **always(values, "models"),
+    )
+    return placed.place(asked, "models", "Cache teacher").outputs["teacher_outputs"]
+
+
 def convert(
     values: Mapping[str, Any],
     placed: Placement,
@@ -121,14 +139,31 @@ def teach(
     placed: Placement,
     dataset: Channel,
     teacher: Channel,
+    outputs: Channel = None,
     *,
     record_failure: bool = False,
 ) -> tuple[Channel, Channel]:
-    """The steps of one student: channels of the distilled student and its evaluation."""
+    """The steps of one student: channels of the distilled student and its evaluation.
+
+    Args:
+        values: see `convert`.
+        placed: see there.
+        dataset: a channel.
+        teacher: a channel.
+        outputs: a channel, of `cache`, where the training reads them.
+        record_failure: see `convert`.
+    """
     fails = {"record_failure": record_failure}
     student = convert(values, placed, dataset, teacher, **fails)
-    distilled = train(values, placed, teacher, student, dataset, **fails)
+    read = reads(dataset, teacher, outputs)
+    distilled = train(values, placed, student, read, **fails)
     return distilled, judge(values, placed, dataset, teacher, student, distilled, **fails)
+
+
+def reads(dataset: Channel, teacher: Channel, outputs: Channel = None) -> dict[str, Channel]:
+    """What a training reads beside its student; `outputs` of `cache`, where it reads them."""
+    found = {"teacher": teacher, "dataset": dataset}
+    return found if outputs is None else {**found, "teacher_outputs": outputs}
 
 
 def judge(
@@ -158,9 +193,8 @@ def judge(
 def train(
     values: Mapping[str, Any],
     placed: Placement,
-    teacher: Channel,
     student: Channel,
-    dataset: Channel,
+    read: Mapping[str, Channel],
     rung: Rung | None = None,
     *,
     record_failure: bool = False,
@@ -170,9 +204,8 @@ def train(
     Args:
         values: see `convert`.
         placed: see there.
-        teacher: a channel.
         student: a channel.
-        dataset: a channel.
+        read: of `reads`.
         rung: of a search, where others go on if it fails; the channel is then of a candidate.
         record_failure: see `convert`.
     """
@@ -181,7 +214,7 @@ def train(
     until_step, samples = rung or (0, 0)
     given |= {"until_step": until_step, "samples": samples}
     given |= {"record_failure": record_failure or rung is not None}
-    given |= {"teacher": teacher, "student": student, "dataset": dataset}
+    given |= {"student": student, **read}
     if not placed.uses_trainjob:
         trained = distil_student(**given, **always(values, "training"))
         return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
@@ -203,7 +236,8 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
     A step that is there several times has those of the task that was placed last.
     """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
-    steps = ("prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last)
+    steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
+    steps.append("cache-teacher")
     given = {
         _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
         for step in steps

@@ -25,6 +25,7 @@ def check_recipe(
     distillation: dict = {},
     distillation_loss: str = "",
     distillation_temperature: str = "",
+    teacher_outputs: dict = {},
     training: dict = {},
     training_global_batch_size: str = "",
     training_lr: str = "",
@@ -53,12 +54,14 @@ def check_recipe(
         ("teacher", dict),
         ("student", dict),
         ("distillation", dict),
+        ("teacher_outputs", dict),
         ("training", dict),
         ("evaluation", dict),
         ("export", dict),
         ("models", dict),
         ("sweep_variants", list),
         ("search_candidates", list),
+        ("met", dict),
     ],
 ):
     """Read all that a run may change, as `submit` does; all other steps work by what comes of it.
@@ -80,6 +83,7 @@ def check_recipe(
         distillation: the recipe's section `distillation`.
         distillation_loss: sets `distillation.loss`.
         distillation_temperature: sets `distillation.temperature`.
+        teacher_outputs: the recipe's section `teacher_outputs`.
         training: the recipe's section `training`.
         training_global_batch_size: sets `training.global_batch_size`.
         training_lr: sets `training.lr`.

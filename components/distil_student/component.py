@@ -21,6 +21,7 @@ def distil_student(
     dataset: dsl.Input[dsl.Dataset],
     distilled_student: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
+    teacher_outputs: dsl.Input[dsl.Dataset] = None,
 ) -> None:
     """Train the student on the teacher's logits; goes on from the last checkpoint by itself.
 
@@ -41,6 +42,7 @@ def distil_student(
         distilled_student: the student after training, with its loss curves; of a rung the curves
             and held-out losses alone.
         training_metrics: last losses, speed.
+        teacher_outputs: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -64,6 +66,7 @@ def distil_student(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
+            teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             rung=rung,

@@ -23,6 +23,7 @@ def distil_student_on_nodes(
     dataset: dsl.Input[dsl.Dataset],
     distilled_student: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
+    teacher_outputs: dsl.Input[dsl.Dataset] = None,
 ) -> None:
     """Train the student as distil-student does, as a TrainJob: starts it and follows it.
 
@@ -48,6 +49,7 @@ def distil_student_on_nodes(
         distilled_student: the student after training, with its loss curves; of a rung the curves
             and held-out losses alone.
         training_metrics: last losses, speed.
+        teacher_outputs: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -71,6 +73,7 @@ def distil_student_on_nodes(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
+            teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             nodes=nodes,

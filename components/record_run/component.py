@@ -14,6 +14,7 @@ def record_run(
     training_metrics: dsl.Input[dsl.Metrics],
     evaluation_metrics: dsl.Input[dsl.Metrics],
     export_metrics: dsl.Input[dsl.Metrics],
+    outputs_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps that the cache served, which could not do so; end the run there.
 
@@ -25,6 +26,7 @@ def record_run(
         training_metrics: from distil-student.
         evaluation_metrics: from evaluate.
         export_metrics: from export-student.
+        outputs_metrics: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -37,6 +39,7 @@ def record_run(
             {
                 "prepare-data": [Path(dataset_metrics.path)],
                 "prepare-teacher": [Path(teacher_metrics.path)],
+                "cache-teacher": [Path(outputs_metrics.path)] if outputs_metrics else [],
                 "convert-student": [Path(student_metrics.path)],
                 "distil-student": [Path(training_metrics.path)],
                 "evaluate": [Path(evaluation_metrics.path)],

@@ -17,6 +17,7 @@ def record_search(
     evaluation_metrics: dsl.Input[dsl.Metrics],
     export_metrics: dsl.Input[dsl.Metrics],
     search: dsl.Input[dsl.Artifact],
+    outputs_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps and candidates that the cache served; end the run there.
 
@@ -31,6 +32,7 @@ def record_search(
         evaluation_metrics: from evaluate.
         export_metrics: from export-student.
         search: from the last rank-candidates: every candidate's figures.
+        outputs_metrics: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -43,6 +45,7 @@ def record_search(
             {
                 "prepare-data": [Path(dataset_metrics.path)],
                 "prepare-teacher": [Path(teacher_metrics.path)],
+                "cache-teacher": [Path(outputs_metrics.path)] if outputs_metrics else [],
                 "convert-student": [Path(one.path) for one in student_metrics],
                 "distil-student": [Path(one.path) for one in (*rung_metrics, training_metrics)],
                 "rank-candidates": [Path(search_metrics.path)],

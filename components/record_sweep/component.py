@@ -16,6 +16,7 @@ def record_sweep(
     leaderboard_metrics: dsl.Input[dsl.Metrics],
     export_metrics: dsl.Input[dsl.Metrics],
     leaderboard: dsl.Input[dsl.Artifact],
+    outputs_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps and variants that the cache served; end the run there.
 
@@ -29,6 +30,7 @@ def record_sweep(
         leaderboard_metrics: from leaderboard.
         export_metrics: from export-winner.
         leaderboard: from leaderboard: every variant's figures.
+        outputs_metrics: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -41,6 +43,7 @@ def record_sweep(
             {
                 "prepare-data": [Path(dataset_metrics.path)],
                 "prepare-teacher": [Path(teacher_metrics.path)],
+                "cache-teacher": [Path(outputs_metrics.path)] if outputs_metrics else [],
                 "convert-student": [Path(one.path) for one in student_metrics],
                 "distil-student": [Path(one.path) for one in training_metrics],
                 "evaluate": [Path(one.path) for one in evaluation_metrics],

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint.reading import load
@@ -51,13 +52,46 @@ def load_weights(chunks: GPTModel | Sequence[GPTModel], folder: Path) -> None:
         UserError: there is no checkpoint, or it has other tensors or shapes than the model.
     """
     # Not in the state's own form: Megatron-Core would put gate and up together in new memory.
-    asked = {
-        f"{name} {number}": tensor
-        for name, chunk in named_chunks(chunks).items()
-        for number, tensor in enumerate(local_weights(unwrap_model(chunk)))
-    }
+    _read_into(
+        {
+            f"{name} {number}": tensor
+            for name, chunk in named_chunks(chunks).items()
+            for number, tensor in enumerate(local_weights(unwrap_model(chunk)))
+        },
+        folder,
+    )
+
+
+def load_output_layer(layer: ColumnParallelLinear | None, folder: Path, *, tied: bool) -> None:
+    """Read the output layer, and nothing else, of a model that `save_weights` wrote.
+
+    All ranks call it.
+
+    Args:
+        layer: of the model's size; None on a rank that has none.
+        folder: of the checkpoint.
+        tied: the model's output layer is its embedding.
+
+    Raises:
+        UserError: there is no checkpoint, or its output layer has another shape.
+    """
+    asked: dict[str, ShardedTensor] = {}
+    if layer is not None:
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        prefix = "embedding.word_embeddings." if tied else "output_layer."
+        state = layer.sharded_state_dict(prefix, metadata={"dp_cp_group": copies})
+        asked["output layer"] = state[f"{prefix}weight"]
+    _read_into(asked, folder, may_lack=lambda name: True)
+
+
+def _read_into(
+    asked: dict[str, ShardedTensor],
+    folder: Path,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Read tensors where their data is."""
     places = {name: tensor.data.detach() for name, tensor in asked.items()}
-    loaded = load(asked, folder)
+    loaded = load(asked, folder, may_lack)
     for name, place in places.items():
         if loaded[name].data_ptr() != place.data_ptr():  # one that another rank has read
             place.copy_(loaded[name])

@@ -8,32 +8,27 @@ weight, each with epochs of its own.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from flagscale.data.blending import Epochs, Interleave
-from flagscale.data.borders import Sample, pieces
 from flagscale.data.layout import check_split, parts_of, read_manifest
+from flagscale.data.mixture import VALIDATION_SEED, Mixture, weights_of
 from flagscale.data.prefetch import Ahead
 from flagscale.data.samples import Index, Samples
+from flagscale.data.stacking import MicroBatch, stacked
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SEED = 0  # of no run: every run validates on the same samples
 _AHEAD = 8  # micro-batches
-_POSITIONS_A_LOOK = 4096
-MicroBatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,49 +64,14 @@ class BatchShape:
             yield range(start, start + self.micro_batch_size)
 
 
-class Mixture:
-    """The endless sequence of samples of one or several parts of a split.
-
-    Args:
-        parts: the samples of each.
-        weights: their shares.
-        seed: of the epochs' order.
-    """
-
-    def __init__(self, parts: list[Samples], weights: list[float], seed: int) -> None:
-        self._parts = parts
-        self._firsts = [0, *itertools.accumulate(map(len, parts))]
-        self._epochs = [Epochs(len(part), seed) for part in parts]
-        self._interleave = Interleave(weights)
-        self._look = range(0)
-        self._order: list[tuple[int, int]] = []
-
-    def number(self, position: int) -> int:
-        """Which sample it is: they are numbered through all parts of the split."""
-        part, taken = (0, position) if len(self._parts) == 1 else self._take(position)
-        return self._firsts[part] + self._epochs[part][taken]
-
-    def sample(self, number: int) -> Sample:
-        """The sample of a number."""
-        part = bisect.bisect_right(self._firsts, number) - 1
-        return self._parts[part][number - self._firsts[part]]
-
-    def _take(self, position: int) -> tuple[int, int]:
-        if position not in self._look:
-            start = position - position % _POSITIONS_A_LOOK
-            self._look = range(start, start + _POSITIONS_A_LOOK)
-            corpora, numbers = self._interleave.span(self._look.start, self._look.stop)
-            self._order = list(zip(corpora.tolist(), numbers.tolist(), strict=True))
-        return self._order[position - self._look.start]
-
-
 class Batches:
     """Micro-batches of some steps; each `iter()` starts again at the first of them.
 
     A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], `loss_mask`, float32
-    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes. All
-    are in pinned memory where there is a GPU. A step has `global_batch_size /
-    (micro_batch_size * data_parallel_size)` of them. A thread makes them ahead.
+    [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes;
+    `split`, int64, is that one's place in `SPLITS`. All are in pinned memory where there is a GPU.
+    A step has `global_batch_size / (micro_batch_size * data_parallel_size)` of them. A thread makes
+    them ahead.
 
     With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
     each document, and a micro-batch also has:
@@ -133,13 +93,14 @@ class Batches:
         seed: int,
         steps: Iterable[int],
         reset_attention_mask: bool,
+        split: str,
     ) -> None:
         self._parts = parts
         self._weights = weights
         self._shape = shape
         self._seed = seed
         self._steps = steps
-        self._reset = reset_attention_mask
+        self._reset, self._split = reset_attention_mask, split
         self._device = platform.device()
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -152,27 +113,8 @@ class Batches:
         for step in self._steps:
             for positions in self._shape.micro_batches(step):
                 numbers = [samples.number(position) for position in positions]
-                yield self._stack([samples.sample(number) for number in numbers], numbers)
-
-    def _stack(self, rows: list[Sample], numbers: list[int]) -> MicroBatch:
-        batch_size, seq_length = len(rows), len(rows[0].tokens)
-        stacked: dict[str, np.ndarray] = {
-            "tokens": np.stack([row.tokens for row in rows]),
-            "labels": np.stack([row.labels for row in rows]),
-            "loss_mask": np.stack([row.loss_mask for row in rows]),
-            "samples": np.array(numbers, np.int64),
-        }
-        extra: MicroBatch = {}
-        if self._reset:
-            found = pieces([row.starts for row in rows], seq_length)
-            stacked |= {"position_ids": found.position_ids, "cu_seqlens": found.cu_seqlens}
-            extra["max_seqlen"] = found.max_seqlen
-        else:
-            stacked["position_ids"] = np.tile(np.arange(seq_length), (batch_size, 1))
-        tensors = {name: torch.from_numpy(array) for name, array in stacked.items()}
-        if platform.HAS_GPU:
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {**tensors, **extra}
+                rows = [samples.sample(number) for number in numbers]
+                yield stacked(rows, numbers, self._split, self._reset)
 
 
 def prepare_index(dataset: Path, cache: Path) -> None:
@@ -231,9 +173,8 @@ def train_iterator(
     index = Index(dataset, cache, "train")
     parts = index.open(reset_attention_mask)
     steps = itertools.count(start_step)
-    return iter(
-        Batches(parts, part_weights(index, parts), shape, seed, steps, reset_attention_mask)
-    )
+    weights = weights_of(index, parts)
+    return iter(Batches(parts, weights, shape, seed, steps, reset_attention_mask, "train"))
 
 
 def validation_batches(
@@ -264,9 +205,11 @@ def validation_batches(
             eval_iters,
             global_batch_size,
         )
-    weights = part_weights(index, parts)
+    weights = weights_of(index, parts)
     steps = range(eval_iters)
-    return Batches(parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask)
+    return Batches(
+        parts, weights, shape, VALIDATION_SEED, steps, reset_attention_mask, "validation"
+    )
 
 
 def split_documents(
@@ -294,11 +237,3 @@ def split_documents(
     if max_documents is not None and max_documents < count:
         places = [places[i * count // max_documents] for i in range(max_documents)]
     return [np.asarray(one[number], np.int64) for one, number in places]
-
-
-def part_weights(index: Index, parts: list[Samples]) -> list[float]:
-    """The recipe's, or where it gives none the number of samples."""
-    return [
-        float(len(samples) if part.weight is None else part.weight)
-        for part, samples in zip(index.parts, parts, strict=True)
-    ]

@@ -8,8 +8,6 @@ some hundred tokens at a time: no more of them is ever held.
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,10 +19,8 @@ from flagscale.evaluation.fidelity import FIGURES, TEACHER
 from flagscale.evaluation.teacher import KeptTeacher, OutputLayer
 from flagscale.evaluation.token_figures import token_figures
 from flagscale.evaluation.windows import Batch
+from flagscale.models.token_progress import TokenProgress
 
-logger = logging.getLogger(__name__)
-
-_PROGRESS_SECONDS = 5.0
 # Logits of one model: 32 MiB in fp32, 128 MiB in bf16. Fewer rows would read the output layer's
 # weights more often than they multiply with them.
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
@@ -49,13 +45,13 @@ def keep(teacher: Model, kept: KeptTeacher, batches: Sequence[Batch]) -> None:
         kept: where to.
         batches: the text.
     """
-    progress = _Progress(TEACHER, batches)
+    progress = TokenProgress(TEACHER, _tokens(batches))
     with torch.inference_mode():
         for index, batch in enumerate(batches):
             hidden_bsh = teacher.hidden_states(batch.inputs_bs)
             if hidden_bsh is not None and teacher.output_layer is not None:
                 kept.keep(index, batch.unpadded(hidden_bsh), teacher.output_layer)
-            progress.advance(batch)
+            progress.advance(sum(batch.lengths))
 
 
 def measure(
@@ -79,7 +75,7 @@ def measure(
         UserError: a model's logits are not finite.
     """
     sums_mfd = np.zeros((2, len(FIGURES), documents))
-    progress = _Progress(name, batches)
+    progress = TokenProgress(name, _tokens(batches))
     with torch.inference_mode():
         for index, batch in enumerate(batches):
             hidden_bsh = student.hidden_states(batch.inputs_bs)
@@ -91,7 +87,7 @@ def measure(
                     batch.labels_n.to(hidden_nh.device),
                 )
                 _add(sums_mfd, batch, figures_mfn.cpu().numpy(), name)
-            progress.advance(batch)
+            progress.advance(sum(batch.lengths))
     return sums_mfd
 
 
@@ -132,27 +128,5 @@ def _add(sums_mfd: np.ndarray, batch: Batch, figures_mfn: np.ndarray, name: str)
         sums_mfd[..., window.document] += figures_mfn[..., start:end].sum(axis=-1)
 
 
-class _Progress:
-    """A line every few seconds, with the time left."""
-
-    def __init__(self, name: str, batches: Sequence[Batch]) -> None:
-        self._name, self._done = name, 0
-        self._total = sum(sum(batch.lengths) for batch in batches)
-        self._start = self._last = time.monotonic()
-
-    def advance(self, batch: Batch) -> None:
-        self._done += sum(batch.lengths)
-        now = time.monotonic()
-        if now - self._last < _PROGRESS_SECONDS and self._done < self._total:
-            return
-        self._last, spent = now, now - self._start
-        left = spent * (self._total - self._done) / self._done
-        logger.info(
-            "%s model: run on %d of %d tokens (%.0f%%), %.0f tokens/s, %.0f s left",
-            self._name,
-            self._done,
-            self._total,
-            100 * self._done / self._total,
-            self._done / max(spent, 1e-9),
-            left,
-        )
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(sum(batch.lengths) for batch in batches)

@@ -54,6 +54,7 @@ class Arguments:
         check_for_spiky_loss: warn of a loss far above all before.
         export_kd_teacher_load: the teacher's artifact; where set, the model is distilled.
         export_kd_cfg: the distillation, if so.
+        export_kd_teacher_outputs: what the teacher answered; where set, it need not be there.
         export_quant_load: the artifact whose quantisers a quantised model gets.
     """
 
@@ -90,6 +91,7 @@ class Arguments:
     check_for_spiky_loss: bool = False
     export_kd_teacher_load: Path | None = None
     export_kd_cfg: DistillationRecipe | None = None
+    export_kd_teacher_outputs: Path | None = None
     export_quant_load: Path | None = None
 
     @property
@@ -160,14 +162,26 @@ def training_arguments(shape: ModelShape, seq_length: int, training: TrainingRec
     )
 
 
-def with_teacher(args: Arguments, teacher: Path, distillation: DistillationRecipe) -> Arguments:
+def with_teacher(
+    args: Arguments,
+    teacher: Path,
+    distillation: DistillationRecipe,
+    teacher_outputs: Path | None = None,
+) -> Arguments:
     """The same arguments for the model converted for distillation from the teacher's artifact.
 
     Without transformer-engine's cross entropy, which would overwrite the logits that are compared.
+
+    Args:
+        args: of the student alone.
+        teacher: a `teacher` artifact.
+        distillation: the recipe's section.
+        teacher_outputs: a `teacher-outputs` artifact, which is then read in the teacher's place.
     """
     return replace(
         args,
         export_kd_teacher_load=teacher,
         export_kd_cfg=distillation,
+        export_kd_teacher_outputs=teacher_outputs,
         cross_entropy_loss_fusion=False,
     )

@@ -68,7 +68,7 @@ def build_gpt_model(
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
     if post_process:
-        _mask_padded_vocabulary(model, shape.vocab_size)
+        mask_padded_vocabulary(model, shape.vocab_size)
     return model
 
 
@@ -99,7 +99,13 @@ def build_legacy_gpt_model(
     )
 
 
-def _mask_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
+def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
+    """Let a model's output layer know which of its columns are tokens, and give others no chance.
+
+    Args:
+        model: with an `output_layer`, this rank's slice of the padded vocabulary.
+        vocab_size: tokens.
+    """
     layer = model.output_layer
     width = layer.output_size_per_partition
     start = torch.distributed.get_rank(layer.tp_group) * width

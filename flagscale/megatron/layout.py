@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from flagscale.errors import UserError
 from flagscale.megatron.paired_layers import check_paired_layers
+from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.combinations import check_combination
@@ -22,7 +23,8 @@ def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> N
 
     Raises:
         UserError: a size of `models.parallelism` or `training`, what it does not divide, and the
-            sizes that would do; or sequences beyond a model's positions.
+            sizes that would do; sequences beyond a model's positions; or a student that cannot be
+            quantised on such ranks.
     """
     models, training = recipe.models.sizes, recipe.training.parallelism
     seq_length, chunks = recipe.data.seq_length, training.virtual_pipeline_model_parallel_size or 1
@@ -43,6 +45,10 @@ def check_layouts(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> N
         check_combination(recipe.distillation, recipe.training, student.architecture)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if recipe.student.quantization is not None:
+        name = recipe.student.quantization.recipe
+        check_quantized(student, name, models, calibrates=True)
+        check_quantized(student, name, training, calibrates=False)
     if recipe.distillation.loss != "none":
         check_paired_layers(recipe.distillation, student, teacher, training)
 

@@ -26,6 +26,7 @@ from flagscale.models.distillation_proof import (
 )
 from flagscale.models.megatron import hidden_states, without_multi_token_prediction
 from flagscale.post_training.findings import Finding, failures, fault, not_run, of_all_ranks
+from flagscale.post_training.float64_layers import check_layers, seen_layers
 from flagscale.post_training.preflight import (
     KD,
     LM,
@@ -44,7 +45,7 @@ from flagscale.post_training.preflight_models import (
     check_teacher_loss,
     check_weights,
 )
-from flagscale.post_training.tap import STUDENT, Edit, Seen
+from flagscale.post_training.tap import STUDENT, Edit, Seen, Tap
 from flagscale.recipe import DistillationRecipe
 
 # Another temperature than 1, so that T and T^2 show; the LM loss is mixed in by a check.
@@ -157,14 +158,16 @@ def _losses(
     with without_multi_token_prediction(teacher), torch.no_grad():
         by_itself_sbh = hidden_states(teacher.eval(), batch["tokens"])
     with distilling(student, teacher, recipe) as model:
-        _, alone = run(model, batch, forward_only=True, differentiates=True)
+        _, alone = run(model, batch, forward_only=True, tap=Tap(model, differentiates=True))
         frozen: list[Finding] = []
         if alone is not None and by_itself_sbh is not None:
             frozen = [check_teacher(alone, by_itself_sbh.transpose(0, 1), teacher)]
     with distilling(student, teacher, mixed) as model, torch.no_grad():
-        losses, beside = run(model, batch, forward_only=True, edit=_unchanged)
+        tap = Tap(model, _unchanged, layers=seen_layers(mixed))
+        losses, beside = run(model, batch, forward_only=True, tap=tap)
+        terms = check_layers(tap, mixed, model)
         perturbed, edit = _perturbed(batch, student.unpadded_vocab_size)
-        _, elsewhere = run(model, perturbed, forward_only=True, edit=edit)
+        _, elsewhere = run(model, perturbed, forward_only=True, tap=Tap(model, edit))
         _, evaluated = run(model, batch, forward_only=True, training=False)
     size = torch.zeros((), dtype=torch.float64, device=platform.device())
     if alone is not None:
@@ -178,6 +181,7 @@ def _losses(
         *frozen,
         *check_causal(alone, elsewhere),
         *check_losses(beside, mixed),
+        *terms,
         check_gradient(alone, recipe),
         *check_family(alone),
         check_mixed(alone, beside),
@@ -193,7 +197,7 @@ def _when_equal(
     """The teacher against itself, by its logits: paired layers need not be the same there."""
     recipe = recipe.model_copy(update={"intermediate_layer_pairs": (), "attention_layer_pairs": ()})
     with distilling(twin(teacher), teacher, recipe) as model:
-        losses, seen = run(model, batch, forward_only=True, differentiates=True)
+        losses, seen = run(model, batch, forward_only=True, tap=Tap(model, differentiates=True))
     return ([] if seen is None else check_equal(seen, size)), losses[KD]
 
 

@@ -25,7 +25,7 @@ from flagscale.megatron.global_vars import get_args, use_args
 from flagscale.models.megatron import without_multi_token_prediction
 from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.post_training.export import plain_student
-from flagscale.post_training.tap import Edit, Seen, Tap
+from flagscale.post_training.tap import Seen, Tap
 from flagscale.recipe import DistillationRecipe
 from flagscale.train.auxiliary_losses import forget_auxiliary_losses
 from flagscale.train.batches import reads_data
@@ -103,8 +103,7 @@ def run(
     *,
     forward_only: bool = False,
     training: bool = True,
-    edit: Edit | None = None,
-    differentiates: bool = False,
+    tap: Tap | None = None,
 ) -> tuple[dict[str, float], Seen | None]:
     """One micro-batch training's own way. All ranks call it.
 
@@ -113,15 +112,14 @@ def run(
         batch: of the data loader, the same on every rank.
         forward_only: no backward pass.
         training: the mode.
-        edit: see `Tap`.
-        differentiates: see there.
+        tap: of the model, that is to look; default: a plain one.
 
     Returns:
         The losses, nats a token, known to all ranks; and what was seen of them, on the last stage.
     """
     model.train(training)
     batches = iter([batch]) if reads_data(get_args()) else None
-    with Tap(model, edit, differentiates=differentiates).open() as tap:
+    with (tap or Tap(model)).open() as tap:
         reports = run_schedule([model], [batches], 1, forward_only, tap.around(forward_step))
     forget_auxiliary_losses()
     return reduce_reports(reports), tap.seen

@@ -7,7 +7,13 @@ from types import MethodType
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.cached_teacher import CachedTeacher, hand_on_samples
+from flagscale.post_training.divergences import (
+    Divergence,
+    SparseKL,
+    divergence_of,
+    sparse_divergence_of,
+)
 from flagscale.post_training.fused_output_layer import fuse_output_layer
 from flagscale.post_training.intermediate_terms import IntermediateTerms, attach
 from flagscale.post_training.losses import LogitsLoss, WeightedLossBalancer
@@ -18,7 +24,10 @@ _OUTPUT_LAYERS = ("output_layer", "output_layer")
 
 
 def convert_for_distillation(
-    student: GPTModel, teacher: GPTModel, distillation: DistillationRecipe, seed: int = 1234
+    student: GPTModel,
+    teacher: GPTModel | CachedTeacher,
+    distillation: DistillationRecipe,
+    seed: int = 1234,
 ) -> mtd.DistillationModel:
     """Convert `student` in place to ModelOpt's `kd_loss` mode.
 
@@ -27,7 +36,7 @@ def convert_for_distillation(
 
     Args:
         student: this pipeline stage's part; so is the teacher.
-        teacher: in evaluation mode.
+        teacher: in evaluation mode, or what it answered once.
         distillation: the losses. Layers are counted over the whole model.
         seed: of the projections between widths that differ.
 
@@ -42,11 +51,12 @@ def convert_for_distillation(
             "the student's vocabulary ({}, padded to {}) must be the teacher's ({}, padded to "
             "{})".format(*sizes[0], *sizes[1])
         )
+    divergence = _divergence(teacher, distillation)
     config = mtd_megatron.DistillationConfig(
         skip_lm_loss=distillation.skip_lm_loss,
         kd_loss_scale=distillation.kd_loss_scale,
         logit_kl_temperature=distillation.temperature,
-        criterion=_criteria(student, distillation),
+        criterion=_criteria(student, divergence),
         loss_balancer=WeightedLossBalancer(distillation.skip_lm_loss, distillation.kd_loss_scale),
     )
     mode = {
@@ -59,16 +69,26 @@ def convert_for_distillation(
     mtd_megatron.adjust_distillation_model_for_mcore(model, config)
     attach(terms, model)
     _keep_logits_for_the_kd_loss(model)
-    fuse_output_layer(model, divergence_of(distillation), distillation)
+    fuse_output_layer(model, divergence, distillation)
+    if isinstance(teacher, CachedTeacher):
+        hand_on_samples(model)
     return model
 
 
+def _divergence(
+    teacher: GPTModel | CachedTeacher, distillation: DistillationRecipe
+) -> Divergence | SparseKL:
+    if isinstance(teacher, CachedTeacher) and not teacher.has_logits:
+        return sparse_divergence_of(distillation)
+    return divergence_of(distillation)
+
+
 def _criteria(
-    student: GPTModel, distillation: DistillationRecipe
+    student: GPTModel, divergence: Divergence | SparseKL
 ) -> dict[tuple[str, str], torch.nn.Module]:
     if not student.post_process:
         return {}
-    return {_OUTPUT_LAYERS: LogitsLoss(student.config, divergence_of(distillation))}
+    return {_OUTPUT_LAYERS: LogitsLoss(student.config, divergence)}
 
 
 def _keep_logits_for_the_kd_loss(model: mtd.DistillationModel) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from flagscale.post_training.divergences.reference import reference_loss
+from flagscale.post_training.divergences.reference import reference_loss, reference_sparse_loss
 from flagscale.post_training.tap import STUDENT, TEACHER, Head, Seen
 from flagscale.recipe import DistillationRecipe
 
@@ -66,6 +66,23 @@ def divergence_sum(seen: Seen, function: Divergence) -> Sum:
         )
         if stored_s is not student_nv or stored_t is not teacher_nv:
             rounding += ((loss_n - function(stored_s, stored_t)).abs() * mask_n).sum().item()
+    return Sum(value, rounding)
+
+
+@torch.no_grad()
+def sparse_sum(seen: Seen, recipe: DistillationRecipe) -> Sum:
+    """The same of a teacher that gives the probabilities of some tokens, `seen.targets`."""
+    top_k = recipe.top_k if recipe.divergence == "top_k_kl" else None
+    value = rounding = 0.0
+    for index_n, mask_n, (student_nv,) in _chunks(seen, STUDENT):
+        assert seen.targets is not None, "the teacher gives logits"
+        targets = seen.targets[index_n]
+        loss_n = reference_sparse_loss(student_nv, targets, recipe.temperature, top_k)
+        value += (loss_n * mask_n).sum().item()
+        stored_nv = _stored(student_nv, seen.heads[STUDENT])
+        if stored_nv is not student_nv:
+            stored_n = reference_sparse_loss(stored_nv, targets, recipe.temperature, top_k)
+            rounding += ((loss_n - stored_n).abs() * mask_n).sum().item()
     return Sum(value, rounding)
 
 

@@ -29,8 +29,9 @@ from megatron.core.tensor_parallel.mappings import (
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padding
-from flagscale.post_training.divergences import Divergence
+from flagscale.post_training.divergences import Divergence, SparseKL
 from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
+from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
 from flagscale.post_training.upstream import mtd
 from flagscale.recipe import DistillationRecipe
 
@@ -75,13 +76,13 @@ class DeferredLogits:
 
 
 def fuse_output_layer(
-    model: GPTModel, divergence: Divergence, distillation: DistillationRecipe
+    model: GPTModel, divergence: Divergence | SparseKL, distillation: DistillationRecipe
 ) -> None:
     """Let a distillation model make its losses without logits, in place, as the recipe wants it.
 
     Args:
         model: of ModelOpt's, converted in all other respects.
-        divergence: of the student's logits from the teacher's.
+        divergence: of the student's logits from what the teacher gives.
         distillation: says whether, and what else is part of the loss.
 
     Raises:
@@ -99,24 +100,29 @@ def fuse_output_layer(
         logger.info("the output layers are not fused with the loss: %s", reason)
         return
     fused = _FusedOutputLayer(model, divergence, distillation)
-    for part in (model, model.teacher_model):
-        part.output_layer.forward = partial(fused.output, part.output_layer)
+    for layer in _output_layers(model).values():
+        layer.forward = partial(fused.output, layer)
     model.forward = MethodType(fused.forward, model)
     model.compute_language_model_loss = MethodType(fused.compute_language_model_loss, model)
 
 
 def unfuse_output_layer(model: GPTModel) -> None:
     """Undo it on the two output layers; what it set on the model goes with ModelOpt's own."""
-    for part in (model, model.teacher_model):
-        if part.post_process:
-            part.output_layer.__dict__.pop("forward", None)
+    if model.post_process:
+        for layer in _output_layers(model).values():
+            layer.__dict__.pop("forward", None)
+
+
+def _output_layers(model: GPTModel) -> dict[str, torch.nn.Module]:
+    """The student's, and the teacher's if it has one."""
+    layers = {"student": model.output_layer, "teacher": model.teacher_model.output_layer}
+    return {whose: one for whose, one in layers.items() if not isinstance(one, GivenTargets)}
 
 
 def _why_not(model: GPTModel) -> str | None:
     """What an output layer does beside multiplying with its weight; None: nothing."""
     known = Counter([mask_padding, *_CAPTURES])
-    for whose, part in (("student", model), ("teacher", model.teacher_model)):
-        layer = part.output_layer
+    for whose, layer in _output_layers(model).items():
         if not _is_plain(layer):
             return f"the {whose}'s output layer is a {type(layer).__name__}"
         if layer.bias is not None:
@@ -138,7 +144,10 @@ def _is_plain(layer: torch.nn.Module) -> bool:
 
 class _FusedOutputLayer:
     def __init__(
-        self, model: GPTModel, divergence: Divergence, distillation: DistillationRecipe
+        self,
+        model: GPTModel,
+        divergence: Divergence | SparseKL,
+        distillation: DistillationRecipe,
     ) -> None:
         self._divergence, self._skip_lm_loss = divergence, distillation.skip_lm_loss
         self._kd_loss_scale = distillation.kd_loss_scale
@@ -147,7 +156,6 @@ class _FusedOutputLayer:
         self._forward = model.forward
         self._compute_language_model_loss = model.compute_language_model_loss
         self._deferring = False
-        self._teacher: DeferredLogits | None = None
         self._loss_mask_bs: torch.Tensor | None = None
 
     def forward(self, model: GPTModel, *inputs: Any, **named: Any) -> torch.Tensor:  # noqa: ANN401
@@ -164,7 +172,7 @@ class _FusedOutputLayer:
         try:
             yield
         finally:
-            self._deferring, self._teacher, self._loss_mask_bs = False, None, None
+            self._deferring, self._loss_mask_bs = False, None
 
     def output(
         self,
@@ -179,10 +187,7 @@ class _FusedOutputLayer:
                 layer, input_, weight, runtime_gather_output
             )
             return logits
-        deferred = DeferredLogits(layer, input_, layer.weight if weight is None else weight)
-        if layer is self._teacher_layer:
-            self._teacher = deferred
-        return deferred, None
+        return DeferredLogits(layer, input_, layer.weight if weight is None else weight), None
 
     def compute_language_model_loss(
         self, model: GPTModel, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
@@ -191,7 +196,8 @@ class _FusedOutputLayer:
         if not isinstance(logits, DeferredLogits):
             loss: torch.Tensor = self._compute_language_model_loss(labels, logits)
             return loss
-        assert self._teacher is not None, "ModelOpt runs the teacher first"
+        # ModelOpt runs the teacher first, and its hook has kept what came of it.
+        teacher: DeferredLogits | SparseRows = self._teacher_layer._intermediate_output[0]
         labels_sb = labels.transpose(0, 1)
         mask_bs = torch.ones_like(labels) if self._loss_mask_bs is None else self._loss_mask_bs
         skip = model.training and self._skip_lm_loss
@@ -203,7 +209,7 @@ class _FusedOutputLayer:
         )
         divergence_n, lm_loss_n = linear_divergence(
             logits.head_input(),
-            self._teacher.head_input(),
+            teacher if isinstance(teacher, SparseRows) else teacher.head_input(),
             terms,
             mask_bs.transpose(0, 1).flatten().float(),
         )

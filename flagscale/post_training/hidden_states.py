@@ -46,6 +46,41 @@ def cosine(student_sbc: torch.Tensor, teacher_sbc: torch.Tensor) -> torch.Tensor
 FITS: dict[str, Fit] = {"cosine": cosine, "mse": mse}
 
 
+def hidden_loss(
+    pair: HiddenPair,
+    student_sbc: torch.Tensor,
+    teacher_sbc: torch.Tensor,
+    projection: torch.nn.Linear | None,
+) -> torch.Tensor:
+    """How far a pair's outputs are apart, token by token.
+
+    Args:
+        pair: whose fit it is.
+        student_sbc: the student's output.
+        teacher_sbc: the teacher's, of its own width.
+        projection: from the one width to the other.
+
+    Returns:
+        [s, b], float32.
+
+    Raises:
+        RuntimeError: the channels do not meet; one of them would be compared with all.
+    """
+    widths = student_sbc.size(-1), teacher_sbc.size(-1)
+    meets = widths[:1] * 2
+    if projection is not None:
+        meets = projection.in_features, projection.out_features
+    if widths != meets:
+        has = "none" if projection is None else "one from {} to {}".format(*meets)
+        raise RuntimeError(
+            f"{pair.name}: {widths[0]} channels of the student need a projection to {widths[1]} of "
+            f"the teacher, but there is {has}"
+        )
+    if projection is not None:
+        student_sbc = projection(student_sbc)
+    return FITS[pair.fit](student_sbc, teacher_sbc)
+
+
 def projection_of(student: GPTModel, pair: HiddenPair, seed: int) -> torch.nn.Linear:
     """From the student's width to the teacher's; weights as the student's, the bias zeros."""
     linear = torch.nn.Linear(pair.student.width, pair.teacher.width)

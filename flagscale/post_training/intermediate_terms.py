@@ -32,7 +32,7 @@ from flagscale.megatron.paired_layers import (
 )
 from flagscale.megatron.pipeline_cargo import Cargo, Key, cargo_of, key_of, leaving
 from flagscale.post_training.attention_relations import positions_of, relation_loss
-from flagscale.post_training.hidden_states import FITS, projection_of
+from flagscale.post_training.hidden_states import hidden_loss, projection_of
 from flagscale.post_training.layer_outputs import LayerOutputs
 from flagscale.post_training.pipeline_columns import from_columns, to_columns
 from flagscale.recipe import DistillationRecipe
@@ -199,10 +199,9 @@ class IntermediateTerms(torch.nn.Module):
             _check_gradient(pair, ours.values())
         if isinstance(pair, AttentionPair):
             return self._attention_loss(pair, ours, theirs, packed)
-        student = ours["output"]
-        if str(pair.number) in self.projections:
-            student = self.projections[str(pair.number)](student)
-        return FITS[pair.fit](student, theirs["output"])
+        projections: dict[str, Any] = dict(self.projections.items())
+        projection = projections.get(str(pair.number))
+        return hidden_loss(pair, ours["output"], theirs["output"], projection)
 
     def _attention_loss(
         self,

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from flagscale.post_training.cross_entropy import cross_entropy_and_gradient
-from flagscale.post_training.divergences import Divergence
+from flagscale.post_training.divergences import Divergence, SparseKL
+from flagscale.post_training.sparse_targets import SparseRows
 
 # Of a chunk's logits, all buffers together. More tokens at once read the weights less often.
 CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 2**30}
@@ -49,14 +50,14 @@ class Terms:
     """What is made of the logits.
 
     Attributes:
-        divergence: of the student's from the teacher's.
+        divergence: of the student's from the teacher's; `SparseKL` where its rows are sparse.
         scale: of the divergence in the loss.
         labels_n: int64 [N]; None: no cross entropy.
         cross_entropy_scale: of the cross entropy in the loss.
         group: the ranks that share the vocabulary.
     """
 
-    divergence: Divergence
+    divergence: Divergence | SparseKL
     scale: float = 1.0
     labels_n: torch.Tensor | None = None
     cross_entropy_scale: float = 1.0
@@ -64,7 +65,7 @@ class Terms:
 
 
 def linear_divergence(
-    student: HeadInput, teacher: HeadInput, terms: Terms, weights_n: torch.Tensor
+    student: HeadInput, teacher: HeadInput | SparseRows, terms: Terms, weights_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence and cross entropy of every token, differentiable in the student's tensors.
 
@@ -75,7 +76,7 @@ def linear_divergence(
 
     Args:
         student: its hidden states and weight get gradients where they require them.
-        teacher: gets none.
+        teacher: gets none. With sparse rows it has no output layer, and no logits.
         terms: what is computed.
         weights_n: float32 [N]; a token's weight in the loss, 0 if it is masked.
 
@@ -106,7 +107,7 @@ class _LinearDivergence(torch.autograd.Function):
         hidden_nh: torch.Tensor,
         weight_vh: torch.Tensor,
         tokens: int,
-        teacher: HeadInput,
+        teacher: HeadInput | SparseRows,
         terms: Terms,
         weights_n: torch.Tensor,
         grad_enabled: bool,
@@ -178,10 +179,10 @@ def _check(grad_n: torch.Tensor, factor: torch.Tensor, weights_n: torch.Tensor) 
 class _Chunks:
     """Chunks of tokens, one after the other in the same buffers of logits."""
 
-    def __init__(self, student: HeadInput, teacher: HeadInput, terms: Terms) -> None:
+    def __init__(self, student: HeadInput, teacher: HeadInput | SparseRows, terms: Terms) -> None:
         self._student, self._teacher, self._terms = student, teacher, terms
         count, width = len(student.hidden_nh), len(student.weight_vh)
-        buffers = 2 if terms.labels_n is None else 3
+        buffers = 1 + isinstance(teacher, HeadInput) + (terms.labels_n is not None)
         self._rows = chunk_rows(count, width, buffers, student.hidden_nh.device.type)
         self._buffers = torch.empty(
             buffers, min(count, self._rows), width, device=student.hidden_nh.device
@@ -198,17 +199,21 @@ class _Chunks:
         """A chunk's divergence, its cross entropy, and the gradient of both with their scales."""
         terms = self._terms
         cross_entropy_n: torch.Tensor | float = 0.0
-        student_nv, teacher_nv, *more = (b[: rows.stop - rows.start] for b in self._buffers)
+        student_nv, *more = (b[: rows.stop - rows.start] for b in self._buffers)
         _logits(self._student, rows, student_nv)
-        _logits(self._teacher, rows, teacher_nv)
+        teacher_rows: Any  # what the divergence is of
+        if isinstance(self._teacher, HeadInput):
+            teacher_rows = _logits(self._teacher, rows, more.pop())
+        else:
+            teacher_rows = self._teacher[rows]
         cross_entropy_nv = None
         if terms.labels_n is not None:
-            cross_entropy_nv = more[0].copy_(student_nv)
+            cross_entropy_nv = more.pop().copy_(student_nv)
             cross_entropy_n = cross_entropy_and_gradient(
                 cross_entropy_nv, terms.labels_n[rows], terms.group, with_gradient=with_gradient
             )
         divergence_n, grad_nv = terms.divergence.loss_and_gradient(
-            student_nv, teacher_nv, terms.group, with_gradient=with_gradient
+            student_nv, teacher_rows, terms.group, with_gradient=with_gradient
         )
         if grad_nv is None:
             return divergence_n, cross_entropy_n, None
@@ -233,8 +238,8 @@ def chunk_rows(count: int, width: int, buffers: int, device: str) -> int:
     return math.ceil(count / math.ceil(count / most)) if count else 1
 
 
-def _logits(head: HeadInput, rows: slice, out_nv: torch.Tensor) -> None:
-    """Write a chunk's logits, in fp32 whatever the model computes in."""
+def _logits(head: HeadInput, rows: slice, out_nv: torch.Tensor) -> torch.Tensor:
+    """Write a chunk's logits, in fp32 whatever the model computes in, and give them back."""
     hidden_nh, weight_vh = head.hidden_nh[rows], head.weight_vh
     if weight_vh.is_cuda and weight_vh.dtype == torch.float32:
         torch.mm(hidden_nh, weight_vh.t(), out=out_nv)
@@ -244,6 +249,7 @@ def _logits(head: HeadInput, rows: slice, out_nv: torch.Tensor) -> None:
         for columns, block_vh in _blocks(weight_vh):
             torch.mm(hidden_nh.float(), block_vh.t(), out=out_nv[:, columns])
     out_nv[:, head.tokens :] = -math.inf  # as divergences know what is no token
+    return out_nv
 
 
 def _multiply(grad_nv: torch.Tensor, weight_vh: torch.Tensor, out_nh: torch.Tensor) -> None:

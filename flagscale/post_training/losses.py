@@ -6,9 +6,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flagscale.post_training.divergences import Divergence
+from flagscale.post_training.divergences import Divergence, SparseKL
 from flagscale.post_training.fused_output_layer import DeferredLogits
 from flagscale.post_training.loss_func import CriterionOutput
+from flagscale.post_training.sparse_targets import SparseRows
 from flagscale.post_training.upstream import mtd, mtd_megatron
 
 
@@ -19,12 +20,12 @@ class LogitsLoss(mtd_megatron.BaseLoss):
     holds about eight vocabulary-sized buffers. ModelOpt looks for `Logits` in the class's name.
     """
 
-    def __init__(self, model_config: TransformerConfig, divergence: Divergence) -> None:
+    def __init__(self, model_config: TransformerConfig, divergence: Divergence | SparseKL) -> None:
         """Keep what the loss needs to know.
 
         Args:
             model_config: the student's.
-            divergence: of two rows of logits.
+            divergence: of a row of logits from what the teacher gives.
         """
         super().__init__(model_config)
         self._divergence = divergence
@@ -32,14 +33,14 @@ class LogitsLoss(mtd_megatron.BaseLoss):
     def forward(
         self,
         predictions: tuple[torch.Tensor, torch.Tensor | None],
-        targets: tuple[torch.Tensor, torch.Tensor | None],
+        targets: tuple[torch.Tensor | SparseRows, torch.Tensor | None],
     ) -> CriterionOutput:
         """Compute the loss of what the two output layers returned.
 
         Args:
             predictions: the student's logits [s, b, V / TP] (and bias); where a gradient will be
                 wanted, they are overwritten. Or `DeferredLogits`.
-            targets: the teacher's.
+            targets: the teacher's; or in place of its logits sparse rows, s * b of them.
 
         Returns:
             ModelOpt's triple: loss [b, s], whether it still has to be summed over tensor-parallel
@@ -48,9 +49,8 @@ class LogitsLoss(mtd_megatron.BaseLoss):
         if isinstance(predictions[0], DeferredLogits):
             fused: CriterionOutput = self.post_forward(predictions[0].divergence_sb)
             return fused
-        student_logits_sbv, teacher_logits_sbv = self.pre_forward(predictions, targets)
         group = parallel_state.get_tensor_model_parallel_group()
-        loss_sb = self._divergence(student_logits_sbv, teacher_logits_sbv, group)
+        loss_sb = self._divergence(predictions[0], targets[0], group)
         result: CriterionOutput = self.post_forward(loss_sb)
         return result
 

@@ -20,11 +20,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 
 from flagscale.errors import UserError
-from flagscale.imports import without
 from flagscale.megatron.attention import SDPACoreAttention
 from flagscale.megatron.norm import LayerNorm, RMSNorm
+from flagscale.post_training.upstream import lean
 
-with without("transformers"):
+with lean():
     import modelopt.torch.nas.plugins.megatron as dynamic
     import modelopt.torch.prune as mtp
     from modelopt.torch.nas.modules.norm import _DynamicLayerNorm

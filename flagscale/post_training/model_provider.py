@@ -18,6 +18,7 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe
 from flagscale.recipe.combinations import check_combination
 from flagscale.recipe.quantized_training import check_quantized_training
+from flagscale.recipe.served import check_served
 
 if TYPE_CHECKING:
     from flagscale.post_training.upstream import mtd
@@ -32,7 +33,9 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
         ValueError: the two vocabularies differ, or an option cannot be distilled with.
     """
     # Steps that only run a model get it from the same function, and need no ModelOpt.
+    from flagscale.post_training.cached_teacher import CachedTeacher
     from flagscale.post_training.conversion import convert_for_distillation
+    from flagscale.teacher_outputs import TeacherOutputs
 
     args = get_args()
     distillation = args.export_kd_cfg or DistillationRecipe()
@@ -47,11 +50,18 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> mtd.D
     folder = args.export_kd_teacher_load
     assert folder is not None, "called without ModelOpt arguments"
     teacher_shape = ModelShape.load(folder)
-    check_paired_layers(distillation, args.shape, teacher_shape, args.parallelism)
     if args.record_memory_history:
         record_memory_history(args.memory_snapshot_path)
-    teacher = _build_teacher(args, teacher_shape, pre_process, post_process)
-    load_weights(teacher, folder / "weights")
+    if args.export_kd_teacher_outputs is not None:
+        outputs = TeacherOutputs.open(args.export_kd_teacher_outputs)
+        check_served(distillation, outputs.codec.options)
+        student = with_quantizers(build_gpt_model(args, pre_process, post_process), args)
+        cached = CachedTeacher(teacher_shape, outputs, student.config, pre_process, post_process)
+        tied = not teacher_shape.untie_embeddings_and_output_weights
+        cached.load_output_layer(folder / "weights", tied=tied)
+        return convert_for_distillation(student, cached, distillation, args.seed)
+    check_paired_layers(distillation, args.shape, teacher_shape, args.parallelism)
+    teacher = live_teacher(args, pre_process, post_process)
     student = with_quantizers(build_gpt_model(args, pre_process, post_process), args)
     return convert_for_distillation(student, teacher, distillation, args.seed)
 
@@ -78,6 +88,24 @@ def with_quantizers(model: GPTModel, args: Arguments) -> GPTModel:
         raise ValueError(f"shape.quantization={quantization}: needs export_quant_load")
     load_quantizers(model, quantization, args.export_quant_load)
     return model
+
+
+def live_teacher(args: Arguments, pre_process: bool = True, post_process: bool = True) -> GPTModel:
+    """The teacher itself, with its weights, frozen, in evaluation mode.
+
+    Args:
+        args: of the run, which name its artifact.
+        pre_process: the chunk computes the embedding.
+        post_process: the chunk computes the output layer.
+
+    Raises:
+        UserError: its artifact is missing or damaged, or it does not fit the layout.
+    """
+    folder = args.export_kd_teacher_load
+    assert folder is not None, "called without ModelOpt arguments"
+    teacher = _build_teacher(args, ModelShape.load(folder), pre_process, post_process)
+    load_weights(teacher, folder / "weights")
+    return teacher
 
 
 def _build_teacher(

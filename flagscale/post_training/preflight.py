@@ -19,6 +19,7 @@ from flagscale.post_training.float64 import (
     divergence_sum,
     hidden_gradient,
     row_sum,
+    sparse_sum,
 )
 from flagscale.post_training.tap import STUDENT, Seen
 from flagscale.recipe import DistillationRecipe
@@ -59,7 +60,8 @@ def check_losses(seen: Seen, recipe: DistillationRecipe | None) -> list[Finding]
         )
     if recipe is None:
         return found
-    kd = divergence_sum(seen, divergence(recipe))
+    is_sparse = seen.targets is not None
+    kd = sparse_sum(seen, recipe) if is_sparse else divergence_sum(seen, divergence(recipe))
     reported_kd = seen.report[KD][0]
     found.append(
         _against(
@@ -68,7 +70,11 @@ def check_losses(seen: Seen, recipe: DistillationRecipe | None) -> list[Finding]
             kd.value,
             kd.rounding,
             unmasked,
-            lambda: cause_of_kd(seen, recipe, reported_kd, kd.value),
+            lambda: (
+                "from what was read of the teacher it is another"
+                if is_sparse
+                else cause_of_kd(seen, recipe, reported_kd, kd.value)
+            ),
         )
     )
     return [*found, check_total(seen, recipe)]

@@ -18,10 +18,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 
+from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
+from flagscale.recipe.layer_pairs import layer_of
+
 # Changes what an output layer is given: (whose, hidden states [s, b, h]) -> hidden states.
 Edit = Callable[[str, torch.Tensor], torch.Tensor]
 STUDENT, TEACHER = "student", "teacher"
-Layer = tuple[str, str]  # whose, and the module's name
+# Whose, the module's name over the whole model, and `output` or one of `_INPUTS`.
+Layer = tuple[str, str, str]
+_INPUTS = ("query", "key", "value")  # of core attention, in its order
 _COLUMNS = 4096  # of an output layer that are widened to float64 at a time
 
 
@@ -91,13 +96,15 @@ class Seen:
         labels_bs: the token after each.
         mask_bs: 0 where there is no loss.
         positions_bs: of each token in its document.
-        heads: of `student` and `teacher`; of the student alone where nothing is distilled.
-        layers: (whose, name) -> output [s, b, h], of the layers that were asked for.
+        heads: of `student` and `teacher`; of the student alone where nothing is distilled, or the
+            teacher gives no logits.
+        targets: b * s rows, what it gives then.
         report: name of a loss -> its sum and its count, as training reports them.
         loss: what training takes the gradient of, summed over the tokens.
         num_tokens: what it divides that by.
         is_sum: whether gradients are summed over micro-batches and ranks, and divided by all their
             tokens at once (Megatron's `calculate_per_token_loss`), not a mean of means.
+        is_packed: whether documents do not see one another.
     """
 
     tokens_bs: torch.Tensor
@@ -105,11 +112,12 @@ class Seen:
     mask_bs: torch.Tensor
     positions_bs: torch.Tensor
     heads: dict[str, Head]
-    layers: dict[Layer, torch.Tensor] = field(default_factory=dict)
+    targets: SparseRows | None = None
     report: dict[str, tuple[float, float]] = field(default_factory=dict)
     loss: float = 0.0
     num_tokens: float = 0.0
     is_sum: bool = True
+    is_packed: bool = False
 
 
 class Tap:
@@ -120,7 +128,12 @@ class Tap:
         edit: see `Edit`.
         differentiates: find the gradient in the student's last hidden states too. The model's body
             then has no part in the loss.
-        layers: whose outputs are kept too; of this pipeline stage.
+        layers: which are kept too, where this pipeline stage has them.
+
+    Attributes:
+        seen: what was caught, on the last pipeline stage.
+        layers: of this stage, on every one: outputs [s, b, h], inputs of core attention [s, b,
+            heads, channels], both of this rank.
     """
 
     def __init__(
@@ -134,9 +147,11 @@ class Tap:
         self._model = unwrap_model(model)
         self._edit = edit
         self._differentiates = differentiates
-        self._given: dict[str, torch.Tensor] = {}
+        self._given: dict[str, Any] = {}
         self._heads: dict[str, Head] = {}
-        self._layers: dict[Layer, torch.Tensor | None] = dict.fromkeys(layers)
+        self._targets: SparseRows | None = None
+        self._wanted = layers
+        self.layers: dict[Layer, torch.Tensor] = {}
         self.seen: Seen | None = None
 
     @contextmanager
@@ -147,13 +162,18 @@ class Tap:
             models[TEACHER] = self._model.teacher_model
         hooks = [self._model.register_forward_pre_hook(self._batch, with_kwargs=True)]
         for whose, model in models.items():
-            if model.post_process:
+            if not model.post_process:
+                continue
+            layer = model.output_layer
+            if isinstance(layer, GivenTargets):
+                hooks.append(layer.register_forward_pre_hook(self._given_targets))
+            else:
                 hook = partial(self._head, whose, model)
-                layer = model.output_layer
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for whose, name in self._layers:
-            module = models[whose].get_submodule(name)
-            hooks.append(module.register_forward_hook(partial(self._layer, (whose, name))))
+        for wanted in self._wanted:
+            module = _on_this_stage(models[wanted[0]], wanted[1])
+            if module is not None:
+                hooks.append(module.register_forward_hook(partial(self._layer, wanted)))
         try:
             yield self
         finally:
@@ -176,11 +196,14 @@ class Tap:
             if self._differentiates:
                 head = self._heads[STUDENT]
                 head.gradient_sbh = torch.autograd.grad(loss, head.hidden_sbh)[0]
+            targets = self._targets
+            if targets is not None:
+                targets = targets.by_sample(len(self._given["mask_bs"]))
             sums = torch.stack([torch.stack([*one]) for one in report.values()]).tolist()
             self.seen = Seen(
                 **self._given,
                 heads=self._heads,
-                layers={k: v for k, v in self._layers.items() if v is not None},
+                targets=targets,
                 report={name: (s, n) for name, (s, n) in zip(report, sums, strict=True)},
                 loss=loss.item(),
                 num_tokens=num_tokens.item(),
@@ -188,10 +211,17 @@ class Tap:
             )
         return result
 
-    def _layer(self, layer: Layer, _module: Any, _inputs: Any, output: Any) -> None:  # noqa: ANN401
-        if self.seen is None:
-            tensor = output[0] if isinstance(output, tuple) else output  # some return a bias too
-            self._layers[layer] = (tensor if tensor.dim() > 2 else tensor.unsqueeze(1)).detach()
+    def _layer(self, layer: Layer, _module: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401
+        if layer in self.layers:  # of the first micro-batch, and not of what is computed again
+            return
+        if layer[2] in _INPUTS:
+            tensor, dimensions = inputs[_INPUTS.index(layer[2])], 4
+        else:  # some return a bias too
+            tensor, dimensions = output[0] if isinstance(output, tuple) else output, 3
+        # Of packed documents attention has no dimension for sequences.
+        self.layers[layer] = (
+            tensor if tensor.dim() == dimensions else tensor.unsqueeze(1)
+        ).detach()
 
     def _batch(self, _model: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:  # noqa: ANN401
         if self.seen is None and self._model.post_process:
@@ -200,7 +230,12 @@ class Tap:
                 "positions_bs": args[1],
                 "labels_bs": named["labels"],
                 "mask_bs": named["loss_mask"],
+                "is_packed": named.get("packed_seq_params") is not None,
             }
+
+    def _given_targets(self, _layer: Any, args: tuple[SparseRows, ...]) -> None:  # noqa: ANN401
+        if self.seen is None:
+            self._targets = args[0]
 
     def _head(
         self,
@@ -228,3 +263,16 @@ class Tap:
             layer.sequence_parallel,
         )
         return (hidden_sbh, *args[1:]), named
+
+
+def _on_this_stage(model: GPTModel, name: str) -> torch.nn.Module | None:
+    """A module by its name in the whole model, where layers count from 0; None on other stages."""
+    layer = layer_of(name)
+    if layer is None:
+        has_it = model.pre_process if name == "embedding" else model.post_process
+        return model.get_submodule(name) if has_it else None
+    for found in model.decoder.layers:
+        if found.layer_number == layer[0] + 1:
+            inside: torch.nn.Module = found.get_submodule(layer[1])
+            return inside
+    return None

@@ -25,6 +25,7 @@ from flagscale.recipe.search import SearchRecipe
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
+from flagscale.recipe.teacher_outputs import MetRecipe, TeacherOutputsRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
 
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationRecipe",
     "ExportRecipe",
     "LayoutRecipe",
+    "MetRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
     "QuantizationRecipe",
@@ -47,6 +49,7 @@ __all__ = [
     "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
+    "TeacherOutputsRecipe",
     "TeacherRecipe",
     "TrackingRecipe",
     "TrainingRecipe",

@@ -25,7 +25,8 @@ Relation = Literal["query", "key", "value", "query_key"]
 
 _OF_ONE_DIVERGENCE = {"beta": "jensen_shannon", "alpha": "skew_kl", "top_k": "top_k_kl"}
 # Fields that change no result but by rounding: a training may go on with others.
-CHANGES_NO_RESULT = ("fuse_output_layer",)
+# What teacher outputs change follows from those that are read.
+CHANGES_NO_RESULT = ("fuse_output_layer", "teacher_outputs")
 
 
 class DistillationRecipe(Section):
@@ -52,6 +53,11 @@ class DistillationRecipe(Section):
         "auto",
         description="Make the losses in the output layers, some tokens at a time, so that no "
         "logits are held; auto: on a CPU, where the layer is a plain one",
+    )
+    teacher_outputs: Literal["auto", "live", "cached"] = Field(
+        "auto",
+        description="live: the teacher runs beside the student; cached: it runs once, before, and "
+        "its outputs are read (section teacher_outputs); auto: which of the two is faster by plan",
     )
     skip_lm_loss: bool = Field(True, description="Train on the KD loss alone")
     kd_loss_scale: Scale = Field(

@@ -18,6 +18,12 @@ from flagscale.recipe.search import SearchRecipe, check_search
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
+from flagscale.recipe.teacher_outputs import (
+    TeacherOutputsRecipe,
+    met_by,
+    reads_outputs,
+    unserved,
+)
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant, candidates, variants
 
@@ -33,6 +39,7 @@ class Recipe(Section):
     student: StudentRecipe
     data: DataRecipe = DataRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
+    teacher_outputs: TeacherOutputsRecipe = TeacherOutputsRecipe()
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
@@ -69,6 +76,10 @@ class Recipe(Section):
         check_combination(self.distillation, self.training, self.student.architecture)
         if self.student.quantization is not None:
             check_quantization(self.student.quantization, self.training, self.export.format)
+        if reads_outputs(self.distillation):
+            reason = unserved(self.distillation, self.teacher_outputs)
+            if reason is not None:
+                raise ValueError(reason)
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
@@ -96,7 +107,7 @@ class Recipe(Section):
         if self.search is not None:
             count, seq_length = self.search.count, self.data.seq_length
             check_search(self.search, count, self.distillation, self.training, seq_length)
-        self.variants  # noqa: B018 - each is checked where it is made
+        met_by(self.trainings, self.teacher_outputs)
         return self
 
     @property
@@ -110,6 +121,16 @@ class Recipe(Section):
     def varied(self) -> str:
         """What errors call one of `variants`."""
         return "search.candidates:" if self.search else "sweep.vary: the variant"
+
+    @property
+    def trainings(self) -> list[Recipe]:
+        """The recipes of all trainings: of a sweep's variants, a search's candidates, or this."""
+        return [variant.recipe for variant in self.variants] or [self]
+
+    @property
+    def caches_teacher(self) -> bool:
+        """Whether a training reads teacher outputs, so that a step must make them."""
+        return any(reads_outputs(training.distillation) for training in self.trainings)
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:

@@ -14,11 +14,13 @@ from flagscale.recipe import (
     ModelsRecipe,
     Recipe,
     Section,
+    TeacherOutputsRecipe,
     TeacherRecipe,
     parse_section,
 )
 from flagscale.recipe.search import check_search
 from flagscale.recipe.sweep import VARIED
+from flagscale.recipe.teacher_outputs import decided, met_by, reads_outputs
 from flagscale.recipe.variants import check_distinct
 from flagscale.run_values.fields import set_fields
 from flagscale.run_values.made import Made
@@ -29,12 +31,14 @@ SECTIONS = (
     "teacher",
     "student",
     "distillation",
+    "teacher_outputs",
     "training",
     "evaluation",
     "export",
     "models",
 )
 LISTS = {"sweep_variants": tuple(VARIED), "search_candidates": ("student",)}  # what each gives
+MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
 _WHOLE = "the recipe with this run's parameters"
 
 
@@ -43,6 +47,7 @@ class _Shared(Section):
 
     data: DataRecipe
     teacher: TeacherRecipe
+    teacher_outputs: TeacherOutputsRecipe
     evaluation: EvaluationRecipe
     export: ExportRecipe
     models: ModelsRecipe
@@ -58,7 +63,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`, of
-        a search `search_candidates`.
+        a search `search_candidates`. And under `MET` what its trainings meet of teacher outputs.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -73,13 +78,27 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     several = next((name for name in LISTS if name in values), None)
     if several is not None:
         parse_section(_Shared, {name: whole[name] for name in _Shared.model_fields}, where=_WHOLE)
-        recipes = _variants(several, values[several], whole)
+        recipes = _variants(made, several, values[several], whole)
         if made.rungs is not None:
             _check_rungs(made, list(recipes.values()))
     else:
-        recipes = {_WHOLE: parse_section(Recipe, whole, where=_WHOLE)}
+        recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
-    return _resolved(values, list(recipes.values()))
+    ranked = made.rungs.samples if made.rungs else 0
+    return _resolved(values, list(recipes.values()), ranked)
+
+
+def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
+    """One training's recipe, in which it is decided whether it reads teacher outputs."""
+    recipe = parse_section(Recipe, whole, where=where)
+    if recipe.distillation.teacher_outputs == "auto":
+        return decided(recipe, made.caches_teacher)
+    if reads_outputs(recipe.distillation) and not made.caches_teacher:
+        raise UserError(
+            f"{where}: distillation.teacher_outputs=cached, but this pipeline was made without the "
+            "step cache-teacher; make one of a recipe that says so, or leave it out"
+        )
+    return recipe
 
 
 def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +115,9 @@ def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _variants(parameter: str, given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
+def _variants(
+    made: Made, parameter: str, given: list[Any], shared: Mapping[str, Any]
+) -> dict[str, Recipe]:
     """A sweep's variants or a search's candidates as whole recipes, by what errors call them."""
     keys = ["name", *LISTS[parameter]]
     found: dict[str, Recipe] = {}
@@ -110,7 +131,7 @@ def _variants(parameter: str, given: list[Any], shared: Mapping[str, Any]) -> di
         if name in found:
             raise UserError(f"{name}: two have this name; each needs its own")
         own = {section: variant[section] for section in LISTS[parameter]}
-        found[name] = parse_section(Recipe, {**shared, **own}, where=name)
+        found[name] = _read(made, {**shared, **own}, name)
     if not found:
         raise UserError(f"parameter {parameter}: is empty; give at least one")
     names = (variant["name"] for variant in given)
@@ -150,7 +171,7 @@ def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]
             raise UserError(f"{name}: {error}") from None
 
 
-def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any]:
+def _resolved(values: Mapping[str, Any], recipes: list[Recipe], ranked: int) -> dict[str, Any]:
     whole = [recipe.model_dump(mode="json", exclude_none=True) for recipe in recipes]
     resolved = {name: whole[0][name] for name in SECTIONS if name in values}
     for parameter in (name for name in LISTS if name in values):
@@ -158,4 +179,9 @@ def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any
             {"name": variant["name"], **{section: one[section] for section in LISTS[parameter]}}
             for variant, one in zip(values[parameter], whole, strict=True)
         ]
+    try:
+        met = met_by(recipes, recipes[0].teacher_outputs, ranked)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    resolved[MET] = met.model_dump(mode="json")
     return resolved

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from flagscale import variables
+from flagscale.artifacts import Manifest
 from flagscale.shared.bucket import Bucket
 from flagscale.shared.place import ANEW, Place, pointer_to
 from flagscale.shared.pointer import Pointer, read_pointer, write_pointer
@@ -23,6 +24,7 @@ __all__ = [
     "Pointer",
     "damage",
     "fetch",
+    "manifest_of",
     "pointer_to",
     "read_pointer",
     "shared_place",
@@ -59,6 +61,15 @@ def fetch(pointer: Pointer, folder: Path) -> Path:
         UserError: it is not there, or is another one.
     """
     return _place_of(pointer).fetch(pointer, folder)
+
+
+def manifest_of(pointer: Pointer) -> Manifest:
+    """The manifest of what a pointer points to; nothing else is fetched.
+
+    Raises:
+        UserError: it is not there, or is another one.
+    """
+    return _place_of(pointer).manifest(pointer)
 
 
 def damage(pointer: Pointer) -> str | None:

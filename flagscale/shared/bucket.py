@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from flagscale.artifacts import MANIFEST, disk_full, is_disk_full, read_manifest
+from flagscale.artifacts import MANIFEST, Manifest, disk_full, is_disk_full, read_manifest
 from flagscale.errors import UserError
 from flagscale.shared.place import (
     ARTIFACTS,
@@ -83,13 +83,18 @@ class Bucket(Place):
         return folder
 
     @classmethod
+    def manifest(cls, pointer: Pointer) -> Manifest:
+        """See `flagscale.shared.manifest_of`."""
+        with tempfile.TemporaryDirectory() as name:
+            _fetch_manifest(ObjectStore(pointer.location), pointer, Path(name))
+            return read_manifest(Path(name))
+
+    @classmethod
     def damage(cls, pointer: Pointer) -> str | None:
         """See `flagscale.shared.damage`."""
         store = ObjectStore(pointer.location)
         try:
-            with tempfile.TemporaryDirectory() as name:
-                _fetch_manifest(store, pointer, Path(name))
-                files = read_manifest(Path(name)).files
+            files = cls.manifest(pointer).files
             sizes = store.sizes()
         except UserError as error:
             return str(error)

@@ -51,6 +51,11 @@ class Place(ABC):
 
     @classmethod
     @abstractmethod
+    def manifest(cls, pointer: Pointer) -> Manifest:
+        """See `flagscale.shared.manifest_of`."""
+
+    @classmethod
+    @abstractmethod
     def damage(cls, pointer: Pointer) -> str | None:
         """See `flagscale.shared.damage`."""
 

@@ -67,6 +67,23 @@ class ObjectStore:
 
         return self.do("read", read, name)
 
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Parts of files, several at a time.
+
+        Args:
+            ranges: of each part the file, where it begins, and its bytes; fewer come where the
+                file ends early.
+        """
+
+        def read(filesystem: Any, _: str) -> list[bytes]:  # noqa: ANN401
+            paths = [self._path(name) for name, _, _ in ranges]
+            starts = [start for _, start, _ in ranges]
+            ends = [start + size for _, start, size in ranges]
+            content: list[bytes] = filesystem.cat_ranges(paths, starts, ends, on_error="raise")
+            return content
+
+        return self.do("read", read, ranges[0][0] if ranges else "")
+
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, all at once."""
         self.do("written", lambda filesystem, path: filesystem.pipe_file(path, content), name)

@@ -24,6 +24,7 @@ from flagscale.artifacts import (
     flush,
     is_disk_full,
     open_artifact,
+    read_manifest,
 )
 from flagscale.errors import UserError
 from flagscale.shared.place import (
@@ -114,6 +115,11 @@ class Volume(Place):
             )
         check_digest(found, pointer)
         return found
+
+    @classmethod
+    def manifest(cls, pointer: Pointer) -> Manifest:
+        """See `flagscale.shared.manifest_of`."""
+        return read_manifest(cls.fetch(pointer, Path()))
 
     @classmethod
     def damage(cls, pointer: Pointer) -> str | None:

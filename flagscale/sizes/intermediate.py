@@ -21,6 +21,10 @@ from flagscale.sizes.layout import Layout
 # (`flagscale.post_training.attention_relations`).
 SCORES = 2**22
 _BUFFERS = 6
+# How often a score is read or written there, both models' together: forward, and in training, which
+# makes them again for the backward pass.
+PASSES = {"kl": (23, 56), "mse": (14, 41), "cosine": (24, 77)}
+STUDENT, TEACHER = "student", "teacher"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,49 @@ class Terms:
         heads = self.distillation.attention_relation_heads or self.student.num_attention_heads
         scores = tokens * seq_length * heads // self.layout.tensor
         return FLOAT32 * _BUFFERS * min(SCORES, scores)
+
+    def flops(self, tokens: int, micro_batch_size: int, seq_length: int, *, trains: bool) -> float:
+        """Operations of matrix products, of all ranks together.
+
+        Args:
+            tokens: in all.
+            micro_batch_size: sequences that scores are made of at a time.
+            seq_length: tokens that one may relate to.
+            trains: with the backward pass, which makes scores of both models again.
+        """
+        products = 2.0 * sum(
+            pair.student.width * pair.teacher.width
+            for pair in self._hidden
+            if pair.needs_projection
+        )
+        # Gradients are the student's alone.
+        passes = {STUDENT: 4, TEACHER: 2} if trains else {STUDENT: 1, TEACHER: 1}
+        columns = self._columns_seen(micro_batch_size, seq_length)
+        scores = len(self.distillation.attention_relations) * sum(
+            2.0 * passes[who] * layer.width * columns
+            for pair in self._attention
+            for who, layer in dict(pair.layers).items()
+        )
+        return tokens * (products * (3 if trains else 1) + scores)
+
+    def touched(
+        self, tokens: int, micro_batch_size: int, seq_length: int, *, trains: bool
+    ) -> float:
+        """Bytes of scores that are read and written: what attention terms take their time for.
+
+        Args: see `flops`.
+        """
+        heads = self.distillation.attention_relation_heads or self.student.num_attention_heads
+        maps = len(self._attention) * len(self.distillation.attention_relations) * heads
+        scores = float(tokens) * maps * self._columns_seen(micro_batch_size, seq_length)
+        return scores * FLOAT32 * PASSES[self.distillation.attention_fit][trains]
+
+    def _columns_seen(self, micro_batch_size: int, seq_length: int) -> float:
+        """Of a row of scores, on average: those of a block go up to the block's last row."""
+        heads = self.distillation.attention_relation_heads or self.student.num_attention_heads
+        heads //= self.layout.tensor
+        block = min(seq_length, max(1, SCORES // (micro_batch_size * heads * seq_length)))
+        return (seq_length + block) / 2
 
     @property
     def _hidden(self) -> list[HiddenPair]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe, Recipe
+from flagscale.recipe.teacher_outputs import reads_outputs
 from flagscale.sizes.activations import FLOAT32, Computation
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import Machine
@@ -40,8 +41,18 @@ class Job:
 
     @property
     def distilled_from(self) -> ModelShape | None:
-        """The teacher's shape, where the training runs it."""
+        """The teacher's shape, where the training has one."""
         return None if self.recipe.distillation.loss == "none" else self.teacher.shape
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether the training reads what was kept of the teacher, and does not run it."""
+        return reads_outputs(self.recipe.distillation)
+
+    @property
+    def runs_in_training(self) -> ModelShape | None:
+        """The teacher's shape, where the training runs it."""
+        return None if self.reads_outputs else self.distilled_from
 
     @property
     def training_layout(self) -> Layout:
@@ -74,6 +85,7 @@ class Job:
             distillation=self.recipe.distillation,
             device=machine.device,
             quantized=quantized,
+            outputs=self.recipe.teacher_outputs.codec if self.reads_outputs else None,
         )
 
     @property

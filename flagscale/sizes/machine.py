@@ -12,24 +12,26 @@ class Accelerator:
     Attributes:
         memory: bytes that its driver reports.
         flops: operations a second of dense bf16 matrix products, at most; None: not known.
+        bandwidth: bytes a second of its memory, at most; None: not known.
     """
 
     memory: float
     flops: float | None = None
+    bandwidth: float | None = None
 
 
-# Memory: what nvidia-smi reports. Speed: NVIDIA's data sheets, dense bf16, without sparsity:
-# https://www.nvidia.com/en-us/data-center/ h100, h200, a100, l40s, l4, a10 (pages "... Tensor Core
-# GPU datasheet").
+# Memory: what nvidia-smi reports. Speed and bandwidth: NVIDIA's data sheets, dense bf16, without
+# sparsity: https://www.nvidia.com/en-us/data-center/ h100, h200, a100, l40s, l4, a10 (pages "...
+# Tensor Core GPU datasheet").
 ACCELERATORS = {
-    "H200-141GB": Accelerator(143_771 * 2**20, 989e12),
-    "H100-80GB": Accelerator(81_559 * 2**20, 989e12),
-    "H100-PCIe-80GB": Accelerator(81_559 * 2**20, 756e12),
-    "A100-80GB": Accelerator(81_920 * 2**20, 312e12),
-    "A100-40GB": Accelerator(40_960 * 2**20, 312e12),
-    "L40S-48GB": Accelerator(46_068 * 2**20, 362e12),
-    "A10-24GB": Accelerator(23_028 * 2**20, 125e12),
-    "L4-24GB": Accelerator(23_034 * 2**20, 121e12),
+    "H200-141GB": Accelerator(143_771 * 2**20, 989e12, 4.8e12),
+    "H100-80GB": Accelerator(81_559 * 2**20, 989e12, 3.35e12),
+    "H100-PCIe-80GB": Accelerator(81_559 * 2**20, 756e12, 2.0e12),
+    "A100-80GB": Accelerator(81_920 * 2**20, 312e12, 2.039e12),
+    "A100-40GB": Accelerator(40_960 * 2**20, 312e12, 1.555e12),
+    "L40S-48GB": Accelerator(46_068 * 2**20, 362e12, 864e9),
+    "A10-24GB": Accelerator(23_028 * 2**20, 125e12, 600e9),
+    "L4-24GB": Accelerator(23_034 * 2**20, 121e12, 300e9),
 }
 
 # Of an accelerator's memory, what tensors can fill: the rest is CUDA's context, NCCL's buffers,

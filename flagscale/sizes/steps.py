@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe
 from flagscale.sizes import models
+from flagscale.sizes.codecs import bytes_per_token
+from flagscale.sizes.intermediate import Terms
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import PROCESS, Machine
@@ -25,6 +27,8 @@ from flagscale.sizes.work import forward_flops, sent_a_step, training_flops
 # or writes. Assumptions, not measurements: the table says them.
 TRAINING_EFFICIENCY = 0.4
 FORWARD_EFFICIENCY = 0.25
+BANDWIDTH_EFFICIENCY = 0.7
+FLOPS_A_BYTE = 300  # of an accelerator whose memory's speed is not known: as an H100's
 STORAGE_RATE = 1e9
 
 MODEL_STEPS: dict[str, Callable[[ModelSteps, Layout, int], Parts]] = {
@@ -51,6 +55,7 @@ class StepPlan:
         scratch: bytes of a pod's own disk.
         moved: bytes read and written by all its pods.
         sent: bytes that one rank sends to others.
+        touched: bytes of accelerators' memory that take time of their own: attention terms' scores.
         flops: of all ranks.
         efficiency: share of the accelerators' peak that time is estimated at.
     """
@@ -67,6 +72,7 @@ class StepPlan:
     sent: float
     flops: float
     efficiency: float
+    touched: float = 0.0
 
     @property
     def rank_bytes(self) -> int:
@@ -80,7 +86,11 @@ class StepPlan:
         if accelerator is None or accelerator.flops is None:
             return None
         peak = self.layout.ranks * accelerator.flops
-        return self.flops / (peak * self.efficiency) + self.moved / STORAGE_RATE
+        seconds = self.flops / (peak * self.efficiency) + self.moved / STORAGE_RATE
+        if self.touched:
+            bandwidth = accelerator.bandwidth or accelerator.flops / FLOPS_A_BYTE
+            seconds += self.touched / (self.layout.ranks * bandwidth * BANDWIDTH_EFFICIENCY)
+        return seconds
 
     @property
     def gpu_hours(self) -> float | None:
@@ -159,15 +169,27 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     )
     training, seq_length = recipe.training, recipe.data.seq_length
     tokens = training.train_iters * training.global_batch_size * seq_length
-    flops = training_flops(
-        job.student, job.distilled_from, tokens, seq_length, training.recompute_granularity
-    )
+    live = job.runs_in_training
+    flops = training_flops(job.student, live, tokens, seq_length, training.recompute_granularity)
     validations = 1 + training.train_iters // training.eval_interval
     validated = validations * training.eval_iters * training.global_batch_size * seq_length
-    for shape in filter(None, (job.student, job.distilled_from)):
+    for shape in filter(None, (job.student, live)):
         flops += forward_flops(shape, validated, seq_length)
+    if job.reads_outputs and setup.teacher_logits:  # of hidden states, the output layer makes them
+        shape = job.teacher.shape
+        flops += 2.0 * (tokens + validated) * shape.padded_vocab_size * shape.hidden_size
+    touched, size = 0.0, setup.computation.dtype_bytes
+    if live is not None:
+        terms = Terms(recipe.distillation, job.student, live, layout, size)
+        for count, trains in ((tokens, True), (validated, False)):
+            work = (count, training.micro_batch_size, seq_length)
+            flops += terms.flops(*work, trains=trains)
+            touched += terms.touched(*work, trains=trains)
     saved = saved_bytes(job.student, setup)
     reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
+    if job.reads_outputs:
+        a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
+        reads += (tokens + validated) * a_token
     saves = -(-training.train_iters // training.save_interval)
     ranks_a_pod = -(-layout.ranks // machine.pods)
     staged = _staged(job, layout)
@@ -175,7 +197,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     keep = training.keep_checkpoints + 1 + (training.keep_weights == "best")
     a_step = sent_a_step(
         job.student,
-        job.distilled_from,
+        live,
         layout,
         setup.computation.dtype_bytes,
         seq_length * training.global_batch_size // (layout.data * layout.context),
@@ -193,6 +215,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
         sent=training.train_iters * a_step,
         flops=flops,
         efficiency=TRAINING_EFFICIENCY,
+        touched=touched,
     )
 
 

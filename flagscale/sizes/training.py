@@ -42,6 +42,7 @@ class Training:
         distillation: the loss, where there is a teacher.
         device: `cuda` or `cpu`.
         quantized: whether the student's weights are rounded in every forward pass.
+        outputs: codec of the teacher's outputs that are read in its place; None: it runs.
     """
 
     seq_length: int
@@ -52,6 +53,17 @@ class Training:
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     device: str = "cpu"
     quantized: bool = False
+    outputs: str | None = None
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher's layers are there, where there is a teacher."""
+        return self.outputs is None
+
+    @property
+    def teacher_logits(self) -> int:
+        """1 where the teacher's logits are made too; 0 where a few tokens are read of them."""
+        return int(self.outputs in (None, "hidden"))
 
     @property
     def fuses_output_layer(self) -> bool:
@@ -80,6 +92,9 @@ def training_peak(
         kept | _validation(student, teacher, training, layout, stage),
         kept | {"save": saving(student, training, layout, stage)},
     ]
+    if teacher is not None and not training.runs_teacher:  # it is compared with, before it goes
+        weights = training.computation.dtype_bytes * parameters(teacher, layout, stage).total
+        phases.append({"weights": kept["weights"], "teacher": weights})
     return max(phases, key=lambda parts: sum(parts.values()))
 
 
@@ -95,7 +110,7 @@ def training_state(
         "optimiser": (_master(size) + MOMENTS) * optimizer_share(student, training, layout, stage),
     }
     if teacher is not None:
-        kept["teacher"] = size * parameters(teacher, layout, stage).total
+        kept["teacher"] = size * _teacher_parameters(teacher, training, layout, stage)
         projected = _terms(student, teacher, training, layout).projection_parameters(stage)
         if projected:
             share = -(-projected // layout.optimizer_ranks)
@@ -113,9 +128,19 @@ def _received(
     columns = student.hidden_size
     if teacher is not None:
         terms = _terms(student, teacher, training, layout)
-        columns += teacher.hidden_size + terms.columns_received(stage)
+        columns += teacher.hidden_size if training.runs_teacher else 0
+        columns += terms.columns_received(stage)
     share = layout.tensor if layout.sequence_parallel else 1
     return 2 * training.computation.dtype_bytes * columns * _tokens(training, layout) // share
+
+
+def _teacher_parameters(teacher: ModelShape, training: Training, layout: Layout, stage: int) -> int:
+    """That a rank holds: all, or of hidden states that are read the output layer alone."""
+    if training.runs_teacher:
+        return parameters(teacher, layout, stage).total
+    if training.teacher_logits and stage == layout.pipeline - 1:
+        return teacher.padded_vocab_size * teacher.hidden_size // layout.tensor
+    return 0
 
 
 def _terms(student: ModelShape, teacher: ModelShape, training: Training, layout: Layout) -> Terms:
@@ -194,7 +219,9 @@ def _validation(
 ) -> Parts:
     """One layer at a time, and always the LM loss, which works on an fp32 copy of the logits."""
     computation, tokens = training.computation, _tokens(training, layout)
-    models = [student] if teacher is None else [student, teacher]
+    models = [student]
+    if teacher is not None and training.runs_teacher:
+        models.append(teacher)
     layer = max(
         layer_activations(shape, i, layout, computation, tokens)
         for shape in models
@@ -207,7 +234,8 @@ def _validation(
         chunks = _fused_chunks(logits, training, with_lm_loss=True)
         return {"logits": chunks} if chunks > layer else {"activations": layer}
     copy = FLOAT32 * logits if teacher is not None or computation.dtype_bytes < FLOAT32 else 0
-    both = len(models) * computation.dtype_bytes * logits + copy
+    both = (1 + (teacher is not None and training.teacher_logits)) * logits
+    both = both * computation.dtype_bytes + copy
     return {"logits": both} if both > layer else {"activations": layer}
 
 
@@ -233,7 +261,7 @@ def _loss(
         return gradient + max(
             _fused_chunks(logits, training, not training.distillation.skip_lm_loss), own
         )
-    kept = 2 * size * logits
+    kept = (1 + training.teacher_logits) * size * logits
     if not training.distillation.skip_lm_loss:
         kept += FLOAT32 * logits
     chunk = FLOAT32 * min(logits, KD_CHUNK[training.device])

@@ -29,11 +29,14 @@ from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.outputs_check import check_met, check_outputs, outputs_to_read
 from flagscale.steps.rung import Rung
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
+from flagscale.teacher_outputs import KIND, TeacherOutputs
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror
 from flagscale.train.loop import evaluate_loss, train
+from flagscale.train.outputs_audit import audit_outputs
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 from flagscale.train.trainer import Trainer
@@ -52,10 +55,11 @@ class Paths(NamedTuple):
     dataset: Path
     checkpoints: str
     output: Path
+    teacher_outputs: Path | None = None
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """The artifacts that are read, by kind."""
+        """The artifacts that are read as a whole, by kind."""
         return {"teacher": self.teacher, "student": self.student, "dataset": self.dataset}
 
 
@@ -67,6 +71,7 @@ def distil_student(
     dataset: Path,
     checkpoints: str | Path,
     output: Path,
+    teacher_outputs: Path | None = None,
     rung: Rung | None = None,
 ) -> dict[str, float]:
     """Train the student; go on from the last checkpoint of the same training, if there is one.
@@ -83,6 +88,8 @@ def distil_student(
             training keeps to a folder inside it whose name follows from everything that its result
             depends on. That goes when the step's output is in place.
         output: the `distilled-student` artifact to write.
+        teacher_outputs: a `teacher-outputs` artifact, which is then read in the teacher's place
+            (`distillation.teacher_outputs`).
         rung: of a search: stop there, keep the checkpoints, and write a `candidate` artifact.
 
     Returns:
@@ -93,9 +100,13 @@ def distil_student(
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
     processes = platform.processes(training.parallelism)
-    paths = Paths(teacher, student, dataset, str(checkpoints), output)
+    outputs = outputs_to_read(distillation, teacher_outputs)
+    paths = Paths(teacher, student, dataset, str(checkpoints), output, outputs)
     check_training(distillation, training, student, processes)
-    name = fingerprint(sections(distillation, training), _parents(paths))
+    parents = _parents(paths)
+    if outputs is not None:
+        check_outputs(outputs, distillation, training, teacher, parents)
+    name = fingerprint(sections(distillation, training), parents)
     # Other trainings, e.g. of the same sweep, may use `checkpoints` at the same time.
     keep_exclusive(f"{paths.checkpoints}/{name}")
     figures = launch.call_on_ranks(
@@ -127,7 +138,7 @@ def distil_on_rank(
     seq_length = parents["dataset"].facts["seq_length"]
     args = training_arguments(shape, seq_length, training)
     if distilled:
-        args = with_teacher(args, paths.teacher, distillation)
+        args = with_teacher(args, paths.teacher, distillation, paths.teacher_outputs)
     args = replace(args, export_quant_load=paths.student)
     with (
         files_checked(paths.inputs, parents) as files_are_right,
@@ -136,6 +147,12 @@ def distil_on_rank(
         use_args(args),
         user_buffers(args),
     ):
+        if paths.teacher_outputs is not None:
+            # The teacher is asked once more, in the memory that the student will take.
+            files_are_right()
+            asked = RankBatches(paths.dataset, folder / "data", args, training)
+            check_met(paths.teacher_outputs, paths.dataset, folder / "data", training)
+            audit_outputs(args, asked.train(0))
         trainer = _trainer(args, training, paths.student)
         saved = TrainingCheckpoints(
             folder,
@@ -184,9 +201,12 @@ def distil_on_rank(
 
 
 def _parents(paths: Paths) -> dict[str, Manifest]:
-    return {
+    parents = {
         name: open_artifact(path, name, check_files=False) for name, path in paths.inputs.items()
     }
+    if paths.teacher_outputs is not None:
+        parents[KIND] = TeacherOutputs.open(paths.teacher_outputs).manifest
+    return parents
 
 
 def _trains(student: Manifest) -> bool:

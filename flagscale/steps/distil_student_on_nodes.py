@@ -15,8 +15,10 @@ from flagscale.execution.trainjob.nodes import NodePods, processes_per_node, sha
 from flagscale.execution.trainjob.run import job_name, run_on_nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
+from flagscale.steps.outputs_check import check_outputs, outputs_to_read
 from flagscale.steps.rung import Rung
 from flagscale.steps.training_check import check_training
+from flagscale.teacher_outputs import KIND, TeacherOutputs
 
 _STEP = "distil-student"
 
@@ -32,6 +34,7 @@ def distil_student_on_nodes(
     nodes: int,
     accelerator_count: int,
     pods: NodePods,
+    teacher_outputs: Path | None = None,
     rung: Rung | None = None,
 ) -> dict[str, float]:
     """`distil_student`, in pods of its own, one a node; every path must be on the shared volume.
@@ -47,6 +50,7 @@ def distil_student_on_nodes(
         nodes: pods that train together.
         accelerator_count: of each.
         pods: what else each gets.
+        teacher_outputs: see `distil_student`.
         rung: see `distil_student`.
 
     Raises:
@@ -56,11 +60,17 @@ def distil_student_on_nodes(
     """
     processes = processes_per_node(training.parallelism, nodes, accelerator_count)
     check_training(distillation, training, student, nodes * processes)
+    outputs = outputs_to_read(distillation, teacher_outputs)
     inputs = {"teacher": teacher, "student": student, "dataset": dataset}
     paths: dict[str, str | Path] = {**inputs, "checkpoints": checkpoints, "output": output}
+    if outputs is not None:
+        paths["teacher_outputs"] = outputs
     shared = shared_folder(paths)
     recipe = sections(distillation, training)
     parents = {kind: open_artifact(path, kind, check_files=False) for kind, path in inputs.items()}
+    if outputs is not None:
+        check_outputs(outputs, distillation, training, teacher, parents)
+        parents[KIND] = TeacherOutputs.open(outputs).manifest
     name = fingerprint(recipe, parents)
     keep_exclusive(f"{checkpoints}/{name}")
     request: dict[str, Any] = {

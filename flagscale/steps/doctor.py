@@ -19,6 +19,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
+from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.audit_artifacts import audited_batch
 from flagscale.models.distillation_proof import PROOF_LOSS
@@ -117,7 +118,10 @@ def _on_two_ranks(
     try:
         for path in (paths.teacher, paths.student):
             sizes: ParallelismRecipe = halves.sizes
-            check_layout(ModelShape.load(path), sizes, _seq_length(paths), section="models")
+            shape = ModelShape.load(path)
+            check_layout(shape, sizes, _seq_length(paths), section="models")
+            if shape.quantization is not None:
+                check_quantized(shape, shape.quantization, sizes, calibrates=False)
     except UserError as error:
         return not_run(_TP, f"the models do not divide by two: {error}")
     found = call_on_ranks("doctor", audit_on_rank, halves.processes, **common, models=halves)

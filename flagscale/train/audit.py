@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 from flagscale.megatron.arguments import Arguments
 from flagscale.post_training.arguments import modelopt_args_enabled
 from flagscale.post_training.findings import Finding, failures, fault, of_all_ranks
-from flagscale.post_training.float64_layers import check_layers, paired_layers
+from flagscale.post_training.float64_layers import check_layers, seen_layers
 from flagscale.post_training.preflight import check_losses
 from flagscale.post_training.tap import Seen, Tap
 from flagscale.recipe import DistillationRecipe
@@ -70,10 +70,9 @@ class TrainingAudit:
             yield forward_step
             return
         self._looked = True
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        with Tap(self._model, layers=paired_layers(self._recipe, stages)).open() as tap:
+        with Tap(self._model, layers=seen_layers(self._recipe)).open() as tap:
             yield tap.around(forward_step)
-        findings = of_all_ranks(self._findings(tap.seen))
+        findings = of_all_ranks(self._findings(tap))
         if wrong := failures(findings):
             raise AuditError(
                 f"the audit of step {step} failed, which was not taken: {'; '.join(wrong)}"
@@ -89,16 +88,11 @@ class TrainingAudit:
                 ),
             )
 
-    def _findings(self, seen: Seen | None) -> list[Finding]:
-        if seen is None:
+    def _findings(self, tap: Tap) -> list[Finding]:
+        terms = check_layers(tap, self._recipe, self._model)
+        if tap.seen is None:
             return []
-        findings = [*check_losses(seen, self._recipe), *_labels(seen)]
-        if self._recipe is not None:
-            from flagscale.post_training.intermediate_terms import intermediate_terms
-
-            projections: dict[str, Any] = dict(intermediate_terms(self._model).projections.items())
-            findings += check_layers(seen, self._recipe, projections)
-        return findings
+        return [*check_losses(tap.seen, self._recipe), *_labels(tap.seen), *terms]
 
 
 def _labels(seen: Seen) -> list[Finding]:

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from flagscale.data.layout import SPLITS
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.global_vars import get_args
@@ -23,6 +24,7 @@ from flagscale.megatron.global_vars import get_args
 ChunkBatches = Sequence[Iterator[dict[str, torch.Tensor]] | None]
 
 _INTEGERS = ("tokens", "labels", "position_ids")
+_NAMES = ("samples", "split")  # what a micro-batch is made of, not for the model
 
 
 class Batch(NamedTuple):
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
         packed_seq_params: where documents begin and end, if they do not see one another.
         samples: int64 [rows], not moved to the device: which of the split's samples the rows are;
             -1 where whoever made the micro-batch did not say.
+        split: int64, as little moved: its place in `SPLITS`; -1 likewise.
     """
 
     tokens: torch.Tensor | None
@@ -49,6 +52,18 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None
     packed_seq_params: PackedSeqParams | None = None
     samples: torch.Tensor | None = None
+    split: torch.Tensor | None = None
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """`split`, its name, and `samples`, for who looks them up. Waits for a GPU that has them.
+
+        Raises:
+            ValueError: whoever made the micro-batch did not say.
+        """
+        if self.samples is None or self.split is None or self.split < 0:
+            raise ValueError("the micro-batch does not say which samples of which split it holds")
+        return {"split": SPLITS[int(self.split)], "samples": self.samples}
 
 
 def get_batch(
@@ -69,14 +84,14 @@ def get_batch(
         values = _from_first_tensor_rank(values, args)
     assert values is not None, "no data iterator on a rank that reads data"
     device = platform.device()
-    samples = values.get("samples")
+    named = {name: values.get(name) for name in _NAMES}
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
-        if name != "samples"
+        if name not in _NAMES
     }
     if args.reset_attention_mask:
-        return _packed(moved)._replace(samples=samples)
+        return _packed(moved)._replace(**named)
     kept = {name: moved[name] for name in (*_INTEGERS, "loss_mask")}
     if moved.get("attention_mask") is not None:
         kept["attention_mask"] = moved["attention_mask"]
@@ -87,7 +102,7 @@ def get_batch(
         kept["loss_mask"],
         kept.get("attention_mask"),
         kept["position_ids"],
-        samples=samples,
+        **named,
     )
 
 
@@ -118,18 +133,19 @@ def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> d
         raise ValueError("attention_mask: is not sent to other tensor-parallel ranks; pack instead")
     device, size = platform.device(), args.micro_batch_size * args.seq_length
     # One message of a size that all know: with a GPU nobody waits for what is in it.
-    message = torch.full((4 * size + args.micro_batch_size,), -1, device=device)
+    message = torch.full((4 * size + args.micro_batch_size + 1,), -1, device=device)
     if values is not None:
         rows = [values[name].reshape(-1) for name in _INTEGERS]
         mask = values["loss_mask"].reshape(-1).double().view(torch.int64)
-        sent = torch.cat([*rows, mask, values.get("samples", mask[:0])])
+        names = [values[name].reshape(-1) for name in _NAMES if name in values]
+        sent = torch.cat([*rows, mask, *names])
         message[: sent.numel()].copy_(_pinned(sent), non_blocking=True)
     _broadcast(message)
     shape = (args.micro_batch_size, args.seq_length)
     *rows, mask = (part.view(shape) for part in message[: 4 * size].split(size))
     received: dict[str, Any] = dict(zip(_INTEGERS, rows, strict=True))
     received["loss_mask"] = mask.view(torch.float64).float()
-    received["samples"] = message[4 * size :]
+    received["samples"], received["split"] = message[4 * size : -1], message[-1]
     if args.reset_attention_mask:
         received |= _borders_from_first_tensor_rank(values, size)
     return received

@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from flagscale.data.loader import VALIDATION_SEED, Mixture, part_weights, validation_batches
+from flagscale.data.loader import validation_batches
+from flagscale.data.mixture import VALIDATION_SEED, Mixture, weights_of
 from flagscale.data.samples import Index
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.global_vars import use_args
@@ -86,5 +87,5 @@ def _numbers(dataset: Path, cache: Path, count: int) -> list[int]:
     """Of the first samples that validations take, in their order."""
     index = Index(dataset, cache, "validation")
     parts = index.open(reset_attention_mask=False)
-    samples = Mixture(parts, part_weights(index, parts), VALIDATION_SEED)
+    samples = Mixture(parts, weights_of(index, parts), VALIDATION_SEED)
     return [samples.number(position) for position in range(count)]

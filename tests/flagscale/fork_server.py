@@ -24,6 +24,7 @@ PRELOADED = (
     "flagscale.steps.prepare_data",
     "flagscale.steps.prepare_teacher",
     "flagscale.steps.convert_student",
+    "flagscale.steps.cache_teacher",
     "flagscale.steps.distil_student",
     "flagscale.steps.evaluate",
     "flagscale.steps.export_student",

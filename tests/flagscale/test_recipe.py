@@ -172,6 +172,17 @@ CONTRADICTIONS = [
         {"intermediate_layer_pairs": [["a", "b", "l1"]]},
         "intermediate loss 'l1': must be cosine or mse",
     ),
+    ("teacher_outputs", {"draws": 9}, "draws=9 has no effect with codec=hidden: it is of sampled"),
+    (
+        "teacher_outputs",
+        {"codec": "sampled", "dtype": "bf16"},
+        "dtype=bf16 has no effect with codec=sampled: it is of hidden",
+    ),
+    (
+        "teacher_outputs",
+        {"codec": "sampled", "top_k": 8},
+        "top_k=8 has no effect with codec=sampled: it is of topk",
+    ),
     (
         "training",
         {"global_batch_size": 3, "micro_batch_size": 2},

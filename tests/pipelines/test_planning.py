@@ -131,6 +131,27 @@ def test_widths_are_pruned_on_pipelines_alone():
         recipe("Qwen/Qwen3-32B", 40, student=narrow, models=layout)
 
 
+def test_scales_of_inputs_are_found_on_pipelines_alone():
+    student = {"num_layers": 40, "quantization": {"recipe": "int8_sq"}}
+    split = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    more = {"student": student, "export": {"format": "megatron"}}
+    more["training"] = recipe().training.model_dump() | {"parallelism": split}
+    (plan,) = plans(recipe("Qwen/Qwen3-32B", **more), platform(models=8))
+    assert plan.sizes.tensor_model_parallel_size == 1
+    assert plan.sizes.pipeline_model_parallel_size == 4
+    layout = {"parallelism": {"tensor_model_parallel_size": 4}}
+    with pytest.raises(UserError, match=r"int8_sq with models.parallelism.tensor_model_parallel_s"):
+        plans(recipe("Qwen/Qwen3-32B", models=layout, **more), platform(models=8))
+
+
+def test_weights_that_share_a_scale_are_on_one_rank():
+    student = {"init": "width", "ffn_hidden_size": 12288 - 64}
+    student |= {"quantization": {"recipe": "int4_awq"}}
+    more = {"student": student, "export": {"format": "megatron"}}
+    with pytest.raises(UserError, match=r"ffn_hidden_size is .* must be a multiple of 128"):
+        plans(recipe(**more), platform())
+
+
 def test_a_target_that_no_student_meets_is_refused_before_anything_starts():
     small = recipe(student={"init": "depth", "target_parameters": 1e6})
     with pytest.raises(UserError, match="cannot be met with init=depth: the nearest is num_layers"):

@@ -63,9 +63,8 @@ class Divergence(ABC):
                 f"student logits {tuple(student_logits.shape)} and teacher logits "
                 f"{tuple(teacher_logits.shape)} must have one shape: is the vocabulary the same?"
             )
-        wanted = torch.is_grad_enabled() and student_logits.requires_grad
-        result: torch.Tensor = _Loss.apply(student_logits, teacher_logits, self, group, wanted)
-        return result
+        teacher_nv = teacher_logits.detach().view(-1, teacher_logits.size(-1))
+        return differentiable(self, student_logits, teacher_nv, group)
 
     @torch.no_grad()
     def loss_and_gradient(
@@ -167,22 +166,41 @@ class ChainRule(FDivergence):
         return norms, self.sums(shares) + within
 
 
+def differentiable(
+    divergence: Any,  # noqa: ANN401 - whatever has a `loss_and_gradient` of such a teacher
+    student_logits: torch.Tensor,
+    teacher_rows: Any,  # noqa: ANN401
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Every row's divergence, float32 [...], differentiable in the student's logits [..., V].
+
+    Where a gradient will be wanted, they are overwritten at once.
+
+    Args:
+        divergence: makes loss and gradient in one go.
+        student_logits: [..., V], N rows.
+        teacher_rows: the teacher's N rows, as the divergence wants them.
+        group: the ranks that share the vocabulary.
+    """
+    wanted = torch.is_grad_enabled() and student_logits.requires_grad
+    result: torch.Tensor = _Loss.apply(student_logits, teacher_rows, divergence, group, wanted)
+    return result
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
         student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        divergence: Divergence,
+        teacher_rows: Any,  # noqa: ANN401
+        divergence: Any,  # noqa: ANN401
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> torch.Tensor:
         # Through detach, not .data: autograd then notices that the logits are gone.
-        student_nv, teacher_nv = (
-            logits.detach().view(-1, logits.size(-1)) for logits in (student_logits, teacher_logits)
-        )
+        student_nv = student_logits.detach().view(-1, student_logits.size(-1))
         loss_n, ctx.gradient_nv = divergence.loss_and_gradient(
-            student_nv, teacher_nv, group, with_gradient=with_gradient
+            student_nv, teacher_rows, group, with_gradient=with_gradient
         )
         ctx.shape = student_logits.shape
         return loss_n.view(student_logits.shape[:-1])

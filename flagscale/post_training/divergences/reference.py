@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from flagscale.post_training.sparse_targets import SparseRows
 from flagscale.recipe import DistillationRecipe
 
 
@@ -43,6 +44,33 @@ def reference_gradient(
     loss = reference_loss(student, teacher_logits.detach(), recipe)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     return gradient
+
+
+def reference_sparse_loss(
+    student_nv: torch.Tensor, targets: SparseRows, temperature: float, top_k: int | None = None
+) -> torch.Tensor:
+    """As `reference_loss`, from a teacher of whom some tokens' probabilities are known.
+
+    Args:
+        student_nv: [N, V], the whole vocabulary.
+        targets: of the same rows.
+        temperature: that they are of.
+        top_k: tokens that count one by one, where the others' mass is known; None: all that are.
+    """
+    log_q = torch.log_softmax(student_nv.double() / temperature, -1)
+    p = torch.zeros_like(log_q).scatter_add_(-1, targets.tokens_nk, targets.shares_nk.double())
+    if targets.tail_n is None:
+        cross_entropy = -(p / p.sum(-1, keepdim=True) * log_q.masked_fill(p == 0, 0)).sum(-1)
+        return temperature**2 * (cross_entropy - targets.entropy_n.double())
+    known = int((targets.shares_nk > 0).sum(-1).amax())
+    order = p.sort(dim=-1, descending=True, stable=True).indices
+    first, rest = order.tensor_split([min(top_k or known, known)], -1)
+    tail = targets.tail_n.double()[:, None] + p.gather(-1, rest).sum(-1, keepdim=True)
+    coarse_p = torch.cat([p.gather(-1, first), tail], -1)
+    coarse_p = coarse_p / coarse_p.sum(-1, keepdim=True)
+    q_tail = log_q.gather(-1, rest).exp().sum(-1, keepdim=True)
+    coarse_q = torch.cat([log_q.gather(-1, first).exp(), q_tail], -1)
+    return temperature**2 * _kl(coarse_p.log(), coarse_q.log())
 
 
 def _divergence(

@@ -140,13 +140,18 @@ def chunks(
 ) -> Iterator[Chunk]:
     """All rows, some at a time; the buffers are the same ones."""
     count, width = student_nv.shape
-    step = min(count, max(1, _CHUNK_ELEMENTS.get(student_nv.device.type, 2**18) // width))
+    step = chunk_size(count, width, student_nv.device)
     wide = student_nv.dtype == teacher_nv.dtype == torch.float32
     number = _BUFFERS if wide else _BUFFERS + 2
     buffers = torch.empty(number, step, width, device=student_nv.device)
-    for start in range(0, count, max(1, step)):
+    for start in range(0, count, step):
         at = slice(start, min(start + step, count))
         yield Chunk(at, student_nv, teacher_nv, temperature, buffers)
+
+
+def chunk_size(count: int, width: int, device: torch.device) -> int:
+    """Rows a chunk, at least 1: of `count` rows of `width` columns."""
+    return max(1, min(count, _CHUNK_ELEMENTS.get(device.type, 2**18) // width))
 
 
 def exponentials(

@@ -78,15 +78,18 @@ def samples_an_epoch(dataset: Path) -> int:
 
 def test_a_batch(dataset: Path, tmp_path: Path) -> None:
     batch = next(train(dataset, tmp_path))
-    assert sorted(batch) == ["labels", "loss_mask", "position_ids", "samples", "tokens"]
+    assert sorted(batch) == ["labels", "loss_mask", "position_ids", "samples", "split", "tokens"]
     assert batch["samples"].shape == (2,)
-    assert all(batch[name].shape == (2, SEQ_LENGTH) for name in batch if name != "samples")
+    assert SPLITS[batch["split"]] == "train"
+    rows = batch.keys() - {"samples", "split"}
+    assert all(batch[name].shape == (2, SEQ_LENGTH) for name in rows)
     assert {key: value.dtype for key, value in batch.items()} == {
         "tokens": torch.int64,
         "labels": torch.int64,
         "position_ids": torch.int64,
         "loss_mask": torch.float32,
         "samples": torch.int64,
+        "split": torch.int64,
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     assert batch["loss_mask"].all()

@@ -27,10 +27,12 @@ from flagscale.models.distillation_proof import PROOF_LOSS
 from flagscale.models.megatron import WEIGHTS, build_model, logits
 from flagscale.models.random_weights import with_random_weights
 from flagscale.models.student_audit import Artifacts, audit_student, load_pair
-from flagscale.post_training import conversion, loss_func
+from flagscale.post_training import attention_relations, conversion, loss_func
 from flagscale.post_training.divergences import Divergence
 from flagscale.post_training.divergences.total_variation import TotalVariation
 from flagscale.post_training.findings import Finding, failures
+from flagscale.post_training.hidden_states import FITS
+from flagscale.post_training.intermediate_terms import intermediate_terms
 from flagscale.train import train_gpt
 from flagscale.train.batches import get_batch
 
@@ -78,6 +80,13 @@ def test_a_sound_conversion_passes(case):
     found = case.audit()
     assert [one for one in found if one.verdict != "passed"] == []
     assert len(found) >= 25
+
+
+def test_a_sound_conversion_with_terms_passes(case):
+    case.loss = AUDITED_LOSS.model_copy(update=TERMS)
+    found = case.audit()
+    assert [one for one in found if one.verdict != "passed"] == []
+    assert {"intermediate loss", "attention loss"} <= {one.check for one in found}
 
 
 def test_the_models_are_what_they_were(case):
@@ -329,6 +338,33 @@ def with_logits(plant: Plant) -> Plant:
     return planted
 
 
+def with_terms(plant: Plant) -> Plant:
+    """Layers and attentions are matched too."""
+
+    def planted(case: Case) -> None:
+        case.loss = AUDITED_LOSS.model_copy(update=TERMS)
+        plant(case)
+
+    return planted
+
+
+def projection(first: int, last: int) -> Plant:
+    """Of the pair of hidden states, another than its widths need."""
+
+    def plant(model: Any, teacher: GPTModel) -> None:
+        terms = intermediate_terms(model)
+        terms.projections["0"] = torch.nn.Linear(first, last)
+
+    return with_terms(after_conversion(plant))
+
+
+def scores_not_scaled(case: Case) -> None:
+    def scores(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return row.float() @ column.float().transpose(2, 3)
+
+    case.patch.setattr(attention_relations, "_scores", scores)
+
+
 def overwritten_logits(case: Case) -> None:
     apart(case)
     case.patch.setattr(conversion, "_keep_logits_for_the_kd_loss", lambda model: None)
@@ -342,6 +378,10 @@ NORM = "decoder.final_layernorm.weight"
 LAYER_NORM = "decoder.layers.1.input_layernorm.weight"
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+TERMS = {
+    "intermediate_layer_pairs": (("decoder.layers.0", "decoder.layers.1", "mse"),),
+    "attention_layer_pairs": ((0, 1),),
+}
 DEFECTS: dict[str, tuple[Plant, str]] = {
     "student's norm not loaded": (
         weight("student", LAYER_NORM, lambda w: w.fill_(1)),
@@ -454,6 +494,19 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     "wrong tokenizer": (other_tokenizer, "data were made with another tokenizer"),
     "other layers kept": (other_layers, "student's .* is not the teacher's .*layers.0"),
     "stored in another dtype": (stored_in_bf16, "stored in torch.bfloat16, not in torch.float32"),
+    "projection from a wrong size": (
+        projection(24, 64),
+        "mse of .*: 64 channels of the student need a projection to 64 .* is one from 24 to 64",
+    ),
+    "projection to one channel": (projection(64, 1), "but there is one from 64 to 1"),
+    "another fit of hidden states": (
+        with_terms(lambda case: case.patch.setitem(FITS, "mse", FITS["cosine"])),
+        "intermediate distillation loss is reported as .* but is .* in float64",
+    ),
+    "attention's scores not scaled": (
+        with_terms(scores_not_scaled),
+        "attention distillation loss is reported as .* but is .* in float64",
+    ),
     "part of the student frozen": (frozen_part, "student's .*linear_fc1.weight got no gradient"),
 }
 

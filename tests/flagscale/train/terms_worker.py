@@ -6,9 +6,11 @@ checkpoints have; FOLDER/inputs.json names the artifacts and the layouts.
 """
 
 import json
+import logging.handlers
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,18 @@ from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.recipe.combinations import check_combination
+from flagscale.train.audit import TrainingAudit
 from flagscale.train.checkpoints.training_state import sharded_state
 from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
 STEPS = 2
+audits = logging.handlers.BufferingHandler(1000)  # what the audit says
+audit_logger = logging.getLogger("flagscale.train.audit")
+audit_logger.addHandler(audits)
+audit_logger.setLevel(logging.INFO)
+
 # The student is narrower, and has half the heads. With pipeline stages: pairs that meet on any of
 # them, and halves of pairs that travel, from either model, some of them past a stage.
 DISTILLATION = DistillationRecipe(
@@ -152,7 +160,11 @@ def run(layout: Layout, folder: Path, inputs: dict[str, Any]) -> None:
             return
         gradients = keep_gradients(trainer)
         stream = batches.train(0)
-        records = [train_step(trainer, stream) for _ in range(STEPS)]
+        audits.buffer.clear()
+        audit = TrainingAudit(trainer.chunks, args, interval=1)
+        records = [
+            train_step(trainer, stream, partial(audit.look, step + 1)) for step in range(STEPS)
+        ]
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, gradients)
         state = sharded_state(trainer)["model"]
@@ -160,6 +172,7 @@ def run(layout: Layout, folder: Path, inputs: dict[str, Any]) -> None:
         if torch.distributed.get_rank() == 0:
             result = {
                 "records": records,
+                "audits": [record.getMessage() for record in audits.buffer],
                 "validation": validation,
                 "gradients": [one for rank in found for one in rank.items()],
                 "projections": sorted(name for name in state if "_loss_modules" in name),

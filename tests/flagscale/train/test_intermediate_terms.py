@@ -39,6 +39,17 @@ def test_equals_one_process(results, layout):
         assert error <= RELATIVE, f"{name}: {error:.2g}"
 
 
+@pytest.mark.parametrize("layout", [*REFERENCES.values(), *LAYOUTS], ids=lambda layout: layout.name)
+def test_the_audit_looks_at_each_kind_of_term(results, layout):
+    """On every layout; a wrong one would have ended the training."""
+    told = result(results, layout)["audits"]
+    assert len(told) == 2
+    kinds = (
+        ["intermediate"] if layout.name.endswith("whole layers") else ["intermediate", "attention"]
+    )
+    assert all(f"{kind} loss within" in audit for audit in told for kind in kinds)
+
+
 def numbers(record: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "tokens per second"}
 

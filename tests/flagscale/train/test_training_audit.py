@@ -14,7 +14,7 @@ from megatron.core.rerun_state_machine import (
 from flagscale.checkpoint import load_weights
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.post_training import conversion
+from flagscale.post_training import attention_relations, conversion, hidden_states
 from flagscale.post_training.divergences.reverse_kl import ReverseKL
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train import train_gpt
@@ -72,6 +72,45 @@ def test_without_an_interval_nothing_is_looked_at(training):
 
 def reverse(recipe):
     return ReverseKL(recipe.temperature)
+
+
+PAIRED = MIXED.model_copy(
+    update={
+        "intermediate_layer_pairs": (("decoder.layers.0", "decoder.layers.2", "mse"),),
+        "attention_layer_pairs": ((1, 3),),
+        "attention_relations": ("query_key", "value"),
+    }
+)
+
+
+def unscaled(row, column):
+    return row.float() @ column.float().transpose(2, 3)
+
+
+def of_all_tokens(self, first, rows, device):
+    return torch.ones(rows, first + rows, dtype=torch.bool, device=device)
+
+
+@pytest.mark.usefixtures("rerun_machine")
+@pytest.mark.parametrize("fit", ["kl", "mse", "cosine"])
+@pytest.mark.parametrize(
+    ("where", "name", "planted", "kind"),
+    [
+        (attention_relations, "_scores", unscaled, "attention"),
+        (attention_relations.Positions, "seen", of_all_tokens, "attention"),
+        (hidden_states.FITS, "mse", hidden_states.cosine, "intermediate"),
+    ],
+    ids=["scores not scaled", "not causal", "another fit"],
+)
+def test_a_wrong_term_is_named(training, monkeypatch, fit, where, name, planted, kind):
+    patch = monkeypatch.setitem if isinstance(where, dict) else monkeypatch.setattr
+    patch(where, name, planted)
+    paired = PAIRED.model_copy(update={"attention_fit": fit})
+    chosen, trainer, batches = training(paired)
+    audit = TrainingAudit(trainer.chunks, chosen, 1)
+    message = f"{kind} distillation loss is reported as .* but is .* in float64"
+    with use_args(chosen), pytest.raises(AuditError, match=message):
+        train_step(trainer, batches.train(0), partial(audit.look, 1))
 
 
 def shifted_twice(*args):

@@ -3,55 +3,25 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from mirrored_pod import Pod
 
 from flagscale.errors import UserError
 from flagscale.shared.store import ObjectStore
 from flagscale.train.checkpoints import mirror
-from flagscale.train.checkpoints.folders import STATE, CheckpointFolders
-from flagscale.train.checkpoints.mirror import Mirror
+from flagscale.train.checkpoints.folders import STATE
+
+KILLED = Path(__file__).with_name("mirrored_pod.py")
 
 
 @pytest.fixture
 def url(bucket: str) -> str:
     return f"{bucket}/checkpoints/training"
-
-
-class Pod:
-    """A training process's side: a folder of its own, and a mirror."""
-
-    def __init__(self, url: str, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
-        self.folders = CheckpointFolders(folder, keep, "lm loss")
-        self.mirror = Mirror(url, folder)
-        while not self.mirror.downloaded():
-            pass
-
-    def save(self, step: int, loss: float = 1.0, wait: bool = True) -> None:
-        validation = [{"step": step, "lm loss": loss}]
-        history = {"step": step, "layout": {}, "training": [], "validation": validation}
-        partial = self.folders.begin(history)
-        (partial / STATE).mkdir()
-        (partial / STATE / "0.distcp").write_text(f"weights of {step}" * 1000)
-        (partial / STATE / "metadata.json").write_text("{}")
-        self.mirror.upload(self.folders.publish(partial))
-        if wait:
-            self.wait()
-
-    def wait(self) -> None:
-        while not self.mirror.uploaded():
-            pass
-
-    def content(self) -> dict[str, str]:
-        return {
-            path.relative_to(self.folder).as_posix(): path.read_text()
-            for path in self.folder.glob("step-*/**/*")
-            if path.is_file()
-        }
 
 
 def test_another_pod_finds_latest_and_best(
@@ -210,27 +180,17 @@ def test_what_is_forgotten_leaves_the_store_whatever_is_here(
     assert ObjectStore(bucket).sizes() == {}
 
 
-@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_a_random_moment_the_store_has_a_whole_checkpoint(
-    url: str, tmp_path: Path, seed: int
+    url: str, tmp_path: Path
 ) -> None:
-    """A child saves one checkpoint after another, until it is killed; its disk is lost."""
-    told, child = tmp_path / "told", os.fork()
-    if child == 0:
-        try:
-            pod = Pod(url, tmp_path / "a", keep=1)
-            for step in range(1, 1000):
-                pod.save(step)
-                told.write_text(str(step))
-        finally:
-            os._exit(1)
-    while not told.exists():
-        time.sleep(0.01)
-    time.sleep(0.05 + 0.13 * seed)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    pod = Pod(url, tmp_path / "b")
-    latest = pod.folders.latest()
-    assert latest
-    assert latest.step >= int(told.read_text() or 0)
-    assert (latest.path / STATE / "0.distcp").read_text() == f"weights of {latest.step}" * 1000
+    """A process saves one checkpoint after another, until it is killed; its disk is lost."""
+    urls = [f"{url}-{number}" for number in range(3)]
+    subprocess.run([sys.executable, KILLED, tmp_path, *urls], check=True)
+    for number, one in enumerate(urls):
+        pod = Pod(one, tmp_path / f"next-{number}")
+        latest = pod.folders.latest()
+        assert latest
+        told = (tmp_path / f"told-{number}").read_text()
+        assert latest.step >= int(told or 0)
+        found = (latest.path / STATE / "0.distcp").read_text()
+        assert found == f"weights of {latest.step}" * 1000

@@ -1,0 +1,1 @@
+"""Teacher, student before and student after, compared."""
