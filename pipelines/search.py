@@ -36,7 +36,7 @@ from components.rank_candidates.component import rank_candidates
 from components.record_search.component import record_search
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-from flagscale.recipe.search import Ranking, SearchRecipe
+from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
@@ -186,12 +186,14 @@ class _Wiring:
         following = [*self._slots[1:], 1]
         ranked = rank_candidates(
             candidates=values["search_candidates"],
-            rung=number,
+            ranking_recipe=RankingRecipe(
+                rung=number,
+                slots=following[number - 1],
+                bootstrap_samples=search.bootstrap_samples,
+                confidence=search.confidence,
+                margin=search.margin,
+            ).model_dump(mode="json"),
             metric=values["search_metric"],
-            slots=following[number - 1],
-            bootstrap_samples=search.bootstrap_samples,
-            confidence=float(search.confidence),
-            margin=float(search.margin),
             checkpoints=values["training_checkpoints"],
             results=results,
             **({} if before is None else {"before": before}),

@@ -211,9 +211,8 @@ def train(
     """
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
-    until_step, samples = rung or (0, 0)
-    given |= {"until_step": until_step, "samples": samples}
-    given |= {"record_failure": record_failure or rung is not None}
+    of_many: dict[str, Any] = {"record_failure": True} if record_failure or rung else {}
+    given["of_many"] = of_many | (rung._asdict() if rung else {})
     given |= {"student": student, **read}
     if not placed.uses_trainjob:
         trained = distil_student(**given, **always(values, "training"))

@@ -13,9 +13,7 @@ def distil_student(
     code_version: str,
     experiment: str,
     accelerators: str,
-    until_step: int,
-    samples: int,
-    record_failure: bool,
+    of_many: dict,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -32,10 +30,8 @@ def distil_student(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
-        until_step: of a search: stop after this step, and measure; 0: train to the end.
-        samples: of a search: held-out samples that the student is measured on.
-        record_failure: whether a failure is written into the output, so that the steps of other
-            students go on, instead of ending the run.
+        of_many: of one of many students record_failure, and in a search until_step and samples;
+            empty: the only one, trained to the end.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
@@ -50,16 +46,14 @@ def distil_student(
         "distil-student",
         experiment,
         accelerators,
-        record_failure_at=distilled_student.path if record_failure else None,
+        record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
     ) as step:
         step.require(student=student)
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+        from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student import distil_student
         from flagscale.steps.rung import Rung
 
-        rung = None
-        if until_step:
-            rung = Rung(until_step, samples, step.pointer("student", student))
         figures = distil_student(
             step.section(DistillationRecipe, distillation_recipe),
             step.section(TrainingRecipe, training_recipe),
@@ -69,6 +63,6 @@ def distil_student(
             teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
-            rung=rung,
+            rung=Rung.of(step.section(OfManyRecipe, of_many), step.pointer("student", student)),
         )
         step.report(figures, training_metrics)

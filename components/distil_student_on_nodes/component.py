@@ -15,9 +15,7 @@ def distil_student_on_nodes(
     nodes: int,
     accelerator_count: str,
     pods: dict,
-    until_step: int,
-    samples: int,
-    record_failure: bool,
+    of_many: dict,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -39,10 +37,8 @@ def distil_student_on_nodes(
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
             runtime, timeout_seconds, restarts, annotations, network; image, volumes, node selector
             and secrets are the launcher's.
-        until_step: of a search: stop after this step, and measure; 0: train to the end.
-        samples: of a search: held-out samples that the student is measured on.
-        record_failure: whether a failure is written into the output, so that the steps of other
-            students go on, instead of ending the run.
+        of_many: of one of many students record_failure, and in a search until_step and samples;
+            empty: the only one, trained to the end.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
@@ -56,17 +52,15 @@ def distil_student_on_nodes(
     with step_process(
         "distil-student",
         experiment=experiment,
-        record_failure_at=distilled_student.path if record_failure else None,
+        record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
     ) as step:
         step.require(student=student)
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+        from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
         from flagscale.steps.rung import Rung
 
-        rung = None
-        if until_step:
-            rung = Rung(until_step, samples, step.pointer("student", student))
         figures = distil_student_on_nodes(
             step.section(DistillationRecipe, distillation_recipe),
             step.section(TrainingRecipe, training_recipe),
@@ -79,6 +73,6 @@ def distil_student_on_nodes(
             nodes=nodes,
             accelerator_count=accelerators_of(accelerator_count),
             pods=step.section(NodePods, pods),
-            rung=rung,
+            rung=Rung.of(step.section(OfManyRecipe, of_many), step.pointer("student", student)),
         )
         step.report(figures, training_metrics)

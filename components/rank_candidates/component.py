@@ -8,12 +8,8 @@ from components.image import image
 @dsl.component(base_image=image(), install_kfp_package=False)
 def rank_candidates(
     candidates: list,
-    rung: int,
+    ranking_recipe: dict,
     metric: str,
-    slots: int,
-    bootstrap_samples: int,
-    confidence: float,
-    margin: float,
     checkpoints: str,
     code_version: str,
     experiment: str,
@@ -27,13 +23,9 @@ def rank_candidates(
 
     Args:
         candidates: all of the search: of each the name and the section student.
-        rung: which one ends, from 1.
+        ranking_recipe: which rung ends, how many candidates go on at most, and when a difference
+            is clear.
         metric: held-out loss that decides: distillation_loss or lm_loss.
-        slots: how many candidates go on at most.
-        bootstrap_samples: resamples of the samples for the intervals.
-        confidence: mass of the intervals.
-        margin: share of the best's loss by which a candidate must be clearly worse to be dropped
-            though there is room.
         checkpoints: folder or URL of training checkpoints; those of who is dropped are deleted.
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
@@ -48,10 +40,12 @@ def rank_candidates(
     with step_process("rank-candidates", experiment=experiment) as step:
         from pathlib import Path
 
-        from flagscale.steps.rank_candidates import Ranking, rank_candidates
+        from flagscale.recipe.search import RankingRecipe
+        from flagscale.steps.rank_candidates import rank_candidates
 
         figures = rank_candidates(
-            Ranking(rung, metric, slots, bootstrap_samples, confidence, margin),
+            step.section(RankingRecipe, ranking_recipe),
+            metric,
             step.literal(candidates),
             results=[step.input_or_absent("results", one) for one in results],
             before=step.input("before", before) if before else None,

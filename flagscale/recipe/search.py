@@ -17,6 +17,7 @@ from flagscale.recipe.section import (
     NUMBER,
     Line,
     NonNegative,
+    NonNegativeInt,
     Positive,
     PositiveInt,
     Ranks,
@@ -140,6 +141,26 @@ class SearchRecipe(RungsRecipe):
                 f"{MOST_CANDIDATES}"
             )
         return self
+
+
+class RankingRecipe(Section):
+    """What decides at the end of one rung; rank-candidates is given it."""
+
+    rung: PositiveInt = Field(description="From 1")
+    slots: PositiveInt = Field(description="How many candidates go on at most")
+    bootstrap_samples: PositiveInt = Field(description="As in `search`")
+    confidence: Positive = Field(description="As in `search`")
+    margin: NonNegative = Field(description="As in `search`")
+
+
+class OfManyRecipe(Section):
+    """What the training of one of many students is given besides; by default it is the only one."""
+
+    record_failure: bool = Field(
+        False, description="A failure is written into the output, and does not end the run"
+    )
+    until_step: NonNegativeInt = Field(0, description="Of a search: its rung's end; 0: train_iters")
+    samples: NonNegativeInt = Field(0, description="Of a search: held-out ones to measure on")
 
 
 def check_search(

@@ -20,6 +20,7 @@ from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.execution.exclusive import delete_unless_held
 from flagscale.execution.step_process import when_published
 from flagscale.recipe import StudentRecipe, parse_section
+from flagscale.recipe.search import RankingRecipe
 from flagscale.shared.store import ObjectStore, is_url
 from flagscale.steps.leaderboard import changes
 from flagscale.steps.rung import SAMPLE_LOSSES
@@ -30,28 +31,9 @@ logger = logging.getLogger(__name__)
 LOSSES = {"distillation_loss": "logits distillation loss", "lm_loss": "lm loss"}
 
 
-class Ranking(NamedTuple):
-    """What decides at the end of a rung.
-
-    Attributes:
-        rung: from 1.
-        metric: one of `LOSSES`.
-        slots: how many go on at most.
-        bootstrap_samples: resamples for the intervals.
-        confidence: their mass.
-        margin: see `flagscale.evaluation.ranking.places`.
-    """
-
-    rung: int
-    metric: str
-    slots: int
-    bootstrap_samples: int
-    confidence: float
-    margin: float
-
-
 def rank_candidates(
-    ranking: Ranking,
+    ranking: RankingRecipe,
+    metric: str,
     candidates: Sequence[Mapping[str, Any]],
     results: Sequence[Path],
     before: Path | None,
@@ -61,7 +43,8 @@ def rank_candidates(
     """Rank the candidates of a rung, and say which of them go on.
 
     Args:
-        ranking: what decides.
+        ranking: which rung, and what decides.
+        metric: one of `LOSSES`.
         candidates: all of the search: of each its `name` and its section `student`.
         results: of the rung: `candidate` artifacts, or absent ones, in any order.
         before: the `search` artifact of the rung before; None at the end of the first one.
@@ -74,8 +57,8 @@ def rank_candidates(
     Raises:
         UserError: every candidate failed, or they cannot be compared.
     """
-    if ranking.metric not in LOSSES:
-        raise UserError(f"metric={ranking.metric!r}: must be one of {', '.join(LOSSES)}")
+    if metric not in LOSSES:
+        raise UserError(f"metric={metric!r}: must be one of {', '.join(LOSSES)}")
     known = _standing(candidates, before)
     given = _by_number(results, known)
     found = dict(known.by_number)
@@ -90,23 +73,24 @@ def rank_candidates(
         errors = "".join(f"\n  {one.name}: {one.why}" for one in found.values() if one.why)
         raise UserError(f"rung {ranking.rung}: no candidate is left:{errors}")
     parents = {found[n].name: open_artifact(path, "candidate") for n, path in measured.items()}
-    losses = {number: _losses(path, ranking.metric) for number, path in measured.items()}
+    losses = {number: _losses(path, metric) for number, path in measured.items()}
     ranked = places(
         losses, ranking.slots, ranking.bootstrap_samples, ranking.confidence, ranking.margin
     )
     steps = {n: int(parents[found[n].name].facts["steps"]) for n in measured}
     board = SearchBoard(
         rung=ranking.rung,
-        metric=ranking.metric,
+        metric=metric,
         confidence=ranking.confidence,
         samples=len(next(iter(losses.values()))),
         candidates=after_rung(list(found.values()), ranked, ranking.rung, steps),
     )
     if not board.going_on:
         raise UserError(f"rung {ranking.rung}: no candidate has a finite loss")
-    recipe = {"search": {**ranking._asdict(), "candidates": [dict(one) for one in candidates]}}
+    given_ranking = {"metric": metric, **ranking.model_dump(mode="json")}
+    recipe = {"search": {**given_ranking, "candidates": [dict(one) for one in candidates]}}
     with (
-        tracking.step_run("rank-candidates", {"search": ranking._asdict()}, parents=parents) as run,
+        tracking.step_run("rank-candidates", {"search": given_ranking}, parents=parents) as run,
         new_artifact(output, "search", recipe, parents, run.log_manifest) as staging,
     ):
         write_json(staging.path / SEARCH, board.as_json())

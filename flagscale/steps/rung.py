@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flagscale.recipe.search import OfManyRecipe
 from flagscale.shared import Pointer
 
 SAMPLE_LOSSES = "sample_losses.json"  # of a `candidate` artifact
@@ -21,3 +22,8 @@ class Rung(NamedTuple):
     until_step: int
     samples: int
     student: Pointer
+
+    @classmethod
+    def of(cls, given: OfManyRecipe, student: Pointer) -> Rung | None:
+        """The rung that a training is of; None where it goes on to its end."""
+        return cls(given.until_step, given.samples, student) if given.until_step else None

@@ -71,7 +71,8 @@ def test_rungs_are_loops_over_as_many_slots_as_the_recipe_leaves(compiled: dict[
 def test_each_ranking_knows_the_one_before_and_how_many_go_on(compiled: dict[str, Any]) -> None:
     tasks = compiled["gke-h100"][0]["root"]["dag"]["tasks"]
     names = ["rank-candidates", "rank-candidates-2", "rank-candidates-3"]
-    slots = [tasks[n]["inputs"]["parameters"]["slots"]["runtimeValue"]["constant"] for n in names]
+    given = [tasks[n]["inputs"]["parameters"]["ranking_recipe"] for n in names]
+    slots = [one["runtimeValue"]["constant"]["slots"] for one in given]
     assert slots == [3.0, 2.0, 1.0]
     assert "before" not in tasks[names[0]]["inputs"]["artifacts"]
     for earlier, later in pairwise(names):
@@ -87,11 +88,14 @@ def test_only_steps_of_one_of_many_record_their_failures(compiled: dict[str, Any
         for component in (spec["root"], *spec["components"].values())
         for name, task in component.get("dag", {}).get("tasks", {}).items()
     }
-    records = {
-        name: task["inputs"]["parameters"]["record_failure"]["runtimeValue"]["constant"]
-        for name, task in bodies.items()
-        if "record_failure" in task.get("inputs", {}).get("parameters", {})
-    }
+    records = {}
+    for name, task in bodies.items():
+        given = task.get("inputs", {}).get("parameters", {})
+        if "record_failure" in given:
+            records[name] = given["record_failure"]["runtimeValue"]["constant"]
+        if "of_many" in given:
+            of_many = given["of_many"]["runtimeValue"]["constant"]
+            records[name] = of_many.get("record_failure", False)
     assert records == {
         "convert-student": True,
         "distil-student": True,

@@ -13,9 +13,10 @@ from flagscale.artifacts import new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.execution.absent import absent, is_empty, write_absent
 from flagscale.recipe import StudentRecipe
+from flagscale.recipe.search import RankingRecipe
 from flagscale.shared import Pointer, fetch, read_pointer
 from flagscale.steps.pick_candidate import pick_candidate
-from flagscale.steps.rank_candidates import Ranking, rank_candidates
+from flagscale.steps.rank_candidates import rank_candidates
 from flagscale.steps.rung import SAMPLE_LOSSES
 
 KL = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.9}
@@ -65,8 +66,8 @@ def result(folder: Path, number: int, rung: int, kl: float) -> Path:
     return path
 
 
-def ranking(rung: int, slots: int, metric: str = "distillation_loss") -> Ranking:
-    return Ranking(rung, metric, slots, 200, 0.95, 1.0)
+def ranking(rung: int, slots: int) -> RankingRecipe:
+    return RankingRecipe(rung=rung, slots=slots, bootstrap_samples=200, confidence=0.95, margin=1.0)
 
 
 def search(path: Path) -> dict[str, Any]:
@@ -79,10 +80,9 @@ def first(tmp_path: Path) -> Path:
     results = [result(tmp_path, number, 1, kl) for number, kl in KL.items()]
     for number in KL:
         (tmp_path / "checkpoints" / f"training{number}").mkdir(parents=True)
-    figures = rank_candidates(
-        ranking(1, 2), CANDIDATES, results[::-1], None, str(tmp_path / "checkpoints"),
-        tmp_path / "first",
-    )  # fmt: skip
+    where, output = str(tmp_path / "checkpoints"), tmp_path / "first"
+    decides = (ranking(1, 2), "distillation_loss")
+    figures = rank_candidates(*decides, CANDIDATES, results[::-1], None, where, output)
     assert (figures["going_on"], figures["dropped"], figures["best"]) == (2, 2, 2)
     return tmp_path / "first"
 
@@ -121,7 +121,9 @@ def test_a_failure_comes_last_with_its_error_and_an_empty_slot_is_nobodys(
     write_absent(tmp_path / "empty", "pick-candidate", "nothing to do", {}, empty=True)
     results = [tmp_path / "failed", result(tmp_path, 3, 2, 0.35), tmp_path / "empty"]
     output = tmp_path / "second"
-    figures = rank_candidates(ranking(2, 1), CANDIDATES, results, first, str(tmp_path), output)
+    figures = rank_candidates(
+        ranking(2, 1), "distillation_loss", CANDIDATES, results, first, str(tmp_path), output
+    )
     assert (figures["best"], figures["failed"]) == (3, 1)
     board = search(output)
     assert [one["number"] for one in board["candidates"]] == [3, 1, 4, 2]
@@ -137,7 +139,9 @@ def test_a_candidate_that_goes_on_and_is_not_there_is_told_as_lost(
     """Whatever lost it: it must neither win by its losses of the rung before, nor vanish."""
     output = tmp_path / "second"
     results = [result(tmp_path, 3, 2, 0.35)]
-    rank_candidates(ranking(2, 1), CANDIDATES, results, first, str(tmp_path), output)
+    rank_candidates(
+        ranking(2, 1), "distillation_loss", CANDIDATES, results, first, str(tmp_path), output
+    )
     last = search(output)["candidates"][-1]
     assert (last["number"], last["status"]) == (2, "failed")
     assert last["why"] == "rung 2: no result of it was given"
@@ -162,7 +166,7 @@ def test_what_cannot_be_ranked_is_refused(first: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             rank_candidates(
-                ranking(1, 1, metric), CANDIDATES[:2], results, None, "", tmp_path / "out"
+                ranking(1, 1), metric, CANDIDATES[:2], results, None, "", tmp_path / "out"
             )
         assert not (tmp_path / "out").exists()
 
@@ -177,9 +181,19 @@ def test_mlflow_has_a_child_for_each_candidate_with_its_losses(
     for name, value in (("TRACKING_URI", uri), ("EXPERIMENT_ID", experiment), ("RUN_ID", parent)):
         monkeypatch.setenv(f"MLFLOW_{name}", value)
     results = [result(tmp_path, number, 1, KL[number]) for number in (1, 2)]
-    rank_candidates(ranking(1, 2), CANDIDATES[:2], results, None, "", tmp_path / "1")
+    rank_candidates(
+        ranking(1, 2), "distillation_loss", CANDIDATES[:2], results, None, "", tmp_path / "1"
+    )
     results = [result(tmp_path, number, 2, KL[number] / 2) for number in (1, 2)]
-    rank_candidates(ranking(2, 1), CANDIDATES[:2], results, tmp_path / "1", "", tmp_path / "2")
+    rank_candidates(
+        ranking(2, 1),
+        "distillation_loss",
+        CANDIDATES[:2],
+        results,
+        tmp_path / "1",
+        "",
+        tmp_path / "2",
+    )
     runs = client.search_runs([experiment], 'tags."flagscale.candidate" != ""')
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {parent}
     assert len(runs) == 2
