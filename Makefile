@@ -100,6 +100,7 @@ bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
 	$(BIN)/python benchmarks/output_layer.py
 	$(BIN)/python benchmarks/data_loader.py
+	$(BIN)/python benchmarks/teacher_outputs.py
 	$(BIN)/python benchmarks/startup.py
 
 lock: $(VENV)/.test  ## renew constraints.txt from what is installed

@@ -26,26 +26,13 @@ from flagscale.checkpoint import save_weights
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import build_model
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe, TeacherRecipe, TrainingRecipe
+from flagscale.sizes.teacher import teacher_of
 from flagscale.train.loop import train_step
 from flagscale.train.setup import build_model_chunks, setup_training
 
-SMOLLM2 = ModelShape(
-    model_type="llama",
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    padded_vocab_size=49152,
-    max_position_embeddings=8192,
-    norm_epsilon=1e-5,
-    rotary_base=1e5,
-)
+SMOLLM2 = teacher_of(TeacherRecipe(source="HuggingFaceTB/SmolLM2-135M")).shape
 
 
 def cases(layers: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

@@ -32,7 +32,8 @@ from flagscale.recipe.reading import load_recipe
 
 DEFAULT = Path(__file__).parent.parent / "recipes/smollm2-135m-to-22-layers.yaml"
 CASES = ("ours", "transformers", "trl", "products", "hidden", "sampled")
-_MICRO_BATCHES = 64  # that there are answers and tokens of
+_MICRO_BATCHES = 64  # that there are tokens of
+_ANSWERED = 24  # of which there are the teacher's answers
 _SAME_LOSS = 1e-3  # relative, of the first step: fp32, summed in another order
 
 
@@ -198,7 +199,7 @@ def keep_outputs(recipe: Recipe, folder: Path, codec: str) -> None:
 
     training = recipe.training
     met = MetRecipe(
-        train=((training.seed, _MICRO_BATCHES * training.micro_batch_size),),
+        train=((training.seed, _ANSWERED * training.micro_batch_size),),
         precision=training.precision,
         temperature=recipe.distillation.temperature,
     )

@@ -1,4 +1,4 @@
-"""The distillation pipeline: a check, six steps and their inputs.
+"""The distillation pipeline: a check, six steps (seven with cache-teacher) and their inputs.
 
 `build_pipeline` makes it for a recipe: the recipe's sections become the parameters' defaults, so
 that an uploaded pipeline shows them in the KFP UI and every run can change them. The same

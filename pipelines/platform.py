@@ -38,7 +38,8 @@ class Steps(Section):
     data: Pods = Field(Pods(), description="prepare-data, leaderboard: no accelerators")
     models: Pods = Field(
         Pods(memory="16Gi"),
-        description="prepare-teacher, convert-student, evaluate, export-student: run whole models",
+        description="prepare-teacher, cache-teacher, convert-student, evaluate, export-student: "
+        "run whole models",
     )
     training: Pods = Field(Pods(memory="16Gi"), description="distil-student")
 

@@ -97,7 +97,9 @@ def _faster(
     a_token = bytes_per_token(first.recipe.teacher_outputs, shape, size, seq_length)
     step = cache_step(first, first.model_sizes(choose(first)), recipes)
     peak = step.layout.ranks * _flops(first.models)
-    once = step.flops / (peak * step.efficiency) + step.moved / STORAGE_RATE + _START_SECONDS
+    # On a CPU the same products take as long in one step as in another.
+    share = step.efficiency if first.models.accelerators else TRAINING_EFFICIENCY
+    once = step.flops / (peak * share) + step.moved / STORAGE_RATE + _START_SECONDS
     again = tokens * a_token / STORAGE_RATE
     if first.recipe.teacher_outputs.codec == "hidden":
         head = 2.0 * shape.padded_vocab_size * shape.hidden_size / forward_flops(shape, 1, 1)
@@ -105,8 +107,8 @@ def _faster(
     cached = once + again
     told = (
         f"{_count(len(asking), 'training')} would ask the teacher for {_tokens(tokens)} tokens, "
-        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({gb(a_token * asked)}) and read it "
-        f"takes {_time(cached)}"
+        f"{_time(live)}; asked once for {_tokens(asked)}, kept ({_bytes(a_token * asked)}) and "
+        f"read it takes {_time(cached)}"
     )
     return Choice(cached < _WORTH_WHILE * live, told)
 
@@ -141,6 +143,10 @@ def _tokens(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(int(count))
+
+
+def _bytes(count: float) -> str:
+    return gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _time(seconds: float) -> str:

@@ -60,7 +60,8 @@ def distil_student(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
-            teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
+            teacher_outputs=teacher_outputs
+            and step.input("teacher_outputs", teacher_outputs, in_parts=True),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             rung=Rung.of(step.section(OfManyRecipe, of_many), step.pointer("student", student)),

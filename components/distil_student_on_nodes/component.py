@@ -67,7 +67,8 @@ def distil_student_on_nodes(
             teacher=step.input("teacher", teacher),
             student=step.input("student", student),
             dataset=step.input("dataset", dataset),
-            teacher_outputs=teacher_outputs and step.input("teacher_outputs", teacher_outputs),
+            teacher_outputs=teacher_outputs
+            and step.input("teacher_outputs", teacher_outputs, in_parts=True),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
             nodes=nodes,

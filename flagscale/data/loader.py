@@ -69,9 +69,10 @@ class Batches:
 
     A micro-batch has `tokens`, `labels` and `position_ids`, int64 [b, s], `loss_mask`, float32
     [b, s], and `samples`, int64 [b]: the samples' numbers in the split, which no seed changes;
-    `split`, int64, is that one's place in `SPLITS`. All are in pinned memory where there is a GPU.
-    A step has `global_batch_size / (micro_batch_size * data_parallel_size)` of them. A thread makes
-    them ahead.
+    `split`, int64, is that one's place in `SPLITS`, and `following` has the numbers of the next
+    micro-batch, none after the last. All are in pinned memory where there is a GPU. A step has
+    `global_batch_size / (micro_batch_size * data_parallel_size)` of them; a thread makes them
+    ahead.
 
     With `reset_attention_mask`, documents are to be kept apart. Position ids then begin at 0 in
     each document, and a micro-batch also has:
@@ -110,11 +111,15 @@ class Batches:
         if platform.HAS_GPU:
             torch.cuda.set_device(self._device)  # a thread begins on device 0
         samples = Mixture(self._parts, self._weights, self._seed)
-        for step in self._steps:
-            for positions in self._shape.micro_batches(step):
-                numbers = [samples.number(position) for position in positions]
-                rows = [samples.sample(number) for number in numbers]
-                yield stacked(rows, numbers, self._split, self._reset)
+        numbered = (
+            [samples.number(position) for position in positions]
+            for step in self._steps
+            for positions in self._shape.micro_batches(step)
+        )
+        nothing: list[int] = []
+        for numbers, following in itertools.pairwise(itertools.chain(numbered, [nothing])):
+            rows = [samples.sample(number) for number in numbers]
+            yield stacked(rows, numbers, self._split, self._reset, following)
 
 
 def prepare_index(dataset: Path, cache: Path) -> None:

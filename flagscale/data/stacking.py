@@ -16,7 +16,11 @@ MicroBatch = dict[str, Any]
 
 
 def stacked(
-    rows: Sequence[Sample], numbers: Sequence[int], split: str, reset_attention_mask: bool
+    rows: Sequence[Sample],
+    numbers: Sequence[int],
+    split: str,
+    reset_attention_mask: bool,
+    following: Sequence[int] = (),
 ) -> MicroBatch:
     """A micro-batch as `flagscale.data.loader.Batches` describes it.
 
@@ -25,6 +29,7 @@ def stacked(
         numbers: theirs in the split.
         split: `train`, `validation` or `test`.
         reset_attention_mask: keep documents apart.
+        following: the numbers of the next micro-batch's samples, if there is one.
     """
     batch_size, seq_length = len(rows), len(rows[0].tokens)
     arrays: dict[str, np.ndarray] = {
@@ -33,6 +38,7 @@ def stacked(
         "loss_mask": np.stack([row.loss_mask for row in rows]),
         "samples": np.array(numbers, np.int64),
         "split": np.array(SPLITS.index(split), np.int64),
+        "following": np.array(following, np.int64),
     }
     extra: MicroBatch = {}
     if reset_attention_mask:

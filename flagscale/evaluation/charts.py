@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 ROLES = {
     "ink": "#010203",
@@ -103,7 +103,7 @@ def losses(training: Log, validation: Log) -> Chart | None:
         axes.set_ylim(bottom=0)
 
     text = f"{_describe(training, shown, 'Training')} {_describe(validation, shown, 'Validation')}"
-    return make_chart("losses", "Losses during training", text, draw)
+    return chart("losses", "Losses during training", text, draw)
 
 
 def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
@@ -117,7 +117,7 @@ def curve(training: Log, key: str, title: str, role: str) -> Chart | None:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
-    return make_chart(key.replace(" ", "-"), title, _describe(training, (key,), "Training"), draw)
+    return chart(key.replace(" ", "-"), title, _describe(training, (key,), "Training"), draw)
 
 
 def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
@@ -142,7 +142,7 @@ def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
         f"{better} of {len(after_d)} documents are closer to the teacher after distillation. "
         f"Median KL before {np.median(before_d):.3g}, after {np.median(after_d):.3g}."
     )
-    return make_chart("documents", "KL to the teacher, document by document", text, draw)
+    return chart("documents", "KL to the teacher, document by document", text, draw)
 
 
 def ranking(
@@ -172,7 +172,7 @@ def ranking(
         for i, role in enumerate(roles):
             axes.plot([low[i], high[i]], [y[i], y[i]], color=ROLES[role], linewidth=2)
             axes.plot(value[i], y[i], "o", color=ROLES[role], markersize=6)
-        axes.set_yticks(y, [shortened(name) for name in names])
+        axes.set_yticks(y, [_shortened(name) for name in names])
         axes.set_ylim(-len(names) + 0.4, 0.6)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -184,51 +184,10 @@ def ranking(
         for name, v, lo, hi in zip(names, value, low, high, strict=True)
     )
     size = (7.6, 0.75 + 0.27 * len(names))
-    return make_chart("ranking", f"{label}, best first", f"{text}.", draw, size)
+    return chart("ranking", f"{label}, best first", f"{text}.", draw, size)
 
 
-def scores(values: Sequence[float], gone: Collection[int], label: str) -> Chart:
-    """A figure of each layer by itself, from 0; those that are `gone` stand out."""
-
-    def draw(axes: Axes) -> None:
-        for name, role in (("kept", "muted"), ("removed", "before")):
-            chosen = [i for i in range(len(values)) if (i in gone) == (name == "removed")]
-            axes.bar(chosen, [values[i] for i in chosen], color=ROLES[role], label=name)
-        if min(values) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("layer of the teacher")
-        axes.set_ylabel(label)
-
-    text = "; ".join(f"layer {i} {value:.3g}" for i, value in enumerate(values))
-    return make_chart("scores", "Each layer by itself", f"{label}: {text}.", draw)
-
-
-def removals(layers: Sequence[int], kl: Sequence[float], left: Sequence[int]) -> Chart:
-    """The KL to the whole model after each removal, with the layer that went."""
-
-    def draw(axes: Axes) -> None:
-        axes.plot(left, kl, "o-", color=ROLES["before"], markersize=4)
-        for x, y, layer in zip(left, kl, layers, strict=True):
-            axes.annotate(
-                str(layer), (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
-            )
-        axes.invert_xaxis()
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_xlabel("layers left (at each point: the layer that went)")
-        axes.set_ylabel("KL to the teacher, nats a token")
-        axes.set_ylim(bottom=0)
-
-    text = "; ".join(
-        f"{n} layers without {layer} {y:.3g}" for n, layer, y in zip(left, layers, kl, strict=True)
-    )
-    return make_chart("removals", "Layer after layer", f"KL to the teacher: {text}.", draw)
-
-
-def shortened(name: str) -> str:
-    """A name that fits beside an axis."""
+def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
@@ -248,20 +207,20 @@ def _describe(log: Log, keys: Sequence[str], name: str) -> str:
     return f"{name}: {'; '.join(parts)}." if parts else ""
 
 
-def make_chart(
+def chart(
     name: str,
     title: str,
     description: str,
     draw: Callable[[Axes], None],
     size: tuple[float, float] = _SIZE,
 ) -> Chart:
-    """A chart that `draw` draws, in the page's style.
+    """One drawing as a chart.
 
     Args:
-        name: of its ids in the page.
+        name: unique on its page.
         title: its caption.
-        description: for screen readers.
-        draw: given the axes.
+        description: what it shows, for who does not see it.
+        draw: on the axes, in colours of `ROLES`.
         size: inches.
     """
     with mpl.rc_context(_STYLE):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,9 @@ _LOOKED_AGAIN = 2  # models for each layer after the first, before any of them i
 # Logits of one model that are held at once; see `flagscale.evaluation.measuring`.
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 _HELD_CHUNKS = 4
+
+# KL and agreement of models with fewer layers, by those that are gone, the last one last.
+Measured = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,40 @@ class LayerImportance:
 class _Text:
     """The calibration text, the whole model's predictions of it, and models with fewer layers."""
 
-    def __init__(self, model: GPTModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        model: GPTModel,
+        batches: Sequence[dict[str, torch.Tensor]],
+        known: Measured,
+        tell: Callable[[Measured], object],
+    ) -> None:
         self._output_layer = OutputLayer(model) if is_pipeline_last_stage() else None
         self._runs = [LayerRuns(model, batch["tokens"]) for batch in batches]
         self._masks = [batch["loss_mask"].reshape(-1).bool() for batch in batches]
         self._labels = [batch["labels"].reshape(-1) for batch in batches]
         self.tokens = sum(int(mask.sum()) for mask in self._masks)
         self._kept: dict[int, list[torch.Tensor]] = {}
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Go on with a model of these layers alone."""
-        for run in self._runs:
-            run.keep(kept)
+        self._all = frozenset(range(model.config.num_layers))
+        self._held: Sequence[int] = sorted(self._all)
+        self._known, self._tell = dict(known), tell
 
     def without(self, layer: int, kept: Sequence[int]) -> tuple[float, float]:
-        """KL and agreement, means over the tokens with a loss, the same on every rank."""
+        """KL and agreement, means over the tokens with a loss, the same on every rank.
+
+        Of a model of the layers `kept` but for one; what is known is not measured again.
+        """
+        key = " ".join(map(str, [*sorted(self._all.difference(kept)), layer]))
+        if key not in self._known:
+            if len(kept) < len(self._held):
+                for run in self._runs:
+                    run.keep(kept)
+                self._held = tuple(kept)
+            self._known[key] = self._measure(layer, kept)
+            self._tell(self._known)
+        kl, agreement = self._known[key]
+        return kl, agreement
+
+    def _measure(self, layer: int, kept: Sequence[int]) -> tuple[float, float]:
         sums = torch.zeros(2, dtype=torch.float64, device=platform.device())
         for batch, run in enumerate(self._runs):
             cut_sbh = run.without(layer, kept)
@@ -171,7 +193,12 @@ class _Progress:
 
 
 def measure_importance(
-    model: GPTModel, batches: Sequence[dict[str, torch.Tensor]], criterion: str, count: int
+    model: GPTModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    criterion: str,
+    count: int,
+    known: Measured | None = None,
+    tell: Callable[[Measured], object] = lambda known: None,
 ) -> LayerImportance:
     """Find the layers that a model can best do without. All ranks call it.
 
@@ -180,10 +207,12 @@ def measure_importance(
         batches: calibration text: micro-batches of the data loader, the same on every rank.
         criterion: `kl` or `block_influence`.
         count: layers to remove, fewer than the model has.
+        known: what an earlier attempt has told of the same model and text, the same on every rank.
+        tell: is given all that is known, after each model that was measured.
     """
     layers = model.config.num_layers
     with torch.inference_mode():
-        text = _Text(model, batches)
+        text = _Text(model, batches, known or {}, tell)
         progress = _Progress(layers, count)
         if criterion == "kl":
             scores, removals = _greedy(text, layers, count, progress)
@@ -220,7 +249,6 @@ def _greedy(
         removals.append(best)
         now = best.kl
         kept.remove(best.layer)
-        text.keep(kept)
         progress.removed(best)
     return scores, removals
 
@@ -231,7 +259,6 @@ def _in_order(text: _Text, layers: int, order: Sequence[int], progress: _Progres
     for layer in order:
         removals.append(Removal(layer, *text.without(layer, kept)))
         kept.remove(layer)
-        text.keep(kept)
         progress.removed(removals[-1])
     return removals
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from matplotlib.axes import Axes
 
-from flagscale.evaluation.charts import ROLES, Chart, make_chart, shortened
+from flagscale.evaluation.charts import ROLES, Chart, chart
 from flagscale.evaluation.search_board import Candidate, SearchBoard
 
 _WIDE = (7.6, 3.4)
@@ -34,7 +34,7 @@ def rungs(board: SearchBoard) -> Chart:
         f"{one.name} " + ", ".join(f"{p.loss['value']:.3g} at step {p.step}" for p in one.points)
         for one in ranked
     )
-    return make_chart("rungs", "Held-out loss at the end of each rung", f"{text}.", draw, _WIDE)
+    return chart("rungs", "Held-out loss at the end of each rung", f"{text}.", draw, _WIDE)
 
 
 def training(board: SearchBoard) -> Chart:
@@ -50,7 +50,7 @@ def training(board: SearchBoard) -> Chart:
     text = "; ".join(
         f"{one.name} {one.curve[0][1]:.3g} to {one.curve[-1][1]:.3g}" for one in trained
     )
-    return make_chart("training", "Training loss", f"{text}.", draw, _WIDE)
+    return chart("training", "Training loss", f"{text}.", draw, _WIDE)
 
 
 def front(
@@ -83,10 +83,9 @@ def front(
         axes.margins(0.12)
 
     text = "; ".join(
-        f"{shortened(one.name)} {one.made[key]:.3g}, {one.points[-1].loss['value']:.3g}"
-        for one in shown
+        f"{one.name} {one.made[key]:.3g}, {one.points[-1].loss['value']:.3g}" for one in shown
     )
-    return make_chart(key.replace("_", "-"), title, f"{text}.", draw)
+    return chart(key.replace("_", "-"), title, f"{text}.", draw)
 
 
 def _smooth(curve: Collection[tuple[float, float]]) -> list[tuple[float, float]]:

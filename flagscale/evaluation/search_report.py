@@ -30,9 +30,9 @@ def render(board: SearchBoard) -> str:
     fronts = {key: search_charts.pareto(board.candidates, key) for key in _COSTS}
     charts = [search_charts.rungs(board), search_charts.training(board)]
     for key, (title, label) in _COSTS.items():
-        chart = search_charts.front(key, title, label, board, fronts[key])
-        if chart is not None:
-            charts.append(chart)
+        found = search_charts.front(key, title, label, board, fronts[key])
+        if found is not None:
+            charts.append(found)
     return environment.get_template("search.html.j2").render(
         headline=headline(board),
         subtitle=_subtitle(board),

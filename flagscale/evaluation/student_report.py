@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,12 +19,18 @@ _CRITERIA = {
 _LABELS = {"kl": "KL without it, nats a token", "block_influence": "block influence"}
 
 
-def render(facts: Mapping[str, Any], importance: LayerImportance | None) -> str:
+def render(
+    facts: Mapping[str, Any],
+    importance: LayerImportance | None,
+    widths: Mapping[str, Sequence[float]] | None = None,
+) -> str:
     """The page as HTML. The same values give the same bytes.
 
     Args:
         facts: of the student's manifest.
         importance: of the teacher's layers, where it was measured.
+        widths: by the recipe's name of a size that was cut, what share of all importance its most
+            important one, two, ..., all have.
     """
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
@@ -40,6 +46,7 @@ def render(facts: Mapping[str, Any], importance: LayerImportance | None) -> str:
         criterion=importance and _CRITERIA[importance.criterion],
         charts=_charts(importance),
         removals=_rows(importance),
+        widths=_widths(facts, widths or {}),
         facts=flat(facts),
     )
 
@@ -59,7 +66,9 @@ def _subtitle(facts: Mapping[str, Any], importance: LayerImportance | None) -> s
 def _charts(importance: LayerImportance | None) -> list[Any]:
     if importance is None or not importance.removals:
         return []
-    from flagscale.evaluation import charts  # Matplotlib: half a second that most students save
+    from flagscale.evaluation import (
+        student_charts as charts,
+    )  # Matplotlib: half a second that most students save
 
     removals, layers = importance.removals, len(importance.scores)
     gone = [removal.layer for removal in removals]
@@ -71,6 +80,14 @@ def _charts(importance: LayerImportance | None) -> list[Any]:
         ),
         charts.scores(importance.scores, gone, _LABELS[importance.criterion]),
     ]
+
+
+def _widths(facts: Mapping[str, Any], shares: Mapping[str, Sequence[float]]) -> list[Any]:
+    if not shares:
+        return []
+    from flagscale.evaluation import student_charts as charts
+
+    return [charts.widths(shares, facts["width_importance"]["sizes"])]
 
 
 def _rows(importance: LayerImportance | None) -> list[dict[str, str]]:

@@ -32,6 +32,7 @@ from flagscale.shared import (
     shared_place,
     write_pointer,
 )
+from flagscale.shared.store import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Step:
                 self.recipe |= manifest.recipe
                 raise AbsentInputError(name, manifest)
 
-    def input(self, name: str, artifact: Input) -> Path:
+    def input(self, name: str, artifact: Input, *, in_parts: bool = False) -> Path:
         """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
 
         KFP's launcher says nothing where it found nothing to download.
@@ -111,23 +112,26 @@ class Step:
         Args:
             name: of the component's input.
             artifact: what KFP handed over.
+            in_parts: what lies in an object store is left there, and the folder is that of the
+                pointer to it: for an artifact whose reader follows one, and reads but a part.
 
         Raises:
             UserError: nothing is there, or something else than what was pointed to.
             AbsentInputError: it says that there is none.
         """
-        path = self.input_or_absent(name, artifact)
+        path = self.input_or_absent(name, artifact, in_parts=in_parts)
         self.require(**{name: artifact})
         if (path / MANIFEST).exists():
             self.recipe |= {k: v for k, v in read_manifest(path).recipe.items() if v}
         return path
 
-    def input_or_absent(self, name: str, artifact: Input) -> Path:
+    def input_or_absent(self, name: str, artifact: Input, *, in_parts: bool = False) -> Path:
         """`input`, or the folder of an artifact that says that there is none, and why.
 
         Args:
             name: of the component's input.
             artifact: what KFP handed over.
+            in_parts: see `input`.
 
         Raises:
             UserError: nothing is there, or something else than what was pointed to.
@@ -138,7 +142,7 @@ class Step:
             raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
         try:
             pointer = read_pointer(path)
-            if pointer is None:
+            if pointer is None or (in_parts and is_url(pointer.location)):
                 return path
             folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
             return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from flagscale.errors import UserError
@@ -68,7 +69,7 @@ def build_gpt_model(
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
     if post_process:
-        mask_padded_vocabulary(model, shape.vocab_size)
+        mask_padded_vocabulary(model.output_layer, shape.vocab_size)
     return model
 
 
@@ -99,14 +100,13 @@ def build_legacy_gpt_model(
     )
 
 
-def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Let a model's output layer know which of its columns are tokens, and give others no chance.
+def mask_padded_vocabulary(layer: ColumnParallelLinear, vocab_size: int) -> None:
+    """Let an output layer know which of its columns are tokens, and give the others no chance.
 
     Args:
-        model: with an `output_layer`, this rank's slice of the padded vocabulary.
+        layer: this rank's slice of the padded vocabulary.
         vocab_size: tokens.
     """
-    layer = model.output_layer
     width = layer.output_size_per_partition
     start = torch.distributed.get_rank(layer.tp_group) * width
     layer.tokens = min(max(vocab_size - start, 0), width)  # of this rank's slice

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.utils._pytree import tree_map_only
 
-from flagscale.imports import uncollected
+from flagscale.imports import late, uncollected
 from flagscale.models import reload_hf
 from flagscale.models.megatron import logits
 
@@ -90,7 +90,9 @@ def in_transformers(
         norm with the output layer, makes of the *other* model's states before it. So each is
         compared by itself: what differs in one does not spread to the next.
     """
-    with uncollected():  # transformers imports the model's code only now, and torch's compiler
+    # transformers imports the model's code only now, and torch's compiler; SciPy is for losses of
+    # object detection.
+    with uncollected(), late({"scipy.optimize": ("linear_sum_assignment",)}):
         model = reload_hf.streamed(folder)
     made: list[torch.Tensor] = []
     rounded: list[torch.Tensor] = []

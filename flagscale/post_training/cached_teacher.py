@@ -28,7 +28,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padded_vocabulary
 from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
-from flagscale.teacher_outputs import SparseTargets, TeacherOutputs
+from flagscale.teacher_outputs import ReadAhead, SparseTargets, TeacherOutputs
 
 if TYPE_CHECKING:
     from flagscale.post_training.upstream import mtd
@@ -67,12 +67,12 @@ class CachedTeacher(torch.nn.Module):
         self.vocab_size, self.unpadded_vocab_size = shape.padded_vocab_size, shape.vocab_size
         self.config = _with_width(config, 0)
         self.decoder = _Received()
-        self._split = ""
-        self._samples: list[int] = []
+        self._reader = ReadAhead(outputs)
+        self.ask()
         if not post_process:
             return
         if not self.has_logits:
-            self.output_layer: torch.nn.Module = GivenTargets()
+            self.output_layer: GivenTargets | ColumnParallelLinear = GivenTargets()
             return
         self.output_layer = ColumnParallelLinear(
             shape.hidden_size,
@@ -83,7 +83,7 @@ class CachedTeacher(torch.nn.Module):
             gather_output=False,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
-        mask_padded_vocabulary(self, shape.vocab_size)
+        mask_padded_vocabulary(self.output_layer, shape.vocab_size)
 
     @property
     def has_logits(self) -> bool:
@@ -102,17 +102,20 @@ class CachedTeacher(torch.nn.Module):
         """
         if self.has_logits:
             layer = self.output_layer if self.post_process else None
+            assert not isinstance(layer, GivenTargets), "there are logits"
             load_output_layer(layer, teacher, tied=tied)
 
-    def ask(self, split: str, samples: torch.Tensor | None) -> None:
+    def ask(
+        self, split: str = "", samples: Sequence[int] = (), following: Sequence[int] = ()
+    ) -> None:
         """Say what the next forward pass is about.
 
         Args:
-            split: that the samples are of.
-            samples: int64 [rows], their numbers; None: nobody says.
+            split: that the samples are of; nobody says by default.
+            samples: [rows], their numbers.
+            following: what the one after it will be about, if that is known: to read ahead.
         """
-        self._split = split
-        self._samples = [] if samples is None else samples.tolist()
+        self._split, self._samples, self._following = split, list(samples), list(following)
 
     def forward(
         self,
@@ -155,7 +158,7 @@ class CachedTeacher(torch.nn.Module):
                 f"split={self._split!r}, samples={self._samples}: the micro-batch does not say "
                 "which samples it holds, so no answer of the teacher's belongs to it"
             )
-        found = self.outputs.read(self._split, self._samples)
+        found = self._reader.read(self._split, self._samples, self._following)
         group = parallel_state.get_context_parallel_group()
 
         def here(rows_bs: torch.Tensor) -> torch.Tensor:
@@ -236,7 +239,7 @@ def _with_width(config: TransformerConfig, hidden_size: int) -> TransformerConfi
 
 
 def hand_on_samples(model: mtd.DistillationModel) -> None:
-    """Let a model's forward pass take `split` and `samples` too, for its cached teacher alone.
+    """Let a model's forward pass take what `CachedTeacher.ask` does too, for that alone.
 
     Args:
         model: a distillation model, converted in all other respects.
@@ -247,10 +250,11 @@ def hand_on_samples(model: mtd.DistillationModel) -> None:
         self: GPTModel,
         *args: Any,  # noqa: ANN401
         split: str = "",
-        samples: torch.Tensor | None = None,
+        samples: Sequence[int] = (),
+        following: Sequence[int] = (),
         **named: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        self.teacher_model.ask(split, samples)
+        self.teacher_model.ask(split, samples, following)
         result: torch.Tensor = forward(*args, **named)
         return result
 

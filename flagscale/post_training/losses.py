@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,7 +52,8 @@ class LogitsLoss(mtd_megatron.BaseLoss):
             fused: CriterionOutput = self.post_forward(predictions[0].divergence_sb)
             return fused
         group = parallel_state.get_tensor_model_parallel_group()
-        loss_sb = self._divergence(predictions[0], targets[0], group)
+        teacher: Any = targets[0]  # what the divergence is of
+        loss_sb = self._divergence(predictions[0], teacher, group)
         result: CriterionOutput = self.post_forward(loss_sb)
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -28,7 +28,12 @@ class SparseRows:
         return len(self.tokens_nk)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> SparseRows:
-        return SparseRows(*(None if one is None else one[rows] for one in self._tensors()))
+        return SparseRows(
+            self.tokens_nk[rows],
+            self.shares_nk[rows],
+            None if self.tail_n is None else self.tail_n[rows],
+            self.entropy_n[rows],
+        )
 
     def by_sample(self, samples: int) -> SparseRows:
         """Rows in the order of hidden states [s, b] as those of a batch [b, s].
@@ -38,9 +43,6 @@ class SparseRows:
         """
         places = torch.arange(len(self), device=self.tokens_nk.device)
         return self[places.view(-1, samples).T.flatten()]
-
-    def _tensors(self) -> list[torch.Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 class GivenTargets(torch.nn.Module):

@@ -17,7 +17,7 @@ class LayoutRecipe(Section):
 
 
 class ModelsRecipe(Section):
-    """Prepare-teacher, convert-student, evaluate and export-student on the ranks of their pod."""
+    """All steps that hold models and train none, on the ranks of their pod."""
 
     parallelism: LayoutRecipe | None = Field(
         None, description="Default: the smallest that fits the platform; here one process"

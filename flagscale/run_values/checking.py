@@ -63,7 +63,8 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`, of
-        a search `search_candidates`. And under `MET` what its trainings meet of teacher outputs.
+        a search `search_candidates`. Of a pipeline with cache-teacher also, under `MET`, what that
+        is asked for.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -84,16 +85,16 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     else:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
-    ranked = made.rungs.samples if made.rungs else 0
-    return _resolved(values, list(recipes.values()), ranked)
+    resolved = _resolved(values, list(recipes.values()))
+    return resolved | (_met(made, list(recipes.values())) if made.caches_teacher else {})
 
 
 def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
     """One training's recipe, in which it is decided whether it reads teacher outputs."""
     recipe = parse_section(Recipe, whole, where=where)
-    if recipe.distillation.teacher_outputs == "auto":
-        return decided(recipe, made.caches_teacher)
-    if reads_outputs(recipe.distillation) and not made.caches_teacher:
+    if made.caches_teacher:
+        return decided(recipe, cached=True)
+    if reads_outputs(recipe.distillation):
         raise UserError(
             f"{where}: distillation.teacher_outputs=cached, but this pipeline was made without the "
             "step cache-teacher; make one of a recipe that says so, or leave it out"
@@ -171,7 +172,7 @@ def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]
             raise UserError(f"{name}: {error}") from None
 
 
-def _resolved(values: Mapping[str, Any], recipes: list[Recipe], ranked: int) -> dict[str, Any]:
+def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any]:
     whole = [recipe.model_dump(mode="json", exclude_none=True) for recipe in recipes]
     resolved = {name: whole[0][name] for name in SECTIONS if name in values}
     for parameter in (name for name in LISTS if name in values):
@@ -179,9 +180,13 @@ def _resolved(values: Mapping[str, Any], recipes: list[Recipe], ranked: int) -> 
             {"name": variant["name"], **{section: one[section] for section in LISTS[parameter]}}
             for variant, one in zip(values[parameter], whole, strict=True)
         ]
+    return resolved
+
+
+def _met(made: Made, recipes: list[Recipe]) -> dict[str, Any]:
     try:
+        ranked = made.rungs.samples if made.rungs else 0
         met = met_by(recipes, recipes[0].teacher_outputs, ranked)
+        return {MET: met.model_dump(mode="json")}
     except ValueError as error:
         raise UserError(str(error)) from None
-    resolved[MET] = met.model_dump(mode="json")
-    return resolved

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.teacher_outputs import met_by
-from flagscale.sizes.activations import Computation, forward_transient
+from flagscale.sizes.activations import FLOAT32, Computation, forward_transient
 from flagscale.sizes.codecs import bytes_per_token
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
@@ -22,6 +24,8 @@ CACHE_STEP = "cache-teacher"
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 _CHUNK = {"cpu": 2**22, "cuda": 2**27}
 _BUFFERS = 4
+BIAS_POSITIONS = 256  # of a sample, that the bias is measured on (`models.outputs_bias`)
+_MEASURED = 6  # float64 buffers of a chunk of 2**22 numbers (`teacher_outputs.bias`)
 
 
 def asked_tokens(recipes: Iterable[Recipe]) -> int:
@@ -57,13 +61,14 @@ def cache_step(
     machine, shape = job.models, job.teacher.shape
     copies = max(1, machine.accelerators // sizes.smallest_world_size)
     layout = Layout.of(sizes, copies * sizes.smallest_world_size)
+    outputs, size = job.recipe.teacher_outputs, job.training_setup.computation.dtype_bytes
+    seq_length = job.recipe.data.seq_length
+    teacher = AskedTeacher(shape, outputs.codec, seq_length, size, machine.device)
     rank = max(
-        (_rank(job, layout, stage) for stage in range(layout.pipeline)),
+        (cache_rank(teacher, layout, stage) for stage in range(layout.pipeline)),
         key=lambda parts: sum(parts.values()),
     )
     tokens = asked_tokens(recipes or [job.recipe])
-    outputs, size = job.recipe.teacher_outputs, job.training_setup.computation.dtype_bytes
-    seq_length = job.recipe.data.seq_length
     written = tokens * bytes_per_token(outputs, shape, size, seq_length)
     held = sum(rank.values()) if machine.device == "cpu" else 0
     return StepPlan(
@@ -82,20 +87,50 @@ def cache_step(
     )
 
 
-def _rank(job: Job, layout: Layout, stage: int) -> Parts:
-    """The teacher, and a pass of it; then a sample's logits and what a codec makes of them."""
-    shape, device = job.teacher.shape, job.models.device
-    size, seq_length = job.training_setup.computation.dtype_bytes, job.recipe.data.seq_length
-    tokens = max(PASS_TOKENS[device], seq_length)
+@dataclass(frozen=True)
+class AskedTeacher:
+    """What decides on the memory of cache-teacher.
+
+    Attributes:
+        shape: of the teacher.
+        codec: that its answers are kept in.
+        seq_length: tokens of a sample.
+        dtype_bytes: of a number that it computes with.
+        device: `cuda` or `cpu`.
+    """
+
+    shape: ModelShape
+    codec: str
+    seq_length: int
+    dtype_bytes: int
+    device: str = "cpu"
+
+
+def cache_rank(teacher: AskedTeacher, layout: Layout, stage: int) -> Parts:
+    """Bytes of one rank: the teacher and a pass of it; then what a codec makes of a sample.
+
+    Args:
+        teacher: that is asked.
+        layout: how ranks share it.
+        stage: of the pipeline.
+    """
+    shape, size = teacher.shape, teacher.dtype_bytes
+    tokens = max(PASS_TOKENS[teacher.device], teacher.seq_length)
     running = max(
         forward_transient(shape, index, layout, Computation(size), tokens)
         for index in stage_layers(shape, layout, stage)
     )
     held = {"weights": size * parameters(shape, layout, stage).total}
     phases = [held | {"activations": running}]
-    if stage == layout.pipeline - 1 and job.recipe.teacher_outputs.codec != "hidden":
-        logits = seq_length * shape.padded_vocab_size // layout.tensor
-        buffers = 4 * _BUFFERS * min(logits, _CHUNK[device])
+    if stage == layout.pipeline - 1:
         hidden = size * tokens * shape.hidden_size
-        phases.append(held | {"activations": hidden, "logits": size * logits + buffers})
+        logits = teacher.seq_length * shape.padded_vocab_size // layout.tensor
+        buffers = FLOAT32 * _BUFFERS * min(logits, _CHUNK[teacher.device])
+        # Its bias is measured: whole rows in float64, the true ones and the decoded.
+        positions = min(teacher.seq_length, BIAS_POSITIONS)
+        rows = positions * shape.padded_vocab_size
+        measured = 2 * FLOAT32 * rows + 8 * _MEASURED * min(rows, _CHUNK["cpu"])
+        if teacher.codec != "hidden":
+            phases.append(held | {"activations": hidden, "logits": size * logits + buffers})
+        phases.append(held | {"activations": hidden, "logits": measured})
     return max(phases, key=lambda parts: sum(parts.values()))

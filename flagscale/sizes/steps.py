@@ -189,7 +189,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
     reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
     if job.reads_outputs:
         a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
-        reads += (tokens + validated) * a_token
+        reads += int((tokens + validated) * a_token)
     saves = -(-training.train_iters // training.save_interval)
     ranks_a_pod = -(-layout.ranks // machine.pods)
     staged = _staged(job, layout)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,10 @@ from flagscale.models.outputs_bias import SAMPLES, STUDENT, measured_bias
 from flagscale.models.token_progress import TokenProgress
 from flagscale.recipe import MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_facts import DTYPES, outputs_facts
+from flagscale.steps.outputs_facts import DTYPES, check_room, outputs_facts
+from flagscale.steps.outputs_mirror import OutputsMirror
 from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
+from flagscale.train.checkpoints import mirror
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Paths(NamedTuple):
 
     teacher: Path
     dataset: Path
-    checkpoints: Path
+    checkpoints: str
     output: Path
 
 
@@ -63,8 +66,9 @@ def cache_teacher(
         met: which samples, and how training runs the teacher.
         teacher: a `teacher` artifact.
         dataset: a `dataset` artifact.
-        checkpoints: folder that outlives the process; the step keeps to one inside whose name
-            follows from what is kept. That goes when the step's output is in place.
+        checkpoints: folder that outlives the process, or URL of one in an object store; the step
+            keeps to one inside whose name follows from what is kept. That goes when the step's
+            output is in place.
         output: the `teacher-outputs` artifact to write.
         models: how the teacher is spread over processes; on more accelerators than that needs,
             copies of it share the samples.
@@ -79,10 +83,10 @@ def cache_teacher(
             too small.
         Interrupted: it was asked to stop; what has been written stays.
     """
-    paths = Paths(teacher, dataset, Path(checkpoints), output)
+    paths = Paths(teacher, dataset, str(checkpoints), output)
     parents = _parents(paths, check_files=False)
-    folder = _folder(paths, outputs_facts(outputs, met, paths.teacher, parents))
-    keep_exclusive(str(folder))
+    name = _name(outputs_facts(outputs, met, paths.teacher, parents))
+    keep_exclusive(f"{paths.checkpoints}/{name}")
     figures = call_on_ranks(
         "cache-teacher",
         cache_on_rank,
@@ -92,7 +96,7 @@ def cache_teacher(
         paths=paths,
         models=models,
     )
-    when_published(lambda: shutil.rmtree(folder, ignore_errors=True))
+    when_published(lambda: mirror.forget(paths.checkpoints, name))
     return figures
 
 
@@ -102,7 +106,7 @@ def cache_on_rank(
     """The work of one rank, or of the only process; see `cache_teacher`."""
     parents = _parents(paths, check_files=is_first_rank())
     facts = outputs_facts(outputs, met, paths.teacher, parents)
-    folder = _folder(paths, facts)
+    folder, _ = mirror.place(paths.checkpoints, _name(facts))
     recipe = {
         "teacher_outputs": outputs.model_dump(mode="json"),
         "met": met.model_dump(mode="json"),
@@ -112,13 +116,19 @@ def cache_on_rank(
         platform.runtime(parallelism=models.sizes),
         written(paths.output, KIND, recipe, parents, run) as staging,
     ):
-        writer = OutputsWriter(folder / "outputs", facts, torch.distributed.get_rank())
+        rank, place = torch.distributed.get_rank(), f"{paths.checkpoints}/{_name(facts)}"
+        remote = OutputsMirror(place, folder / "outputs", rank)
+        on_first_rank(folder, "cannot be fetched", remote.download)
+        writer = OutputsWriter(folder / "outputs", facts, rank)
         asked = {} if met.is_empty else _asked(met, paths, folder / "data", facts)
         missing = _missing(writer, asked)
+        tokens = facts.seq_length * sum(map(len, missing.values()))
+        room = partial(check_room, outputs, facts, paths.teacher, folder, tokens)
+        on_first_rank(folder, "cannot be written", room)
         speed, bias = 0.0, {}
         if asked:
             teacher = _open(facts, missing, paths, models)
-            speed = _answer(writer, facts, teacher, missing, asked)
+            speed = _answer(writer, remote, facts, teacher, missing, asked)
             bias = _bias(facts, teacher, asked["validation"])
         writer.close()
         torch.distributed.barrier()
@@ -158,10 +168,9 @@ def _parents(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
     return parents
 
 
-def _folder(paths: Paths, facts: OutputsFacts) -> Path:
-    """Where this work is done: other work may use `checkpoints` at the same time."""
-    name = digest(facts.values()).removeprefix("sha256:")[:16]
-    return paths.checkpoints / f"teacher-outputs-{name}"
+def _name(facts: OutputsFacts) -> str:
+    """Of this work: other work may use `checkpoints` at the same time."""
+    return f"teacher-outputs-{digest(facts.values()).removeprefix('sha256:')[:16]}"
 
 
 def _processes(models: ModelsRecipe) -> int:
@@ -222,6 +231,7 @@ def _open(
 
 def _answer(
     writer: OutputsWriter,
+    remote: OutputsMirror,
     facts: OutputsFacts,
     teacher: Answers,
     missing: Mapping[str, list[int]],
@@ -241,12 +251,13 @@ def _answer(
                 records = teacher.encoded(codec, split, one, hidden_bsh)
                 if records and teacher.writes:
                     writer.write(split, one.samples[: one.new], records)
+                    remote.upload(writer)
             progress.advance(facts.seq_length * len(one.samples) * teacher.ranks)
     return progress.speed if total else 0.0
 
 
 def _bias(facts: OutputsFacts, teacher: Answers, held_out: _Asked) -> dict[str, float]:
-    some = held_out.numbers[:SAMPLES]
+    some = held_out.there.first(SAMPLES)
     todo = passes(some, teacher.micro_batch_size, rank=0, ranks=1)
     batches = None
     if teacher.reads_data:

@@ -36,6 +36,6 @@ def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     found = (
         *(checked.get(name, {}) for name in SECTIONS),
         *(checked.get(name, []) for name in LISTS),
-        checked[MET],
+        checked.get(MET, {}),
     )
     return tuple(carried(value) for value in found)

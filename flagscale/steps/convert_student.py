@@ -171,7 +171,8 @@ def convert_on_rank(
         run.log_metrics(figures)
         if is_first_rank():
             record_narrowing(made.narrowing, staging, run)
-            record(made.choice, shape, staging, run)
+            widths = made.narrowing.shares if made.narrowing is not None else {}
+            record(made.choice, widths, shape, staging, run)
             record_audit(findings, shape, figures["parameters"], staging, run)
             logger.info(
                 "student: %d layers, %.1fM parameters; KD loss %.3f nats a token at the start, "

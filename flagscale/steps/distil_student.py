@@ -29,8 +29,9 @@ from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_check import check_met, check_outputs, outputs_to_read
+from flagscale.steps.outputs_check import check_outputs, outputs_to_read
 from flagscale.steps.rung import Rung
+from flagscale.steps.samples_check import check_met
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.teacher_outputs import KIND, TeacherOutputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flagscale import tracking
-from flagscale.artifacts import Staging, write_json
+from flagscale.artifacts import Staging, read_manifest, write_json
 from flagscale.data.calibration import Calibration, calibration
 from flagscale.errors import UserError
-from flagscale.evaluation.layer_importance import LayerImportance, measure_importance
+from flagscale.evaluation.layer_importance import LayerImportance, Measured, measure_importance
 from flagscale.evaluation.student_report import render
 from flagscale.execution.launch import is_first_rank
+from flagscale.execution.step_process import when_published
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.shape import ModelShape
@@ -26,6 +28,7 @@ from flagscale.models.megatron import load_model
 from flagscale.models.reconstruction import Fit, layer_targets, reconstruct
 from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
+from flagscale.shared.notes import Note
 from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
 
@@ -88,7 +91,7 @@ def choose_layers(
     if measured:
         text = calibration_text(student.measured_tokens, student.seed, dataset)
         logger.info("measuring which %d of %d layers can go, %d tokens", gone, count, text.tokens)
-        found = measure_importance(model, text.batches, student.layer_importance, gone)
+        found = _measured(student, teacher, args, model, text, gone)
         choice.kept, choice.importance, choice.importance_digest = found.kept, found, text.digest
     if student.reconstruction is not None:
         choice.text = calibration_text(student.reconstruction.tokens, student.seed, dataset)
@@ -96,6 +99,35 @@ def choose_layers(
     del model
     gc.collect()  # modules refer to each other
     return choice
+
+
+def _measured(
+    student: StudentRecipe,
+    teacher: Path,
+    args: Arguments,
+    model: GPTModel,
+    text: Calibration,
+    gone: int,
+) -> LayerImportance:
+    """What is measured goes into a note: a step that is killed goes on with it."""
+    about = {
+        "criterion": student.layer_importance,
+        "teacher": read_manifest(teacher).digest,
+        "text": text.digest,
+        "dtype": str(args.params_dtype),
+        "layout": args.parallelism.model_dump(mode="json"),
+    }
+    note = Note("layer-importance", about)
+    told: list[Measured] = [note.read() if is_first_rank() else {}]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[0]:
+        logger.info("going on after %d models that were measured before", len(told[0]))
+    tell = note.write if is_first_rank() else lambda known: None
+    criterion = student.layer_importance
+    found = measure_importance(model, text.batches, criterion, gone, told[0], tell)
+    if is_first_rank():
+        when_published(note.remove)
+    return found
 
 
 def check_reconstruction(student: StudentRecipe, teacher: ModelShape) -> None:
@@ -142,8 +174,22 @@ def needs(shape: ModelShape, seq_length: int, stored: torch.dtype) -> dict[str, 
     }
 
 
-def record(choice: LayerChoice, shape: ModelShape, staging: Staging, run: tracking.StepRun) -> None:
-    """Say what the student is, and why: in the artifact and to MLflow. The first rank calls it."""
+def record(
+    choice: LayerChoice,
+    widths: Mapping[str, Sequence[float]],
+    shape: ModelShape,
+    staging: Staging,
+    run: tracking.StepRun,
+) -> None:
+    """Say what the student is, and why: in the artifact and to MLflow. The first rank calls it.
+
+    Args:
+        choice: of its layers.
+        widths: see `flagscale.evaluation.student_report.render`.
+        shape: of the student.
+        staging: its artifact.
+        run: the step's.
+    """
     facts: dict[str, Any] = {"shape": {name: getattr(shape, name) for name in _SHAPE}}
     if choice.kept:
         facts["keep_layers"] = list(choice.kept)
@@ -158,7 +204,9 @@ def record(choice: LayerChoice, shape: ModelShape, staging: Staging, run: tracki
         }
     staging.facts.update(facts)
     run.log_params(facts)
-    (staging.path / REPORT).write_text(render(staging.facts, choice.importance), encoding="utf-8")
+    (staging.path / REPORT).write_text(
+        render(staging.facts, choice.importance, widths), encoding="utf-8"
+    )
     run.log_artifact(staging.path / REPORT)
 
 

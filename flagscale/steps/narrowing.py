@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
@@ -42,6 +43,21 @@ class Narrowing:
     scores: Scores
     tokens: int
     digest: str
+
+    @property
+    def shares(self) -> dict[str, list[float]]:
+        """What share of all importance the most important one, two, ..., all of a size have.
+
+        Of what became smaller, by the recipe's names, mean over layers; heads aside, which go by
+        groups.
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        for name, scores in self.scores.items():
+            kind = _size_of(name)
+            if kind in self.sizes and scores.any():
+                sums = scores.double().sort(descending=True).values.cumsum(0)
+                found.setdefault(kind, []).append(sums / sums[-1])
+        return {kind: torch.stack(each).mean(dim=0).tolist() for kind, each in found.items()}
 
 
 def check_pruning(student: StudentRecipe, models: ModelsRecipe) -> None:
@@ -91,7 +107,9 @@ def record_narrowing(found: Narrowing | None, staging: Staging, run: tracking.St
     facts = {
         "criterion": "activations (arXiv 2407.14679)",
         "sizes": found.sizes,
-        "kept_importance": _kept_importance(found),
+        "kept_importance": {
+            kind: round(shares[found.sizes[kind] - 1], 6) for kind, shares in found.shares.items()
+        },
         "calibration_tokens": found.tokens,
         "calibration_digest": found.digest,
     }
@@ -100,19 +118,10 @@ def record_narrowing(found: Narrowing | None, staging: Staging, run: tracking.St
     run.log_artifact(path)
 
 
-def _kept_importance(found: Narrowing) -> dict[str, float]:
-    """The share of all importance that stays, mean over layers; heads aside, which go by groups."""
-    shares: dict[str, list[float]] = {}
-    for name, scores in found.scores.items():
-        if name == "hidden_size":
-            kind = name
-        elif name.endswith(".mlp"):
-            kind = "ffn_hidden_size"
-        elif name.endswith(".experts"):
-            kind = "num_experts"
-        else:
-            kind = "moe_ffn_hidden_size"
-        if kind in found.sizes and not name.endswith(".self_attention"):
-            kept = scores.topk(found.sizes[kind]).values.sum() / scores.sum()
-            shares.setdefault(kind, []).append(kept.nan_to_num().item())
-    return {kind: round(sum(each) / len(each), 6) for kind, each in shares.items()}
+def _size_of(name: str) -> str | None:
+    """Which size the scores of that name are of; None of heads."""
+    if name.endswith(".self_attention"):
+        return None
+    kinds = {".mlp": "ffn_hidden_size", ".experts": "num_experts", "hidden_size": "hidden_size"}
+    ends = (kind for end, kind in kinds.items() if name.endswith(end))
+    return next(ends, "moe_ffn_hidden_size")

@@ -1,4 +1,4 @@
-"""Whether a training may read a `teacher-outputs` artifact: it is its teacher's, of its samples."""
+"""Whether a training may read a `teacher-outputs` artifact: it is its teacher's, of its dataset."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flagscale.artifacts import Manifest
-from flagscale.checkpoint.agreement import on_first_rank
-from flagscale.data.numbered import NumberedSamples
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.recipe.served import check_served
 from flagscale.teacher_outputs import KIND, TeacherOutputs
-
-_TOLD = 5  # samples
 
 
 def outputs_to_read(distillation: DistillationRecipe, outputs: Path | None) -> Path | None:
@@ -79,35 +75,3 @@ def check_outputs(
         check_served(distillation, facts.codec)
     except ValueError as error:
         raise UserError(f"{outputs}: {error}") from error
-
-
-def check_met(outputs: Path, dataset: Path, index: Path, training: TrainingRecipe) -> None:
-    """Make sure that there is an answer to all that the training will ask. All ranks call it.
-
-    Args:
-        outputs: a `teacher-outputs` artifact.
-        dataset: the `dataset` artifact.
-        index: of its samples, built.
-        training: says how many of them, and in which order.
-
-    Raises:
-        UserError: how many are missing, and of which split; on all ranks.
-    """
-
-    def check() -> None:
-        reader = TeacherOutputs.open(outputs)
-        batch, apart = training.global_batch_size, training.reset_attention_mask
-        for split, steps, seed in (
-            ("train", training.train_iters, {"seed": training.seed}),
-            ("validation", training.eval_iters, {}),
-        ):
-            samples = NumberedSamples(dataset, index, split, apart).first(steps * batch, **seed)
-            if missing := reader.missing(split, samples):
-                raise UserError(
-                    f"{outputs}: {len(missing)} of the {len(samples)} samples of {split} that this "
-                    f"training meets are missing (the first: {missing[:_TOLD]}); make them with "
-                    "cache-teacher for its seed, train_iters, eval_iters and global_batch_size, "
-                    "or with teacher_outputs.samples=all"
-                )
-
-    on_first_rank(outputs, "cannot be read", check)

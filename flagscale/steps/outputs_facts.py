@@ -1,7 +1,8 @@
-"""What teacher outputs are of, by the recipe, the artifacts and the machine."""
+"""What teacher outputs are of, by the recipe, the artifacts and the machine; and their room."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 from flagscale.artifacts import Manifest
+from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import MetRecipe, TeacherOutputsRecipe
+from flagscale.sizes.codecs import bytes_per_token
 from flagscale.teacher_outputs import OutputsFacts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,3 +58,29 @@ def _codec(
     if outputs.codec == "topk":
         options = {"top_k": outputs.top_k}
     return {"name": outputs.codec, "temperature": met.temperature, **options}
+
+
+def check_room(
+    outputs: TeacherOutputsRecipe, facts: OutputsFacts, teacher: Path, folder: Path, tokens: int
+) -> None:
+    """Refuse what the disk does not hold, before hours of work.
+
+    Args:
+        outputs: the recipe's section.
+        facts: of what is written.
+        teacher: its artifact.
+        folder: where to.
+        tokens: that are missing there.
+
+    Raises:
+        UserError: how much is needed, how much is free, and what helps.
+    """
+    size, seq_length = DTYPES[facts.params_dtype].itemsize, facts.seq_length
+    a_token = bytes_per_token(outputs, ModelShape.load(teacher), size, seq_length)
+    needed, free = tokens * a_token, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the teacher's outputs of {tokens:,} tokens take {needed / 1e9:.1f} GB "
+            f"({a_token:.0f} bytes a token), and {free / 1e9:.1f} GB are free: free some, or set "
+            "teacher_outputs.codec=sampled, or distillation.teacher_outputs=live"
+        )

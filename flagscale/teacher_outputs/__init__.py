@@ -11,6 +11,7 @@ what a codec made of one sample (`hidden`, `sampled`, `top_k`: a file each). Whi
 has, in which order, how many at once and on which layout it takes the samples, nothing here knows.
 """
 
+from flagscale.teacher_outputs.ahead import ReadAhead
 from flagscale.teacher_outputs.codecs import codec_of
 from flagscale.teacher_outputs.facts import KIND, OutputsFacts
 from flagscale.teacher_outputs.reader import TeacherOutputs
@@ -23,6 +24,7 @@ __all__ = [
     "Hidden",
     "OutputsFacts",
     "OutputsWriter",
+    "ReadAhead",
     "SparseTargets",
     "TeacherOutputs",
     "codec_of",

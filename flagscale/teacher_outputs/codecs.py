@@ -7,9 +7,6 @@ from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.teacher_outputs.facts import OutputsFacts
-from flagscale.teacher_outputs.hidden import HiddenCodec
-from flagscale.teacher_outputs.sampled import SampledCodec
-from flagscale.teacher_outputs.top_k import TopKCodec
 from flagscale.teacher_outputs.values import Codec
 
 
@@ -19,6 +16,11 @@ def codec_of(facts: OutputsFacts) -> Codec:
     Raises:
         UserError: this program knows none of that name, or not with these options.
     """
+    # Not above: who only looks at an artifact needs no torch.
+    from flagscale.teacher_outputs.hidden import HiddenCodec
+    from flagscale.teacher_outputs.sampled import SampledCodec
+    from flagscale.teacher_outputs.top_k import TopKCodec
+
     options = dict(facts.codec)
     name = options.pop("name", None)
     sizes = facts.seq_length, facts.vocab_size

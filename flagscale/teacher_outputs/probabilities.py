@@ -16,7 +16,7 @@ import torch.distributed as dist
 from flagscale.errors import UserError
 
 BLOCK = 128
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # of one fp32 buffer: 16 MiB, 512 MiB
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # of one fp32 buffer: 16 MiB, 128 MiB
 _NOTHING = -200.0  # exp of it is 0 in float32
 
 
@@ -43,7 +43,11 @@ class Rows:
 
 
 def rows_of(
-    logits_sv: torch.Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup | None
+    logits_sv: torch.Tensor,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    elements: int = 0,
 ) -> Iterator[Rows]:
     """The positions of a sample, as many at once as a buffer takes.
 
@@ -52,13 +56,14 @@ def rows_of(
         temperature: divides them.
         vocab_size: of all slices, without padding.
         group: the ranks that share the vocabulary; all of them take part in each step.
+        elements: that a position takes of the caller's own buffers.
 
     Raises:
         UserError: a logit is NaN or infinite.
     """
     positions, width = logits_sv.shape
     tokens = min(max(vocab_size - rank_of(group) * width, 0), width)
-    size = max(_CHUNK_ELEMENTS[logits_sv.device.type] // width, 1)
+    size = max(_CHUNK_ELEMENTS[logits_sv.device.type] // max(width, elements), 1)
     for start in range(0, positions, size):
         at = slice(start, min(start + size, positions))
         yield _rows(at, logits_sv[at].float() / temperature, tokens, group)

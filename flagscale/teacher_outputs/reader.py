@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,14 +23,12 @@ class TeacherOutputs:
 
     Attributes:
         facts: what the outputs are of.
-        codec: that they are in.
     """
 
     def __init__(self, place: OutputsPlace) -> None:
         """See `open`."""
         self._place = place
         self.facts = OutputsFacts.of(place.manifest.facts)
-        self.codec: Codec = codec_of(self.facts)
         names = sorted(name for name in place.manifest.files if name.endswith(INDEX))
         splits = {PurePosixPath(name).parent.name for name in names}
         self._splits = {
@@ -47,6 +46,15 @@ class TeacherOutputs:
             UserError: there is none, it is of another kind or version, or was changed.
         """
         return cls(place_of(path, KIND))
+
+    @cached_property
+    def codec(self) -> Codec:
+        """That they are in.
+
+        Raises:
+            UserError: this program does not know it.
+        """
+        return codec_of(self.facts)
 
     @property
     def manifest(self) -> Manifest:

@@ -105,7 +105,8 @@ class SampledCodec(Codec):
         self, logits_sv: torch.Tensor, uniforms_sd: np.ndarray, group: dist.ProcessGroup | None
     ) -> bytes:
         tokens, entropies = [], []
-        for rows in rows_of(logits_sv, self.temperature, self._vocab_size, group):
+        own = self._draws * BLOCK * 2  # a block a draw, in float64
+        for rows in rows_of(logits_sv, self.temperature, self._vocab_size, group, own):
             uniforms_nd = torch.from_numpy(uniforms_sd[rows.at]).to(logits_sv.device)
             tokens.append(_draw(rows, uniforms_nd, group).cpu())
             entropies.append(rows.entropy_n.float().cpu())

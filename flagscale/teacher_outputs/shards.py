@@ -53,6 +53,8 @@ class ShardWriter:
         Raises:
             OSError: they cannot be written.
         """
+        if not records:
+            return
         if self._files is None or self._offset >= SHARD_BYTES:
             self.close()
             self._files = self._new()
@@ -99,6 +101,9 @@ def repair(folder: Path, split: str) -> np.ndarray:
         int64, the samples whose records are there and whole; in order, each once.
     """
     found = [np.empty(0, np.int64)]
+    size = sum(path.stat().st_size for path in folder.glob(f"*{RECORDS}"))
+    if size:
+        logger.info("%s: checking the %.1f MB that are there", folder, size / 1e6)
     for stem in sorted({path.stem for path in folder.glob("[0-9]*")}):
         records, index = folder / f"{stem}{RECORDS}", folder / f"{stem}{INDEX}"
         for path in (records, index):

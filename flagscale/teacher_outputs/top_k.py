@@ -28,7 +28,7 @@ class TopKCodec(Codec):
 
     Tokens take as many bits as they need, see `bits`, and come with the likeliest first; among
     equals the first token, so that a record is the same on every layout. On decoding the k shares
-    are scaled to sum to 1 less the tail, which float16 changes by 1 part in 2,000 at most.
+    are scaled to sum to 1 less the tail: float16 changes a share of exp(-x) by x parts in 2,000.
     """
 
     def __init__(self, seq_length: int, vocab_size: int, temperature: float, top_k: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flagscale.artifacts import disk_full, is_disk_full, write_json
+from flagscale.artifacts import disk_full, flush, is_disk_full, write_json
 from flagscale.errors import UserError
 from flagscale.teacher_outputs.facts import OutputsFacts
 from flagscale.teacher_outputs.shards import INDEX, RECORDS, ShardWriter, entries_of, repair
@@ -90,7 +90,8 @@ class OutputsWriter:
         """
         self.close()
         for partial in self.folder.rglob(".*"):  # of writers that were killed
-            partial.unlink()
+            if partial.is_file():
+                partial.unlink()
         counts = {split: self._count(split) for split in totals}
         tokens = sum(counts.values()) * self._facts.seq_length
         size = sum(
@@ -117,9 +118,14 @@ class OutputsWriter:
             # Several may begin at once, and all write the same.
             partial = self.folder / f".{FACTS}.{self._writer}"
             write_json(partial, self._facts.values())
+            flush(self.folder)  # before the records, which are nobody's without it
             os.replace(partial, file)
             return
-        there = OutputsFacts.of(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read: {error}; remove {self.folder}") from error
+        there = OutputsFacts.of(values)
         different = self._facts.differences(there)
         if different:
             raise UserError(

@@ -7,7 +7,7 @@ ranks all read the whole sequence and keep their part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from flagscale.megatron.global_vars import get_args
 ChunkBatches = Sequence[Iterator[dict[str, torch.Tensor]] | None]
 
 _INTEGERS = ("tokens", "labels", "position_ids")
-_NAMES = ("samples", "split")  # what a micro-batch is made of, not for the model
+_NAMES = ("samples", "split", "following")  # what a micro-batch is made of, not for the model
 
 
 class Batch(NamedTuple):
@@ -43,6 +43,7 @@ class Batch(NamedTuple):
         samples: int64 [rows], not moved to the device: which of the split's samples the rows are;
             -1 where whoever made the micro-batch did not say.
         split: int64, as little moved: its place in `SPLITS`; -1 likewise.
+        following: int64, the samples of the next micro-batch, where there is one and it is known.
     """
 
     tokens: torch.Tensor | None
@@ -53,17 +54,25 @@ class Batch(NamedTuple):
     packed_seq_params: PackedSeqParams | None = None
     samples: torch.Tensor | None = None
     split: torch.Tensor | None = None
+    following: torch.Tensor | None = None
 
     @property
     def names(self) -> dict[str, Any]:
-        """`split`, its name, and `samples`, for who looks them up. Waits for a GPU that has them.
+        """What a forward pass that looks its samples up is given. Waits for a GPU that has them.
+
+        `split`, its name, `samples` and `following`, numbers.
 
         Raises:
             ValueError: whoever made the micro-batch did not say.
         """
         if self.samples is None or self.split is None or self.split < 0:
             raise ValueError("the micro-batch does not say which samples of which split it holds")
-        return {"split": SPLITS[int(self.split)], "samples": self.samples}
+        following = [] if self.following is None else self.following.tolist()
+        return {
+            "split": SPLITS[int(self.split)],
+            "samples": self.samples.tolist(),
+            "following": [number for number in following if number >= 0],
+        }
 
 
 def get_batch(
@@ -133,22 +142,28 @@ def _from_first_tensor_rank(values: dict[str, Any] | None, args: Arguments) -> d
         raise ValueError("attention_mask: is not sent to other tensor-parallel ranks; pack instead")
     device, size = platform.device(), args.micro_batch_size * args.seq_length
     # One message of a size that all know: with a GPU nobody waits for what is in it.
-    message = torch.full((4 * size + args.micro_batch_size + 1,), -1, device=device)
+    rows = args.micro_batch_size
+    message = torch.full((4 * size + 2 * rows + 1,), -1, device=device)
     if values is not None:
-        rows = [values[name].reshape(-1) for name in _INTEGERS]
+        integers = [values[name].reshape(-1) for name in _INTEGERS]
         mask = values["loss_mask"].reshape(-1).double().view(torch.int64)
-        names = [values[name].reshape(-1) for name in _NAMES if name in values]
-        sent = torch.cat([*rows, mask, *names])
+        sent = torch.cat([*integers, mask, *(values[name].reshape(-1) for name in _named(values))])
         message[: sent.numel()].copy_(_pinned(sent), non_blocking=True)
     _broadcast(message)
-    shape = (args.micro_batch_size, args.seq_length)
-    *rows, mask = (part.view(shape) for part in message[: 4 * size].split(size))
-    received: dict[str, Any] = dict(zip(_INTEGERS, rows, strict=True))
+    shape = (rows, args.seq_length)
+    *integers, mask = (part.view(shape) for part in message[: 4 * size].split(size))
+    received: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=True))
     received["loss_mask"] = mask.view(torch.float64).float()
-    received["samples"], received["split"] = message[4 * size : -1], message[-1]
+    samples, split, following = message[4 * size :].split([rows, 1, rows])
+    received |= {"samples": samples, "split": split[0], "following": following}
     if args.reset_attention_mask:
         received |= _borders_from_first_tensor_rank(values, size)
     return received
+
+
+def _named(values: dict[str, Any]) -> Iterable[str]:
+    """All that says which samples there are, or nothing: in a message each has its place."""
+    return _NAMES if all(name in values for name in _NAMES) else ()
 
 
 def _borders_from_first_tensor_rank(values: dict[str, Any] | None, size: int) -> dict[str, Any]:

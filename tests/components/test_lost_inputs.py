@@ -13,6 +13,7 @@ from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import load_recipe
 
 RECIPE = load_recipe("recipes/tiny.yaml").model_dump(mode="json", exclude_none=True)
+RECIPE["met"] = {}  # follows from it
 CASES = [
     (component, name)
     for component in all_components().values()

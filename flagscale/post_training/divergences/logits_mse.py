@@ -16,7 +16,6 @@ from flagscale.post_training.divergences.rows import (
     Chunk,
     chunks,
     is_shared,
-    without_nan,
 )
 
 
@@ -57,5 +56,9 @@ def _tokens(chunk: Chunk) -> torch.Tensor:
 
 
 def _difference(chunk: Chunk) -> torch.Tensor:
-    difference = torch.sub(chunk.student, chunk.teacher, out=chunk.buffers[0])
-    return without_nan(difference)
+    # Limited to what float32 can hold: -inf in both models is no difference, NaN stays one.
+    student, teacher = (
+        torch.clamp(logits, min=torch.finfo(torch.float32).min, out=buffer)
+        for logits, buffer in zip((chunk.student, chunk.teacher), chunk.buffers, strict=False)
+    )
+    return student.sub_(teacher)

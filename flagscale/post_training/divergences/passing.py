@@ -1,8 +1,9 @@
-"""One pass over rows of logits: on a GPU a Triton kernel, elsewhere chunks that stay in the cache.
+"""One pass over rows of logits: on a GPU a Triton kernel, on a CPU what a C++ compiler made.
 
-Both do the same: normalise the rows of this slice of the vocabulary, or take the whole's
-normalisers; sum, or take the whole's sums; and write the gradient over the student's logits. Where
-one rank has all of the vocabulary, all three happen in a single pass.
+Where neither is at hand, chunks that stay in the cache. All do the same: normalise the rows of this
+slice of the vocabulary, or take the whole's normalisers; sum, or take the whole's sums; and write
+the gradient over the student's logits. Where one rank has all of the vocabulary, all three happen
+in a single pass.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 
 import torch
 
+from flagscale.post_training.divergences import cpu_kernel
 from flagscale.post_training.divergences.rows import Formula, chunks
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -41,11 +43,13 @@ def one_pass(
         Normalisers [4, N] (`m` and `log z` of the teacher, then of the student) and sums [S, N],
         as given or made.
     """
-    run = _in_chunks
+    run = in_chunks
     if student_nv.is_cuda and _HAS_TRITON:
         from flagscale.post_training.divergences import triton_kernel
 
         run = triton_kernel.one_pass
+    elif cpu_kernel.serves(student_nv, teacher_nv):
+        run = cpu_kernel.one_pass
     return run(divergence, student_nv, teacher_nv, norms, sums, with_sums, with_gradient)
 
 
@@ -62,7 +66,7 @@ def scale_rows(gradient_nv: torch.Tensor, scale_n: torch.Tensor) -> None:
             gradient_nv[row].mul_(scale_n[row])
 
 
-def _in_chunks(
+def in_chunks(
     divergence: Formula,
     student_nv: torch.Tensor,
     teacher_nv: torch.Tensor,
@@ -71,6 +75,7 @@ def _in_chunks(
     with_sums: bool,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `one_pass`, by torch's own operations."""
     given, made = norms, []
     if norms is None:
         norms = torch.empty(4, student_nv.size(0), device=student_nv.device)

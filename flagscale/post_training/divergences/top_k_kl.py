@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from flagscale.post_training.divergences import cpu_kernel
 from flagscale.post_training.divergences.divergence import Divergence
 from flagscale.post_training.divergences.rows import (
     Chunk,
@@ -49,6 +50,8 @@ class TopKKL(Divergence):
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> torch.Tensor:
+        if cpu_kernel.serves(student_nv, teacher_nv):
+            return self._compiled(student_nv, teacher_nv, group, with_gradient)
         count, width = teacher_nv.shape
         k = min(self.top_k, width)
         tokens = torch.empty(count, k, dtype=torch.int64, device=student_nv.device)
@@ -71,6 +74,23 @@ class TopKKL(Divergence):
                     at = chunk.at
                     self._write(chunk, tokens[at], factor[at], at_tokens[at], log_z[at])
         return loss_n
+
+    def _compiled(
+        self,
+        student_nv: torch.Tensor,
+        teacher_nv: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        with_gradient: bool,
+    ) -> torch.Tensor:
+        k = min(self.top_k, teacher_nv.size(1))
+        tokens, parts = cpu_kernel.top_k_parts(student_nv, teacher_nv, k, self.temperature)
+        shared = is_shared(group)
+        everywhere = gathered(parts, group) if shared else parts[None]
+        merged = _Merged(everywhere, self.top_k, self.temperature)
+        if with_gradient:
+            own = merged.gradient(dist.get_rank(group) if shared else 0)
+            cpu_kernel.top_k_write(student_nv, self.temperature, tokens, *own)
+        return merged.loss_n.float()
 
     def _part(self, chunk: Chunk, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This slice's k candidates, [n, k], and what the others need to know of it, [n, 4 + 2k].
@@ -125,7 +145,7 @@ class _Merged:
         ratio = torch.where(self._chosen, self._log_p - self._log_q, 0)
         terms = torch.cat([ratio, self._tail_ratio[:, None]], 1)
         p = torch.cat([self._log_p, log_p_tail[:, None]], 1).exp()
-        self.loss_n = torch.where(p > 0, p * terms, 0).sum(-1)
+        self.loss_n = torch.where(p == 0, 0, p * terms).sum(-1)  # NaN stays NaN
 
     def gradient(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For a rank's slice: of a tail's column by its q, [n]; of its candidates, [n, k]; log z.

@@ -78,11 +78,11 @@ def samples_an_epoch(dataset: Path) -> int:
 
 def test_a_batch(dataset: Path, tmp_path: Path) -> None:
     batch = next(train(dataset, tmp_path))
-    assert sorted(batch) == ["labels", "loss_mask", "position_ids", "samples", "split", "tokens"]
-    assert batch["samples"].shape == (2,)
+    of_rows = {"tokens", "labels", "loss_mask", "position_ids"}
+    assert batch.keys() == of_rows | {"samples", "split", "following"}
+    assert batch["samples"].shape == batch["following"].shape == (2,)
     assert SPLITS[batch["split"]] == "train"
-    rows = batch.keys() - {"samples", "split"}
-    assert all(batch[name].shape == (2, SEQ_LENGTH) for name in rows)
+    assert all(batch[name].shape == (2, SEQ_LENGTH) for name in of_rows)
     assert {key: value.dtype for key, value in batch.items()} == {
         "tokens": torch.int64,
         "labels": torch.int64,
@@ -90,10 +90,20 @@ def test_a_batch(dataset: Path, tmp_path: Path) -> None:
         "loss_mask": torch.float32,
         "samples": torch.int64,
         "split": torch.int64,
+        "following": torch.int64,
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     assert batch["loss_mask"].all()
     assert torch.equal(batch["position_ids"][1], torch.arange(SEQ_LENGTH))
+
+
+def test_a_batch_says_what_follows(dataset: Path, tmp_path: Path) -> None:
+    batches = list(
+        validation_batches(dataset, tmp_path, micro_batch_size=1, global_batch_size=2, eval_iters=2)
+    )
+    for one, after in itertools.pairwise(batches):
+        assert torch.equal(one["following"], after["samples"])
+    assert batches[-1]["following"].numel() == 0
 
 
 def test_an_epoch_has_every_token_once(dataset: Path, tmp_path: Path) -> None:

@@ -227,7 +227,15 @@ def test_documents_of_text_apart(blend: tuple[Path, Path]) -> None:
         _check_borders(one)
         assert torch.equal(one["tokens"], other["tokens"])
         assert torch.equal(one["labels"], other["labels"])
-        assert set(other) == {"tokens", "labels", "loss_mask", "position_ids", "samples", "split"}
+        assert set(other) == {
+            "tokens",
+            "labels",
+            "loss_mask",
+            "position_ids",
+            "samples",
+            "split",
+            "following",
+        }
         assert torch.equal(other["position_ids"], torch.arange(SEQ_LENGTH).expand(8, -1))
         is_text = (one["tokens"] != 1).all(dim=1)
         predicted = torch.where(one["tokens"] == 0, 0.0, 1.0)

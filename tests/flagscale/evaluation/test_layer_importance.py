@@ -9,9 +9,11 @@ import torch
 from importance_worker import importance_on_rank
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from flagscale.evaluation.layer_importance import LayerImportance, Removal
+from flagscale.evaluation.layer_importance import LayerImportance, Removal, measure_importance
 from flagscale.evaluation.student_report import render
 from flagscale.execution.launch import call_on_ranks
+from flagscale.megatron import platform
+from flagscale.models.megatron import load_model
 from flagscale.recipe import LayoutRecipe, ModelsRecipe, TeacherRecipe
 from flagscale.steps.prepare_teacher import prepare_teacher
 
@@ -132,6 +134,25 @@ def test_on_ranks_it_is_that_of_one_process(
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("criterion", ["kl", "block_influence"])
+def test_an_attempt_goes_on_with_what_another_has_measured(
+    teacher: Path, batches: list[Any], criterion: str
+) -> None:
+    """Wherever that one was killed; and it tells all that both know."""
+    told: list[dict[str, Any]] = []
+    made = [{name: torch.tensor(values) for name, values in b.items()} for b in batches]
+    with platform.runtime():
+        model = load_model(teacher, made[0]["tokens"].size(1))
+        call = (model, made, criterion, 3)
+        whole = measure_importance(*call, tell=lambda known: told.append(dict(known)))
+        for number, known in enumerate(told, start=1):
+            more: list[dict[str, Any]] = []
+            again = measure_importance(*call, known, tell=lambda x, to=more: to.append(dict(x)))
+            assert again == whole
+            assert len(more) == len(told) - number
+            assert not more or more[-1] == told[-1]
+
+
 def test_experts_on_two_ranks(
     tiny_teacher: Path,
     dataset: Path,
@@ -179,6 +200,11 @@ def test_page_shows_order_and_figures() -> None:
     assert "2 of the teacher&#39;s 3 layers removed; before training KL 0.5 nats a token" in page
     assert '<th scope="row">2</th><td>2</td><td>0.125</td><td>81.0%</td>' in page
     assert page.count("<svg") == 2
+    cut = facts | {"width_importance": {"sizes": {"hidden_size": 2, "ffn_hidden_size": 1}}}
+    shares = {"hidden_size": [0.5, 0.9, 1.0], "ffn_hidden_size": [0.75, 1.0]}
+    narrower = render(cut, None, shares)
+    assert "Which channels went" in narrower
+    assert "2 of 3 hidden_size have 90.0%; 1 of 2 ffn_hidden_size have 75.0%" in narrower
     plain = render(facts, None)
     assert "<svg" not in plain
     assert "Which layers went" not in plain

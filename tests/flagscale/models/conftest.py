@@ -4,12 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from variants import random_model
 
+from flagscale.checkpoint import save_weights
+from flagscale.checkpoint.stored import StoredTensors
 from flagscale.megatron import platform
-from flagscale.megatron.shape import from_hf_config
+from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
+from flagscale.models.hf_export import write_weights
 from flagscale.models.hf_folder import HFFolder
 from flagscale.models.hf_import import check_tensors, fill
 from flagscale.models.hf_weights import WeightMap
@@ -38,5 +42,21 @@ def imported() -> Callable[[Path], GPTModel]:
         model = build_model(shape, 128, params_dtype=source.dtype())
         fill(model, source, WeightMap(shape))
         return model
+
+    return read
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., PreTrainedModel]:
+    """What transformers reads of a model that is stored, and written as export-student does."""
+
+    def read(model: GPTModel, shape: ModelShape, template: PreTrainedConfig) -> PreTrainedModel:
+        save_weights(model, tmp_path / "student")
+        folder = tmp_path / "exported"
+        hf_config_for(shape, template).save_pretrained(folder)
+        write_weights(StoredTensors(tmp_path / "student"), WeightMap(shape), folder, torch.float32)
+        found, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values())
+        return found
 
     return read

@@ -11,13 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from variants import VARIANTS
 
-from flagscale.checkpoint import save_weights
-from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.megatron.shape import ModelShape, from_hf_config, hf_config_for
 from flagscale.models.cut_shape import cut_shape, cut_widths
-from flagscale.models.hf_export import write_weights
-from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import build_model, forward, logits
 from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores, move_weights, prune_width
@@ -101,6 +97,7 @@ def sliced(
 def test_the_most_important_are_kept(
     make_model: Callable[..., PreTrainedModel],
     imported: Callable[[Path], GPTModel],
+    exported: Callable[..., PreTrainedModel],
     tmp_path: Path,
     variant: str,
 ) -> None:
@@ -127,15 +124,11 @@ def test_the_most_important_are_kept(
     with torch.no_grad():
         expected = by_hand(TOKENS, use_cache=False).logits
         torch.testing.assert_close(logits(model, TOKENS), expected, atol=1e-5, rtol=0)
-    save_weights(model, tmp_path / "student")
-    hf_config_for(shape, hf_model.config).save_pretrained(tmp_path / "exported")
-    stored = StoredTensors(tmp_path / "student")
-    write_weights(stored, WeightMap(shape), tmp_path / "exported", torch.float32)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    written = exported(model, shape, hf_model.config)
     with torch.no_grad():
-        assert torch.equal(exported(TOKENS, use_cache=False).logits, expected)
-    exported.train()(TOKENS, labels=TOKENS).loss.backward()
-    assert all(weight.grad.isfinite().all() for weight in exported.parameters())
+        assert torch.equal(written(TOKENS, use_cache=False).logits, expected)
+    written.train()(TOKENS, labels=TOKENS).loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in written.parameters())
 
 
 def test_nothing_cut_is_the_teacher(

@@ -130,6 +130,17 @@ def test_what_only_the_student_excludes_is_no_obstacle(name):
     assert gradient.isfinite().all()
 
 
+@each_divergence
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_does_not_pass_for_finite(name, value):
+    divergence = divergence_of(recipe_of(name))
+    for which in range(2):
+        pair = [logits((2, 50), 3, seed) for seed in range(2)]
+        pair[which][1, 7] = value
+        found, _ = divergence.loss_and_gradient(*pair)
+        assert found.isfinite().tolist() == [True, False]
+
+
 def test_identities():
     teacher, student = logits((8, 500), 3, 0), logits((8, 500), 3, 1)
 

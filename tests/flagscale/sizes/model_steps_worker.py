@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from flagscale.recipe import (
     EvaluationRecipe,
     ExportRecipe,
     LayoutRecipe,
+    MetRecipe,
     ModelsRecipe,
     StudentRecipe,
+    TeacherOutputsRecipe,
     TeacherRecipe,
     TrainingRecipe,
 )
 from flagscale.steps import (
+    cache_teacher,
     convert_student,
     distil_student,
     evaluate,
@@ -47,6 +51,16 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
             TeacherRecipe(source=str(source), max_validation_loss=100),
             source, dataset, teacher, models,
         ),
+        **{
+            f"cache-teacher, {codec}": partial(
+                cache_teacher.cache_on_rank,
+                TeacherOutputsRecipe(codec=codec),
+                MetRecipe(train=((0, 4),), validation=4),
+                cache_teacher.Paths(teacher, dataset, str(folder / "kept"), folder / codec),
+                models,
+            )
+            for codec in ("hidden", "topk")
+        },
         "convert-student": lambda: convert_student.convert_on_rank(
             StudentRecipe(num_layers=4), None, teacher, dataset, student, models
         ),

@@ -16,6 +16,7 @@ from flagscale.models.parity import fixed_tokens
 from flagscale.recipe import DataRecipe, ParallelismRecipe
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.outputs import AskedTeacher, cache_rank
 from flagscale.sizes.steps import MODEL_STEPS
 from flagscale.steps.prepare_data import prepare_data
 
@@ -28,6 +29,7 @@ LAYOUTS = {
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
 }
 
+STEPS = [*MODEL_STEPS, "cache-teacher, hidden", "cache-teacher, topk"]
 STAGES = [("one process", 0), ("TP2", 0), ("PP2", 0), ("PP2", 1)]
 
 
@@ -56,7 +58,7 @@ def measured(tmp_path_factory, torchrun, tiny_teacher):
 
 
 def rows(folder: Path) -> Iterator[tuple[str, int, int]]:
-    for step in MODEL_STEPS:
+    for step in STEPS:
         for name, stage in STAGES:
             what = f"{step}, {name}" + f", stage {stage}" * (name == "PP2")
             yield what, held(folder, step, name, stage), estimated(folder, step, name, stage)
@@ -81,7 +83,7 @@ def make_source(folder: Path, tokenizer: Path) -> None:
     filled.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("step", MODEL_STEPS)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_estimate(measured, step, name, stage):
     found = held(measured, step, name, stage)
@@ -106,4 +108,7 @@ def estimated(folder: Path, step: str, name: str, stage: int) -> int:
         proof_tokens=fixed_tokens(tokenizer, SEQ_LENGTH).size(1),
     )
     layout = Layout.of(ParallelismRecipe(**LAYOUTS[name][1]))
+    if step.startswith("cache-teacher"):
+        asked = AskedTeacher(TEACHER, step.split(", ")[1], SEQ_LENGTH, dtype_bytes=4)
+        return sum(cache_rank(asked, layout, stage).values())
     return sum(MODEL_STEPS[step](setup, layout, stage).values())

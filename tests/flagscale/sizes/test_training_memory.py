@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from document import renew
 from shapes import STUDENT, TEACHER
 
+from flagscale.artifacts import new_artifact
 from flagscale.checkpoint import save_weights
 from flagscale.megatron import platform
 from flagscale.models.megatron import build_model
@@ -15,11 +17,12 @@ from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.sizes.activations import Computation
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.training import Training, saving, training_peak, training_state
+from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
 
 WITHIN = 0.15
 SEQ_LENGTH = 256
 WORKER = Path(__file__).with_name("training_worker.py")
-# name: processes, parallelism, more of the training, the distillation
+# name: processes, parallelism, more of the training, the distillation, outputs that are read
 HIDDEN = {
     "intermediate_layer_pairs": [
         ["decoder.layers.0", "decoder.layers.0", "cosine"],
@@ -46,9 +49,17 @@ CASES = {
     "PP2, hidden states": (2, {"pipeline_model_parallel_size": 2}, {}, HIDDEN),
     "CP2": (2, {"context_parallel_size": 2}, {}, {}),
     "DP2": (2, {}, {}, {}),
+    "from hidden": (1, {}, {}, {}, "hidden"),
+    "from hidden, logits held": (1, {}, {}, {"fuse_output_layer": False}, "hidden"),
+    "from sampled": (1, {}, {}, {}, "sampled"),
+    "from hidden, PP2": (2, {"pipeline_model_parallel_size": 2}, {}, {}, "hidden"),
     "DP2, bf16, sharded": (2, {"use_distributed_optimizer": True}, {"precision": "bf16"}, {}),
 }
 
+CODECS = {
+    "hidden": {"name": "hidden", "dtype": "fp32", "hidden_size": TEACHER.hidden_size},
+    "sampled": {"name": "sampled", "temperature": 1.0, "draws": 50, "seed": 0},
+}
 RANKS = [(name, rank) for name in CASES for rank in range(CASES[name][0])]
 
 
@@ -61,6 +72,8 @@ def measured(tmp_path_factory, torchrun):
         shape.save(folder / name)
     with platform.runtime():
         save_weights(build_model(TEACHER, SEQ_LENGTH), folder / "teacher" / "weights")
+    for codec in CODECS:
+        write_outputs(folder / codec, codec)
     cases = [
         {
             "name": name,
@@ -68,14 +81,27 @@ def measured(tmp_path_factory, torchrun):
             "training": training(name).model_dump(mode="json"),
             "distillation": distillation,
             "seq_length": SEQ_LENGTH,
+            "outputs": outputs[0] if outputs else None,
         }
-        for name, (processes, _, _, distillation) in CASES.items()
+        for name, (processes, _, _, distillation, *outputs) in CASES.items()
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     for processes in (1, 2):
         torchrun(processes, WORKER, folder)
     renew("training", rows(folder))
     return folder
+
+
+def write_outputs(folder: Path, codec: str) -> None:
+    """Of a micro-batch's samples, of no teacher."""
+    facts = OutputsFacts(CODECS[codec], "", "", None, SEQ_LENGTH, False, "fp32", TEACHER.vocab_size)
+    made, samples = codec_of(facts), range(2)
+    width = TEACHER.hidden_size if codec == "hidden" else TEACHER.vocab_size
+    records = made.encode(torch.randn(2, SEQ_LENGTH, width), "train", samples)
+    with new_artifact(folder, KIND, {}) as staging:
+        writer = OutputsWriter(staging.path, facts)
+        writer.write("train", samples, records)
+        staging.facts = writer.finish({"train": 2})
 
 
 def rows(folder: Path) -> Iterator[tuple[str, int, int]]:
@@ -90,7 +116,7 @@ def peak(folder: Path, name: str, rank: int) -> int:
 
 
 def training(name: str) -> TrainingRecipe:
-    _, parallelism, more, _ = CASES[name]
+    parallelism, more = CASES[name][1:3]
     return TrainingRecipe(
         train_iters=4,
         micro_batch_size=2,
@@ -104,7 +130,7 @@ def training(name: str) -> TrainingRecipe:
 
 def estimated(name: str, rank: int) -> tuple[int, int, int]:
     """Bytes that a rank keeps between steps, at its fullest, and copies to save."""
-    processes, _, _, options = CASES[name]
+    processes, _, _, options, *outputs = CASES[name]
     recipe, distillation = training(name), DistillationRecipe(**options)
     layout = Layout.of(recipe.parallelism, processes)
     setup = Training(
@@ -116,6 +142,7 @@ def estimated(name: str, rank: int) -> tuple[int, int, int]:
         ),
         distributed_optimizer=bool(recipe.parallelism.use_distributed_optimizer),
         distillation=distillation,
+        outputs=outputs[0] if outputs else None,
     )
     teacher = None if distillation.loss == "none" else TEACHER
     stage = rank if layout.pipeline > 1 else 0

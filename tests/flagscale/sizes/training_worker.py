@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from allocations import Allocations
 
+from flagscale.data.layout import SPLITS
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
@@ -33,6 +34,8 @@ def batches(args):
             "labels": tokens,
             "loss_mask": torch.ones(rows),
             "position_ids": torch.arange(rows[1]).expand(rows).contiguous(),
+            "samples": torch.arange(rows[0]),
+            "split": torch.tensor(SPLITS.index("train")),
         }
 
 
@@ -42,7 +45,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, int]:
     student = ModelShape.load(folder / "student")
     args = training_arguments(student, case["seq_length"], training)
     if distillation.loss != "none":
-        args = with_teacher(args, folder / "teacher", distillation)
+        outputs = folder / case["outputs"] if case["outputs"] else None
+        args = with_teacher(args, folder / "teacher", distillation, outputs)
     peaks = {}
     with (
         platform.runtime(training.seed, training.parallelism),

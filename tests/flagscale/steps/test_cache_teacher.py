@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from flagscale.data.numbered import NumberedSamples
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution.launch import run_on_ranks
 from flagscale.recipe import LayoutRecipe, MetRecipe, ModelsRecipe, TeacherOutputsRecipe
+from flagscale.shared.store import ObjectStore
+from flagscale.steps import outputs_mirror
 from flagscale.steps.cache_teacher import Paths, cache_teacher
 from flagscale.teacher_outputs import Hidden, OutputsWriter, SparseTargets, TeacherOutputs
 
@@ -111,7 +114,7 @@ def test_copies_share_the_samples(teacher: Path, dataset: Path, tmp_path: Path) 
     """On more accelerators than one copy needs: here four processes, TP2 and two copies."""
     expected = cached(tmp_path / "alone", teacher, dataset)
     models = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
-    paths = Paths(teacher, dataset, tmp_path / "work", tmp_path / "outputs")
+    paths = Paths(teacher, dataset, str(tmp_path / "work"), tmp_path / "outputs")
     values = {"outputs": CODECS["hidden"], "met": MET, "paths": paths, "models": models}
     request = to_jsonable_python(values)
     run_on_ranks("cache-teacher", "flagscale.steps.cache_teacher:cache_on_rank", request, 4)
@@ -153,33 +156,80 @@ def test_everything(teacher: Path, dataset: Path, tmp_path: Path) -> None:
         assert split["stored"] == split["of"] > 0
 
 
-def test_stopped_and_begun_again(
-    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was answered is not asked again, and nothing is left when the artifact is in place."""
-    met = MetRecipe(train=((1, 40),))  # several passes
+def stop_after_a_write(patch: pytest.MonkeyPatch) -> None:
     write = OutputsWriter.write
 
     def stopped(writer: OutputsWriter, *what: object) -> None:
         write(writer, *what)
+        patch.setattr(OutputsWriter, "write", interrupted)
+
+    def interrupted(*_: object) -> None:
         raise Interrupted("asked to stop")
 
+    patch.setattr(OutputsWriter, "write", stopped)
+
+
+SEVERAL_PASSES = MetRecipe(train=((1, 40),))
+
+
+def test_stopped_and_begun_again(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was answered is not asked again, and nothing is left when the artifact is in place."""
     with monkeypatch.context() as patch:
-        patch.setattr(OutputsWriter, "write", stopped)
+        stop_after_a_write(patch)
         with pytest.raises(Interrupted):
-            cached(tmp_path, teacher, dataset, met=met)
+            cached(tmp_path, teacher, dataset, met=SEVERAL_PASSES)
     assert not (tmp_path / "outputs").exists()
     (work,) = (path for path in (tmp_path / "work").iterdir() if path.is_dir())
-    before = {path.name: path.read_bytes() for path in (work / "outputs/train").iterdir()}
-    found = cached(tmp_path, teacher, dataset, met=met)
-    after = {path.name: path.read_bytes() for path in (tmp_path / "outputs/train").iterdir()}
+    before = files(work / "outputs/train")
+    found = cached(tmp_path, teacher, dataset, met=SEVERAL_PASSES)
+    after = files(tmp_path / "outputs/train")
     assert 0 < len(before) < len(after)
     assert before.items() <= after.items()
     there = NumberedSamples(dataset, tmp_path, "train").first(40, 1)
-    assert not found.missing("train", there)
-    whole = cached(tmp_path / "whole", teacher, dataset, met=met)
+    whole = cached(tmp_path / "whole", teacher, dataset, met=SEVERAL_PASSES)
     assert torch.equal(found.read("train", there).hidden_bsh, whole.read("train", there).hidden_bsh)
     assert not work.exists()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_another_pod_goes_on_from_the_object_store(
+    teacher: Path, dataset: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one's disk is gone with it."""
+    checkpoints, store = f"{bucket}/checkpoints", ObjectStore(bucket)
+    models, hidden = ModelsRecipe(), CODECS["hidden"]
+    monkeypatch.setattr(outputs_mirror, "_SECONDS", 0.0)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    rest = (teacher, dataset, checkpoints, tmp_path / "outputs", models)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "first"))
+        stop_after_a_write(patch)
+        with pytest.raises(Interrupted):
+            cache_teacher(hidden, SEVERAL_PASSES, *rest)
+    uploaded = {name.split("/")[-1] for name in store.sizes()}
+    assert {"facts.json", "00000-00000.records", "00000-00000.index"} == uploaded
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "second"))
+    cache_teacher(hidden, SEVERAL_PASSES, *rest)
+    assert len(files(tmp_path / "outputs/train")) > 2
+    found = TeacherOutputs.open(tmp_path / "outputs")
+    there = NumberedSamples(dataset, tmp_path, "train").first(40, 1)
+    assert not found.missing("train", there)
+    assert not store.sizes()
+
+
+def test_no_room(
+    teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"outputs of [\d,]+ tokens take 0.0 GB .256 bytes a token"):
+        cached(tmp_path, teacher, dataset)
 
 
 def test_not_the_teachers_tokens(teacher: Path, dataset: Path, tmp_path: Path) -> None:

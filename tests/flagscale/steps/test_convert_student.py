@@ -14,6 +14,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS, build_model, load_model
 from flagscale.recipe import ArchitectureRecipe, ReconstructionRecipe, StudentRecipe
+from flagscale.shared import notes
 from flagscale.steps.convert_student import convert_student
 
 
@@ -68,6 +69,33 @@ def test_layers_are_kept_by_importance_and_fitted(teacher, dataset, tmp_path):
     plain = convert_student(as_they_were, teacher, dataset, tmp_path / "plain")
     assert figures["kd_loss_at_start"] < plain["kd_loss_at_start"]
     assert "<svg" not in (tmp_path / "plain" / "report.html").read_text()
+
+
+def test_a_killed_step_goes_on_with_the_layers_it_has_measured(
+    teacher, dataset, tmp_path, monkeypatch, caplog
+):
+    recipe = StudentRecipe(num_layers=2, layer_importance="kl", calibration_tokens=130)
+    monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path))
+    monkeypatch.setattr(notes, "_PAUSE_SECONDS", 0)
+    write = notes.Note.write
+
+    def write_and_die(note, content):
+        write(note, content)
+        if len(content) == 5:
+            raise MemoryError("killed")
+
+    monkeypatch.setattr(notes.Note, "write", write_and_die)
+    with pytest.raises(MemoryError):
+        convert_student(recipe, teacher, dataset, tmp_path / "student")
+    monkeypatch.setattr(notes.Note, "write", write)
+    with caplog.at_level("INFO"):
+        convert_student(recipe, teacher, dataset, tmp_path / "student")
+    assert "going on after 5 models that were measured before" in caplog.text
+    assert list((tmp_path / "notes").iterdir()) == []
+    monkeypatch.delenv("FLAGSCALE_SHARED")
+    convert_student(recipe, teacher, dataset, tmp_path / "at-once")
+    ours, theirs = (tmp_path / one / "layer_importance.json" for one in ("student", "at-once"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_nothing_is_measured_where_every_layer_stays(teacher, dataset, tmp_path):

@@ -66,6 +66,9 @@ def test_narrower_students(
     share = (top.sum() / scores["hidden_size"].sum()).item()
     assert share > shape.hidden_size / wide.hidden_size
     assert cut["kept_importance"]["hidden_size"] == pytest.approx(share, abs=1e-5)
+    page = (tmp_path / "alone" / "report.html").read_text()
+    kept = f"{shape.hidden_size} of {wide.hidden_size} hidden_size have {100 * share:.1f}%"
+    assert kept in page
     assert set(scores) == {"hidden_size"} | {
         f"decoder.layers.{layer}.{part}"
         for layer in range(shape.num_layers)

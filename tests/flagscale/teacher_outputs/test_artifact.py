@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kfp import dsl
 
 from flagscale.artifacts import new_artifact
 from flagscale.errors import UserError
-from flagscale.shared import read_pointer, shared_place, write_pointer
+from flagscale.execution.notes import FOLDER_VARIABLE
+from flagscale.execution.step_process import step_process
+from flagscale.shared import read_pointer
 from flagscale.shared.store import ObjectStore
 from flagscale.teacher_outputs import KIND, Hidden, OutputsWriter, SparseTargets, TeacherOutputs
 from flagscale.teacher_outputs.shards import ENTRY, ShardWriter
@@ -110,6 +113,20 @@ def test_outputs_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         OutputsWriter(tmp_path, facts(teacher="sha256:u", seq_length=6))
 
 
+def test_facts_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    OutputsWriter(tmp_path, facts())
+    (tmp_path / "facts.json").write_text("")
+    with pytest.raises(UserError, match=r"facts.json: cannot be read: .*; remove"):
+        OutputsWriter(tmp_path, facts())
+
+
+def test_nothing_to_write_leaves_nothing(tmp_path: Path) -> None:
+    writer = OutputsWriter(tmp_path, facts())
+    writer.write("train", [], [])
+    assert writer.finish({"train": 9})["bytes_per_token"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
 def test_killed_at_any_byte_it_goes_on(tmp_path: Path) -> None:
     """Cut off anywhere; the index may have gone to the disk before the records."""
     of, samples = facts("sampled"), [4, 0, 2]
@@ -196,13 +213,13 @@ def test_an_object_store_is_read_in_parts(
     folder: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLAGSCALE_SHARED", f"{bucket}/distillation")
-    place = shared_place()
-    assert place
-    with place:
-        staged = place.stage("cache-teacher")
-        shutil.copytree(folder, staged)
-        write_pointer(place.publish(staged), tmp_path / "pointer")
-    here, there = (TeacherOutputs.open(path) for path in (folder, tmp_path / "pointer"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with step_process("cache-teacher") as step:
+        shutil.copytree(folder, step.output(str(tmp_path / "pointer")))
+    with step_process("distil-student") as step:
+        artifact = dsl.Dataset(uri=str(tmp_path / "pointer"))
+        found = step.input("teacher_outputs", artifact, in_parts=True)
+    here, there = TeacherOutputs.open(folder), TeacherOutputs.open(found)
     assert there.manifest == here.manifest
     samples = [5, 7, 0]
     assert torch.equal(
