@@ -30,6 +30,7 @@ from flagscale.sizes.steps import MODEL_STEPS, StepPlan, model_step, training_st
 from flagscale.sizes.teacher import Teacher, UnknownSizeError, teacher_of
 from pipelines.platform import Platform
 from pipelines.pods import Pods
+from pipelines.search_budget import check_budget
 from pipelines.teacher_outputs import Choice, chosen, with_choice
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
             f"recipe {recipe.name} does not fit {where}:\n  " + "\n  ".join(problems) + "\n"
             "`python -m pipelines plan` shows what each step needs"
         )
+    check_budget(recipe, found)
     choice, note = found[0].choice, ""
     if recipe.distillation.teacher_outputs == "auto" and choice.cached:
         note = f"note: distillation.teacher_outputs=auto: {choice}\n"
