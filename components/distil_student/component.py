@@ -48,8 +48,10 @@ def distil_student(
         accelerators,
         record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
     ) as step:
-        step.require(student=student)
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
+        step.require(sections, student=student)
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student import distil_student
         from flagscale.steps.rung import Rung

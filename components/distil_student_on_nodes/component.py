@@ -54,9 +54,11 @@ def distil_student_on_nodes(
         experiment=experiment,
         record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
     ) as step:
-        step.require(student=student)
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
+        step.require(sections, student=student)
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
         from flagscale.steps.rung import Rung

@@ -47,7 +47,7 @@ def evaluate(
         accelerators,
         record_failure_at=evaluation.path if record_failure else None,
     ) as step:
-        step.require(student=student, distilled_student=distilled_student)
+        step.require(distilled_student=distilled_student, student=student)
         from pathlib import Path
 
         from flagscale.recipe import EvaluationRecipe, ModelsRecipe

@@ -19,7 +19,7 @@ from flagscale.execution.absent import AbsentInputError, absent, pass_on, write_
 from flagscale.execution.exclusive import exclusively
 from flagscale.execution.metrics_file import write_metrics
 from flagscale.imports import uncollected
-from flagscale.recipe import SectionT, parse_section
+from flagscale.recipe import Section, SectionT, parse_section
 from flagscale.run_values.literal import literal
 from flagscale.secrets import mask
 from flagscale.shared import (
@@ -89,10 +89,14 @@ class Step:
         found: ValueT = literal(value)
         return found
 
-    def require(self, **inputs: Input) -> None:
+    def require(
+        self, given: Mapping[type[Section], dict[str, Any]] | None = None, **inputs: Input
+    ) -> None:
         """Look whether inputs are there at all, before a body imports what it would run on them.
 
         Args:
+            given: the sections that the output would depend on, as KFP carried them: what says that
+                there is no output is to name them.
             inputs: by the names of the component's inputs.
 
         Raises:
@@ -101,7 +105,8 @@ class Step:
         for name, artifact in inputs.items():
             manifest = absent(Path(artifact.path))
             if manifest is not None:
-                self.recipe |= manifest.recipe
+                for kind, values in (given or {}).items():
+                    self.section(kind, values)
                 raise AbsentInputError(name, manifest)
 
     def input(self, name: str, artifact: Input, *, in_parts: bool = False) -> Path:

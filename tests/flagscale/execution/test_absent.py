@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from components.distil_student.component import distil_student
+from components.evaluate.component import evaluate
 from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution.absent import absent, is_empty, reason, write_absent
@@ -53,6 +55,42 @@ def test_the_next_steps_pass_it_on_with_what_they_were_to_do(tmp_path: Path) -> 
     assert manifest is not None
     assert reason(manifest) == "convert-student: why"
     assert set(manifest.recipe) == {"student", "distillation"}
+
+
+def test_a_variant_that_failed_is_known_by_all_its_sections_after_the_last_step(
+    tmp_path: Path,
+) -> None:
+    """By way of the components, which look for the student before they import what would train."""
+    write_absent(tmp_path / "student", "convert-student", "why", {"student": {"num_layers": 2.0}})
+    given, paths = Given(str(tmp_path / "student")), (tmp_path / "distilled", tmp_path / "measured")
+    common = {"code_version": "", "experiment": "", "accelerators": "0"}
+    distil_student.python_func(
+        distillation_recipe={"temperature": 2.0},
+        training_recipe={"train_iters": 5.0, "lr": 1e-3},
+        checkpoints="",
+        of_many={"record_failure": True},
+        distilled_student=Given(str(paths[0])),
+        training_metrics=None,
+        **dict.fromkeys(("teacher", "student", "dataset"), given),
+        **common,
+    )
+    evaluate.python_func(
+        evaluation_recipe={},
+        models_recipe={},
+        record_failure=True,
+        student=given,
+        distilled_student=Given(str(paths[0])),
+        evaluation=Given(str(paths[1])),
+        report=None,
+        evaluation_metrics=None,
+        **dict.fromkeys(("teacher", "dataset"), given),
+        **common,
+    )
+    manifest = absent(paths[1])
+    assert manifest is not None
+    assert reason(manifest) == "convert-student: why"
+    assert set(manifest.recipe) == {"student", "distillation", "training"}
+    assert manifest.recipe["distillation"]["temperature"] == 2.0
 
 
 def test_what_a_student_was_made_of_is_known_from_the_inputs(tmp_path: Path) -> None:
