@@ -165,10 +165,11 @@ class Step:
             UserError: see `input`.
             AbsentInputError: see there.
         """
-        folder = self.input(name, artifact)
+        self.require(**{name: artifact})
         found = read_pointer(Path(artifact.path))
         if found is not None:
             return found
+        folder = self.input(name, artifact)
         return pointer_to(folder, read_manifest(folder), str(folder.absolute()))
 
     def record_failure(self, path: str, error: Exception) -> None:
