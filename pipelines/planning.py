@@ -147,7 +147,7 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
             f"recipe {recipe.name} does not fit {where}:\n  " + "\n  ".join(problems) + "\n"
             "`python -m pipelines plan` shows what each step needs"
         )
-    check_budget(recipe, found)
+    check_budget(recipe, [plan.steps for plan in found])
     choice, note = found[0].choice, ""
     if recipe.distillation.teacher_outputs == "auto" and choice.cached:
         note = f"note: distillation.teacher_outputs=auto: {choice}\n"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
-
-if TYPE_CHECKING:
-    from pipelines.planning import Plan
+from flagscale.sizes.steps import StepPlan
 
 _OF_EACH = ("convert-student",)
 
@@ -38,12 +35,12 @@ class SearchCost:
         )
 
 
-def search_cost(recipe: Recipe, plans: Sequence[Plan]) -> SearchCost:
+def search_cost(recipe: Recipe, plans: Sequence[Sequence[StepPlan]]) -> SearchCost:
     """What a search costs at most.
 
     Args:
         recipe: with a search.
-        plans: of its candidates.
+        plans: the steps of each of its candidates, as they are planned.
     """
     search, training = recipe.search, recipe.training
     assert search is not None, "who calls looks"
@@ -52,7 +49,7 @@ def search_cost(recipe: Recipe, plans: Sequence[Plan]) -> SearchCost:
     tokens = steps * training.global_batch_size * recipe.data.seq_length
     trainings, others = [], 0.0
     for number, plan in enumerate(plans):
-        for step in plan.steps:
+        for step in plan:
             if step.gpu_hours is None or not step.machine.accelerators:
                 return SearchCost(tokens, None, slots)
             if step.step == "distil-student":
@@ -67,12 +64,12 @@ def search_cost(recipe: Recipe, plans: Sequence[Plan]) -> SearchCost:
     return SearchCost(tokens, hours + dearest[0] * (training.train_iters - before), slots)
 
 
-def check_budget(recipe: Recipe, plans: Sequence[Plan]) -> None:
+def check_budget(recipe: Recipe, plans: Sequence[Sequence[StepPlan]]) -> None:
     """Refuse a search that its budget of GPU hours would not do for.
 
     Args:
         recipe: with a search or without.
-        plans: of its trainings.
+        plans: the steps of each of its trainings, as they are planned.
 
     Raises:
         UserError: both numbers, or that there is no estimate to compare with.

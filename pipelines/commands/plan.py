@@ -68,5 +68,5 @@ def work(arguments: argparse.Namespace) -> str:
         return json.dumps([as_json(plan, where) for plan in found], indent=2)
     told = [as_text(plan, where) for plan in found]
     if recipe.search is not None:
-        told.append(str(search_cost(recipe, found)))
+        told.append(str(search_cost(recipe, [plan.steps for plan in found])))
     return "\n\n\n".join(told)

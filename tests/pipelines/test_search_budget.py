@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "search-smollm2.yaml"
 def test_a_search_costs_its_rungs_and_the_winners_training() -> None:
     recipe, platform = load_recipe(RECIPE), load_platform("gke-h100")
     found = plans(recipe, platform)
-    cost = search_cost(recipe, found)
+    cost = search_cost(recipe, [plan.steps for plan in found])
     assert cost.slots == (8, 4, 2)
     assert cost.tokens == (8 * 8 + 4 * 8 + 2 * 14 + 30) * 256
     hours = {step.step: step.gpu_hours for step in found[0].steps}
@@ -33,7 +33,8 @@ def test_a_search_costs_its_rungs_and_the_winners_training() -> None:
 
 def test_a_budget_that_does_not_do_is_refused_and_one_that_cannot_be_compared_too() -> None:
     gpus, cpus = load_platform("gke-h100"), load_platform("cpu-only")
-    cost = search_cost(load_recipe(RECIPE), plans(load_recipe(RECIPE), gpus)).gpu_hours
+    recipe = load_recipe(RECIPE)
+    cost = search_cost(recipe, [plan.steps for plan in plans(recipe, gpus)]).gpu_hours
     assert cost is not None
     fitted(load_recipe(RECIPE, [f"search.budget_gpu_hours={cost * 1.01}"]), gpus)
     little = load_recipe(RECIPE, [f"search.budget_gpu_hours={cost * 0.5}"])
