@@ -139,6 +139,7 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
     try:
         found = plans(recipe, platform, on_cpu)
     except UnknownSizeError as error:
+        recipe = with_choice(recipe, Choice(False, "sizes are not known"))
         return recipe, f"note: not checked whether teacher and student fit: {error}\n"
     problems = [problem for plan in found for problem in plan.problems]
     if problems:
