@@ -116,14 +116,17 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
 
 
 def source_version() -> str:
-    """A digest of the sources: the local cache sees no code inside an installed package."""
+    """A digest of the sources: the local cache sees no code inside an installed package.
+
+    Of all files, not of kinds that are known: a template changes a result, and so does a kernel.
+    """
     import components
     import flagscale
 
     roots = [Path(package.__path__[0]) for package in (flagscale, components)]
     value = hashlib.sha256()
     for root in roots:
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".j2")):
+        for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc"):
             value.update(path.relative_to(root).as_posix().encode() + b"\0")
             value.update(hashlib.sha256(path.read_bytes()).digest())
     return f"sources {value.hexdigest()[:16]}"
