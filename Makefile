@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/smollm2-135m-to-22-layers.yaml
+SEARCH ?= recipes/search-smollm2.yaml
 RUNS ?= runs
 PLATFORM ?= cpu-only
 ARGS ?=
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 # Packages are pinned by constraints.txt; `make lock` renews it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run doctor baseline tiny mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism sizes lock bench clean
+.PHONY: help run doctor baseline tiny search mlflow compile images test test-gpu gpu-bundle test-containers test-cluster lint format docs parallelism sizes lock bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -40,6 +41,9 @@ baseline: $(VENV)/.run  ## the same student, the same steps, no teacher; then bo
 
 tiny: $(VENV)/.run build/tiny-teacher/config.json  ## the whole pipeline in two minutes, on a teacher of toy size
 	$(BIN)/python -m pipelines run recipes/tiny.yaml --runs $(RUNS) $(ARGS)
+
+search: $(VENV)/.run  ## which layers? eight students of the default teacher, the best trained to the end (SEARCH=recipes/...)
+	$(BIN)/python -m pipelines run $(SEARCH) --runs $(RUNS) $(ARGS)
 
 mlflow: $(VENV)/.run  ## the MLflow UI over the runs on this machine
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db

@@ -22,6 +22,7 @@ from pipelines import form, placement
 from pipelines.parameters import make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
+from pipelines.search import build_search
 from pipelines.sweep import build_sweep
 from pipelines.wiring import (
     always,
@@ -42,7 +43,8 @@ def build_pipeline(
 ) -> BaseComponent:
     """The pipeline with the recipe's sections as defaults, placed on a platform.
 
-    A recipe with `sweep` gives the pipeline of `pipelines.sweep`.
+    A recipe with `sweep` gives the pipeline of `pipelines.sweep`, one with `search` that of
+    `pipelines.search`.
 
     Args:
         recipe: resolved.
@@ -56,6 +58,8 @@ def build_pipeline(
     """
     if recipe.sweep is not None:
         return build_sweep(recipe, platform, code_version)
+    if recipe.search is not None:
+        return build_search(recipe, platform, code_version)
     if platform is not None:
         placement.check(platform, recipe)
     return _build(recipe, platform, code_version, _wire)
@@ -65,7 +69,7 @@ def build_preparation(recipe: Recipe, code_version: str) -> BaseComponent:
     """The same pipeline on this machine, up to the student that training would start from.
 
     Args:
-        recipe: resolved, without a sweep.
+        recipe: resolved, without a sweep or a search.
         code_version: see `build_pipeline`.
     """
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
+from flagscale.recipe.search import RungsRecipe
 from flagscale.recipe.sweep import VARIED
-from flagscale.run_values import FIELDS, SECTIONS, Field, Made, PlatformFacts
+from flagscale.run_values import FIELDS, LISTS, SECTIONS, Field, Made, PlatformFacts
 from pipelines import where
 from pipelines.parameters import Parameter
 from pipelines.platform import Platform
@@ -27,12 +28,12 @@ def parameters(
     """All of a pipeline's parameters, as the form shows them.
 
     Args:
-        recipe: its sections are defaults; those that a sweep varies are none of them.
+        recipe: its sections are defaults; those that a sweep or a search varies are none of them.
         platform: None for this machine.
         code_version: see `pipelines.distillation.build_pipeline`.
         more: of this kind of pipeline.
     """
-    sections = [name for name in SECTIONS if recipe.sweep is None or name not in VARIED]
+    sections = [name for name in SECTIONS if name not in _varied(recipe)]
     folder = f"{where.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
     found = [
         *(_section(recipe, name) for name in sections),
@@ -44,6 +45,13 @@ def parameters(
         *more,
     ]
     return sorted(found, key=lambda parameter: parameter.name)
+
+
+def _varied(recipe: Recipe) -> tuple[str, ...]:
+    """Sections that a list of the run's gives instead."""
+    if recipe.search is not None:
+        return ("student",)
+    return () if recipe.sweep is None else tuple(VARIED)
 
 
 def _section(recipe: Recipe, name: str) -> Parameter:
@@ -65,11 +73,15 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
         platform: None for this machine.
         names: of the pipeline's parameters.
     """
-    left_out = {"sweep", *(VARIED if recipe.sweep is not None else ())}
+    left_out = {"sweep", "search", *_varied(recipe)}
+    search = recipe.search
+    rungs = search and RungsRecipe(**search.model_dump(exclude={"candidates"}))
     facts = recipe.model_dump(mode="json", exclude_none=True, exclude=left_out)
     return Made(
         parameters=tuple(names),
         recipe=facts,
+        rungs=rungs,
+        most_candidates=search.count if search else 0,
         caches_teacher=recipe.caches_teacher,
         platform=_facts(platform, recipe) if platform else None,
     )
@@ -90,8 +102,8 @@ def check_size(made: Made, values: Mapping[str, Any]) -> None:
     if total > _MOST_CHARACTERS:
         longest = max(sizes, key=lambda name: sizes[name])
         remedy = (
-            "vary fewer values, or make several sweeps"
-            if longest == "sweep_variants"
+            "vary fewer values, or make several runs of it"
+            if longest in LISTS
             else "keep long texts in files, or leave some out"
         )
         raise UserError(

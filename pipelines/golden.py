@@ -19,6 +19,7 @@ COMPILED = {
     "smollm2-135m-to-22-layers": ("cpu-only", "gke-h100", "on-prem-a100"),
     "qwen3-8b-to-24-layers": ("gke-h100",),
     "tiny-sweep": ("gke-h100",),
+    "tiny-search": ("on-prem-a100",),
 }
 MANIFESTS = {"smollm2-135m-to-22-layers": ("gke-h100",)}
 

@@ -30,6 +30,7 @@ from flagscale.sizes.steps import MODEL_STEPS, StepPlan, model_step, training_st
 from flagscale.sizes.teacher import Teacher, UnknownSizeError, teacher_of
 from pipelines.platform import Platform
 from pipelines.pods import Pods
+from pipelines.search_budget import check_budget
 from pipelines.teacher_outputs import Choice, chosen, with_choice
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Plan:
 
 
 def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> list[Plan]:
-    """The recipe's plan, or one of each variant of its sweep.
+    """The recipe's plan, or one of each variant of its sweep or candidate of its search.
 
     Args:
         recipe: resolved.
@@ -88,14 +89,15 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
         machines = (here, here) if platform is None else _machines(one, platform)
         return _job(one, teacher, machines)
 
+    variants = recipe.variants
     jobs: dict[str | None, Job] = {}
-    if recipe.sweep is None:
+    if not variants:
         jobs[None] = job_of(recipe)
-    for variant in recipe.variants:
+    for variant in variants:
         try:
             jobs[variant.name] = job_of(variant.recipe)
         except UserError as error:
-            raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
+            raise UserError(f"{recipe.varied} {variant.name!r}: {error}") from error
     choice = chosen(recipe, list(jobs.values()), choose)
     trainings = [decided(job.recipe, choice.cached) for job in jobs.values()]
     return [
@@ -145,6 +147,7 @@ def fitted(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> t
             f"recipe {recipe.name} does not fit {where}:\n  " + "\n  ".join(problems) + "\n"
             "`python -m pipelines plan` shows what each step needs"
         )
+    check_budget(recipe, [plan.steps for plan in found])
     choice, note = found[0].choice, ""
     if recipe.distillation.teacher_outputs == "auto" and choice.cached:
         note = f"note: distillation.teacher_outputs=auto: {choice}\n"

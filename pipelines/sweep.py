@@ -104,7 +104,9 @@ def _wire(
         looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
-        distilled, evaluation = teach({**looped, **own}, placed, dataset, teacher, outputs)
+        distilled, evaluation = teach(
+            {**looped, **own}, placed, dataset, teacher, outputs, record_failure=True
+        )
 
     ranked = leaderboard(
         variants=values["sweep_variants"],

@@ -47,7 +47,7 @@ def chosen(
     """What the recipe says, or where it leaves that to the plan, what is faster.
 
     Args:
-        recipe: with its sweep.
+        recipe: with its sweep or search.
         jobs: of its trainings.
         choose: gives the layout of a job's model steps.
     """
@@ -59,7 +59,7 @@ def chosen(
         cached = "cached" in settings
         return Choice(cached, "distillation.teacher_outputs says so")
     reason = _impossible(recipe, asking)
-    return Choice(False, reason) if reason else _faster(asking, choose)
+    return Choice(False, reason) if reason else _faster(recipe, asking, choose)
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
@@ -83,12 +83,15 @@ def _impossible(recipe: Recipe, asking: Sequence[Job]) -> str | None:
     return None
 
 
-def _faster(asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | None]) -> Choice:
+def _faster(
+    recipe: Recipe, asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | None]
+) -> Choice:
     """By the plan's arithmetic."""
     recipes = [decided(job.recipe, cached=True) for job in asking]
     first = asking[0]
-    tokens, asked = sum(map(read_tokens, recipes)), asked_tokens(recipes)
-    live = sum(_forward(job, read_tokens(job.recipe)) for job in asking)
+    share = trained_share(recipe)
+    tokens, asked = int(share * sum(map(read_tokens, recipes))), asked_tokens(recipes)
+    live = share * sum(_forward(job, read_tokens(job.recipe)) for job in asking)
     shape, size = first.teacher.shape, first.training_setup.computation.dtype_bytes
     seq_length = first.recipe.data.seq_length
     a_token = bytes_per_token(first.recipe.teacher_outputs, shape, size, seq_length)
@@ -108,6 +111,15 @@ def _faster(asking: Sequence[Job], choose: Callable[[Job], ParallelismRecipe | N
         f"read it takes {_time(cached)}"
     )
     return Choice(cached < _WORTH_WHILE * live, told)
+
+
+def trained_share(recipe: Recipe) -> float:
+    """The part of all trainings that is trained: a search stops most of them."""
+    search = recipe.search
+    if search is None:
+        return 1.0
+    whole = search.count * recipe.training.train_iters
+    return search.steps_of(search.count, recipe.training.train_iters) / whole
 
 
 def _forward(job: Job, tokens: int) -> float:

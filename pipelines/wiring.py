@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
@@ -15,9 +15,11 @@ from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
-from flagscale.run_values import MET, SECTIONS, Made
+from flagscale.run_values import LISTS, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
+
+Channel = Any  # KFP's
 
 _FIGURES = {
     "prepare-data": "dataset_metrics",
@@ -28,6 +30,7 @@ _FIGURES = {
     "distil-student-on-nodes": "training_metrics",
     "evaluate": "evaluation_metrics",
     "leaderboard": "leaderboard_metrics",
+    "rank-candidates": "search_metrics",
     "export-student": "export_metrics",
     "export-winner": "export_metrics",
 }  # step: its output, and the input of the last step
@@ -50,7 +53,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     checked = check_recipe(made=carried(made.model_dump(mode="json", exclude_none=True)), **given)
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
-    outputs = [name for name in (*SECTIONS, "sweep_variants") if name in values]
+    outputs = [name for name in (*SECTIONS, *LISTS) if name in values]
     return {**values, **{name: checked.outputs[name] for name in (*outputs, MET)}}
 
 
@@ -66,7 +69,7 @@ def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
     return given
 
 
-def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
+def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Channel, Channel]:
     """The steps that all students of a teacher share: channels of the dataset and the teacher."""
     text = prepare_data(data_recipe=values["data"], **always(values))
     dataset = placed.place(text, "data", "Prepare data").outputs["dataset"]
@@ -80,12 +83,16 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Any, Any]:
     return dataset, placed.place(source, "models", "Prepare teacher").outputs["teacher"]
 
 
+class Rung(NamedTuple):
+    """Where a candidate's training stops for now, and on how many samples it is measured."""
+
+    until_step: int
+    samples: int
+
+
 def cache(
-    values: Mapping[str, Any],
-    placed: Placement,
-    dataset: Any,  # noqa: ANN401 - KFP's channel
-    teacher: Any,  # noqa: ANN401 - KFP's channel
-) -> Any:  # noqa: ANN401 - KFP's channel
+    values: Mapping[str, Any], placed: Placement, dataset: Channel, teacher: Channel
+) -> Channel:
     """The step that asks the teacher for all trainings: a channel of its outputs."""
     asked = cache_teacher(
         teacher_outputs_recipe=values["teacher_outputs"],
@@ -102,13 +109,24 @@ def cache(
 def convert(
     values: Mapping[str, Any],
     placed: Placement,
-    dataset: Any,  # noqa: ANN401 - KFP's channel
-    teacher: Any,  # noqa: ANN401 - KFP's channel
-) -> Any:  # noqa: ANN401 - KFP's channel
-    """The step that makes a student: its channel."""
+    dataset: Channel,
+    teacher: Channel,
+    *,
+    record_failure: bool = False,
+) -> Channel:
+    """The step that makes a student: its channel.
+
+    Args:
+        values: the pipeline's parameters, or as the check gives them.
+        placed: where tasks go.
+        dataset: a channel.
+        teacher: a channel.
+        record_failure: whether others go on where this student fails.
+    """
     conversion = convert_student(
         student_recipe=values["student"],
         models_recipe=values["models"],
+        record_failure=record_failure,
         teacher=teacher,
         dataset=dataset,
         **always(values, "models"),
@@ -119,34 +137,83 @@ def convert(
 def teach(
     values: Mapping[str, Any],
     placed: Placement,
-    dataset: Any,  # noqa: ANN401 - KFP's channel
-    teacher: Any,  # noqa: ANN401 - KFP's channel
-    outputs: Any = None,  # noqa: ANN401 - KFP's channel, of `cache`
-) -> tuple[Any, Any]:
-    """The steps of one student: channels of the distilled student and its evaluation."""
-    student = convert(values, placed, dataset, teacher)
-    read = {"teacher": teacher, "student": student, "dataset": dataset}
-    if outputs is not None:
-        read["teacher_outputs"] = outputs
-    distilled = _train(values, placed, **read)
+    dataset: Channel,
+    teacher: Channel,
+    outputs: Channel = None,
+    *,
+    record_failure: bool = False,
+) -> tuple[Channel, Channel]:
+    """The steps of one student: channels of the distilled student and its evaluation.
 
+    Args:
+        values: see `convert`.
+        placed: see there.
+        dataset: a channel.
+        teacher: a channel.
+        outputs: a channel, of `cache`, where the training reads them.
+        record_failure: see `convert`.
+    """
+    fails = {"record_failure": record_failure}
+    student = convert(values, placed, dataset, teacher, **fails)
+    read = reads(dataset, teacher, outputs)
+    distilled = train(values, placed, student, read, **fails)
+    return distilled, judge(values, placed, dataset, teacher, student, distilled, **fails)
+
+
+def reads(dataset: Channel, teacher: Channel, outputs: Channel = None) -> dict[str, Channel]:
+    """What a training reads beside its student; `outputs` of `cache`, where it reads them."""
+    found = {"teacher": teacher, "dataset": dataset}
+    return found if outputs is None else {**found, "teacher_outputs": outputs}
+
+
+def judge(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Channel,
+    teacher: Channel,
+    student: Channel,
+    distilled: Channel,
+    *,
+    record_failure: bool = False,
+) -> Channel:
+    """The step that compares a student with its teacher: a channel of its evaluation."""
     measured = evaluate(
         evaluation_recipe=values["evaluation"],
         models_recipe=values["models"],
+        record_failure=record_failure,
         teacher=teacher,
         student=student,
         distilled_student=distilled,
         dataset=dataset,
         **always(values, "models"),
     )
-    return distilled, placed.place(measured, "models", "Evaluate").outputs["evaluation"]
+    return placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
 
-def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any) -> Any:  # noqa: ANN401 - KFP's channels
-    """The training, in its pod or in those that its pod starts: a channel of its student."""
+def train(
+    values: Mapping[str, Any],
+    placed: Placement,
+    student: Channel,
+    read: Mapping[str, Channel],
+    rung: Rung | None = None,
+    *,
+    record_failure: bool = False,
+) -> Channel:
+    """The training, in its pod or in those that its pod starts: a channel of its student.
+
+    Args:
+        values: see `convert`.
+        placed: see there.
+        student: a channel.
+        read: of `reads`.
+        rung: of a search, where others go on if it fails; the channel is then of a candidate.
+        record_failure: see `convert`.
+    """
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
-    given |= models_and_data
+    of_many: dict[str, Any] = {"record_failure": True} if record_failure or rung else {}
+    given["of_many"] = of_many | (rung._asdict() if rung else {})
+    given |= {"student": student, **read}
     if not placed.uses_trainjob:
         trained = distil_student(**given, **always(values, "training"))
         return placed.place(trained, "training", "Distil student").outputs["distilled_student"]
@@ -163,12 +230,18 @@ def _train(values: Mapping[str, Any], placed: Placement, **models_and_data: Any)
 
 
 def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[str, Any]:
-    """What the last step is given: the figures of the steps that every run has, and of `last`."""
+    """What the last step is given: the figures of the steps so far that every run has, and `last`.
+
+    A step that is there several times has those of the task that was placed last.
+    """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
     steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
-    if placed.has("cache-teacher"):
-        steps.append("cache-teacher")
-    given = {_FIGURES[step]: placed.task(step).outputs[_FIGURES[step]] for step in steps}
+    steps.append("cache-teacher")
+    given = {
+        _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
+        for step in steps
+        if placed.has(step)
+    }
     return {"experiment": values["tracking_experiment"], **given}
 
 

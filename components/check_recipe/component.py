@@ -32,6 +32,8 @@ def check_recipe(
     training_train_iters: str = "",
     sweep_variants: list = [],
     sweep_metric: str = "",
+    search_candidates: list = [],
+    search_metric: str = "",
     where_data_image: str = "",
     where_data_node_selector: dict = {},
     where_data_tolerations: list = [],
@@ -58,6 +60,7 @@ def check_recipe(
         ("export", dict),
         ("models", dict),
         ("sweep_variants", list),
+        ("search_candidates", list),
         ("met", dict),
     ],
 ):
@@ -87,6 +90,8 @@ def check_recipe(
         training_train_iters: sets `training.train_iters`.
         sweep_variants: of each the name, and the sections student, distillation and training.
         sweep_metric: figure of the evaluation that decides.
+        search_candidates: of each the name and the section student.
+        search_metric: held-out loss that ranks.
         where_data_image: of the data pods.
         where_data_node_selector: labels of their nodes.
         where_data_tolerations: taints that are no obstacle to them.

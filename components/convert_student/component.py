@@ -12,6 +12,7 @@ def convert_student(
     code_version: str,
     experiment: str,
     accelerators: str,
+    record_failure: bool,
     teacher: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
     student: dsl.Output[dsl.Model],
@@ -27,6 +28,8 @@ def convert_student(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
+        record_failure: whether a failure is written into the output, so that the steps of other
+            students go on, instead of ending the run.
         teacher: from prepare-teacher.
         dataset: from prepare-data: text for the proofs.
         student: the student before training, as a Megatron-Core distributed checkpoint.
@@ -36,7 +39,12 @@ def convert_student(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("convert-student", experiment, accelerators) as step:
+    with step_process(
+        "convert-student",
+        experiment,
+        accelerators,
+        record_failure_at=student.path if record_failure else None,
+    ) as step:
         from flagscale.recipe import ModelsRecipe, StudentRecipe
         from flagscale.steps.convert_student import convert_student
 

@@ -13,6 +13,7 @@ def distil_student(
     code_version: str,
     experiment: str,
     accelerators: str,
+    of_many: dict,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -29,18 +30,31 @@ def distil_student(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
+        of_many: of one of many students record_failure, and in a search until_step and samples;
+            empty: the only one, trained to the end.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
-        distilled_student: the student after training, with its loss curves.
+        distilled_student: the student after training, with its loss curves; of a rung the curves
+            and held-out losses alone.
         training_metrics: last losses, speed.
         teacher_outputs: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("distil-student", experiment, accelerators) as step:
+    with step_process(
+        "distil-student",
+        experiment,
+        accelerators,
+        record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
+    ) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
+        step.require(sections, student=student)
+        from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student import distil_student
+        from flagscale.steps.rung import Rung
 
         figures = distil_student(
             step.section(DistillationRecipe, distillation_recipe),
@@ -52,5 +66,6 @@ def distil_student(
             and step.input("teacher_outputs", teacher_outputs, in_parts=True),
             checkpoints=step.literal(checkpoints),
             output=step.output(distilled_student.path),
+            rung=Rung.of(step.section(OfManyRecipe, of_many), step.pointer("student", student)),
         )
         step.report(figures, training_metrics)

@@ -15,6 +15,7 @@ def distil_student_on_nodes(
     nodes: int,
     accelerator_count: str,
     pods: dict,
+    of_many: dict,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     dataset: dsl.Input[dsl.Dataset],
@@ -36,19 +37,31 @@ def distil_student_on_nodes(
         pods: what else each gets: cpu, memory, accelerator_type, the TrainingRuntime's name as
             runtime, timeout_seconds, restarts, annotations, network; image, volumes, node selector
             and secrets are the launcher's.
+        of_many: of one of many students record_failure, and in a search until_step and samples;
+            empty: the only one, trained to the end.
         teacher: from prepare-teacher.
         student: from convert-student.
         dataset: from prepare-data.
-        distilled_student: the student after training, with its loss curves.
+        distilled_student: the student after training, with its loss curves; of a rung the curves
+            and held-out losses alone.
         training_metrics: last losses, speed.
         teacher_outputs: from cache-teacher, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("distil-student", experiment=experiment) as step:
+    with step_process(
+        "distil-student",
+        experiment=experiment,
+        record_failure_at=distilled_student.path if of_many.get("record_failure") else None,
+    ) as step:
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
+
+        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
+        step.require(sections, student=student)
+        from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
+        from flagscale.steps.rung import Rung
 
         figures = distil_student_on_nodes(
             step.section(DistillationRecipe, distillation_recipe),
@@ -63,5 +76,6 @@ def distil_student_on_nodes(
             nodes=nodes,
             accelerator_count=accelerators_of(accelerator_count),
             pods=step.section(NodePods, pods),
+            rung=Rung.of(step.section(OfManyRecipe, of_many), step.pointer("student", student)),
         )
         step.report(figures, training_metrics)

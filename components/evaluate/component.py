@@ -12,6 +12,7 @@ def evaluate(
     code_version: str,
     experiment: str,
     accelerators: str,
+    record_failure: bool,
     teacher: dsl.Input[dsl.Model],
     student: dsl.Input[dsl.Model],
     distilled_student: dsl.Input[dsl.Model],
@@ -28,6 +29,8 @@ def evaluate(
         code_version: changes when the code does; KFP's cache sees only parameters.
         experiment: MLflow's, unless KFP's plugin or the runner has chosen one.
         accelerators: number of those the pod was given, as text; it fails if it cannot use them.
+        record_failure: whether a failure is written into the output, so that the steps of other
+            students go on, instead of ending the run.
         teacher: from prepare-teacher.
         student: from convert-student: before training.
         distilled_student: from distil-student: after training.
@@ -38,7 +41,13 @@ def evaluate(
     """
     from flagscale.execution.step_process import step_process
 
-    with step_process("evaluate", experiment, accelerators) as step:
+    with step_process(
+        "evaluate",
+        experiment,
+        accelerators,
+        record_failure_at=evaluation.path if record_failure else None,
+    ) as step:
+        step.require(distilled_student=distilled_student, student=student)
         from pathlib import Path
 
         from flagscale.recipe import EvaluationRecipe, ModelsRecipe

@@ -40,8 +40,10 @@ def export_winner(
 
         figures = export_winner(
             step.section(ExportRecipe, export_recipe),
-            students=[step.input("distilled_students", one) for one in distilled_students],
-            evaluations=[step.input("evaluations", one) for one in evaluations],
+            students=[
+                step.input_or_absent("distilled_students", one) for one in distilled_students
+            ],
+            evaluations=[step.input_or_absent("evaluations", one) for one in evaluations],
             leaderboard=step.input("leaderboard", leaderboard),
             output=step.output(exported_student.path),
             models=step.section(ModelsRecipe, models_recipe),

@@ -36,7 +36,7 @@ def leaderboard(
 
         from flagscale.steps.leaderboard import rank_variants
 
-        found = [step.input("evaluations", one) for one in evaluations]
+        found = [step.input_or_absent("evaluations", one) for one in evaluations]
         figures = rank_variants(step.literal(variants), metric, found, Path(leaderboard.path))
         step.copy(Path(leaderboard.path) / "report.html", leaderboard_report.path)
         step.report(figures, leaderboard_metrics)

@@ -5,3 +5,4 @@ PER_DOCUMENT = "per_document.jsonl"
 REPORT = "report.html"
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
+SEARCH = "search.json"  # of a `search` artifact

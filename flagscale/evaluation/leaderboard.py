@@ -52,6 +52,21 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A variant that was not measured, because a step of it failed.
+
+    Attributes:
+        number, name, changes: as a `Candidate`'s.
+        error: which step, and why.
+    """
+
+    number: int
+    name: str
+    changes: Mapping[str, Any]
+    error: str
+
+
+@dataclass(frozen=True)
 class Row:
     """A variant on the leaderboard.
 
@@ -89,6 +104,7 @@ class Leaderboard:
         documents: how many were measured.
         tokens: how many were predicted.
         bootstrap_samples: resamples of the documents.
+        failed: variants that are not in `rows`.
     """
 
     metric: str
@@ -98,6 +114,7 @@ class Leaderboard:
     documents: int
     tokens: int
     bootstrap_samples: int
+    failed: tuple[Failed, ...] = ()
 
     @property
     def winner(self) -> Row:
@@ -123,15 +140,22 @@ class Leaderboard:
             sizes = [row.parameters, row.tokens_per_second]
             changes = [row.changes[name] for name in fields]
             table.writerow([row.rank, row.name, *changes, *values, row.verdict, *sizes])
+        empty = [""] * (len(figures) + len(paired))
+        for one in self.failed:
+            changes = [one.changes[name] for name in fields]
+            table.writerow(["", one.name, *changes, *empty, f"failed: {one.error}", "", ""])
         return stream.getvalue()
 
 
-def rank(candidates: Sequence[Candidate], metric: str) -> Leaderboard:
+def rank(
+    candidates: Sequence[Candidate], metric: str, failed: Sequence[Failed] = ()
+) -> Leaderboard:
     """Order the variants by a figure.
 
     Args:
         candidates: at least one, in any order.
         metric: one of `FIGURES`.
+        failed: variants that are told of last.
 
     Raises:
         UserError: they were not measured on the same documents, with the same teacher and the same
@@ -160,6 +184,7 @@ def rank(candidates: Sequence[Candidate], metric: str) -> Leaderboard:
         documents=len(first.fidelity.documents),
         tokens=int(first.fidelity.tokens_d.sum()),
         bootstrap_samples=first.metrics["bootstrap_samples"],
+        failed=tuple(failed),
     )
 
 

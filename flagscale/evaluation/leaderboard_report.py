@@ -67,9 +67,10 @@ def _not_worse(board: Leaderboard) -> list[Row]:
 
 
 def _subtitle(board: Leaderboard) -> str:
+    failed = f" {len(board.failed)} failed." if board.failed else ""
     return (
         f"{len(board.rows)} variants of one recipe, which share teacher and data. Measured on "
-        f"{board.documents:,} held-out documents, {board.tokens:,} tokens."
+        f"{board.documents:,} held-out documents, {board.tokens:,} tokens.{failed}"
     )
 
 

@@ -15,176 +15,26 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from flagscale import variables
 from flagscale.errors import Interrupted, UserError
-from flagscale.execution.exclusive import exclusively
+from flagscale.execution.absent import AbsentInputError
 from flagscale.execution.logs import configure_logging
-from flagscale.execution.metrics_file import write_metrics
 from flagscale.execution.notes import note_error, note_process
 from flagscale.execution.signals import end_with_runner, signals_raise
-from flagscale.imports import uncollected
-from flagscale.recipe import SectionT, parse_section
+from flagscale.execution.step import Step
 from flagscale.run_values.literal import literal
-from flagscale.shared import ANEW, Place, fetch, read_pointer, shared_place, write_pointer
-from flagscale.shared.store import is_url
 from flagscale.stop import deferred_stop
 from flagscale.tracking import step_failed
 
 logger = logging.getLogger(__name__)
 
-ValueT = TypeVar("ValueT")
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 143
-
-
-class Metrics(Protocol):
-    """What KFP's `Metrics` artifact offers."""
-
-    path: str
-    metadata: dict[str, Any]
-
-
-class Input(Protocol):
-    """What KFP's input artifacts offer."""
-
-    path: str
-    uri: str
-
-
-class Step:
-    """The running step."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._place: Place | None = None
-        self._folders = ExitStack()
-        self._outputs: list[tuple[Path, Path]] = []
-        self._afterwards: list[Callable[[], object]] = []
-        self._importing = ExitStack()
-
-    def import_first(self) -> None:
-        """Collect no garbage until the body has imported what it runs: its next calls are these."""
-        self._importing.enter_context(uncollected())
-
-    def section(self, kind: type[SectionT], values: dict[str, Any]) -> SectionT:
-        """A section of the recipe, checked again: KFP hands over its numbers as floats.
-
-        Args:
-            kind: of section.
-            values: as KFP carried them.
-
-        Raises:
-            UserError: a field is unknown or has a wrong value.
-        """
-        self._importing.close()
-        return parse_section(kind, literal(values), where=self.name)
-
-    def literal(self, value: ValueT) -> ValueT:
-        """A parameter that is no section, without what it was carried in (`carried`)."""
-        found: ValueT = literal(value)
-        return found
-
-    def input(self, name: str, artifact: Input, *, in_parts: bool = False) -> Path:
-        """The folder of an input artifact, wherever the pointer at KFP's path says that it is.
-
-        KFP's launcher says nothing where it found nothing to download.
-
-        Args:
-            name: of the component's input.
-            artifact: what KFP handed over.
-            in_parts: what lies in an object store is left there, and the folder is that of the
-                pointer to it: for an artifact whose reader follows one, and reads but a part.
-
-        Raises:
-            UserError: nothing is there, or something else than what was pointed to.
-        """
-        self._importing.close()
-        path = Path(artifact.path)
-        if not path.is_dir() or not any(path.iterdir()):
-            raise UserError(f"input {name}: nothing is left at {artifact.uri}; {ANEW}")
-        try:
-            pointer = read_pointer(path)
-            if pointer is None:
-                return path
-            if in_parts and is_url(pointer.location):
-                return path
-            folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True)
-            return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
-        except UserError as error:
-            raise UserError(f"input {name}: {error}") from error
-
-    def output(self, path: str) -> Path:
-        """The folder to write an output artifact to.
-
-        With a shared place that is a folder there, or on the way there: when the step's body has
-        succeeded, the artifact is published and a pointer to it stands at `path`.
-
-        Raises:
-            UserError: the shared place cannot be written.
-        """
-        self._importing.close()
-        self._place = self._place or shared_place()
-        if self._place is None:
-            return Path(path)
-        if not self._outputs:
-            self._folders.enter_context(self._place)
-        staged = self._place.stage(self.name)
-        self._outputs.append((staged, Path(path)))
-        return staged
-
-    def copy(self, source: Path, target: str) -> None:
-        """Copy a file to where an output artifact of KFP is to be.
-
-        Raises:
-            FileNotFoundError: the step wrote no such file.
-        """
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-
-    def report(self, figures: Mapping[str, float], metrics: Metrics) -> None:
-        """Hand the figures to KFP: into the UI and, as a file, into what its cache looks for.
-
-        Args:
-            figures: name -> value; values that JSON cannot hold (NaN, infinity) are left out.
-            metrics: the component's `Output[Metrics]`.
-        """
-        metrics.metadata.update(write_metrics(Path(metrics.path), figures))
-
-    def publish(self) -> None:
-        """Put the outputs in place, then do what waits for that.
-
-        Raises:
-            UserError: the shared place cannot be written, or the step wrote no artifact.
-        """
-        for staged, path in self._outputs:
-            assert self._place is not None
-            pointer = self._place.publish(staged)
-            write_pointer(pointer, path)
-            logger.info("%s: %s is at %s", self.name, pointer.kind, pointer.location)
-        for do in self._afterwards:
-            do()
-
-    def close(self) -> None:
-        """Remove folders that were the step's own."""
-        self._importing.close()
-        self._folders.close()
-
-    def when_published(self, do: Callable[[], object]) -> None:
-        """See `when_published`."""
-        self._afterwards.append(do)
-
-    def keep_exclusive(self, place: str) -> None:
-        """See `keep_exclusive`."""
-        self._folders.enter_context(exclusively(place))
 
 
 _running: list[Step] = []
@@ -222,7 +72,11 @@ def keep_exclusive(place: str) -> None:
 
 @contextmanager
 def step_process(
-    name: str, experiment: str = "", accelerators: str = "0", is_rank: bool = False
+    name: str,
+    experiment: str = "",
+    accelerators: str = "0",
+    is_rank: bool = False,
+    record_failure_at: str | None = None,
 ) -> Iterator[Step]:
     """Run a step's work as the whole of this process.
 
@@ -234,6 +88,8 @@ def step_process(
         experiment: MLflow's, as KFP carried it; where the environment does not name one.
         accelerators: how many its pod was given; the step fails where torch cannot use them.
         is_rank: another process started this one, and will tell its error.
+        record_failure_at: path of the output at which a failure is told instead, if the run is to
+            go on without it (`flagscale.execution.absent`): the process then ends well.
 
     Raises:
         SystemExit: the step failed or was interrupted.
@@ -241,11 +97,11 @@ def step_process(
     configure_logging()
     if experiment:
         os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", literal(experiment))
+    step = Step(name)
     with signals_raise():
         try:
             note_process()
             end_with_runner()
-            step = Step(name)
             _running.append(step)
             if not is_rank:
                 step.import_first()
@@ -259,13 +115,21 @@ def step_process(
         except (Interrupted, KeyboardInterrupt) as error:
             _fail(name, "interrupted: " + (str(error) or "stopped by a signal"), is_rank)
             sys.exit(EXIT_INTERRUPTED)
-        except UserError as error:
-            _fail(name, str(error), is_rank)
-            sys.exit(EXIT_ERROR)
         except Exception as error:
-            logger.error("%s", traceback.format_exc().rstrip())
-            _fail(name, f"{type(error).__name__}: {error}", is_rank)
-            sys.exit(EXIT_ERROR)
+            if not (record_failure_at and isinstance(error, AbsentInputError)):
+                _fail(name, _message(error), is_rank)
+            if not record_failure_at:
+                sys.exit(EXIT_ERROR)
+            with deferred_stop():
+                step.record_failure(record_failure_at, error)
+
+
+def _message(error: Exception) -> str:
+    """What people read: with a traceback before it where they cannot put it right."""
+    if isinstance(error, UserError):
+        return str(error)
+    logger.error("%s", traceback.format_exc().rstrip())
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_accelerators(count: str) -> None:

@@ -29,7 +29,7 @@ from flagscale.post_training.tap import Seen, Tap
 from flagscale.recipe import DistillationRecipe
 from flagscale.train.auxiliary_losses import forget_auxiliary_losses
 from flagscale.train.batches import reads_data
-from flagscale.train.loop import reduce_reports, run_schedule
+from flagscale.train.schedule import reduce_reports, run_schedule
 from flagscale.train.train_gpt import forward_step
 
 if TYPE_CHECKING:

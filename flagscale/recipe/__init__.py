@@ -21,6 +21,7 @@ from flagscale.recipe.results import (
     ResourcesRecipe,
     TrackingRecipe,
 )
+from flagscale.recipe.search import SearchRecipe
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
@@ -42,6 +43,7 @@ __all__ = [
     "Recipe",
     "ReconstructionRecipe",
     "ResourcesRecipe",
+    "SearchRecipe",
     "Section",
     "SectionT",
     "SourceRecipe",

@@ -14,6 +14,7 @@ from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.quantized_training import check_quantization, check_quantized_on_cpu
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
+from flagscale.recipe.search import SearchRecipe, check_search
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
@@ -24,7 +25,7 @@ from flagscale.recipe.teacher_outputs import (
     unserved,
 )
 from flagscale.recipe.training import TrainingRecipe
-from flagscale.recipe.variants import Variant, variants
+from flagscale.recipe.variants import Variant, candidates, variants
 
 # Kubernetes' and MLflow's objects are called after it.
 _NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
@@ -46,6 +47,9 @@ class Recipe(Section):
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()
     sweep: SweepRecipe | None = Field(None, description="Many trainings in one run; default: one")
+    search: SearchRecipe | None = Field(
+        None, description="Many students in one run, of which the best is trained to the end"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -95,18 +99,33 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sweep(self) -> Recipe:
+        if self.sweep is not None and self.search is not None:
+            raise ValueError(
+                "sweep and search are both given: a sweep trains all its variants to the end, a "
+                "search drops most of its candidates; leave one of the two out"
+            )
+        if self.search is not None:
+            count, seq_length = self.search.count, self.data.seq_length
+            check_search(self.search, count, self.distillation, self.training, seq_length)
         met_by(self.trainings, self.teacher_outputs)
         return self
 
     @property
     def variants(self) -> list[Variant[Recipe]]:
-        """The sweep's variants, each a whole recipe; none without a sweep."""
+        """The sweep's variants or the search's candidates, each a whole recipe; else none."""
+        if self.search is not None:
+            return candidates(self, self.search)
         return [] if self.sweep is None else variants(self, self.sweep)
 
     @property
+    def varied(self) -> str:
+        """What errors call one of `variants`."""
+        return "search.candidates:" if self.search else "sweep.vary: the variant"
+
+    @property
     def trainings(self) -> list[Recipe]:
-        """The recipes of all trainings: the variants' of a sweep, else this one."""
-        return [self] if self.sweep is None else [variant.recipe for variant in self.variants]
+        """The recipes of all trainings: of a sweep's variants, a search's candidates, or this."""
+        return [variant.recipe for variant in self.variants] or [self]
 
     @property
     def caches_teacher(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, model_validator
@@ -40,10 +40,7 @@ class SweepRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SweepRecipe:
-        for path, values in self.vary.items():
-            _check_field(path)
-            if not values:
-                raise ValueError(f"vary.{path}=[]: needs at least one value")
+        check_vary(self.vary, tuple(VARIED))
         total = math.prod(len(values) for values in self.vary.values())
         if total < 2 or not self.vary:
             raise ValueError(
@@ -56,6 +53,22 @@ class SweepRecipe(Section):
                 f"at most {MOST_VARIANTS} make one sweep; vary fewer fields or values"
             )
         return self
+
+
+def check_vary(vary: Mapping[str, tuple[Any, ...]], sections: Sequence[str]) -> None:
+    """Refuse fields that there are not, or that may not vary, and fields without a value.
+
+    Args:
+        vary: `section.field` -> values.
+        sections: whose fields may vary.
+
+    Raises:
+        ValueError: which field.
+    """
+    for path, values in vary.items():
+        _check_field(path, sections)
+        if not values:
+            raise ValueError(f"vary.{path}=[]: needs at least one value")
 
 
 def set_in_vain(sweep: SweepRecipe | None, path: str, value: Any) -> str | None:  # noqa: ANN401
@@ -121,12 +134,12 @@ def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def _check_field(path: str) -> None:
+def _check_field(path: str, sections: Sequence[str]) -> None:
     """Refuse a field that there is not, or that all variants share."""
     section, _, rest = path.partition(".")
-    if section not in VARIED:
+    if section not in sections:
         raise ValueError(
-            f"vary.{path}: only fields of {', '.join(VARIED)} may vary, because all variants share "
+            f"vary.{path}: only fields of {', '.join(sections)} may vary, because all share "
             "data, teacher and evaluation, without which their figures could not be compared"
         )
     kind: type[BaseModel] | None = VARIED[section]

@@ -128,12 +128,13 @@ def decided(recipe: RecipeT, cached: bool) -> RecipeT:
     return recipe.model_copy(update={"distillation": changed})
 
 
-def met_by(recipes: Iterable[Taught], outputs: TeacherOutputsRecipe) -> MetRecipe:
+def met_by(recipes: Iterable[Taught], outputs: TeacherOutputsRecipe, ranked: int = 0) -> MetRecipe:
     """What those of the trainings ask that read outputs; of none, nothing.
 
     Args:
         recipes: a run's, without a sweep: one, or its variants.
         outputs: what is kept: of `hidden` every temperature can be had.
+        ranked: samples of the validation split that a search ranks its candidates on.
 
     Raises:
         ValueError: two of them would need different outputs of the same sample.
@@ -163,7 +164,7 @@ def met_by(recipes: Iterable[Taught], outputs: TeacherOutputsRecipe) -> MetRecip
                 + "or teacher_outputs: live"
             )
     everything = outputs.samples == "all"
-    validation = max(t.eval_iters * t.global_batch_size for _, t in asked)
+    validation = max(ranked, *(t.eval_iters * t.global_batch_size for _, t in asked))
     return MetRecipe(
         train=() if everything else tuple(sorted(train.items())),
         validation=0 if everything else validation,

@@ -1,4 +1,4 @@
-"""The trainings of a sweep, each a whole recipe, validated as one when the sweep's recipe is read.
+"""The trainings of a sweep or a search, each a whole recipe, validated when theirs is read.
 
 So no variant fails after hours for what could be seen at once.
 """
@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from pydantic import ValidationError
 
 from flagscale.recipe.decisive import decisive
 from flagscale.recipe.explaining import explain
+from flagscale.recipe.search import SearchRecipe
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.sweep import VARIED, SweepRecipe, changed, describe
 
 
 @dataclass(frozen=True)
 class Variant(Generic[SectionT]):
-    """One training of a sweep.
+    """One training of a sweep, or one candidate of a search.
 
     Attributes:
         name: the fields with several values, and this one's: `temperature=2.0 num_layers=3`.
@@ -53,13 +55,45 @@ def variants(recipe: SectionT, sweep: SweepRecipe) -> list[Variant[SectionT]]:
     Raises:
         ValueError: a combination is no valid recipe, or the same training as another.
     """
-    base = recipe.model_dump(mode="json", exclude={"sweep"})
+    telling = [path for path, values in sweep.vary.items() if len(values) > 1]
     found = [
-        _variant(type(recipe), base, sweep, dict(zip(sweep.vary, values, strict=True)))
-        for values in itertools.product(*sweep.vary.values())
+        _variant(recipe, "sweep.vary: the variant", changes, telling)
+        for changes in _combinations(sweep.vary)
     ]
     check_distinct("sweep.vary", ((variant.name, variant.recipe) for variant in found))
     return found
+
+
+def candidates(recipe: SectionT, search: SearchRecipe) -> list[Variant[SectionT]]:
+    """A search's candidates, in their order, each under a name of its own.
+
+    Args:
+        recipe: the whole recipe; each candidate is of its class.
+        search: its section.
+
+    Raises:
+        ValueError: one is no valid recipe, or the same student as another.
+    """
+    found: list[Variant[SectionT]] = []
+    names = Counter[str]()
+    for given in search.candidates:
+        telling = [path for path, values in given.vary.items() if len(values) > 1]
+        if given.name is None:
+            telling = telling or [*given.vary]
+        for changes in _combinations(given.vary):
+            one = _variant(recipe, "search.candidates:", changes, telling)
+            name = " ".join(part for part in (given.name, one.name) if part)
+            names[name] += 1
+            if names[name] > 1:
+                name = f"{name} #{names[name]}"
+            found.append(replace(one, name=name))
+    check_distinct("search.candidates", ((one.name, one.recipe) for one in found))
+    return found
+
+
+def _combinations(vary: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*vary.values()):
+        yield dict(zip(vary, values, strict=True))
 
 
 def check_distinct(where: str, variants: Iterable[tuple[str, Section]]) -> None:
@@ -92,9 +126,10 @@ def check_distinct(where: str, variants: Iterable[tuple[str, Section]]) -> None:
 
 
 def _variant(
-    kind: type[SectionT], base: Mapping[str, Any], sweep: SweepRecipe, changes: dict[str, Any]
+    recipe: SectionT, where: str, changes: dict[str, Any], telling: Sequence[str]
 ) -> Variant[SectionT]:
-    values = dict(base)
+    kind = type(recipe)
+    values = recipe.model_dump(mode="json", exclude={"sweep", "search"})
     for path, value in changes.items():
         section, _, field = path.partition(".")
         values[section] = changed(values[section], field, value)
@@ -102,11 +137,10 @@ def _variant(
         whole = kind.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(line.strip() for line in explain(kind, error))
-        raise ValueError(f"sweep.vary: the variant {describe(changes)!r}: {problems}") from None
+        raise ValueError(f"{where} {describe(changes)!r}: {problems}") from None
     dumped = whole.model_dump(mode="json")
     validated = {path: _at(dumped, path) for path in changes}
-    telling = {path: value for path, value in validated.items() if len(sweep.vary[path]) > 1}
-    return Variant(describe(telling), validated, whole)
+    return Variant(describe({path: validated[path] for path in telling}), validated, whole)
 
 
 def _at(values: Any, path: str) -> Any:  # noqa: ANN401 - any JSON value

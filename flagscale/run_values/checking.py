@@ -18,6 +18,7 @@ from flagscale.recipe import (
     TeacherRecipe,
     parse_section,
 )
+from flagscale.recipe.search import check_search
 from flagscale.recipe.sweep import VARIED
 from flagscale.recipe.teacher_outputs import decided, met_by, reads_outputs
 from flagscale.recipe.variants import check_distinct
@@ -36,6 +37,7 @@ SECTIONS = (
     "export",
     "models",
 )
+LISTS = {"sweep_variants": tuple(VARIED), "search_candidates": ("student",)}  # what each gives
 MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
 _WHOLE = "the recipe with this run's parameters"
 
@@ -60,27 +62,31 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
-        what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`.
-        Of a pipeline with cache-teacher also, under `MET`, what that is asked for.
+        what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`, of
+        a search `search_candidates`. Of a pipeline with cache-teacher also, under `MET`, what that
+        is asked for.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
     """
-    rest = {k: v for k, v in values.items() if k not in SECTIONS and k != "sweep_variants"}
+    rest = {k: v for k, v in values.items() if k not in SECTIONS and k not in LISTS}
     for key, value in rest.items():
         check_value(key, value)
     if made.platform is not None:
         check_checkpoints(values["training_checkpoints"], made.platform)
         check_images(rest, made.platform)
     whole = _changed(made, values)
-    if "sweep_variants" in values:
+    several = next((name for name in LISTS if name in values), None)
+    if several is not None:
         parse_section(_Shared, {name: whole[name] for name in _Shared.model_fields}, where=_WHOLE)
-        recipes = _variants(made, values["sweep_variants"], whole)
+        recipes = _variants(made, several, values[several], whole)
+        if made.rungs is not None:
+            _check_rungs(made, list(recipes.values()))
     else:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
     resolved = _resolved(values, list(recipes.values()))
-    return resolved | (_met(list(recipes.values())) if made.caches_teacher else {})
+    return resolved | (_met(made, list(recipes.values())) if made.caches_teacher else {})
 
 
 def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
@@ -110,29 +116,46 @@ def _changed(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _variants(made: Made, given: list[Any], shared: Mapping[str, Any]) -> dict[str, Recipe]:
-    """A sweep's variants as whole recipes, by what errors call them."""
-    keys = ["name", *VARIED]
+def _variants(
+    made: Made, parameter: str, given: list[Any], shared: Mapping[str, Any]
+) -> dict[str, Recipe]:
+    """A sweep's variants or a search's candidates as whole recipes, by what errors call them."""
+    keys = ["name", *LISTS[parameter]]
     found: dict[str, Recipe] = {}
     for number, variant in enumerate(given):
         if not isinstance(variant, dict) or sorted(variant) != sorted(keys):
             raise UserError(
-                f"parameter sweep_variants, item {number}: must be a mapping of {', '.join(keys)}, "
+                f"parameter {parameter}, item {number}: must be a mapping of {', '.join(keys)}, "
                 f"not {sorted(variant) if isinstance(variant, dict) else repr(variant)}"
             )
-        name = f"parameter sweep_variants, {variant['name']!r}"
+        name = f"parameter {parameter}, {variant['name']!r}"
         if name in found:
-            raise UserError(f"{name}: two variants have this name; each needs its own")
-        own = {section: variant[section] for section in VARIED}
+            raise UserError(f"{name}: two have this name; each needs its own")
+        own = {section: variant[section] for section in LISTS[parameter]}
         found[name] = _read(made, {**shared, **own}, name)
     if not found:
-        raise UserError("parameter sweep_variants: is empty; give at least one variant")
+        raise UserError(f"parameter {parameter}: is empty; give at least one")
     names = (variant["name"] for variant in given)
     try:
-        check_distinct("parameter sweep_variants", zip(names, found.values(), strict=True))
+        check_distinct(f"parameter {parameter}", zip(names, found.values(), strict=True))
     except ValueError as error:
         raise UserError(str(error)) from None
     return found
+
+
+def _check_rungs(made: Made, candidates: list[Recipe]) -> None:
+    """The rungs are the pipeline's; the candidates, and how long they train, are the run's."""
+    assert made.rungs is not None
+    first, count = candidates[0], len(candidates)
+    if count > made.most_candidates:
+        raise UserError(
+            f"parameter search_candidates: has {count} candidates, and the pipeline was made for "
+            f"{made.most_candidates}; make it anew from a recipe with more"
+        )
+    try:
+        check_search(made.rungs, count, first.distillation, first.training, first.data.seq_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]) -> None:
@@ -152,16 +175,18 @@ def _check_accelerators(recipes: Mapping[str, Recipe], values: Mapping[str, Any]
 def _resolved(values: Mapping[str, Any], recipes: list[Recipe]) -> dict[str, Any]:
     whole = [recipe.model_dump(mode="json", exclude_none=True) for recipe in recipes]
     resolved = {name: whole[0][name] for name in SECTIONS if name in values}
-    if "sweep_variants" in values:
-        resolved["sweep_variants"] = [
-            {"name": variant["name"], **{section: one[section] for section in VARIED}}
-            for variant, one in zip(values["sweep_variants"], whole, strict=True)
+    for parameter in (name for name in LISTS if name in values):
+        resolved[parameter] = [
+            {"name": variant["name"], **{section: one[section] for section in LISTS[parameter]}}
+            for variant, one in zip(values[parameter], whole, strict=True)
         ]
     return resolved
 
 
-def _met(recipes: list[Recipe]) -> dict[str, Any]:
+def _met(made: Made, recipes: list[Recipe]) -> dict[str, Any]:
     try:
-        return {MET: met_by(recipes, recipes[0].teacher_outputs).model_dump(mode="json")}
+        ranked = made.rungs.samples if made.rungs else 0
+        met = met_by(recipes, recipes[0].teacher_outputs, ranked)
+        return {MET: met.model_dump(mode="json")}
     except ValueError as error:
         raise UserError(str(error)) from None

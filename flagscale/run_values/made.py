@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from flagscale.recipe import Section
+from flagscale.recipe.search import RungsRecipe
+from flagscale.recipe.section import NonNegativeInt
 
 
 class PlatformFacts(Section):
@@ -24,7 +26,9 @@ class Made(Section):
 
     parameters: tuple[str, ...] = Field(description="All that a run of it may give")
     recipe: dict[str, Any] = Field(
-        description="Its sections are the parameters' defaults; a sweep's has not those that vary"
+        description="Its sections are the parameters' defaults; without those that vary"
     )
+    rungs: RungsRecipe | None = Field(None, description="Of a search")
+    most_candidates: NonNegativeInt = Field(0, description="That a search was made for")
     caches_teacher: bool = Field(False, description="Whether it has the step cache-teacher")
     platform: PlatformFacts | None = Field(None, description="None: this machine")

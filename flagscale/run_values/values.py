@@ -14,6 +14,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import parse_section
 from flagscale.recipe.explaining import message, shown
 from flagscale.recipe.results import ExperimentName
+from flagscale.recipe.search import Ranking
 from flagscale.recipe.section import Line, Source
 from flagscale.recipe.sweep import Metric
 from flagscale.run_values.buckets import check_bucket_url
@@ -25,6 +26,7 @@ from flagscale.secrets import has_credentials, hide_in_urls
 
 _MAY_BE_EMPTY = {"tracking_experiment", *(field.name for field in FIELDS)}
 _TEXTS: dict[str, Any] = {"tracking_experiment": ExperimentName, "training_checkpoints": Source}
+_CHOICES = {"sweep_metric": get_args(Metric), "search_metric": get_args(Ranking)}
 _OF_PODS: dict[str, Any] = {
     "_volume_claim": ClaimName,
     "_mlflow_secret": Name,
@@ -52,9 +54,8 @@ def check_value(key: str, value: Any) -> None:  # noqa: ANN401 - of any kind
         raise UserError(f"parameter {key}: is empty; leave it out for the default")
     if isinstance(value, str) and value:
         _check_kind(key, value, _TEXTS.get(key, Line))
-    if key == "sweep_metric" and value not in get_args(Metric):
-        known = ", ".join(get_args(Metric))
-        raise UserError(f"parameter sweep_metric={value}: must be one of {known}")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(f"parameter {key}={value}: must be one of {', '.join(_CHOICES[key])}")
     if key.startswith("where_"):
         _check_of_pods(key, value)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from flagscale import variables
 from flagscale.artifacts import Manifest
 from flagscale.shared.bucket import Bucket
-from flagscale.shared.place import ANEW, Place
+from flagscale.shared.place import ANEW, Place, pointer_to
 from flagscale.shared.pointer import Pointer, read_pointer, write_pointer
 from flagscale.shared.store import is_url
 from flagscale.shared.volume import Volume
@@ -25,6 +25,7 @@ __all__ = [
     "damage",
     "fetch",
     "manifest_of",
+    "pointer_to",
     "read_pointer",
     "shared_place",
     "write_pointer",

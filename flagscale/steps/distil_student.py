@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import replace
@@ -25,11 +24,13 @@ from flagscale.megatron.user_buffers import user_buffers
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.steps.candidate import write_candidate
 from flagscale.steps.file_check import files_checked
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.outputs_check import check_outputs, outputs_to_read
+from flagscale.steps.rung import Rung
 from flagscale.steps.samples_check import check_met
 from flagscale.steps.training_check import check_training
 from flagscale.stop import deferred_stop, stop_requested
@@ -72,6 +73,7 @@ def distil_student(
     checkpoints: str | Path,
     output: Path,
     teacher_outputs: Path | None = None,
+    rung: Rung | None = None,
 ) -> dict[str, float]:
     """Train the student; go on from the last checkpoint of the same training, if there is one.
 
@@ -89,6 +91,7 @@ def distil_student(
         output: the `distilled-student` artifact to write.
         teacher_outputs: a `teacher-outputs` artifact, which is then read in the teacher's place
             (`distillation.teacher_outputs`).
+        rung: of a search: stop there, keep the checkpoints, and write a `candidate` artifact.
 
     Returns:
         The last losses, and the speed.
@@ -114,13 +117,18 @@ def distil_student(
         distillation=distillation,
         training=training,
         paths=paths,
+        rung=rung,
     )
-    when_published(lambda: mirror.forget(paths.checkpoints, name))
+    if rung is None:
+        when_published(lambda: mirror.forget(paths.checkpoints, name))
     return figures
 
 
 def distil_on_rank(
-    distillation: DistillationRecipe, training: TrainingRecipe, paths: Paths
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    paths: Paths,
+    rung: Rung | None = None,
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `distil_student`."""
     parents = _parents(paths)
@@ -155,7 +163,7 @@ def distil_on_rank(
             mirror=remote,
             may_be_best=training.saves_at,
         )
-        state = _restore(trainer, saved)
+        state = _restore(trainer, saved, rung)
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         trains = _trains(parents["student"])
@@ -170,11 +178,16 @@ def distil_on_rank(
                     saved,
                     told,
                     stop_requested,
+                    until_step=rung.until_step if rung else None,
                 )
             else:
                 losses = evaluate_loss(trainer.chunks, batches.validation(), training.eval_iters)
                 state.validation.append({"step": 0, **losses})
                 told.validated(state.validation[-1])
+        if rung is not None:
+            inputs = (trainer.chunks, args, state, paths.dataset, folder / "data")
+            with written(paths.output, "candidate", recipe, parents, run) as staging:
+                return write_candidate(rung, *inputs, parents["student"], folder.name, staging)
         keeps_best = trains and training.keep_weights == "best"
         step = saved.restore_best(trainer) if keeps_best else state.step
         figures = _figures(state, step)
@@ -239,8 +252,10 @@ def _layout_text(args: Arguments) -> str:
     return f"this rank of {world_size} {platform.device().type} processes ({split})"
 
 
-def _restore(trainer: Trainer, checkpoints: TrainingCheckpoints) -> TrainingState:
-    state = checkpoints.restore(trainer)
+def _restore(
+    trainer: Trainer, checkpoints: TrainingCheckpoints, rung: Rung | None
+) -> TrainingState:
+    state = checkpoints.restore(trainer, rung.until_step if rung else None)
     if state.step:
         logger.info("resuming after step %d from %s", state.step, checkpoints.folder)
     return state
@@ -248,12 +263,11 @@ def _restore(trainer: Trainer, checkpoints: TrainingCheckpoints) -> TrainingStat
 
 def _figures(state: TrainingState, step: int) -> dict[str, float]:
     """Of the weights after `step`, which are the artifact's, and of the training."""
-    speeds = sorted(record["tokens per second"] for record in state.training)
     validated = [record for record in state.validation if record["step"] == step][-1]
     losses = {f"validation {k}": v for k, v in validated.items() if k != "step"}
     figures = {**losses, "steps": float(step)}
-    if speeds:
-        figures[_SPEED] = speeds[len(speeds) // 2]
+    if state.median_speed is not None:
+        figures[_SPEED] = state.median_speed
     return figures
 
 
@@ -265,6 +279,4 @@ def _save(trainer: Trainer, state: TrainingState, student: Path, folder: Path) -
     if (student / QUANTIZERS).exists():
         shutil.copy(student / QUANTIZERS, folder / QUANTIZERS)
     shutil.copytree(student / "hf", folder / "hf")
-    for name, records in (("training", state.training), ("validation", state.validation)):
-        lines = [json.dumps(record) + "\n" for record in records]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    state.write(folder)

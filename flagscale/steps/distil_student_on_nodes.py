@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from flagscale.artifacts import open_artifact
 from flagscale.execution.step_process import keep_exclusive, when_published
@@ -13,6 +16,7 @@ from flagscale.execution.trainjob.run import job_name, run_on_nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.outputs_check import check_outputs, outputs_to_read
+from flagscale.steps.rung import Rung
 from flagscale.steps.training_check import check_training
 from flagscale.teacher_outputs import KIND, TeacherOutputs
 
@@ -31,6 +35,7 @@ def distil_student_on_nodes(
     accelerator_count: int,
     pods: NodePods,
     teacher_outputs: Path | None = None,
+    rung: Rung | None = None,
 ) -> dict[str, float]:
     """`distil_student`, in pods of its own, one a node; every path must be on the shared volume.
 
@@ -46,6 +51,7 @@ def distil_student_on_nodes(
         accelerator_count: of each.
         pods: what else each gets.
         teacher_outputs: see `distil_student`.
+        rung: see `distil_student`.
 
     Raises:
         UserError: the training cannot be divided so, something is missing that it needs, or a rank
@@ -67,13 +73,20 @@ def distil_student_on_nodes(
         parents[KIND] = TeacherOutputs.open(outputs).manifest
     name = fingerprint(recipe, parents)
     keep_exclusive(f"{checkpoints}/{name}")
+    request: dict[str, Any] = {
+        **recipe,
+        "paths": {place: str(path) for place, path in paths.items()},
+    }
+    if rung is not None:
+        request["rung"] = to_jsonable_python(rung)
     figures: dict[str, float] = run_on_nodes(
         _STEP,
         "flagscale.steps.distil_student:distil_on_rank",
-        {**recipe, "paths": {place: str(path) for place, path in paths.items()}},
+        request,
         Nodes(nodes, processes, accelerator_count, pods),
         shared,
-        job_name(_STEP, [name, str(checkpoints)]),
+        job_name(_STEP, [name, str(checkpoints), *([str(rung.until_step)] if rung else [])]),
     )
-    when_published(lambda: shutil.rmtree(Path(checkpoints, name), ignore_errors=True))
+    if rung is None:
+        when_published(lambda: shutil.rmtree(Path(checkpoints, name), ignore_errors=True))
     return figures

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
+from flagscale.execution.absent import absent
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.export_student import export_student
 
@@ -52,7 +53,10 @@ def export_winner(
 def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:
     """The artifact with this digest; only the winner's files will be hashed, when it is opened."""
     for path in paths:
-        if open_artifact(path, _KINDS[name], check_files=False).digest == wanted:
+        if (
+            absent(path) is None
+            and open_artifact(path, _KINDS[name], check_files=False).digest == wanted
+        ):
             return path
     raise UserError(
         f"none of {len(paths)} {_KINDS[name]} artifacts is the leaderboard's winner ({wanted}); "

@@ -14,8 +14,10 @@ from flagscale.evaluation import LEADERBOARD, REPORT, TABLE
 from flagscale.evaluation.compare import read_evaluation
 from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import scalars
-from flagscale.evaluation.leaderboard import Candidate, Leaderboard, rank
+from flagscale.evaluation.leaderboard import Candidate, Failed, Leaderboard, rank
 from flagscale.evaluation.leaderboard_report import headline, render
+from flagscale.execution.absent import KIND as ABSENT
+from flagscale.execution.absent import absent, reason
 from flagscale.recipe import parse_section
 from flagscale.recipe.decisive import decisive
 from flagscale.recipe.sweep import VARIED
@@ -37,8 +39,9 @@ def rank_variants(
     Args:
         variants: of each `name`, and the sections `student`, `distillation` and `training`.
         metric: figure that decides: kl, lm_loss, top1_agreement or accuracy.
-        results: the `evaluation` artifact of each variant, in any order: each says itself which
-            sections its student was made and trained with.
+        results: the `evaluation` artifact of each variant, in any order, or one that says why there
+            is none (`flagscale.execution.absent`): each says itself which sections its student was
+            made and trained with. Variants that failed come last, with their errors.
         output: folder of the `leaderboard` artifact: leaderboard.json, leaderboard.csv,
             report.html.
 
@@ -47,29 +50,42 @@ def rank_variants(
         1, and the number of `variants`.
 
     Raises:
-        UserError: a variant has no evaluation, or two, or an evaluation is of no variant, or they
-            cannot be compared.
+        UserError: a variant has no evaluation, or two, or an evaluation is of no variant, they
+            cannot be compared, or every variant failed.
     """
     if metric not in FIGURES:
         raise UserError(f"metric={metric!r}: must be one of {', '.join(FIGURES)}")
     wanted = _sections(variants)
-    evaluations = _by_variant(wanted, results)
+    found = _by_variant(wanted, results)
+    errors = {name: reason(one) for name, (_, one) in found.items() if one.kind == ABSENT}
+    evaluations = {name: one for name, one in found.items() if name not in errors}
+    if not evaluations:
+        told = "".join(f"\n  {name}: {error}" for name, error in errors.items())
+        raise UserError(f"every variant failed:{told}")
     recipe = {"sweep": {"metric": metric, "variants": [wanted[name] for name in wanted]}}
     parents = {name: manifest for name, (_, manifest) in evaluations.items()}
     with (
         tracking.step_run("leaderboard", {"sweep": {"metric": metric}}, parents=parents) as run,
         new_artifact(output, "leaderboard", recipe, parents, run.log_manifest) as staging,
     ):
-        changes = _changes(wanted)
+        varied = changes(wanted)
         candidates = [
-            _candidate(number, name, changes[name], *evaluations[name])
+            _candidate(number, name, varied[name], *evaluations[name])
             for number, name in enumerate(wanted, start=1)
+            if name in evaluations
         ]
-        board = rank(candidates, metric)
+        failed = [
+            Failed(number, name, varied[name], errors[name])
+            for number, name in enumerate(wanted, start=1)
+            if name in errors
+        ]
+        board = rank(candidates, metric, failed)
         _write(staging.path, board)
         staging.facts = {"winner": board.winner.name, "digests": board.winner.digests}
-        figures = scalars(candidates[board.winner.number - 1].metrics)
+        winner = next(one for one in candidates if one.number == board.winner.number)
+        figures = scalars(winner.metrics)
         figures |= {"winner": float(board.winner.number), "variants": float(len(board.rows))}
+        figures |= {"failed": float(len(failed))}
         run.log_headline(figures)
         for name in (REPORT, LEADERBOARD, TABLE):
             run.log_artifact(staging.path / name)
@@ -110,9 +126,12 @@ def _by_variant(
             raise UserError(f"variants: {same!r} and {name!r} are the same; leave one out")
     found: dict[str, tuple[Path, Manifest]] = {}
     for path in results:
-        manifest = open_artifact(path, "evaluation")
-        measured = manifest.facts.get("measured", {}).get("recipe", {})
-        variant = names.get(_known_by(measured)) if measured else None
+        failed = absent(path)
+        manifest = failed or open_artifact(path, "evaluation")
+        measured = (
+            manifest.recipe if failed else manifest.facts.get("measured", {}).get("recipe", {})
+        )
+        variant = names.get(_known_by(measured)) if {*VARIED} <= {*measured} else None
         if variant is None:
             raise UserError(f"{path}: is the evaluation of no variant of this sweep: {measured}")
         if variant in found:
@@ -126,10 +145,10 @@ def _by_variant(
 
 def _known_by(sections: Mapping[str, Any]) -> str:
     """Digest of what decides on the student: the rest, e.g. fusions, is as each machine has it."""
-    return digest(decisive(sections))
+    return digest(decisive({name: sections.get(name) for name in VARIED}))
 
 
-def _changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def changes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Name -> the fields that are not the same in all variants, `section.field` -> value."""
     flat = {name: tracking.flatten(sections) for name, sections in wanted.items()}
     fields = list(dict.fromkeys(field for values in flat.values() for field in values))

@@ -9,6 +9,7 @@ from flagscale.tracking.step import step_run
 
 VARIANT_TAG = "flagscale.variant"
 WINNER_TAG = "flagscale.winner"
+FAILED_TAG = "flagscale.failed"  # with the error
 
 
 def log_variants(board: Mapping[str, Any]) -> None:
@@ -30,3 +31,7 @@ def log_variants(board: Mapping[str, Any]) -> None:
             figures = {name: interval["value"] for name, interval in row["figures"].items()}
             sizes = {name: float(row[name]) for name in ("rank", "parameters", "tokens_per_second")}
             run.log_metrics(figures | sizes)
+    for one in board.get("failed", ()):
+        with step_run(one["name"], one["changes"], f"leaderboard {one['name']} failed") as run:
+            run.set_tag(VARIANT_TAG, one["name"])
+            run.set_tag(FAILED_TAG, one["error"])

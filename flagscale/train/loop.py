@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import (
     RerunDataIterator,
     RerunMode,
@@ -22,7 +20,6 @@ from megatron.core.rerun_state_machine import (
 from flagscale.errors import Interrupted
 from flagscale.megatron import platform
 from flagscale.megatron.global_vars import get_args
-from flagscale.post_training.pipeline_shapes import adjust_tensor_shapes_fn
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.audit import AuditError, TrainingAudit
 from flagscale.train.auxiliary_losses import (
@@ -30,15 +27,14 @@ from flagscale.train.auxiliary_losses import (
     forget_auxiliary_losses,
     prediction_losses,
 )
-from flagscale.train.batches import ChunkBatches, micro_batch_shape
+from flagscale.train.batches import ChunkBatches
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
 from flagscale.train.checkpoints.save_timer import SaveTimer
 from flagscale.train.diagnostics import Diagnostics
+from flagscale.train.schedule import ForwardStep, Report, reduce_reports, run_schedule
 from flagscale.train.train_gpt import forward_step
 from flagscale.train.trainer import Trainer
 
-Report = dict[str, torch.Tensor]
-ForwardStep = Callable[..., Any]
 Look = Callable[[ForwardStep], AbstractContextManager[ForwardStep]]
 
 
@@ -66,6 +62,7 @@ def train(
     observer: Observer,
     stop_requested: Callable[[], bool],
     clock: Callable[[], float] = time.monotonic,
+    until_step: int | None = None,
 ) -> None:
     """Train from `state.step` to `training.train_iters`. All ranks call it.
 
@@ -80,6 +77,8 @@ def train(
         observer: told of every record.
         stop_requested: asked after every step; it is enough that one rank is asked to stop.
         clock: seconds; the first rank's alone counts.
+        until_step: stop after this step, with a checkpoint and as if nothing had happened: nothing
+            else is done than in a training that goes on.
 
     Raises:
         Interrupted: it was asked to stop, and has saved a checkpoint.
@@ -104,7 +103,8 @@ def train(
 
     if state.step == 0:
         validate()
-    while state.step < training.train_iters:
+    last = min(until_step or training.train_iters, training.train_iters)
+    while state.step < last:
         try:
             record = train_step(trainer, train_batches, partial(audit.look, state.step + 1))
         except (SuspiciousResultError, AuditError):
@@ -119,10 +119,10 @@ def train(
         if finished or state.step % training.eval_interval == 0:
             validate()
         stop, due = _any_rank(stop_requested(), timer.due())
-        if stop or due or training.saves_at(state.step):
+        if stop or due or training.saves_at(state.step) or state.step == last:
             timer.restart()
             save()
-        if stop and not finished:
+        if stop and state.step < last:
             checkpoints.wait()
             raise Interrupted(f"stopped after step {state.step} of {training.train_iters}")
     checkpoints.wait()
@@ -193,6 +193,13 @@ def evaluate_loss(
     Returns:
         Each reported loss, nats a token.
     """
+    return reduce_reports(evaluation_reports(chunks, batches, num_batches))
+
+
+def evaluation_reports(
+    chunks: Sequence[GPTModel], batches: ChunkBatches, num_batches: int
+) -> list[Report]:
+    """What each micro-batch reports (see `run_schedule`); takes what `evaluate_loss` takes."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -202,7 +209,7 @@ def evaluate_loss(
     for chunk, mode in zip(chunks, modes, strict=True):
         chunk.train(mode)
     forget_auxiliary_losses()
-    return reduce_reports(reports)
+    return reports
 
 
 @contextmanager
@@ -215,73 +222,6 @@ def _no_reruns() -> Iterator[None]:
         yield
     finally:
         machine.mode = mode
-
-
-def run_schedule(
-    chunks: Sequence[GPTModel],
-    data_iterators: Sequence[Any],
-    num_micro_batches: int,
-    forward_only: bool = False,
-    step: ForwardStep = forward_step,
-) -> list[Report]:
-    """Run `forward_step` on micro-batches by Megatron-Core's schedule for the pipeline.
-
-    Args:
-        chunks: of the model, wrapped or not.
-        data_iterators: one a chunk; see `flagscale.train.batches.get_batch`.
-        num_micro_batches: how many to take of each.
-        forward_only: compute no gradients.
-        step: `forward_step`, or one around it.
-
-    Returns:
-        What the loss function reported, one a micro-batch; empty but on the last stage.
-    """
-    args = get_args()
-    seq_length, micro_batch_size = micro_batch_shape(args)
-    sizes: dict[str, Any] = {
-        "seq_length": seq_length,
-        "micro_batch_size": micro_batch_size,
-        "decoder_seq_length": seq_length,
-    }
-    reports: list[Report] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=list(data_iterators) if len(chunks) > 1 else data_iterators[0],
-        model=list(chunks),
-        num_microbatches=num_micro_batches,
-        forward_only=forward_only,
-        adjust_tensor_shapes_fn=adjust_tensor_shapes_fn(chunks, sizes),
-        **sizes,
-    )
-    return reports
-
-
-def reduce_reports(
-    reports: list[Report], others: dict[str, float] | None = None
-) -> dict[str, float]:
-    """Mean of every reported loss over micro-batches and data-parallel ranks, known to all ranks.
-
-    Args:
-        reports: one a micro-batch: name -> `[sum, count]`; empty but on the last pipeline stage.
-        others: means that this stage knows already.
-    """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    means = dict(others or {})
-    if reports:
-        # One collective, and one wait for the GPU, for all losses.
-        losses = [torch.stack(list(report.values())).double() for report in reports]
-        totals = torch.stack(losses).sum(dim=0)
-        torch.distributed.all_reduce(totals, group=group)
-        mean = totals[:, 0] / totals[:, 1].clamp(min=1)
-        means |= dict(zip(reports[0], mean.tolist(), strict=True))
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        told = [means]
-        torch.distributed.broadcast_object_list(
-            told,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        means = told[0]
-    return means
 
 
 def _any_rank(*mine: bool) -> list[bool]:

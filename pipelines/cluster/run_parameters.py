@@ -16,7 +16,7 @@ from typing import Any
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, set_in_vain
-from flagscale.run_values import FIELDS, SECTIONS, check_run
+from flagscale.run_values import FIELDS, LISTS, SECTIONS, check_run
 from flagscale.run_values.literal import literal
 from pipelines import form
 from pipelines.cluster.parameter_values import read_typed, read_yaml
@@ -82,11 +82,12 @@ def read_parameters(
 
 
 def _recipes(recipe: Recipe, checked: Mapping[str, Any]) -> list[Recipe]:
-    whole = recipe.model_dump(exclude={"sweep"}) | {n: checked[n] for n in SECTIONS if n in checked}
-    variants = checked.get("sweep_variants", [{}])
+    whole = recipe.model_dump(exclude={"sweep", "search"})
+    whole |= {name: checked[name] for name in SECTIONS if name in checked}
+    several = [checked[name] for name in LISTS if name in checked]
     return [
-        Recipe.model_validate(whole | {n: variant[n] for n in VARIED if n in variant})
-        for variant in variants
+        Recipe.model_validate(whole | {n: one[n] for n in VARIED if n in one})
+        for one in (several[0] if several else [{}])
     ]
 
 
@@ -133,6 +134,12 @@ def _unknown(
                 f"parameter {key}: the sweep varies {varied}; change it with "
                 "--set 'sweep.vary={...}', or give all variants of this run with "
                 "-p 'sweep_variants=[...]'"
+            )
+        if recipe.search is not None and section == "student":
+            return (
+                f"parameter {key}: the search gives the students; change them with "
+                "--set 'search.candidates=[...]', or give all candidates of this run with "
+                "-p 'search_candidates=[...]'"
             )
         return (
             f"parameter {key}: {section} is fixed when the pipeline is made; change it with "

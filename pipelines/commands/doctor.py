@@ -39,6 +39,8 @@ def work(arguments: argparse.Namespace) -> str:
     recipe, _ = fitted(read_recipe(arguments), None)
     if recipe.sweep is not None:
         raise UserError("sweep: a doctor looks at one student; give --set sweep=null and a variant")
+    if recipe.search is not None:
+        raise UserError("search: a doctor looks at one student; give --set search=null, and one")
     result = prepare_recipe(recipe, arguments.runs)
     outputs = {name: path for step in result.steps.values() for name, path in step.outputs.items()}
     from flagscale.execution.logs import configure_logging

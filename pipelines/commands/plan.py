@@ -9,6 +9,7 @@ from pipelines.commands.arguments import add_recipe, new_command, read_recipe
 from pipelines.plan_text import as_json, as_text
 from pipelines.planning import plans
 from pipelines.platform import load_platform
+from pipelines.search_budget import search_cost
 
 _EXAMPLES = """\
   python -m pipelines plan recipes/qwen3-8b-to-24-layers.yaml --platform gke-h100
@@ -53,7 +54,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def work(arguments: argparse.Namespace) -> str:
-    """The plan of the recipe, or of each variant of its sweep."""
+    """The plan of the recipe, of each variant of its sweep, or of each candidate of its search."""
     recipe = read_recipe(arguments)
     platform = load_platform(arguments.platform) if arguments.platform else None
     where = Path(arguments.platform).stem if arguments.platform else "this machine"
@@ -65,4 +66,7 @@ def work(arguments: argparse.Namespace) -> str:
         return f"{recipe.name} on {where}\nnot checked: {error}"
     if arguments.json:
         return json.dumps([as_json(plan, where) for plan in found], indent=2)
-    return "\n\n\n".join(as_text(plan, where) for plan in found)
+    told = [as_text(plan, where) for plan in found]
+    if recipe.search is not None:
+        told.append(str(search_cost(recipe, [plan.steps for plan in found])))
+    return "\n\n\n".join(told)

@@ -180,13 +180,14 @@ def check_sources(recipe: Recipe) -> None:
 
     config = load_hf_config(recipe.teacher.source, recipe.teacher.revision)
     teacher = from_hf_config(config, ignored=recipe.teacher.ignored_config_fields)
-    if recipe.sweep is None:
+    variants = recipe.variants
+    if not variants:
         _check_student(recipe, teacher)
-    for variant in recipe.variants:
+    for variant in variants:
         try:
             _check_student(variant.recipe, teacher)
         except UserError as error:
-            raise UserError(f"sweep.vary: the variant {variant.name!r}: {error}") from error
+            raise UserError(f"{recipe.varied} {variant.name!r}: {error}") from error
     for corpus in recipe.data.corpora:
         # of a dataset on the hub the first document may be a large download
         if not (is_remote(corpus) and kind_of_source(corpus) == "huggingface"):

@@ -136,6 +136,8 @@ def checkpoint_folder(recipe: Recipe, runs: Path) -> Path:
     sections = decisive(sections)
     if recipe.sweep is not None:
         sections["vary"] = recipe.sweep.model_dump(mode="json")["vary"]
+    if recipe.search is not None:
+        sections["candidates"] = recipe.search.model_dump(mode="json")["candidates"]
     return _plain(runs) / "checkpoints" / f"{recipe.name}-{digest(sections)[7:19]}"
 
 

@@ -17,6 +17,7 @@ from kfp.local import cache as kfp_cache
 
 from flagscale.artifacts import MANIFEST, open_artifact
 from flagscale.errors import UserError
+from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.shared import damage, read_pointer
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,9 @@ def _damage(path: Path) -> str | None:
         if pointer is not None:
             return damage(pointer)
         if path.is_dir():
+            failed = absent(path)
+            if failed is not None and not is_empty(failed):
+                return f"there was none: {reason(failed)}"
             open_artifact(path, json.loads(manifest.read_text(encoding="utf-8"))["kind"])
         elif path.stat().st_size == 0:
             return f"{path} is empty"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,9 @@ class RunResult:
 
 
 class Plan:
-    """The steps that a pipeline has here, where a loop's variants run one after another.
+    """The steps that a pipeline has here, where a loop's items are taken one after another.
+
+    A step that is there several times, in loops or in a search's rungs, is numbered as it runs.
 
     Attributes:
         total: number of steps.
@@ -70,34 +73,73 @@ class Plan:
         """Read it from the pipeline.
 
         Args:
-            pipeline: its loops, if any, go over a parameter of the pipeline.
+            pipeline: its loops, if any, go over a parameter of the pipeline or fixed items.
             arguments: it will be run with these.
         """
-        self.total = 0
-        self._variants: dict[str, list[str]] = {}
+        self._turns: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
         spec = pipeline.pipeline_spec
         for task in spec.root.dag.tasks.values():
-            body = spec.components[task.component_ref.name].dag.tasks
+            component = task.component_ref.name
+            body = spec.components[component].dag.tasks
             if not body:
-                self.total += 1
+                self._add(component, [""])
                 continue
-            parameter = task.parameter_iterator.items.input_parameter
-            parameter = parameter.removeprefix("pipelinechannel--")
-            variants = _names(arguments.get(parameter, _default(pipeline, parameter)))
-            self.total += len(body) * len(variants)
-            self._variants |= dict.fromkeys(body, variants)
+            labels = self._labels(pipeline, task, arguments)
+            for inner in body.values():
+                self._add(inner.component_ref.name, labels)
+        self.total = sum(self._counts.values())
+        self._ended: Counter[str] = Counter()
 
-    def turn(self, name: str, before: int) -> tuple[str, str]:
-        """What the step is called in this run, and its variant; empty for a step of no loop.
+    def turn(self, name: str) -> tuple[str, str]:
+        """What the step that runs now is called in this run, and whose it is; empty: of all.
 
         Args:
-            name: of the step.
-            before: how often it has run.
+            name: of the step, as KFP numbers those of one kind: `distil-student-2`.
         """
-        variants = self._variants.get(name)
-        if variants is None:
-            return name, ""
-        return f"{name}-{before + 1}", variants[before]
+        step = step_of(name)
+        if self._counts[step] == 1 and step not in self._looped:
+            return step, ""
+        labels, ended = self._turns[name], self._ended[name]
+        number = 1 + sum(n for other, n in self._ended.items() if step_of(other) == step)
+        return f"{step}-{number}", labels[ended] if ended < len(labels) else ""
+
+    def ended(self, name: str) -> None:
+        """The step has ended: the next of its name is the next one."""
+        self._ended[name] += 1
+
+    @property
+    def _looped(self) -> set[str]:
+        return {step_of(name) for name, labels in self._turns.items() if labels != [""]}
+
+    def _add(self, component: str, labels: list[str]) -> None:
+        name = component.removeprefix("comp-")
+        self._turns[name] = labels
+        self._counts[step_of(name)] += len(labels)
+
+    def _labels(
+        self,
+        pipeline: BaseComponent,
+        task: Any,  # noqa: ANN401 - KFP's
+        arguments: Mapping[str, Any],
+    ) -> list[str]:
+        """What the items of a loop are called."""
+        items = task.parameter_iterator.items
+        if items.raw:
+            return [f"{task.task_info.name}, {_text(item)}" for item in json.loads(items.raw)]
+        parameter = items.input_parameter.removeprefix("pipelinechannel--")
+        names = _names(arguments.get(parameter, _default(pipeline, parameter)))
+        title = task.task_info.name  # KFP's own, where the loop has none
+        return [f"{title}, {name}" if title.startswith("rung ") else name for name in names]
+
+
+def step_of(name: str) -> str:
+    """The step's own name, which KFP numbers from the second task of a kind on."""
+    return re.sub(r"-\d+$", "", name)
+
+
+def _text(item: Any) -> str:  # noqa: ANN401 - any JSON value
+    return " ".join(f"{key} {value}" for key, value in item.items())
 
 
 def _default(pipeline: BaseComponent, parameter: str) -> Any:  # noqa: ANN401 - any JSON value
@@ -128,7 +170,6 @@ class Steps:
         self._run = run
         self._stopper = stopper
         self._plan = plan
-        self._ended: Counter[str] = Counter()
         self._current = ""
         self._begin = 0.0
 
@@ -140,7 +181,7 @@ class Steps:
             StepFailed: an earlier step has failed, which KFP's loops would go on after.
         """
         self._check()
-        key, _ = self._turn(name)
+        key, _ = self._plan.turn(name)
         logger.info("%s %s ...", self._position(), self._title(name))
         notes = self._result.folder / "steps" / key
         notes.mkdir(parents=True)
@@ -150,14 +191,20 @@ class Steps:
 
     def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
         """Note beside the outputs who made them."""
-        self._stopper.step_folder = None
+        notes, self._stopper.step_folder = self._stopper.step_folder, None
         seconds = time.monotonic() - self._begin
-        logger.info("%s %s done in %s", self._position(), self._title(name), duration(seconds))
+        error = notes and read_error(notes)  # of one of several, which the run goes on without
+        done = (
+            f"failed after {duration(seconds)}: {error}"
+            if error
+            else (f"done in {duration(seconds)}")
+        )
+        logger.info("%s %s %s", self._position(), self._title(name), done)
         note = {
-            "step": name,
+            "step": step_of(name),
             "seconds": seconds,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "mlflow_run_id": self._run.newest_child(name),
+            "mlflow_run_id": self._run.newest_child(step_of(name)),
         }
         for path in list(outputs.values())[:1]:  # KFP keeps a task's outputs in one folder
             write_json(path.parent / _NOTE, note)
@@ -170,9 +217,8 @@ class Steps:
         made = f", made {note['finished']}" if note else ""
         logger.info("%s %s reused from cache%s", self._position(), self._title(name), made)
         if outputs:  # a step without any, like a check, is not tracked
-            self._run.reuse(name, note.get("mlflow_run_id"), read_scalars(outputs))
-        if name == "leaderboard":
-            _show_variants(outputs["leaderboard"])
+            self._run.reuse(step_of(name), note.get("mlflow_run_id"), read_scalars(outputs))
+        _show_students(outputs)
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
     def failure(self) -> BaseException:
@@ -191,31 +237,34 @@ class Steps:
         if self._stopper.step_folder is not None:  # of a step that has not ended well
             raise StepFailed(f"{self._current} failed")
 
-    def _turn(self, name: str) -> tuple[str, str]:
-        return self._plan.turn(name, self._ended[name])
-
     def _title(self, name: str) -> str:
-        variant = self._turn(name)[1]
-        return f"{name} ({variant})" if variant else name
+        variant = self._plan.turn(name)[1]
+        return f"{step_of(name)} ({variant})" if variant else step_of(name)
 
     def _add(self, name: str, seconds: float, outputs: Mapping[str, Path], reused: bool) -> None:
-        key, variant = self._turn(name)
-        self._ended[name] += 1
+        key, variant = self._plan.turn(name)
+        self._plan.ended(name)
         self._result.steps[key] = StepResult(seconds, reused, outputs, variant)
         for output, path in outputs.items():
             # `distilled_student-2` is of a sweep's second variant.
-            (self._result.folder / f"{output}{key.removeprefix(name)}").symlink_to(path)
+            (self._result.folder / f"{output}{key.removeprefix(step_of(name))}").symlink_to(path)
 
     def _position(self) -> str:
         return f"[{len(self._result.steps) + 1}/{self._plan.total}]"
 
 
-def _show_variants(table: Path) -> None:
-    """Give this run's parent in MLflow the variants that the leaderboard's own step gave its."""
-    from flagscale.evaluation import LEADERBOARD
+def _show_students(outputs: Mapping[str, Path]) -> None:
+    """Give this run's parent in MLflow the children that the step which was reused gave its."""
+    from flagscale.evaluation import LEADERBOARD, SEARCH
+    from flagscale.tracking.candidates import log_candidates
     from flagscale.tracking.variants import log_variants
 
-    log_variants(json.loads((table / LEADERBOARD).read_text(encoding="utf-8")))
+    for output, file, log in (
+        ("leaderboard", LEADERBOARD, log_variants),
+        ("search", SEARCH, log_candidates),
+    ):
+        if output in outputs:
+            log(json.loads((outputs[output] / file).read_text(encoding="utf-8")))
 
 
 def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from shlex import quote
 from typing import Any
 
 from flagscale.artifacts import write_json
-from flagscale.evaluation import LEADERBOARD, METRICS
-from pipelines.local.steps import RunResult
+from flagscale.evaluation import LEADERBOARD, METRICS, SEARCH
+from pipelines.local.steps import RunResult, step_of
 from pipelines.outcome import duration
 
 _MODELS = {"teacher": "teacher", "student": "student before", "distilled": "student after"}
@@ -26,13 +26,17 @@ def summary(result: RunResult) -> str:
     """The text that ends a run; the same facts are in its `summary.json`."""
     metrics = _read(result, "evaluate", "evaluation", METRICS)
     board = _read(result, "leaderboard", "leaderboard", LEADERBOARD)
+    search = _search(result)
     facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
+    facts |= {"search": search} if search else {}
     write_json(result.folder / "summary.json", facts)
     parts = [_times(result), _places(result)]
     if metrics:
         parts.insert(0, _table(metrics))
     if board:
         parts.insert(0, _leaderboard(board))
+    if search:
+        parts.insert(0, _candidates(search))
     return "\n\n".join(parts)
 
 
@@ -85,8 +89,30 @@ def _leaderboard(board: Mapping[str, Any]) -> str:
     for name, figures in board["references"].items():
         cells = [_cell(figures[f], decimals) for f, (_, decimals) in shown.items()]
         rows.append(["", name, *cells, ""])
+    failed = [f"failed: {one['name']}: {one['error']}" for one in board["failed"]]
     best = f"The best by {shown[metric][0]} is exported: {board['rows'][0]['name']}."
-    return "\n".join([_measured(board), *_columns(rows), best])
+    return "\n".join([_measured(board), *_columns(rows), *failed, best])
+
+
+def _search(result: RunResult) -> dict[str, Any]:
+    """What the last ranking of a search wrote; empty where there was none."""
+    ranked = [name for name in result.steps if step_of(name) == "rank-candidates"]
+    return _read(result, ranked[-1], "search", SEARCH) if ranked else {}
+
+
+def _candidates(search: Mapping[str, Any]) -> str:
+    """The candidates, best first, with their losses of each rung."""
+    rungs = range(1, search["rung"] + 1)
+    rows = [["", "", *(f"rung {rung}" for rung in rungs), ""]]
+    for place, one in enumerate(search["candidates"], start=1):
+        losses = {point["rung"]: f"{point['loss']['value']:.4f}" for point in one["points"]}
+        outcome = f"{one['status']}: {one['why']}" if one["why"] else "trained to the end"
+        rows.append([str(place), one["name"], *(losses.get(r, "-") for r in rungs), outcome])
+    title = (
+        f"Held-out {search['metric'].replace('_', ' ')} of the candidates, nats a token, on "
+        f"{search['samples']} samples:"
+    )
+    return "\n".join([title, *_columns(rows)])
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
@@ -128,6 +154,9 @@ def _places(result: RunResult) -> str:
         lines.append(("report", result.folder / "evaluation" / "report.html"))
     if "leaderboard" in result.steps:
         lines.append(("report", result.folder / "leaderboard" / "report.html"))
+    ranked = [name for name in result.steps if step_of(name) == "rank-candidates"]
+    if ranked:
+        lines.append(("search", result.steps[ranked[-1]].outputs["search"] / "report.html"))
     for name in ("export-student", "export-winner"):
         if name in result.steps:
             lines.append(("student", result.folder / "exported_student"))

@@ -13,7 +13,10 @@ from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import load_recipe
 
 RECIPE = load_recipe("recipes/tiny.yaml").model_dump(mode="json", exclude_none=True)
-RECIPE["met"] = {}  # follows from it
+RECIPE |= {"met": {}, "of_many": {}}  # follow from it, and from the pipeline
+RECIPE["ranking"] = {
+    "rung": 2, "slots": 1, "bootstrap_samples": 100, "confidence": 0.95, "margin": 0.5,
+}  # fmt: skip
 CASES = [
     (component, name)
     for component in all_components().values()
@@ -41,7 +44,7 @@ def arguments(component: BaseComponent, lost: str, folder: Path, uri: str) -> di
         elif kind.annotation is dict:
             given[name] = {"cpu": "1"} if name == "pods" else RECIPE[name.removesuffix("_recipe")]
         else:
-            given[name] = {list: [], int: 2, str: "0"}[kind.annotation]
+            given[name] = {list: [], int: 2, str: "0", bool: False}[kind.annotation]
     return given
 
 

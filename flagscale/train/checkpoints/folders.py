@@ -120,20 +120,25 @@ class CheckpointFolders:
                 self._delete(old.path)
         return [one.path for one in stay]
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self, at_most: int | None = None) -> Checkpoint | None:
         """The checkpoint to resume from, None if there is none.
+
+        Args:
+            at_most: of no later step, where an earlier end of the training is asked for.
 
         Raises:
             UserError: its history cannot be read.
         """
         path = self._pointed_to()
-        if path is not None:
-            return _read(path)
-        complete = self._complete()
-        if not complete:
-            return None
-        logger.warning("%s names no checkpoint: taking the newest", self.root / _LATEST)
-        return complete[-1]
+        found = None if path is None else _read(path)
+        complete = [] if found else self._complete()
+        if complete:
+            logger.warning("%s names no checkpoint: taking the newest", self.root / _LATEST)
+            found = complete[-1]
+        if found is None or at_most is None or found.step <= at_most:
+            return found
+        earlier = [one for one in self._complete() if one.step <= at_most]
+        return earlier[-1] if earlier else None
 
     def best(self) -> Checkpoint | None:
         """Of those that count, the one with the smallest validation loss; None if none has one."""

@@ -116,15 +116,19 @@ class TrainingCheckpoints:
         while self._mirror and not on_first_rank(self.folder, _WRITING, self._mirror.uploaded):
             pass
 
-    def restore(self, trainer: Trainer) -> TrainingState:
+    def restore(self, trainer: Trainer, at_most: int | None = None) -> TrainingState:
         """Load the latest checkpoint, if there is one, and say where training stands.
+
+        Args:
+            trainer: filled in.
+            at_most: take none of a later step than this.
 
         Raises:
             UserError: the latest checkpoint cannot be read.
         """
         while self._mirror and not on_first_rank(self.folder, _READING, self._mirror.downloaded):
             pass
-        latest = on_first_rank(self.folder, _READING, self._folders.latest)
+        latest = on_first_rank(self.folder, _READING, lambda: self._folders.latest(at_most))
         if latest is None:
             return TrainingState()
         load_state(trainer, latest.path / STATE, latest.layout)

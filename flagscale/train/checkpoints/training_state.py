@@ -12,6 +12,7 @@ its projections are read.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from dataclasses import dataclass, field
@@ -51,6 +52,18 @@ class TrainingState:
     step: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def median_speed(self) -> float | None:
+        """Tokens a second of all ranks together; None before the first step."""
+        speeds = sorted(record["tokens per second"] for record in self.training)
+        return speeds[len(speeds) // 2] if speeds else None
+
+    def write(self, folder: Path) -> None:
+        """Write the curves, a line a record: training.jsonl and validation.jsonl."""
+        for name, records in (("training", self.training), ("validation", self.validation)):
+            lines = [json.dumps(record) + "\n" for record in records]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def layout() -> dict[str, int]:

@@ -18,7 +18,7 @@ from flagscale.models.random_weights import with_random_weights
 from flagscale.post_training.conversion import convert_for_distillation
 from flagscale.recipe import DistillationRecipe, ModelsRecipe
 from flagscale.train.batches import reads_data
-from flagscale.train.loop import reduce_reports, run_schedule
+from flagscale.train.schedule import reduce_reports, run_schedule
 
 SEQ_LENGTH = 16
 SIZES = {

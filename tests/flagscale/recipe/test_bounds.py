@@ -19,6 +19,7 @@ from tests.flagscale.test_recipe import MINIMAL
 # Looked through by validators of their own.
 ANY = {
     "ArchitectureRecipe.heterogeneous_layers_config",
+    "CandidatesRecipe.vary",
     "DataRecipe.chat_template_kwargs",
     "SweepRecipe.vary",
 }

@@ -16,6 +16,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT
 from flagscale.evaluation.fidelity import FIGURES, Fidelity
 from flagscale.evaluation.figures import summarise
+from flagscale.execution.absent import write_absent
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import Metric
 from flagscale.steps.export_winner import export_winner
@@ -164,6 +165,49 @@ def test_a_winner_that_was_not_given_is_missed(results: list[Path], tmp_path: Pa
     others = [tmp_path / "student temperature=1.0", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
         export_winner(SWEEP.export, others, results, tmp_path / "board", tmp_path / "out")
+
+
+def test_variants_that_failed_come_last_with_their_errors(
+    results: list[Path], tmp_path: Path
+) -> None:
+    sections = SWEEP.variants[1].recipe.model_dump(mode="json")
+    own = {name: sections[name] for name in ("student", "distillation", "training")}
+    write_absent(tmp_path / "failed", "distil-student", "<no room>", {**own, "data": {}})
+    given = [results[0], tmp_path / "failed", results[2]]
+    figures = rank_variants(VARIANTS, "kl", given, tmp_path / "board")
+    board = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
+    assert [row["name"] for row in board["rows"]] == ["temperature=1.0", "temperature=4.0"]
+    assert (figures["winner"], figures["variants"], figures["failed"]) == (1, 2, 1)
+    assert board["failed"] == [
+        {
+            "number": 2,
+            "name": "temperature=2.0",
+            "changes": {"distillation.temperature": "2.0"},
+            "error": "distil-student: <no room>",
+        }
+    ]
+    page = (tmp_path / "board" / "report.html").read_text()
+    assert "distil-student: &lt;no room&gt;" in page
+    lines = (tmp_path / "board" / "leaderboard.csv").read_text().splitlines()
+    assert lines[-1].startswith(",temperature=2.0,2.0,")
+    assert {line.count(",") for line in lines} == {lines[0].count(",")}
+    # The winner's students are found among those that are not there.
+    students = [tmp_path / "failed", tmp_path / "student temperature=4.0"]
+    with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
+        export_winner(SWEEP.export, students, given, tmp_path / "board", tmp_path / "out")
+
+
+def test_a_sweep_of_failures_is_told_with_all_of_them(tmp_path: Path) -> None:
+    given = []
+    for variant in SWEEP.variants:
+        sections = variant.recipe.model_dump(mode="json")
+        own = {name: sections[name] for name in ("student", "distillation", "training")}
+        given.append(tmp_path / variant.name)
+        write_absent(given[-1], "convert-student", f"of {variant.name}", own)
+    with pytest.raises(UserError) as caught:
+        rank_variants(VARIANTS, "kl", given, tmp_path / "board")
+    for variant in SWEEP.variants:
+        assert f"{variant.name}: convert-student: of {variant.name}" in str(caught.value)
 
 
 def test_a_recipe_may_name_every_figure_that_is_paired() -> None:

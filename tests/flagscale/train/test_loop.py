@@ -20,14 +20,9 @@ from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
-from flagscale.train.loop import (
-    SuspiciousResultError,
-    evaluate_loss,
-    reduce_reports,
-    train,
-    train_step,
-)
+from flagscale.train.loop import SuspiciousResultError, evaluate_loss, train, train_step
 from flagscale.train.rank_batches import RankBatches
+from flagscale.train.schedule import reduce_reports
 from flagscale.train.setup import build_model_chunks, setup_training
 
 RECIPE = TrainingRecipe(

@@ -113,10 +113,18 @@ def test_the_plan_counts_loops(
 ) -> None:
     plan = Plan(pipeline, arguments)
     assert plan.total == total
-    assert plan.turn("make", 0) == ("make", "")
+    assert plan.turn("make") == ("make", "")
     if arguments:
-        turns = [plan.turn("train", before) for before in range(3)]
-        assert turns == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
+        assert turns(plan, "train", 3) == [("train-1", "a"), ("train-2", "b"), ("train-3", "3")]
+
+
+def turns(plan: Plan, name: str, count: int) -> list[tuple[str, str]]:
+    """What a step is called each time that it runs."""
+    found = []
+    for _ in range(count):
+        found.append(plan.turn(name))
+        plan.ended(name)
+    return found
 
 
 def test_the_plan_counts_a_sweep_with_its_check() -> None:
@@ -124,7 +132,24 @@ def test_the_plan_counts_a_sweep_with_its_check() -> None:
     plan = Plan(build_pipeline(recipe), {})
     names = [variant.name for variant in recipe.variants]
     assert plan.total == 5 + 3 * len(names)
-    assert [plan.turn("evaluate", n) for n in (0, 1)] == [
-        ("evaluate-1", names[0]),
-        ("evaluate-2", names[1]),
-    ]
+    assert turns(plan, "evaluate", 2) == [("evaluate-1", names[0]), ("evaluate-2", names[1])]
+
+
+def test_the_plan_counts_the_rungs_of_a_search() -> None:
+    recipe = load_recipe("recipes/tiny-search.yaml")
+    assert recipe.search is not None
+    plan = Plan(build_pipeline(recipe), {})
+    names = [variant.name for variant in recipe.variants]
+    slots = recipe.search.slots_of(len(names))
+    assert slots == (6, 3, 2)
+    # check, data, teacher; a conversion and a training each; a pick and a training a slot; three
+    # rankings; pick, training, evaluation and export of the winner.
+    assert plan.total == 3 + 2 * 6 + 2 * (3 + 2) + 3 + 4
+    first = turns(plan, "distil-student", 6)
+    assert first[1] == ("distil-student-2", f"rung 1, {names[1]}")
+    assert turns(plan, "distil-student-2", 3)[2] == ("distil-student-9", "rung 2, slot 3")
+    assert turns(plan, "distil-student-3", 2)[0] == ("distil-student-10", "rung 3, slot 1")
+    assert plan.turn("distil-student-4") == ("distil-student-12", "")
+    assert plan.turn("evaluate") == ("evaluate", "")
+    assert turns(plan, "rank-candidates", 1) == [("rank-candidates-1", "")]
+    assert plan.turn("rank-candidates-2") == ("rank-candidates-2", "")

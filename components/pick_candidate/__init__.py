@@ -1,0 +1,1 @@
+"""The step that hands on a student of a search."""

@@ -1,0 +1,1 @@
+"""The step that ends a rung of a search."""

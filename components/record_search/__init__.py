@@ -1,0 +1,1 @@
+"""The step that completes a search's run in MLflow."""

@@ -1,0 +1,209 @@
+"""Section `search`: which students are candidates, and how they are narrowed down to one.
+
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are trained a little,
+the worse ones are dropped, the rest go on. A candidate's training is one training with one learning
+rate schedule, `training`, which is stopped at the end of each rung and goes on in the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from flagscale.recipe.distillation import DistillationRecipe
+from flagscale.recipe.section import (
+    NUMBER,
+    Line,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Ranks,
+    Section,
+)
+from flagscale.recipe.sweep import check_vary
+from flagscale.recipe.training import TrainingRecipe
+
+MOST_CANDIDATES = 64
+_MOST_RUNGS = 8
+
+Ranking = Literal["distillation_loss", "lm_loss"]
+
+
+class CandidatesRecipe(Section):
+    """Students that differ in some fields."""
+
+    name: Line | None = Field(None, description="What they are called; default: what they vary")
+    vary: dict[str, tuple[Any, ...]] = Field(
+        description="student.field: [values]; every combination is a candidate"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CandidatesRecipe:
+        check_vary(self.vary, ("student",))
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return math.prod(len(values) for values in self.vary.values())
+
+
+class RungRecipe(Section):
+    """How long candidates are trained before they are ranked, and how many of them go on."""
+
+    steps: PositiveInt = Field(description="Optimiser steps since the beginning of the training")
+    keep: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
+        0.5, description="Share of this rung's candidates that goes on, at most; rounded up"
+    )
+
+
+class RungsRecipe(Section):
+    """How candidates, whichever they are, are narrowed down to one."""
+
+    rungs: tuple[RungRecipe, ...] = Field(description="Of rising steps; after the last one is left")
+    metric: Ranking = Field(
+        "distillation_loss",
+        description="Held-out loss that ranks: distillation_loss: the recipe's divergence from the "
+        "teacher, by default the KL; lm_loss: of the text",
+    )
+    samples: Annotated[PositiveInt, Field(ge=2)] = Field(
+        64, description="Samples of the validation split that candidates are ranked on"
+    )
+    bootstrap_samples: Annotated[PositiveInt, Field(ge=100, le=10**6)] = Field(
+        1000, description="Resamples of them for the intervals"
+    )
+    confidence: Annotated[Positive, Field(lt=1)] = Field(0.95, description="Mass of the intervals")
+    margin: NonNegative = Field(
+        0.5,
+        description="A candidate is dropped, though there is room, if it is surely worse than the "
+        "best by more than this share of the best's loss: what training may still make up for",
+    )
+    parallelism: Ranks = Field(
+        2, description="Candidates at a time, on a cluster; this machine takes one after another"
+    )
+    budget_tokens: Annotated[Positive, Field(ge=1, le=1e15)] | None = Field(
+        None, description="Most tokens that all trainings together may see; default: no limit"
+    )
+    budget_gpu_hours: Positive | None = Field(
+        None, description="Most hours of accelerators, by the planner's estimate; default: no limit"
+    )
+
+    def slots_of(self, count: int) -> tuple[int, ...]:
+        """How many of so many candidates each rung trains, at most."""
+        found = [count]
+        for rung in self.rungs[:-1]:
+            found.append(max(1, math.ceil(round(rung.keep * found[-1], 9))))
+        return tuple(found)
+
+    def steps_of(self, count: int, train_iters: int) -> int:
+        """Optimiser steps of all trainings together, at most: of the rungs and of the winner."""
+        ends = [rung.steps for rung in self.rungs]
+        lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+        slots = self.slots_of(count)
+        trained = sum(n * length for n, length in zip(slots, lengths, strict=True))
+        return trained + train_iters - ends[-1]
+
+    @model_validator(mode="after")
+    def _check_rungs(self) -> RungsRecipe:
+        if not self.rungs:
+            raise ValueError("rungs=[]: needs at least one")
+        steps = [rung.steps for rung in self.rungs]
+        if steps != sorted(set(steps)) or len(steps) > _MOST_RUNGS:
+            raise ValueError(
+                f"rungs: steps={steps} must rise from rung to rung, in at most {_MOST_RUNGS} rungs"
+            )
+        if self.rungs[-1].keep != RungRecipe.model_fields["keep"].default:
+            raise ValueError(
+                f"rungs: the last has keep={self.rungs[-1].keep}, which has no effect: one "
+                "candidate is left after it; leave it out"
+            )
+        return self
+
+
+class SearchRecipe(RungsRecipe):
+    """Candidates, rungs, and what decides between them."""
+
+    candidates: tuple[CandidatesRecipe, ...] = Field(description="Students to choose from")
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are."""
+        return sum(candidates.count for candidates in self.candidates)
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> SearchRecipe:
+        if not 2 <= self.count <= MOST_CANDIDATES:
+            raise ValueError(
+                f"candidates: make {self.count}; a search needs at least 2 and at most "
+                f"{MOST_CANDIDATES}"
+            )
+        return self
+
+
+class RankingRecipe(Section):
+    """What decides at the end of one rung; rank-candidates is given it."""
+
+    rung: PositiveInt = Field(description="From 1")
+    slots: PositiveInt = Field(description="How many candidates go on at most")
+    bootstrap_samples: PositiveInt = Field(description="As in `search`")
+    confidence: Positive = Field(description="As in `search`")
+    margin: NonNegative = Field(description="As in `search`")
+
+
+class OfManyRecipe(Section):
+    """What the training of one of many students is given besides; by default it is the only one."""
+
+    record_failure: bool = Field(
+        False, description="A failure is written into the output, and does not end the run"
+    )
+    until_step: NonNegativeInt = Field(0, description="Of a search: its rung's end; 0: train_iters")
+    samples: NonNegativeInt = Field(0, description="Of a search: held-out ones to measure on")
+
+
+def check_search(
+    search: RungsRecipe,
+    count: int,
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    seq_length: int,
+) -> None:
+    """Refuse a search that its training could not hold.
+
+    Args:
+        search: the recipe's section.
+        count: of its candidates.
+        distillation: the recipe's section.
+        training: the recipe's section.
+        seq_length: tokens a sample.
+
+    Raises:
+        ValueError: both values, and what would be right.
+    """
+    last = search.rungs[-1].steps
+    if last >= training.train_iters:
+        raise ValueError(
+            f"search.rungs: the last ends after steps={last}, but training.train_iters="
+            f"{training.train_iters}: the winner is trained on to train_iters, which must be more"
+        )
+    if search.metric == "distillation_loss" and distillation.loss == "none":
+        raise ValueError(
+            "search.metric=distillation_loss with distillation.loss=none: nothing is distilled; "
+            "set search.metric=lm_loss"
+        )
+    shares = training.global_batch_size // training.micro_batch_size
+    if search.samples % shares:
+        raise ValueError(
+            f"search.samples={search.samples} is not a multiple of the {shares} micro-batches of a "
+            "training step, which data-parallel ranks share; take the next multiple"
+        )
+    slots = list(search.slots_of(count))
+    tokens = search.steps_of(count, training.train_iters) * training.global_batch_size * seq_length
+    if search.budget_tokens is not None and tokens > search.budget_tokens:
+        raise ValueError(
+            f"search.budget_tokens={search.budget_tokens:g}, but rungs of {slots} "
+            f"candidates, and the winner's training to train_iters={training.train_iters}, are "
+            f"{tokens:,} tokens; lower search.rungs' steps or keep, or have fewer candidates"
+        )
