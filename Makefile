@@ -103,6 +103,7 @@ sizes: $(VENV)/.test  ## measure what ranks hold, renew the tables of docs/sizes
 bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
 	$(BIN)/python benchmarks/kd_loss.py
 	$(BIN)/python benchmarks/output_layer.py
+	$(BIN)/python benchmarks/intermediate_terms.py
 	$(BIN)/python benchmarks/data_loader.py
 	$(BIN)/python benchmarks/teacher_outputs.py
 	$(BIN)/python benchmarks/startup.py

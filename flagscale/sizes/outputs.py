@@ -25,7 +25,8 @@ PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 _CHUNK = {"cpu": 2**22, "cuda": 2**27}
 _BUFFERS = 4
 BIAS_POSITIONS = 256  # of a sample, that the bias is measured on (`models.outputs_bias`)
-_MEASURED = 6  # float64 buffers of a chunk of 2**22 numbers (`teacher_outputs.bias`)
+# Float64 buffers of at most 2**22 numbers (`teacher_outputs.bias`), and logits beside them.
+_MEASURED, _COMPARED = {"hidden": 8, "sampled": 11, "topk": 11}, {"hidden": 3}
 
 
 def asked_tokens(recipes: Iterable[Recipe]) -> int:
@@ -129,7 +130,8 @@ def cache_rank(teacher: AskedTeacher, layout: Layout, stage: int) -> Parts:
         # Its bias is measured: whole rows in float64, the true ones and the decoded.
         positions = min(teacher.seq_length, BIAS_POSITIONS)
         rows = positions * shape.padded_vocab_size
-        measured = 2 * FLOAT32 * rows + 8 * _MEASURED * min(rows, _CHUNK["cpu"])
+        measured = FLOAT32 * _COMPARED.get(teacher.codec, 2) * rows
+        measured += 8 * _MEASURED[teacher.codec] * min(rows, _CHUNK["cpu"])
         if teacher.codec != "hidden":
             phases.append(held | {"activations": hidden, "logits": size * logits + buffers})
         phases.append(held | {"activations": hidden, "logits": measured})

@@ -186,7 +186,7 @@ def training_step(job: Job, layout: Layout | None = None) -> StepPlan:
             flops += terms.flops(*work, trains=trains)
             touched += terms.touched(*work, trains=trains)
     saved = saved_bytes(job.student, setup)
-    reads = 2 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
+    reads = 2.0 * (job.student_bytes + (job.teacher_bytes if job.distilled_from else 0))
     if job.reads_outputs:
         a_token = bytes_per_token(recipe.teacher_outputs, job.teacher.shape, size, seq_length)
         reads += int((tokens + validated) * a_token)

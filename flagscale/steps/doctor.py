@@ -19,6 +19,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.layout import check_layout
+from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.audit_artifacts import audited_batch
@@ -32,6 +33,7 @@ from flagscale.recipe import (
     ParallelismRecipe,
     TrainingRecipe,
 )
+from flagscale.recipe.layer_pairs import check_layer_pairs
 
 _TP = "TP1 equals TP2"
 # Of the order of sums: a share of the figure.
@@ -116,13 +118,8 @@ def _on_two_ranks(
         return not_run(_TP, "this machine has one GPU")
     halves = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
     try:
-        for path in (paths.teacher, paths.student):
-            sizes: ParallelismRecipe = halves.sizes
-            shape = ModelShape.load(path)
-            check_layout(shape, sizes, _seq_length(paths), section="models")
-            if shape.quantization is not None:
-                check_quantized(shape, shape.quantization, sizes, calibrates=False)
-    except UserError as error:
+        _check_halves(common["distillation"], training, paths, halves.sizes)
+    except (UserError, ValueError) as error:
         return not_run(_TP, f"the models do not divide by two: {error}")
     found = call_on_ranks("doctor", audit_on_rank, halves.processes, **common, models=halves)
     share, worst = 0.0, ""
@@ -139,6 +136,23 @@ def _on_two_ranks(
         "largest change of a loss or of its gradient's size on two ranks, as a share",
         f"the {worst} differs by {share:.3g} of itself on two tensor-parallel ranks",
     )
+
+
+def _check_halves(
+    distillation: DistillationRecipe,
+    training: TrainingRecipe,
+    paths: Paths,
+    sizes: ParallelismRecipe,
+) -> None:
+    """Refuse what two ranks cannot share: models, quantised blocks, layers that are paired."""
+    teacher, student = ModelShape.load(paths.teacher), ModelShape.load(paths.student)
+    for shape in (teacher, student):
+        check_layout(shape, sizes, _seq_length(paths), section="models")
+    if student.quantization is not None:
+        check_quantized(student, student.quantization, sizes, calibrates=False)
+    shared = training.model_copy(update={"parallelism": sizes})
+    check_layer_pairs(distillation, shared, student.architecture)
+    check_paired_layers(distillation, student, teacher, sizes)
 
 
 def _seq_length(paths: Paths) -> int:

@@ -115,11 +115,13 @@ class OutputsWriter:
     def _claim(self) -> None:
         file = self.folder / FACTS
         if not file.exists():
-            # Several may begin at once, and all write the same.
+            # Several may begin at once, and all write the same; the others' files come and go.
             partial = self.folder / f".{FACTS}.{self._writer}"
             write_json(partial, self._facts.values())
-            flush(self.folder)  # before the records, which are nobody's without it
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
             os.replace(partial, file)
+            flush(self.folder, deep=False)  # before the records, which are nobody's without it
             return
         try:
             values = json.loads(file.read_text(encoding="utf-8"))

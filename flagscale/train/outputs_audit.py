@@ -80,8 +80,11 @@ def audit_outputs(args: Arguments, batches: ChunkBatches) -> None:
             f"now: {'; '.join(wrong)}; make them anew"
         )
     if torch.distributed.get_rank() == 0:
+        then, now = outputs.facts.params_dtype, str(args.params_dtype).removeprefix("torch.")
         logger.info(
-            "teacher outputs: asked again, the teacher answers the same: %s",
+            "teacher outputs (of the teacher in %s): asked again, in %s, it answers the same: %s",
+            then,
+            {"float32": "fp32", "bfloat16": "bf16"}.get(now, now),
             "; ".join(f"{f.check} {f.figure:.2g} (at most {f.tolerance:.2g})" for f in findings),
         )
 

@@ -64,7 +64,7 @@ def test_it_is_the_live_training_and_goes_on_where_it_was_stopped(
     with caplog.at_level("INFO"):
         cached = distil("cached", outputs)
     assert "resuming after step 2" in caplog.text
-    assert "asked again, the teacher answers the same: hidden states" in caplog.text
+    assert "in fp32): asked again, in fp32, it answers the same: hidden states" in caplog.text
     live = distil("live", outputs, LIVE)
     for name in ("training", "validation"):
         for ours, theirs in zip(records(cached, name), records(live, name), strict=True):

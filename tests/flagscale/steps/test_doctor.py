@@ -35,6 +35,19 @@ def test_the_loss_that_is_audited_is_the_recipes(teacher, student, dataset, monk
     ), found
 
 
+def test_terms_inside_the_models_are_audited_where_ranks_can_share_them(teacher, student, dataset):
+    recipe = DistillationRecipe(
+        intermediate_layer_pairs=[["decoder.layers.1", "decoder.layers.3", "mse"]],
+        attention_layer_pairs=[[0, 0], [1, 3]],
+        attention_relation_heads=1,
+    )
+    *found, on_two = doctor(recipe, TRAINING, Paths(teacher, student, dataset))
+    assert {one.verdict for one in found} == {"passed"}
+    assert {"intermediate loss", "attention loss"} <= {one.check for one in found}
+    assert on_two.verdict == "not run"
+    assert "attention_relation_heads" in on_two.note
+
+
 @pytest.mark.parametrize(
     "values",
     [

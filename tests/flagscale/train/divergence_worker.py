@@ -17,6 +17,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
 from flagscale.megatron.shape import ModelShape
+from flagscale.post_training.divergences import cpu_kernel
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
 from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
@@ -36,6 +37,8 @@ LAYOUTS = {
     },
 }
 
+# By C++ instead of in chunks of rows, whatever the vocabulary's size.
+COMPILED = ("one, packed", "TP2")
 FUSED = ("one", "TP2, sequence parallel")  # what the fusion has to do with
 
 
@@ -82,7 +85,9 @@ def run(layout: str, parallelism: dict[str, Any], folder: Path, inputs: dict[str
 def main() -> None:
     folder = Path(sys.argv[1])
     inputs = json.loads((folder / "inputs.json").read_text())
+    from_columns = cpu_kernel.MIN_COLUMNS
     for layout, parallelism in LAYOUTS[int(os.environ["WORLD_SIZE"])].items():
+        cpu_kernel.MIN_COLUMNS = 0 if layout in COMPILED else from_columns
         found = run(layout, parallelism, folder, inputs)
         if int(os.environ["RANK"]) == 0:
             (folder / f"{layout}.json").write_text(json.dumps(found))

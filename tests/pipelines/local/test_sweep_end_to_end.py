@@ -20,6 +20,7 @@ SMALLEST = (
     "training.train_iters=5",
     "training.lr_warmup_iters=1",
     "data.max_documents=60",
+    "distillation.teacher_outputs=cached",
     "sweep.vary={student.num_layers: [2], distillation.temperature: [1.0, 4.0]}",
 )
 
@@ -75,10 +76,11 @@ def first(runs: Path, tiny_teacher: Path) -> Swept:
 
 def test_each_step_says_its_variant_and_the_end_ranks_them(first: Swept) -> None:
     for line in (
-        f"[5/11] distil-student ({NAMES[0]}) done in",
-        f"[7/11] convert-student ({NAMES[1]}) reused from cache",  # the same student
-        f"[9/11] evaluate ({NAMES[1]}) done in",
-        "[11/11] export-winner done in",
+        "[4/12] cache-teacher done in",  # once, for both
+        f"[6/12] distil-student ({NAMES[0]}) done in",
+        f"[8/12] convert-student ({NAMES[1]}) reused from cache",  # the same student
+        f"[10/12] evaluate ({NAMES[1]}) done in",
+        "[12/12] export-winner done in",
         "leaderboard/report.html",
         "exported_student",
     ):
@@ -130,7 +132,7 @@ def test_mlflow_has_the_variants_beside_the_steps(first: Swept) -> None:
 def test_a_second_time_everything_is_reused(first: Swept, runs: Path, tiny_teacher: Path) -> None:
     second = sweep(runs, tiny_teacher)
     assert second.parent.info.run_id != first.parent.info.run_id
-    assert second.output.count("reused from cache, made") == 10
+    assert second.output.count("reused from cache, made") == 11
     assert {
         run.info.run_name for run in second.children if "flagscale.variant" in run.data.tags
     } == set(NAMES)

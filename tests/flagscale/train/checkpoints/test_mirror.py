@@ -3,9 +3,8 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,11 +180,11 @@ def test_what_is_forgotten_leaves_the_store_whatever_is_here(
 
 
 def test_killed_at_a_random_moment_the_store_has_a_whole_checkpoint(
-    url: str, tmp_path: Path
+    url: str, tmp_path: Path, torchrun: Callable[..., object]
 ) -> None:
     """A process saves one checkpoint after another, until it is killed; its disk is lost."""
     urls = [f"{url}-{number}" for number in range(3)]
-    subprocess.run([sys.executable, KILLED, tmp_path, *urls], check=True)
+    torchrun(1, KILLED, tmp_path, *urls)
     for number, one in enumerate(urls):
         pod = Pod(one, tmp_path / f"next-{number}")
         latest = pod.folders.latest()
