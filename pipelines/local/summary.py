@@ -89,7 +89,7 @@ def _leaderboard(board: Mapping[str, Any]) -> str:
     for name, figures in board["references"].items():
         cells = [_cell(figures[f], decimals) for f, (_, decimals) in shown.items()]
         rows.append(["", name, *cells, ""])
-    failed = [f"failed: {one['name']}: {one['error']}" for one in board["failed"]]
+    failed = [f"failed: {one['name']}: {one['error']}" for one in board.get("failed", ())]
     best = f"The best by {shown[metric][0]} is exported: {board['rows'][0]['name']}."
     return "\n".join([_measured(board), *_columns(rows), *failed, best])
 
