@@ -153,11 +153,13 @@ def teach(
         outputs: a channel, of `cache`, where the training reads them.
         record_failure: see `convert`.
     """
-    fails = {"record_failure": record_failure}
-    student = convert(values, placed, dataset, teacher, **fails)
+    student = convert(values, placed, dataset, teacher, record_failure=record_failure)
     read = reads(dataset, teacher, outputs)
-    distilled = train(values, placed, student, read, **fails)
-    return distilled, judge(values, placed, dataset, teacher, student, distilled, **fails)
+    distilled = train(values, placed, student, read, record_failure=record_failure)
+    judged = judge(
+        values, placed, dataset, teacher, student, distilled, record_failure=record_failure
+    )
+    return distilled, judged
 
 
 def reads(dataset: Channel, teacher: Channel, outputs: Channel = None) -> dict[str, Channel]:

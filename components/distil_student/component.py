@@ -50,8 +50,10 @@ def distil_student(
     ) as step:
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
 
-        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
-        step.require(sections, student=student)
+        step.require(
+            {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe},
+            student=student,
+        )
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student import distil_student
         from flagscale.steps.rung import Rung

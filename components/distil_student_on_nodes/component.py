@@ -57,8 +57,10 @@ def distil_student_on_nodes(
         from flagscale.execution.trainjob.nodes import NodePods, accelerators_of
         from flagscale.recipe import DistillationRecipe, TrainingRecipe
 
-        sections = {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe}
-        step.require(sections, student=student)
+        step.require(
+            {DistillationRecipe: distillation_recipe, TrainingRecipe: training_recipe},
+            student=student,
+        )
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
         from flagscale.steps.rung import Rung

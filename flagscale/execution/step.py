@@ -90,7 +90,7 @@ class Step:
         return found
 
     def require(
-        self, given: Mapping[type[Section], dict[str, Any]] | None = None, **inputs: Input
+        self, given: Mapping[type[Section], dict[str, Any]] | None = None, /, **inputs: Input
     ) -> None:
         """Look whether inputs are there at all, before a body imports what it would run on them.
 

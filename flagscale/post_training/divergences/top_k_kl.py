@@ -84,11 +84,10 @@ class TopKKL(Divergence):
     ) -> torch.Tensor:
         k = min(self.top_k, teacher_nv.size(1))
         tokens, parts = cpu_kernel.top_k_parts(student_nv, teacher_nv, k, self.temperature)
-        shared = is_shared(group)
-        everywhere = gathered(parts, group) if shared else parts[None]
+        everywhere = gathered(parts, group) if is_shared(group) else parts[None]
         merged = _Merged(everywhere, self.top_k, self.temperature)
         if with_gradient:
-            own = merged.gradient(dist.get_rank(group) if shared else 0)
+            own = merged.gradient(dist.get_rank(group) if is_shared(group) else 0)
             cpu_kernel.top_k_write(student_nv, self.temperature, tokens, *own)
         return merged.loss_n.float()
 
