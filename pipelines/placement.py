@@ -48,6 +48,12 @@ def check(platform: Platform, recipe: Recipe) -> None:
         ) from error
     if platform.uses_trainjob(recipe.resources.nodes):
         _check_volume(platform, recipe.resources.nodes)
+    if recipe.search is not None and platform.shared is None:
+        raise UserError(
+            f"recipe {recipe.name} on this platform: a search's trainings go on from rung to rung "
+            "by checkpoints that outlive their pods: set shared.claim, shared.create or shared.url "
+            "there"
+        )
 
 
 def _check_volume(platform: Platform, nodes: int) -> None:

@@ -34,7 +34,6 @@ from components.export_student.component import export_student
 from components.pick_candidate.component import pick_candidate
 from components.rank_candidates.component import rank_candidates
 from components.record_search.component import record_search
-from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
@@ -73,12 +72,7 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
     search = recipe.search
     assert search is not None, "build_pipeline looks"
     if platform is not None:
-        if platform.shared is None:
-            raise UserError(
-                f"recipe {recipe.name} on this platform: a search's trainings go on from rung to "
-                "rung by checkpoints that outlive their pods: set shared.claim, shared.create or "
-                "shared.url there"
-            )
+        placement.check(platform, recipe)
         for candidate in recipe.variants:
             placement.check(platform, candidate.recipe)
     candidates = [{"name": one.name, "student": one.sections["student"]} for one in recipe.variants]

@@ -1,5 +1,6 @@
 """What the compiled YAML asks of a cluster, read back from it, against the platform files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from pipelines.pods import Pods
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SMALL = ("check-recipe", "record-run", "record-sweep")
+SMALL = ("check-recipe", "record-run", "record-sweep", "record-search", "pick-candidate")
 KINDS = {
-    **dict.fromkeys(("prepare-data", "leaderboard", *SMALL), "data"),
+    **dict.fromkeys(("prepare-data", "leaderboard", "rank-candidates", *SMALL), "data"),
     "distil-student": "training",
 }
+
+
+def step_of(task: str) -> str:
+    """A search has some steps several times, which KFP numbers; a launcher's name has its own."""
+    return re.sub(r"-\d+$", "", task.removeprefix("exec-"))
 
 
 class Compiled:
@@ -104,7 +110,7 @@ def test_each_step_gets_what_the_platform_says(
     steps = {k for k in found.executors if "createpvc" not in k}
     assert {"exec-prepare-data", "exec-prepare-teacher", "exec-evaluate"} <= steps
     for name in steps:
-        step = name.removeprefix("exec-")
+        step = step_of(name)
         kind = KINDS.get(step.removesuffix("-on-nodes"), "models")
         pods: Pods = getattr(platform.steps, kind)
         container = found.executors[name]["container"]
@@ -223,7 +229,7 @@ def test_retries_are_the_platforms(pair: tuple[Recipe, Platform], tmp_path: Path
     tasks = {n: t for dag in dags for n, t in dag.get("dag", {}).get("tasks", {}).items()}
     checked = 0
     for name, task in tasks.items():
-        step = name.removesuffix("-on-nodes")
+        step = step_of(name).removesuffix("-on-nodes")
         if name == "createpvc" or f"exec-{name}" not in found.executors:
             continue
         retries = getattr(platform.steps, KINDS.get(step, "models")).retries

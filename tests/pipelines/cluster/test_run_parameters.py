@@ -224,7 +224,7 @@ def test_a_sweeps_variants_are_a_parameter(sweep: tuple[Recipe, dict[str, Any]])
     [
         ([{"training": {"lr": 1}}], "'one': .*\n.*training.train_iters: required"),
         ([{"more": 1}], "item 0: must be a mapping of name, student, distillation, training"),
-        ([{}, {}], "two variants have this name"),
+        ([{}, {}], "two have this name"),
         (
             [{}, {"name": "two"}],
             "variants: 'two' and 'one' are the same training; leave one of",
