@@ -1,6 +1,6 @@
 """Students of one teacher, made in every way and of one memory, distilled alike: which is best?
 
-    python benchmarks/students.py WORK [--steps 30] [--only "fp8, quantised" ...]
+    python benchmarks/students.py WORK [--steps 30] [--only fp8 ...]
 
 The default recipe's teacher and data. The quantised student is the whole teacher in FP8; the others
 hold as many bytes of weights in bfloat16. All see the same text in the same order. Each goes
@@ -11,13 +11,13 @@ is there already is used again. Prints the Markdown tables of docs/students.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flagscale.artifacts import read_manifest
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import DistillationRecipe, QuantizationRecipe, Recipe, StudentRecipe
 from flagscale.recipe.quantization import FORMATS
@@ -76,7 +76,7 @@ def of_one_memory(teacher: ModelShape) -> dict[str, StudentRecipe]:
         "depth, by importance": StudentRecipe(init="depth", layer_importance="kl", **target),
         "width": StudentRecipe(init="width", **target),
         "depth and width": StudentRecipe(init="depth_and_width", layer_importance="kl", **target),
-        "fp8, quantised": StudentRecipe(init="same", quantization=_quantised("fp8")),
+        "fp8": StudentRecipe(init="same", quantization=_quantised("fp8")),
     }
 
 
@@ -169,7 +169,7 @@ def _quantised(name: str) -> QuantizationRecipe:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = read_manifest(folder / "evaluation")["facts"]["metrics"]
+    metrics: dict[str, Any] = json.loads((folder / "evaluation/metrics.json").read_text())
     return metrics
 
 

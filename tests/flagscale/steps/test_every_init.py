@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flagscale.artifacts import read_manifest
+from flagscale.artifacts import new_artifact, read_manifest
 from flagscale.checkpoint import save_weights
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.megatron.arguments import model_arguments
@@ -115,13 +115,13 @@ def teachers(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             folder = tmp_path_factory.mktemp(family)
             artifact, source = folder / "teacher", random_model(family, folder / "source")
             pretrained = imported(source, "teacher", dataset)
-            artifact.mkdir()
-            pretrained.shape.save(artifact)
-            describe(pretrained, dataset, artifact / "hf")
-            (artifact / "hf" / "origin.json").write_text(json.dumps({"source": family}))
             model = build_model(pretrained.shape, 64)
             pretrained.fill(model)
-            save_weights(model, artifact / WEIGHTS)
+            with new_artifact(artifact, "teacher", {}) as staging:
+                pretrained.shape.save(staging.path)
+                describe(pretrained, dataset, staging.path / "hf")
+                (staging.path / "hf" / "origin.json").write_text(json.dumps({"source": family}))
+                save_weights(model, staging.path / WEIGHTS)
             made[family] = Teacher(source, artifact)
         return made[family]
 
