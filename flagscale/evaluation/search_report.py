@@ -75,7 +75,7 @@ def _subtitle(board: SearchBoard) -> str:
 def _tiles(board: SearchBoard) -> list[dict[str, str]]:
     status = [one.status for one in board.candidates]
     tokens = sum(one.tokens for one in board.candidates)
-    hours = sum(one.rank_seconds for one in board.candidates) / 3600
+    seconds = sum(one.rank_seconds for one in board.candidates)
     going = status.count("goes on")
     return [
         {"label": "Go on", "value": str(going), "note": f"of {len(status)} candidates"},
@@ -88,7 +88,7 @@ def _tiles(board: SearchBoard) -> list[dict[str, str]]:
         {
             "label": "Trained on",
             "value": f"{count(int(tokens))} tokens",
-            "note": f"{hours:.2g} hours of ranks, all candidates together",
+            "note": f"{_time(seconds)} of ranks, all candidates together",
         },
     ]
 
@@ -115,9 +115,13 @@ def _row(
         "size": ", ".join(sizes),
         "layers": f"layers {', '.join(map(str, kept))}" if kept else "",
         "front": f"Pareto front by {', '.join(best_in)}" if best_in else "",
-        "cost": f"{one.rank_seconds / 3600:.2g} h, {count(int(one.tokens))} tokens",
+        "cost": f"{_time(one.rank_seconds)}, {count(int(one.tokens))} tokens",
         "cells": [_cell(by_rung.get(rung)) for rung in range(1, board.rung + 1)],
     }
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
 
 
 def _cell(point: Point | None) -> dict[str, str]:
