@@ -142,7 +142,9 @@ def forward_step(
     named: dict[str, Any] = {} if args.use_legacy_models else {"loss_mask": batch.loss_mask}
     if batch.packed_seq_params is not None:
         named["packed_seq_params"] = batch.packed_seq_params
-    if args.export_kd_teacher_outputs is not None and unwrap_model(model).post_process:
+    # Without names a teacher that is looked up says so; no other model knows of them.
+    looks_up = batch.samples is not None and args.export_kd_teacher_outputs is not None
+    if looks_up and unwrap_model(model).post_process:
         named |= batch.names
     run = model
     if return_schedule_plan:

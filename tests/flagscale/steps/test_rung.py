@@ -56,7 +56,7 @@ def folder(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFac
     for step in (2, 5):
         stop = rung(inputs[1], step)
         distil_student(
-            DistillationRecipe(), TRAINING, *inputs, checkpoints, folder / f"rung {step}", stop
+            DistillationRecipe(), TRAINING, *inputs, checkpoints, folder / f"rung {step}", rung=stop
         )
     distil_student(DistillationRecipe(), TRAINING, *inputs, checkpoints, folder / "end")
     distil_student(DistillationRecipe(), TRAINING, *inputs, folder / "other", folder / "straight")
@@ -91,7 +91,12 @@ def test_samples_are_measured_one_by_one_as_a_validation_measures_them(
     """The validation's mean is that of its samples, however they were put together."""
     training = TRAINING.model_copy(update={"eval_iters": 2, "eval_interval": 5})
     distil_student(
-        DistillationRecipe(), training, *inputs, tmp_path / "c", tmp_path / "r", rung(inputs[1], 5)
+        DistillationRecipe(),
+        training,
+        *inputs,
+        tmp_path / "c",
+        tmp_path / "r",
+        rung=rung(inputs[1], 5),
     )
     validated = records(tmp_path / "r", "validation")[-1]
     facts = open_artifact(tmp_path / "r", "candidate").facts
@@ -107,14 +112,14 @@ def test_an_earlier_rung_is_measured_where_it_ends_even_if_training_is_further(
     training = TRAINING.model_copy(update={"keep_checkpoints": 1})
     where = tmp_path / "checkpoints"
     distil_student(
-        DistillationRecipe(), training, *inputs, where, tmp_path / "5", rung(inputs[1], 5)
+        DistillationRecipe(), training, *inputs, where, tmp_path / "5", rung=rung(inputs[1], 5)
     )
     distil_student(
-        DistillationRecipe(), training, *inputs, where, tmp_path / "2", rung(inputs[1], 2)
+        DistillationRecipe(), training, *inputs, where, tmp_path / "2", rung=rung(inputs[1], 2)
     )
     assert losses(tmp_path / "2") == losses(folder / "rung 2")
     distil_student(
-        DistillationRecipe(), training, *inputs, where, tmp_path / "again", rung(inputs[1], 5)
+        DistillationRecipe(), training, *inputs, where, tmp_path / "again", rung=rung(inputs[1], 5)
     )
     assert losses(tmp_path / "again") == losses(folder / "rung 5")
 
@@ -136,7 +141,7 @@ def test_two_ranks_measure_the_same_samples_as_one(
         {**TRAINING.model_dump(mode="json"), "parallelism": {"processes": 2, **layout}}
     )
     where, stop = tmp_path / "checkpoints", rung(inputs[1], 2)
-    distil_student(DistillationRecipe(), training, *inputs, where, tmp_path / "two", stop)
+    distil_student(DistillationRecipe(), training, *inputs, where, tmp_path / "two", rung=stop)
     found, expected = losses(tmp_path / "two"), losses(folder / "rung 2")
     for name in ("lm loss", "logits distillation loss"):
         assert list(found[name]) == list(expected[name])
