@@ -49,7 +49,7 @@ if __name__ == "__main__":
         distillation_recipe={}, training_recipe=json.loads(sys.argv[2]),
         checkpoints=os.environ["FLAGSCALE_SHARED"] + "/checkpoints", code_version="1",
         experiment="distillation", nodes=int(sys.argv[3]), accelerator_count="0",
-        pods={"cpu": "1", "restarts": 1},
+        pods={"cpu": "1", "restarts": 1}, of_many={},
         teacher=artifact(dsl.Model, "teacher"), student=artifact(dsl.Model, "student"),
         dataset=artifact(dsl.Dataset, "dataset"),
         distilled_student=artifact(dsl.Model, "model"), training_metrics=metrics,

@@ -89,6 +89,7 @@ def test_a_pod_reads_what_another_put_on_the_volume(
     arguments = {
         "student_recipe": {"init": "depth", "num_layers": 2.0},
         "models_recipe": {},
+        "record_failure": False,
         **inputs,
     }
     outputs = ("student", "student_metrics", "student_report", "audit")
@@ -153,6 +154,7 @@ def test_a_training_whose_pods_go_ends_as_one_that_nobody_disturbed(
     arguments = {
         "distillation_recipe": DistillationRecipe().model_dump(mode="json"),
         "training_recipe": TRAINING.model_dump(mode="json"),
+        "of_many": {},
         "checkpoints": f"{bucket}/checkpoints",
         **share(inputs, tmp_path),
     }

@@ -19,7 +19,7 @@ ASKING = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
 # On a CPU, of kernels: Apex's, and the divergences' Triton kernel.
-STAND_INS = {"local_multi_tensor_applier", "_in_chunks"}
+STAND_INS = {"local_multi_tensor_applier", "in_chunks"}
 
 
 class OnHost(torch.Tensor):
