@@ -48,7 +48,7 @@ class Commands:
 
     def __call__(self, command: str, *overrides: str) -> str:
         process = self.start(command, *overrides)
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=1500)
         assert process.returncode == 0, output
         return output
 
@@ -104,7 +104,7 @@ def killed(commands: Commands, first: Finished) -> str:
     assert step
     for victim in (process.pid, int(step.split(":")[0])):
         psutil.Process(victim).send_signal(signal.SIGKILL)
-    return process.communicate(timeout=300)[0]
+    return process.communicate(timeout=1500)[0]
 
 
 @pytest.fixture(scope="module")
