@@ -130,11 +130,18 @@ def _work(step: StepPlan) -> tuple[str, ...]:
         _gb(step.scratch) if step.scratch else "",
         _gb(step.moved),
         _gb(step.sent) if step.sent else "",
-        f"{step.flops:.1e}",
+        _operations([step]),
         _time(step.seconds),
         _number(step.gpu_hours),
         _number(step.price),
     )
+
+
+def _operations(steps: Sequence[StepPlan]) -> str:
+    """Every step runs a model: 0 is of one whose text the recipe does not bound, evaluate's."""
+    if not all(step.flops for step in steps):
+        return "?"
+    return f"{sum(step.flops for step in steps):.1e}"
 
 
 def _total(steps: Sequence[StepPlan]) -> tuple[str, ...]:
@@ -151,7 +158,7 @@ def _total(steps: Sequence[StepPlan]) -> tuple[str, ...]:
         _gb(max(step.scratch for step in steps)),
         _gb(sum(step.moved for step in steps)),
         "",
-        f"{sum(step.flops for step in steps):.1e}",
+        _operations(steps),
         _time(sum_of("seconds")),
         _number(sum_of("gpu_hours")),
         _number(sum_of("price")),
