@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from outputs import CODECS, answers, encoded, facts
 
 from flagscale.teacher_outputs import OutputsWriter, codec_of
-from tests.flagscale.teacher_outputs.outputs import CODECS, answers, encoded, facts
 
 VOCABULARIES = {384: 300, 100: 97, 2**17 + 256: 2**17 + 9}  # with padding: without
 
