@@ -3,6 +3,7 @@
 METRICS = "metrics.json"
 PER_DOCUMENT = "per_document.jsonl"
 REPORT = "report.html"
+REPORT_DATA = "report.json"  # what the page is made of
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
 SEARCH = "search.json"  # of a `search` artifact

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,42 +12,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flagscale.artifacts import Manifest
 from flagscale.evaluation import charts
 from flagscale.evaluation.audit_report import headline as audit_headline
-from flagscale.evaluation.fidelity import TEACHER, Fidelity
+from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
+from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.task_scores import TaskScores
 from flagscale.evaluation.texts import count, flat
+from flagscale.evaluation.verdict import verdict as whole_verdict
 
 LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
+def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
+    """The report as HTML. The same data give the same bytes.
 
-    Attributes:
-        metrics: as in metrics.json.
-        fidelity: sums per document.
-        training: rows of training.jsonl.
-        validation: rows of validation.jsonl.
-        generations: one mapping a prompt: `prompt`, and each model's continuation.
-        layers: of each model.
-        parameters: of each model.
-        manifests: of the inputs, by name, in the order in which they were made.
-        evaluation: the recipe's section.
+    Args:
+        data: of the evaluation.
+        tasks: what the models scored on tasks.
     """
-
-    metrics: Mapping[str, Any]
-    fidelity: Fidelity
-    training: Sequence[Mapping[str, float]]
-    validation: Sequence[Mapping[str, float]]
-    generations: Sequence[Mapping[str, str]]
-    layers: Mapping[str, int]
-    parameters: Mapping[str, int]
-    manifests: Mapping[str, Manifest]
-    evaluation: Mapping[str, Any]
-
-
-def render(data: ReportData) -> str:
-    """The report as HTML. The same data give the same bytes."""
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
         autoescape=True,
@@ -65,8 +45,8 @@ def render(data: ReportData) -> str:
         charts.curve(data.training, "learning rate", "Learning rate", "muted"),
     )
     return environment.get_template("report.html.j2").render(
-        headline=headline(data.metrics),
-        subtitle=_subtitle(data),
+        headline=whole_verdict(data, tasks),
+        lead=f"{headline(data.metrics)}. {_subtitle(data)}",
         tiles=_tiles(data),
         columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
         models=_model_rows(data),
@@ -84,8 +64,8 @@ def render(data: ReportData) -> str:
 def headline(metrics: Mapping[str, Any]) -> str:
     """The outcome in one sentence, which claims no more than the intervals allow."""
     difference, reduction = metrics["paired"]["kl"], metrics["kl_reduction"]
-    outcome = verdict("kl", difference)
-    if reduction is None or outcome in ("not clear", "equal"):
+    said = verdict("kl", difference)
+    if reduction is None or said in ("not clear", "equal"):
         value = SHOWN["kl"].text(metrics["models"][AFTER]["kl"]["value"])
         than = {
             "better": "less than",
@@ -93,7 +73,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
             "equal": "the same as",
             "not clear": "not clearly different from",
         }
-        return f"KL to the teacher is {value}, {than[outcome]} before"
+        return f"KL to the teacher is {value}, {than[said]} before"
     if reduction < 0:
         return f"KL to the teacher rises by {-100 * reduction:.0f}%"
     return f"KL to the teacher falls by {_percent(reduction)}"
