@@ -44,6 +44,7 @@ class Manifest:
         libraries: versions of what wrote it.
         format_version: of this manifest.
         peak_memory: the most that the step's ranks held, bytes by rank: `host`, `device`.
+        energy: what they took, `joules` by rank, and `from`, how that is known.
     """
 
     kind: str
@@ -55,21 +56,24 @@ class Manifest:
     libraries: dict[str, str]
     format_version: int = FORMAT_VERSION
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """Identity of the content: files, facts and origin, not time, place or cost."""
-        return digest({k: v for k, v in asdict(self).items() if k != "peak_memory"})
+        costs = ("peak_memory", "energy")
+        return digest({k: v for k, v in asdict(self).items() if k not in costs})
 
 
 @dataclass
 class Staging:
-    """A folder that is being written. Fill `path`, `facts`, `tokenizer_hash`, `peak_memory`."""
+    """A folder that is being written. Fill `path`, and what of its manifest a step knows."""
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     tokenizer_hash: str | None = None
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
 
 
@@ -107,6 +111,7 @@ def new_artifact(
             tokenizer_hash=staging.tokenizer_hash,
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
             peak_memory=staging.peak_memory or {"host": [processes.peak_memory()]},
+            energy=staging.energy,
         )
         write_json(staging.path / MANIFEST, asdict(manifest))
         shutil.rmtree(output, ignore_errors=True)

@@ -60,12 +60,13 @@ class Slice:
     Attributes:
         label: what.
         tokens: how many.
-        kl: student -> value, low, high, nats a token.
+        kl: student -> value, low, high, nats a token; low and high are None where all of the tokens
+            are of one document.
     """
 
     label: str
     tokens: int
-    kl: dict[str, dict[str, float]]
+    kl: dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -266,17 +267,25 @@ def _slices(
         here_n = place_n == place
         if not here_n.any():
             continue
-        document_n = table.document_n[here_n]
-        tokens_d = np.bincount(document_n, minlength=draws.documents)
-        sums = {
-            name: np.bincount(document_n, kl_n[here_n], draws.documents)
-            for name, kl_n in table.kl_n.items()
-        }
-        ratios = bootstrap.ratios(sums, tokens_d, draws.samples, draws.seed)
-        kl = {name: asdict(one.interval(draws.confidence)) for name, one in ratios.items()}
+        kl = _means(table, here_n, draws)
         after = edges[place + 1] if place + 1 < len(edges) else None
         found.append(Slice(_label(edges[place], after), int(here_n.sum()), kl))
     return tuple(found)
+
+
+def _means(
+    table: TokenTable, here_n: np.ndarray, draws: Draws
+) -> dict[str, dict[str, float | None]]:
+    """The KL of some tokens; without an interval where they are all of one document."""
+    # Documents without such tokens say nothing about them, and are not drawn.
+    _, document_n = np.unique(table.document_n[here_n], return_inverse=True)
+    tokens_d = np.bincount(document_n)
+    sums = {name: np.bincount(document_n, kl_n[here_n]) for name, kl_n in table.kl_n.items()}
+    if len(tokens_d) == 1:
+        means = {name: float(sums_d[0] / tokens_d[0]) for name, sums_d in sums.items()}
+        return {name: {"value": mean, "low": None, "high": None} for name, mean in means.items()}
+    ratios = bootstrap.ratios(sums, tokens_d, draws.samples, draws.seed)
+    return {name: asdict(one.interval(draws.confidence)) for name, one in ratios.items()}
 
 
 def _label(low: float, after: float | None) -> str:

@@ -9,8 +9,8 @@ examples for all models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE
 from flagscale.evaluation.report_data import Other, ReportData
 from flagscale.evaluation.task_scores import TaskScores
+
+_BESIDE = ("kl", "lm_loss", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -88,29 +90,81 @@ def mean_of_tasks(tasks: Sequence[TaskScores], model: str, samples: int, seed: i
     return total.times(1 / len(tasks))
 
 
-def runner_up(data: ReportData) -> str:
-    """How the student stands beside the best of the others; empty where nothing was compared.
+@dataclass(frozen=True)
+class Beside:
+    """A model beside others, on the same documents.
 
-    By KL to the teacher, paired by document. Without other runs it is the student before training.
+    Attributes:
+        name: of the run.
+        kind: as an `Other`'s; `own` for this run's student.
+        figures: `kl`, `lm_loss`, `accuracy` with their intervals.
+        difference: of the KL, this one less this run's student, paired; None of itself.
     """
-    others = [one for one in data.others if one.kind != "seed"]
-    if not others:
-        others = [Other("it was before distillation", "before", data.fidelity.sums[BEFORE])]
-    samples, seed = data.metrics["bootstrap_samples"], data.metrics["seed"]
-    tokens_d = data.fidelity.tokens_d
-    sums: Mapping[str, np.ndarray] = {
-        "": data.fidelity.sums[AFTER]["kl"],
-        **{str(i): one.sums["kl"] for i, one in enumerate(others)},
-    }
-    found = bootstrap.ratios(sums, tokens_d, samples, seed)
-    best = min(range(len(others)), key=lambda i: found[str(i)].value)
-    difference = (found[""] - found[str(best)]).interval(data.metrics["confidence"])
-    name = others[best].name
-    if difference.low <= 0 <= difference.high:
-        same = "the same as" if difference.low == difference.high else "not distinguishable from"
-        return f"by KL to the teacher {same} {_called(others[best], name)}"
-    nearer = "closer to the teacher than" if difference.high < 0 else "further from it than"
-    return f"clearly {nearer} {_called(others[best], name)}"
+
+    name: str
+    kind: str
+    figures: dict[str, Interval]
+    difference: Interval | None
+
+
+def others_figures(data: ReportData) -> list[Beside]:
+    """This run's student and those of the others, the closest to the teacher first."""
+    own = Other("This run", "own", data.fidelity.sums[AFTER])
+    runs = [own, *data.others]
+    found = bootstrap.ratios(
+        {f"{i} {f}": one.sums[f] for i, one in enumerate(runs) for f in _BESIDE},
+        data.fidelity.tokens_d,
+        data.metrics["bootstrap_samples"],
+        data.metrics["seed"],
+    )
+    confidence = data.metrics["confidence"]
+    rows = []
+    for i, one in enumerate(runs):
+        difference = found[f"{i} kl"] - found["0 kl"]
+        rows.append(
+            Beside(
+                name=one.name,
+                kind=one.kind,
+                figures={f: found[f"{i} {f}"].interval(confidence) for f in _BESIDE},
+                difference=None if one is own else difference.interval(confidence),
+            )
+        )
+    return sorted(rows, key=lambda row: row.figures["kl"].value)
+
+
+def runner_up(data: ReportData) -> str:
+    """How the student stands beside the best of the others, by KL, paired by document.
+
+    Seeds of the same recipe are no rivals. Without other runs it is the student before training.
+    """
+    rivals = [one for one in data.others if one.kind != "seed"]
+    before = Other("it was before distillation", "before", data.fidelity.sums[BEFORE])
+    rows = others_figures(replace(data, others=rivals or [before]))
+    best = next(row for row in rows if row.kind != "own")
+    assert best.difference is not None, "of another run"
+    low, high = best.difference.low, best.difference.high
+    if best.kind == "before":
+        name = best.name
+    else:
+        name = f"the runner-up, {best.name}" if best.difference.value >= 0 else best.name
+    if low <= 0 <= high:
+        same = "the same as" if low == high else "not distinguishable from"
+        return f"by KL to the teacher {same} {'what ' if best.kind == 'before' else ''}{name}"
+    return f"clearly {'closer to the teacher' if low > 0 else 'further from it'} than {name}"
+
+
+def seeds_spread(data: ReportData) -> str:
+    """What another seed makes of the same recipe, in a sentence; empty without seeds."""
+    seeds = [one.sums["kl"] for one in data.others if one.kind == "seed"]
+    if not seeds:
+        return ""
+    own = data.fidelity.sums[AFTER]["kl"]
+    kl = [sums_d.sum() / data.fidelity.tokens_d.sum() for sums_d in (own, *seeds)]
+    return (
+        f"{len(kl)} seeds: KL {np.mean(kl):.4g} on average, standard deviation "
+        f"{np.std(kl, ddof=1):.2g}, from {min(kl):.4g} to {max(kl):.4g}. Intervals over documents "
+        "do not hold this spread."
+    )
 
 
 def percent(share: float) -> str:
@@ -118,10 +172,6 @@ def percent(share: float) -> str:
     if share != 1 and 0.995 <= share < 1.005:
         return f"{100 * share:.2f}%"
     return f"{100 * share:.1f}%" if share < 0.0995 or share >= 0.9 else f"{100 * share:.0f}%"
-
-
-def _called(other: Other, name: str) -> str:
-    return name if other.kind == "before" else f"the runner-up, {name}"
 
 
 def _share(student: Estimate, teacher: Estimate, data: ReportData) -> Interval | None:

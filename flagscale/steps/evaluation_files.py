@@ -13,12 +13,13 @@ import numpy as np
 from flagscale.artifacts import Manifest, write_json
 from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import token_counts
-from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT, REPORT_DATA
+from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT, REPORT_DATA, SUMMARY
 from flagscale.evaluation.costs import Costs
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, summarise
 from flagscale.evaluation.report import render
 from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.summary import summary_markdown
 from flagscale.evaluation.token_findings import Draws, TokenFindings, TokenTable, find
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS
@@ -26,7 +27,7 @@ from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import EvaluationRecipe
 from flagscale.sizes.work import forward_flops, training_flops
 
-FILES = (REPORT, REPORT_DATA, METRICS, PER_DOCUMENT)
+FILES = (REPORT, REPORT_DATA, SUMMARY, METRICS, PER_DOCUMENT)
 MODELS = (TEACHER, BEFORE, AFTER)
 
 _BOOTSTRAP_SEED = 0
@@ -114,7 +115,7 @@ def report_data(
         manifests=parents,
         evaluation=evaluation.model_dump(mode="json"),
         findings=findings,
-        costs=_costs(folders, parents, training),
+        costs=_costs(evaluation, folders, parents, training),
     )
 
 
@@ -136,6 +137,7 @@ def write(folder: Path, data: ReportData) -> None:
             stream.write(json.dumps(row) + "\n")
     data.save(folder)
     (folder / REPORT).write_text(render(data), encoding="utf-8")
+    (folder / SUMMARY).write_text(summary_markdown(data), encoding="utf-8")
 
 
 def _findings(
@@ -168,6 +170,7 @@ def _generations(
 
 
 def _costs(
+    evaluation: EvaluationRecipe,
     folders: Mapping[str, Path],
     parents: Mapping[str, Manifest],
     training: Sequence[Mapping[str, float]],
@@ -181,10 +184,11 @@ def _costs(
         recipe["distillation"]["loss"] != "none" and "teacher-outputs" not in parents[AFTER].parents
     )
     a_step = recipe["training"]["global_batch_size"] * seq_length
+    seconds = sum(a_step / row["tokens per second"] for row in training)
     held = parents[AFTER].peak_memory
     return Costs(
         tokens=a_step * len(training),
-        seconds=sum(a_step / row["tokens per second"] for row in training),
+        seconds=seconds,
         processes=len(held["host"]),
         device="cuda" if "device" in held else "cpu",
         flops=training_flops(
@@ -196,8 +200,20 @@ def _costs(
         ),
         peak_memory={kind: max(values) for kind, values in held.items()},
         weight_bytes={name: _size(folders[name] / WEIGHTS) for name in MODELS},
+        energy_joules=_joules(parents[AFTER]),
+        energy_from=parents[AFTER].energy.get("from", ""),
+        price=_price(evaluation, seconds),
         flops_a_token={name: forward_flops(shapes[name], 1, seq_length) for name in MODELS},
     )
+
+
+def _joules(manifest: Manifest) -> float | None:
+    return float(sum(manifest.energy["joules"])) if "joules" in manifest.energy else None
+
+
+def _price(evaluation: EvaluationRecipe, seconds: float) -> float | None:
+    an_hour = evaluation.price_per_hour
+    return None if an_hour is None else an_hour * seconds / 3600
 
 
 def _size(folder: Path) -> int:
