@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_report import HOSTILE, Page, make_data
-from test_token_findings import findings  # noqa: F401 - a fixture
+from test_token_findings import DRAWS, VOCAB, decode, make_documents, make_table
 from test_verdict import RIGHT, scores
 
 from flagscale.artifacts import new_artifact, write_json
@@ -24,7 +24,7 @@ from flagscale.evaluation.figures import summarise
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report import main, render
 from flagscale.evaluation.report_data import Other, ReportData
-from flagscale.evaluation.token_findings import TokenFindings
+from flagscale.evaluation.token_findings import find
 
 COSTS = Costs(
     tokens=15_360,
@@ -42,8 +42,9 @@ COSTS = Costs(
 
 
 @pytest.fixture
-def data(fidelity_of: Callable[..., Fidelity], findings: TokenFindings) -> ReportData:  # noqa: F811
+def data(fidelity_of: Callable[..., Fidelity]) -> ReportData:
     made = make_data(fidelity_of())
+    findings = find(make_table(), DRAWS, np.arange(VOCAB), make_documents(), decode)
     twin = Other("twin", "run", made.fidelity.sums["distilled"])
     return replace(made, findings=findings, costs=COSTS, others=[twin])
 
@@ -131,6 +132,7 @@ def test_names_on_the_command_line() -> None:
 
 def test_the_whole_page_stands_alone(data: ReportData) -> None:
     """With tokens in context, tasks, other runs and costs, and hostile text in them."""
+    assert data.findings
     worst = replace(data.findings.worst_tokens[0], before=HOSTILE, token=HOSTILE)
     findings = replace(data.findings, worst_tokens=(worst,))
     tasks = [scores("arc_easy", 1, RIGHT), scores(HOSTILE, 2, RIGHT, higher_is_better=False)]
