@@ -99,6 +99,7 @@ def _build(
         description="Distils a teacher into a smaller student with Megatron-Core and ModelOpt.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 

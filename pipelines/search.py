@@ -102,6 +102,7 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
         description="Searches for the best of several students of a teacher, and distils it.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 

@@ -89,6 +89,7 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
         description="Distils a teacher into several students and ranks them.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 

@@ -16,6 +16,7 @@ def rank_candidates(
     results: dsl.Input[list[dsl.Model]],
     search: dsl.Output[dsl.Artifact],
     search_report: dsl.Output[dsl.HTML],
+    search_summary: dsl.Output[dsl.Markdown],
     search_metrics: dsl.Output[dsl.Metrics],
     before: dsl.Input[dsl.Artifact] = None,
 ) -> None:
@@ -32,6 +33,7 @@ def rank_candidates(
         results: from distil-student, of each candidate of the rung, in any order.
         search: every candidate with its losses, intervals, sizes and cost, and what became of it.
         search_report: the same as one page that needs no network.
+        search_summary: the table in short.
         search_metrics: how many go on, and the best loss.
         before: from rank-candidates, of the rung before; none after the first one.
     """
@@ -53,4 +55,5 @@ def rank_candidates(
             output=Path(search.path),
         )
         step.copy(Path(search.path) / "report.html", search_report.path)
+        step.copy(Path(search.path) / "summary.md", search_summary.path)
         step.report(figures, search_metrics)
