@@ -15,6 +15,7 @@ def export_student(
     distilled_student: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     exported_student: dsl.Output[dsl.Model],
+    lineage: dsl.Output[dsl.HTML],
     export_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Write the trained student as a Hugging Face folder, prove it, register it in MLflow.
@@ -28,11 +29,14 @@ def export_student(
         distilled_student: from distil-student.
         evaluation: from evaluate: the figures of the model card.
         exported_student: config, safetensors, tokenizer and model card.
+        lineage: which data, teacher, code and recipe made the student, step by step.
         export_metrics: largest logit difference after the round trip.
     """
     from flagscale.execution.step_process import step_process
 
     with step_process("export-student", experiment, accelerators) as step:
+        from pathlib import Path
+
         from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_student import export_student
 
@@ -42,5 +46,6 @@ def export_student(
             evaluation=step.input("evaluation", evaluation),
             output=step.output(exported_student.path),
             models=step.section(ModelsRecipe, models_recipe),
+            lineage=Path(lineage.path),
         )
         step.report(figures, export_metrics)

@@ -4,6 +4,7 @@ METRICS = "metrics.json"
 PER_DOCUMENT = "per_document.jsonl"
 REPORT = "report.html"
 SUMMARY = "summary.md"  # the report in short, for the UI of Kubeflow Pipelines
+LINEAGE = "lineage.html"
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
 SEARCH = "search.json"  # of a `search` artifact

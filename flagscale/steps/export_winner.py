@@ -24,6 +24,7 @@ def export_winner(
     leaderboard: Path,
     output: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
 
@@ -34,6 +35,7 @@ def export_winner(
         leaderboard: the `leaderboard` artifact of the sweep.
         output: folder of the `export` artifact.
         models: how the step is spread over processes.
+        lineage: see `export_student`.
 
     Returns:
         The figures of `export_student`.
@@ -47,7 +49,7 @@ def export_winner(
         _find(paths, name, facts["digests"][name])
         for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    return export_student(export, distilled, evaluation, output, models)
+    return export_student(export, distilled, evaluation, output, models, lineage)
 
 
 def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:

@@ -81,6 +81,8 @@ class Progress:
     def left_seconds(self) -> float | None:
         """That the rest will take, at the speed of the last steps; None before there are any."""
         (first, began), (step, now) = self._recent[0], self._recent[-1]
+        if step >= self._last_step:
+            return 0.0
         return (self._last_step - step) * (now - began) / (step - first) if step > first else None
 
     def _line(self, record: dict[str, float]) -> list[str]:

@@ -64,11 +64,12 @@ class TrainJobStatus:
         Args:
             step: optimiser steps done.
             last_step: of the training.
-            left_seconds: that the rest will take; None where nobody can say yet.
-            figures: name -> value, e.g. losses in nats a token; what was told before stays.
+            left_seconds: that the rest will take; None where nobody can say now.
+            figures: name -> value, e.g. losses in nats a token. What was told before stays.
         """
         self._metrics = {**self._metrics, **figures, "step": float(step)}
-        left = None if left_seconds is None else round(left_seconds)
+        before = self._latest.estimated_remaining_seconds if self._latest else None
+        left = before if left_seconds is None else round(left_seconds)
         self._latest = _Told(100 * step // last_step, left, self._metrics)
 
     def _run(self) -> None:
