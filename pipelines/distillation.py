@@ -13,9 +13,9 @@ from typing import Any
 
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_student.component import export_student
+from components.deployment.export_student.component import export_student
 from components.image import VERSION
-from components.record_run.component import record_run
+from components.monitoring.record_run.component import record_run
 from flagscale.code_version import digest_of
 from flagscale.recipe import Recipe
 from pipelines import form, placement

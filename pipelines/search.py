@@ -30,10 +30,10 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_student.component import export_student
-from components.pick_candidate.component import pick_candidate
-from components.rank_candidates.component import rank_candidates
-from components.record_search.component import record_search
+from components.deployment.export_student.component import export_student
+from components.evaluation.rank_candidates.component import rank_candidates
+from components.monitoring.record_search.component import record_search
+from components.training.pick_candidate.component import pick_candidate
 from flagscale.recipe import Recipe
 from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
