@@ -92,7 +92,7 @@ def example(component: BaseComponent) -> str:
     given, loops, arguments = [], [], []
     for name, parameter in signature.items():
         if name in spec.parameters:
-            value = _example(step, name, parameter.annotation)
+            value = example_value(step, name, parameter.annotation)
             given.append(f"{name}: {parameter.annotation.__name__} = {value!r}")
             arguments.append(f"{name}={name}")
         elif name in spec.artifacts and parameter.default is inspect.Parameter.empty:
@@ -139,7 +139,7 @@ ci: {{skip_dependency_probe: false}}
 """
 
 
-def _example(step: str, name: str, annotation: type) -> Any:  # noqa: ANN401 - any JSON value
+def example_value(step: str, name: str, annotation: type) -> Any:  # noqa: ANN401 - any JSON value
     """A parameter's value: a likely one, or a section of the tiny recipe."""
     for key in (name, f"{step}: {name}"):
         if key in _EXAMPLES_BY_NAME:

@@ -156,6 +156,7 @@ def _work(step: str, function: str) -> None:
             result = call(**ranks.request())
             if is_first_rank():
                 ranks.note_result(result)
+        ranks.note_end(mine)
     except SystemExit as error:
         ranks.note_exit(mine, error.code)
         raise

@@ -25,6 +25,7 @@ from flagscale.execution.step_process import EXIT_ERROR, EXIT_INTERRUPTED
 
 EXIT_KILLED = 137  # of a rank that could not say how it ended
 _EXIT_CODE = "exit-code"
+_ENDED = "ended-well"
 _POLL_SECONDS = 0.5
 
 
@@ -84,6 +85,10 @@ class RankFolder:
         """Say that a rank failed, or was stopped."""
         write_json(rank / _EXIT_CODE, code)
 
+    def note_end(self, rank: Path) -> None:
+        """Say that a rank has done its work."""
+        (rank / _ENDED).touch()
+
     def note_result(self, result: Any) -> None:  # noqa: ANN401 - any JSON value
         """Say what the first rank's call returned, and in which run MLflow has it."""
         told = {"returned": result, "mlflow_run_id": tracking.run_id_of_process()}
@@ -104,8 +109,9 @@ class RankFolder:
         To be asked when all have ended, and not all well: one that left no word was killed.
         """
         exits = self.exits()
-        silent = sorted({*self.ranks()} - {*exits}, key=lambda rank: int(rank.name))
-        return [rank for rank, code in exits.items() if code != EXIT_INTERRUPTED] + silent
+        silent = {rank for rank in self.ranks() if not (rank / _ENDED).exists()} - {*exits}
+        failed = [rank for rank, code in exits.items() if code != EXIT_INTERRUPTED]
+        return failed + sorted(silent, key=lambda rank: int(rank.name))
 
     def result(self, patience_seconds: float = 0.0) -> Any:  # noqa: ANN401 - any JSON value
         """What the first rank returned; its run in MLflow becomes this process's.

@@ -38,8 +38,12 @@ def leaderboard(
 
         from flagscale.steps.leaderboard import rank_variants
 
-        found = [step.input_or_absent("evaluations", one) for one in evaluations]
-        figures = rank_variants(step.literal(variants), metric, found, Path(leaderboard.path))
+        figures = rank_variants(
+            step.literal(variants),
+            metric,
+            [step.input_or_absent("evaluations", one) for one in evaluations],
+            Path(leaderboard.path),
+        )
         step.copy(Path(leaderboard.path) / "report.html", leaderboard_report.path)
         step.copy(Path(leaderboard.path) / "summary.md", leaderboard_summary.path)
         step.report(figures, leaderboard_metrics)

@@ -55,6 +55,7 @@ def test_who_failed_is_not_who_was_stopped_because_of_it(ranks):
     ended(ranks, 0, 143, "interrupted: stopped after step 2")
     for rank in (10, 2):  # killed: they left no word
         ranks.join(rank)
+    ranks.note_end(ranks.join(4))
     (ranks.path / "logs").mkdir()
     assert [rank.name for rank in ranks.failed()] == ["1", "3", "2", "10"]
 
