@@ -24,7 +24,7 @@ _TITLES = {
     "evaluation": "Evaluation",
     "export": "Exported student",
 }
-_WIDTH, _BOX, _HEIGHT, _GAP = 420, 196, 46, 34  # of the drawing
+_WIDTH, _BOX, _HEIGHT, _GAP = 440, 210, 46, 34  # of the drawing
 
 
 @dataclass(frozen=True)
