@@ -5,4 +5,6 @@ PER_DOCUMENT = "per_document.jsonl"
 REPORT = "report.html"
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
+GATE = "gate.json"  # of a `promotion` artifact
+GATE_TABLE = "gate.md"
 SEARCH = "search.json"  # of a `search` artifact

@@ -83,7 +83,7 @@ def check_promotion(
             except ValueError as error:
                 raise ValueError(f"promote.conditions: {condition.text!r}: {error}") from None
         confidence = condition.confidence or evaluation.confidence
-        needed = math.ceil(2 * _FEWEST_BEYOND / (1 - confidence) - 1e-9)
+        needed = math.ceil(round(2 * _FEWEST_BEYOND / (1 - confidence), 6))
         if evaluation.bootstrap_samples < needed:
             raise ValueError(
                 f"promote.conditions: {condition.text!r}: evaluation.bootstrap_samples="
