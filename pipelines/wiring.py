@@ -258,8 +258,8 @@ def decide(
         **({} if tasks is None else {"task_evaluation": tasks}),
         **always(values),
     )
-    # Other runs may have moved the alias since: what the cache would tell might not be so any more.
-    judged.set_caching_options(enable_caching=False)
+    if placed.on_a_cluster:  # the alias may have moved since; here `step_cache` sees to that
+        judged.set_caching_options(enable_caching=False)
     placed.place(judged, "data", "Promote", small=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from flagscale.errors import UserError
 from flagscale.evaluation.bootstrap import Estimate
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
-from flagscale.evaluation.figures import AFTER, SHOWN, estimates
+from flagscale.evaluation.figures import AFTER, estimates
 from flagscale.evaluation.task_estimates import task_estimates
 from flagscale.evaluation.task_scores import TaskScores, figure_names
 from flagscale.recipe.conditions import Condition
@@ -65,9 +65,9 @@ def judge(
     samples, seed = metrics["bootstrap_samples"], metrics["seed"]
     of_models = estimates(fidelity, samples, seed)
     found = {
-        f"{model}/{figure}": of_models[model][figure]
+        f"{model}/{figure}": estimate
         for model in (TEACHER, AFTER)
-        for figure in SHOWN
+        for figure, estimate in of_models[model].items()
     }
     for figure, models in task_estimates(tasks, samples, seed).items():
         found |= {f"{model}/{figure}": estimate for model, estimate in models.items()}
