@@ -36,7 +36,8 @@ class Manifest:
 
     Attributes:
         kind: `dataset`, `teacher`, `teacher-outputs`, `student`, `distilled-student`, `evaluation`,
-            `leaderboard`, `candidate`, `search`, `export`, or `absent` where there is none.
+            `task-evaluation`, `leaderboard`, `candidate`, `search`, `export`,
+            `promotion`, or `absent` where there is none.
         recipe: the sections of the recipe that the step was given.
         parents: name of an input artifact -> its `digest`.
         files: path inside the folder -> `sha256:<hex>`.

@@ -7,4 +7,6 @@ SUMMARY = "summary.md"  # the report in short, for the UI of Kubeflow Pipelines
 LINEAGE = "lineage.html"
 LEADERBOARD = "leaderboard.json"
 TABLE = "leaderboard.csv"
+GATE = "gate.json"  # of a `promotion` artifact
+GATE_TABLE = "gate.md"
 SEARCH = "search.json"  # of a `search` artifact

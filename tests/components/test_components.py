@@ -31,6 +31,7 @@ def test_there_is_a_component_for_each_step() -> None:
         "pick_candidate",
         "prepare_data",
         "prepare_teacher",
+        "promote",
         "rank_candidates",
         "record_run",
         "record_search",

@@ -1,0 +1,1 @@
+"""The student that shows what its recipe asks is promoted."""
