@@ -139,6 +139,10 @@ def runtime(
         _start_process_group()
         stack.callback(torch.distributed.destroy_process_group)
         from megatron.core import parallel_state, tensor_parallel
+
+        from flagscale.megatron import energy
+
+        energy.begin()
         from megatron.core.rerun_state_machine import (
             RerunMode,
             destroy_rerun_state_machine,
