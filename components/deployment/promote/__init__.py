@@ -1,1 +1,5 @@
-"""The student that shows what its recipe asks is promoted."""
+"""Student that passes what the recipe asks to MLflow's champion."""
+
+from components.deployment.promote.component import promote
+
+__all__ = ["promote"]

@@ -48,10 +48,10 @@ def promote(
         figures = promote(
             step.section(PromoteRecipe, promote_recipe),
             evaluation=step.input("evaluation", evaluation),
+            tasks=step.input("task_evaluation", task_evaluation) if task_evaluation else None,
             exported=step.manifest("exported_student", exported_student),
             export_metrics=Path(export_metrics.path),
             output=Path(promotion.path),
-            tasks=step.input("task_evaluation", task_evaluation) if task_evaluation else None,
         )
         step.copy(Path(promotion.path) / "gate.md", promotion_report.path)
         step.report(figures, promotion_metrics)

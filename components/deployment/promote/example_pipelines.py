@@ -10,7 +10,7 @@ from .component import promote
 
 @dsl.pipeline(name="promote-example")
 def promote_example(
-    promote_recipe: dict = {},
+    promote_recipe: dict = {"conditions": ["distilled/kl <= 1.0 at 95%"]},
     code_version: str = "release",
     experiment: str = "flagscale-distillation",
     evaluation_uri: str = "s3://bucket/evaluation",
