@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from flagscale.megatron import platform
-
 logger = logging.getLogger(__name__)
 
 MEASURED = "counted by each GPU (NVML), without the hosts; of the last attempt"
@@ -41,12 +39,12 @@ def energy() -> dict[str, Any]:
     torch.distributed.all_gather_object(every, mine)
     if any(one is None for one in every):
         return {"from": UNKNOWN}
-    return {"joules": every, "from": MEASURED if platform.HAS_GPU else ESTIMATED}
+    return {"joules": every, "from": MEASURED if torch.cuda.is_available() else ESTIMATED}
 
 
 def _reading() -> float | None:
     """Joules up to now, from a beginning of its own."""
-    if not platform.HAS_GPU:
+    if not torch.cuda.is_available():
         return _WATTS_A_CORE * time.process_time()
     try:
         import pynvml

@@ -26,6 +26,7 @@ import torch
 from flagscale import tracking
 from flagscale.artifacts import Manifest, Staging, new_artifact, staging_path
 from flagscale.execution.launch import is_first_rank
+from flagscale.execution.notes import note_run
 from flagscale.megatron.energy import energy
 from flagscale.megatron.peak_memory import peak_memory
 
@@ -49,6 +50,7 @@ def tracked(
         yield tracking.StepRun(None, None)
         return
     with tracking.step_run(step, recipe, training, parents) as run:
+        note_run(run.run_id)
         yield run
 
 
