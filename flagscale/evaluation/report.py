@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flagscale.artifacts import Manifest
+from flagscale.artifacts import Manifest, open_artifact
 from flagscale.errors import UserError
 from flagscale.evaluation import charts
 from flagscale.evaluation import report_sections as sections
@@ -27,7 +27,7 @@ from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report_data import ReportData
-from flagscale.evaluation.task_scores import TaskScores, load_scores
+from flagscale.evaluation.task_scores import KIND, TaskScores, load_scores
 from flagscale.evaluation.texts import count, flat
 from flagscale.evaluation.verdict import kept, percent
 from flagscale.evaluation.verdict import verdict as whole_verdict
@@ -35,12 +35,17 @@ from flagscale.evaluation.verdict import verdict as whole_verdict
 LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
-def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
+def render(
+    data: ReportData,
+    tasks: Sequence[TaskScores] = (),
+    speeds: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> str:
     """The report as HTML. The same data give the same bytes.
 
     Args:
         data: of the evaluation.
         tasks: what the models scored on tasks.
+        speeds: how fast they write, as in generation.json of a task-evaluation.
     """
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
@@ -70,7 +75,7 @@ def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
         token_charts=sections.token_pictures(data.findings),
         findings=data.findings,
         beside=sections.beside(data),
-        costs=sections.costs(data),
+        costs=[*sections.costs(data), *sections.speeds(speeds or {})],
         percent=percent,
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
@@ -232,10 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = ReportData.load(options.evaluation)
         data = with_others(data, options.evaluation, named_folders(options.beside))
         tasks = load_scores(options.tasks) if options.tasks else ()
+        speeds = open_artifact(options.tasks, KIND).facts["generation"] if options.tasks else {}
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    options.output.write_text(render(data, tasks), encoding="utf-8")
+    options.output.write_text(render(data, tasks, speeds), encoding="utf-8")
     sys.stdout.write(f"{whole_verdict(data, tasks)}\n{options.output}\n")
     return 0
 

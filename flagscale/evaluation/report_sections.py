@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from flagscale.evaluation.token_findings import TokenFindings
 from flagscale.evaluation.verdict import others_figures, percent, seeds_spread
 
 _MODELS = (TEACHER, BEFORE, AFTER)
+_NAMES = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student"}
 
 
 def details(data: ReportData) -> dict[str, Any] | None:
@@ -171,6 +172,28 @@ def costs(data: ReportData) -> list[tuple[str, str, str]]:
                 "forward pass" if model == TEACHER else f"{percent(work)} of the teacher's",
             )
         )
+    return rows
+
+
+def speeds(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
+    """Rows below those of `costs`, of generation.json: how fast models write.
+
+    Args:
+        found: model -> a mapping an engine, with the fields of `generation_speed.Speed`.
+    """
+    rows = []
+    for model, engines in found.items():
+        for one in engines:
+            held = one["peak_memory"]
+            memory = f"; peak memory {_bytes(held)}" if held is not None else ""
+            rows.append(
+                (
+                    f"{_NAMES.get(model, model)} writes",
+                    f"{one['decode_tokens_per_second']:,.3g} tokens/s",
+                    f"{one['engine']}, one text at a time; it reads "
+                    f"{one['prefill_tokens_per_second']:,.3g} tokens/s{memory}",
+                )
+            )
     return rows
 
 

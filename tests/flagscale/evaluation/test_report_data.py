@@ -40,6 +40,15 @@ COSTS = Costs(
     price=0.5,
 )
 
+SPEED = {
+    "engine": "transformers",
+    "prompt_tokens": 64,
+    "new_tokens": 16,
+    "prefill_tokens_per_second": 410.0,
+    "decode_tokens_per_second": 35.2,
+    "peak_memory": 1_200_000_000,
+}
+
 
 @pytest.fixture
 def data(fidelity_of: Callable[..., Fidelity]) -> ReportData:
@@ -136,7 +145,7 @@ def test_the_whole_page_stands_alone(data: ReportData) -> None:
     worst = replace(data.findings.worst_tokens[0], before=HOSTILE, token=HOSTILE)
     findings = replace(data.findings, worst_tokens=(worst,))
     tasks = [scores("arc_easy", 1, RIGHT), scores(HOSTILE, 2, RIGHT, higher_is_better=False)]
-    html = render(replace(data, findings=findings), tasks)
+    html = render(replace(data, findings=findings), tasks, {"teacher": [SPEED]})
     page = Page(html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object"}
     ids = Counter(a["id"] for _, a in page.tags if "id" in a)
@@ -149,6 +158,9 @@ def test_the_whole_page_stands_alone(data: ReportData) -> None:
         "twin",
         "15,360 tokens in 1 min 30 s",
         "31 TFLOP",
+        "Teacher writes",
+        "35.2 tokens/s",
+        "it reads 410 tokens/s; peak memory 1.2 GB",
         "0.00025 kWh",
         "an estimate",
         "75% of the teacher's, as stored",
