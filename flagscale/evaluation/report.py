@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.artifacts import Manifest
-from flagscale.evaluation import charts
+from flagscale.evaluation import charts, forecast_section
 from flagscale.evaluation.audit_report import headline as audit_headline
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
@@ -74,6 +74,7 @@ def render(data: ReportData) -> str:
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
         labels=LABELS,
+        forecast=forecast_section.section(data.training, data.validation),
         metrics=data.metrics,
         recipe=_recipe(data),
         facts=_facts(data.manifests),

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.evaluation import search_charts
+from flagscale.evaluation.forecast_section import section_of_search
 from flagscale.evaluation.search_board import Candidate, Point, SearchBoard
 from flagscale.evaluation.texts import count
 
@@ -40,6 +41,7 @@ def render(board: SearchBoard) -> str:
         rungs=range(1, board.rung + 1),
         rows=[_row(place, one, board, fronts) for place, one in enumerate(board.candidates, 1)],
         charts=charts,
+        forecast=section_of_search(board),
         board=board,
     )
 

@@ -21,6 +21,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
 from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars, summarise
+from flagscale.evaluation.forecast_section import told
 from flagscale.evaluation.generate import continuations
 from flagscale.evaluation.measuring import keep, measure
 from flagscale.evaluation.prompts import encode_prompts
@@ -228,6 +229,7 @@ def _metrics(
         "seq_length": int(dataset.facts["seq_length"]),
         "kinds": sorted({corpus["kind"] for corpus in dataset.facts["corpora"]}),
         "parameters": parameters,
+        "forecasts": told(*_logs(paths)),
     }
 
 
@@ -250,12 +252,13 @@ def _report(
     recipe: Mapping[str, Any],
     paths: Paths,
 ) -> str:
+    training, validation = _logs(paths)
     return render(
         ReportData(
             metrics=metrics,
             fidelity=fidelity,
-            training=_read_log(paths.distilled / "training.jsonl"),
-            validation=_read_log(paths.distilled / "validation.jsonl"),
+            training=training,
+            validation=validation,
             generations=generations,
             layers={name: ModelShape.load(getattr(paths, name)).num_layers for name in _MODELS},
             parameters=metrics["parameters"],
@@ -273,6 +276,12 @@ def _measured(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
             name: value for name, value in manifests[AFTER].facts.items() if name != "seq_length"
         },
     }
+
+
+def _logs(paths: Paths) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Of the training: a row a step, and a row a validation."""
+    folder = paths.distilled
+    return _read_log(folder / "training.jsonl"), _read_log(folder / "validation.jsonl")
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
