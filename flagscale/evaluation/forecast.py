@@ -12,6 +12,7 @@ CONFIDENCE = 0.9  # of a forecast's interval: one in ten is to miss
 KD_LOSS, LM_LOSS = "logits distillation loss", "lm loss"
 SAMPLES_APART = 0.1  # of losses on more or fewer samples of the validation split
 TRAINING_APART = 0.3  # of losses in training: other text
+_RATE = "learning rate"
 _CUTS = (0.25, 0.5, 0.75)  # of a training, after which it is held to account
 
 Log = Sequence[Mapping[str, float]]
@@ -94,11 +95,11 @@ def accounts(training: Log, validation: Log) -> list[Account]:
         training: rows of training.jsonl.
         validation: rows of validation.jsonl.
     """
-    if not training or not validation:
+    if not training or not validation or not all(_RATE in row for row in training):
         return []
     key, end = decisive_loss(training), int(validation[-1]["step"])
     came = validation[-1][key]
-    rates = [row["learning rate"] for row in training]
+    rates = [row[_RATE] for row in training]
     found: list[Account] = []
     for cut in dict.fromkeys(int(share * end) for share in _CUTS):
         try:

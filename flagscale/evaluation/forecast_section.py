@@ -69,16 +69,14 @@ def section_of_search(board: SearchBoard) -> Section | None:
     judged = [row for row in rows if row["outcome"] != _TO_COME]
     held = sum(row["outcome"] == _WITHIN for row in judged)
     told = f" {held} of {len(judged)} intervals hold what came." if judged else ""
-    return (
-        Section(
-            note="The held-out loss on the samples that rank, as a candidate's curve so far would have "
-            f"it: the median and its {100 * CONFIDENCE:g}% interval, made of no more than what was "
-            f"known after its rung.{told} Of those that were dropped nothing more was measured.",
-            heads=("Candidate", "Forecast", "Came", "Outcome"),
-            rows=rows,
-        )
-        if rows
-        else None
+    if not rows:
+        return None
+    return Section(
+        note="The held-out loss on the samples that rank, as a candidate's curve so far would have "
+        f"it: the median and its {100 * CONFIDENCE:g}% interval, made of no more than what was "
+        f"known after its rung.{told} Of those that were dropped nothing more was measured.",
+        heads=("Candidate", "Forecast", "Came", "Outcome"),
+        rows=rows,
     )
 
 

@@ -9,10 +9,9 @@ the same sum). `h(t)` is the rate of the last step as a share of the peak: the h
 further weights wander from where they are best, so that losses fall when it decays, and a student
 that begins close to its teacher gets worse first. `floor` is the share that stays for ever.
 
-What is not known has broad priors. Draws are weighted by how well they fit (importance sampling,
-in rounds that draw where the round before found weight: Cappe et al., 2008); `level`, and what
-sets one kind of loss apart from another, are integrated out exactly, as logarithms are Gaussian
-there. The same losses give the same forecast.
+What is not known has broad priors, and is drawn from its posterior (`importance_sampling`);
+`level`, and what sets one kind of loss apart from another, are integrated out exactly, as
+logarithms are Gaussian there. The same losses give the same forecast.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_DRAWS = 4096
-_TEMPERS = (0.05, 0.15, 0.4, 1.0, 1.0)  # of the weights after each round: first roughly
+from flagscale.evaluation.importance_sampling import DRAWS, posterior
+
 _SEED = 0
-_PRIOR_SHARE = 0.1  # of each round's draws, so that nothing is lost for ever
-_WIDER = 1.3  # than what the round before found
-_FREEDOM = 5  # degrees, of the Student distribution that later rounds draw from
 _BINS = 16  # of a series of single, noisy losses: neighbours in time are taken together
 _LEVEL = 10.0  # prior of the logarithm of the first loss: any
 _DRIFT = 0.04  # a forecast's own error, for each doubling of `x` beyond what was seen
@@ -97,7 +93,10 @@ class LearningCurve:
         if not len(kinds[0].step_i) or sum(len(kind.step_i) for kind in kinds) < 2:
             raise ValueError("a curve needs a held-out loss, and a second loss at another step")
         self.made_at = int(max(max(one.usable) for one in series if one.usable))
-        self._fit(kinds)
+        self._kinds = kinds
+        self._z_kp, self._weight_k = posterior(
+            lambda z_kp: self._levels(z_kp)[1], _Curves.PARAMETERS, _SEED
+        )
 
     def forecast(self, step: float, confidence: float, rates: Sequence[float] = ()) -> Forecast:
         """The loss after so many steps.
@@ -120,44 +119,17 @@ class LearningCurve:
         seen_i, _ = self._schedule.at(np.array([self.made_at], dtype=np.float64))
         doublings = max(0.0, math.log2((x_i[0] + 1) / (seen_i[0] + 1)))
         generator = np.random.default_rng(_SEED)
-        chosen = generator.choice(len(self._weight_k), _DRAWS, p=self._weight_k)
-        draws = _Draws(self._z_kp[chosen], self._schedule.length)
-        spread = np.sqrt(self._variance_k[chosen] + draws.noise_k**2 + (_DRIFT * doublings) ** 2)
-        centre = self._level_k[chosen] + draws.log_shape(x_i, h_i)[:, 0]
-        return centre + spread * generator.standard_normal(_DRAWS)
+        chosen = generator.choice(len(self._weight_k), DRAWS, p=self._weight_k)
+        curves, _, level_k, variance_k = self._levels(self._z_kp[chosen])
+        spread = np.sqrt(variance_k + curves.noise_k**2 + (_DRIFT * doublings) ** 2)
+        centre = level_k + curves.log_shape(x_i, h_i)[:, 0]
+        noise: np.ndarray = spread * generator.standard_normal(DRAWS)
+        return centre + noise
 
-    def _fit(self, kinds: Sequence[_Observed]) -> None:
-        generator = np.random.default_rng(_SEED)
-        parameters = _Draws.PARAMETERS
-        centre, factor = np.zeros(parameters), np.eye(parameters)
-        rounds: list[tuple[np.ndarray, ...]] = []
-        for number, temper in enumerate((*_TEMPERS, 1.0)):
-            z_kp = generator.standard_normal((_DRAWS, parameters))
-            if number:
-                adapted = generator.random(_DRAWS) >= _PRIOR_SHARE
-                tails = np.sqrt(_FREEDOM / generator.chisquare(_FREEDOM, _DRAWS))[:, None]
-                z_kp[adapted] = centre + ((z_kp * tails) @ factor.T)[adapted]
-            fitted = _level(_Draws(z_kp, self._schedule.length), kinds, self._schedule)
-            prior = _log_normal(z_kp)
-            proposed = prior
-            if number:
-                own = _log_student(z_kp, centre, factor)
-                proposed = np.logaddexp(
-                    prior + math.log(_PRIOR_SHARE), own + math.log(1 - _PRIOR_SHARE)
-                )
-            log_weight = fitted[0] + prior - proposed
-            rounds.append((z_kp, log_weight, *fitted[1:]))
-            weight = _normalised(temper * log_weight)
-            centre = weight @ z_kp
-            around = z_kp - centre
-            spread = (around * weight[:, None]).T @ around + 1e-4 * np.eye(parameters)
-            factor = np.linalg.cholesky(_WIDER**2 * spread)
-        # The last two rounds drew where there is weight; all count by their densities alone.
-        kept = rounds[-2:]
-        self._z_kp, log_weight, self._level_k, self._variance_k = (
-            np.concatenate(parts) for parts in zip(*kept, strict=True)
-        )
-        self._weight_k = _normalised(log_weight)
+    def _levels(self, z_kp: np.ndarray) -> tuple[_Curves, np.ndarray, np.ndarray, np.ndarray]:
+        """Curves, how well they fit [K], and mean and variance of their levels' logarithms [K]."""
+        curves = _Curves(z_kp, self._schedule.length)
+        return curves, *_level(curves, self._kinds, self._schedule)
 
 
 class Schedule:
@@ -186,7 +158,7 @@ class Schedule:
         return np.interp(step_i, steps, self._progress), np.interp(step_i, steps, self._share)
 
 
-class _Draws:
+class _Curves:
     """Parameters of curves [K], whose priors are standard normal distributions of `z`."""
 
     PARAMETERS = 6
@@ -244,7 +216,7 @@ def _observed(one: Series) -> _Observed:
 
 
 def _level(
-    draws: _Draws, kinds: Sequence[_Observed], schedule: Schedule
+    curves: _Curves, kinds: Sequence[_Observed], schedule: Schedule
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How well curves fit, and the level that they then have.
 
@@ -254,13 +226,13 @@ def _level(
     Returns:
         Logarithm of the likelihood, and mean and variance of the level's logarithm [K].
     """
-    count = len(draws.noise_k)
+    count = len(curves.noise_k)
     likelihood, mean, total = np.zeros(count), np.zeros(count), np.full(count, _LEVEL**-2)
     for kind in kinds:
         if not len(kind.step_i):
             continue
-        rest_ki = kind.log_loss_i - draws.log_shape(*schedule.at(kind.step_i))
-        own_k = draws.misfit_k if kind.noisy else draws.noise_k
+        rest_ki = kind.log_loss_i - curves.log_shape(*schedule.at(kind.step_i))
+        own_k = curves.misfit_k if kind.noisy else curves.noise_k
         precision_ki = 1 / (kind.noise_i**2 + own_k[:, None] ** 2)
         precision = precision_ki.sum(axis=1)
         centre = (precision_ki * rest_ki).sum(axis=1) / precision
@@ -272,26 +244,3 @@ def _level(
         joint = total + 1 / variance
         mean, total = (total * mean + centre / variance) / joint, joint
     return likelihood, mean, 1 / total
-
-
-def _log_normal(z_kp: np.ndarray) -> np.ndarray:
-    """Log density of the standard normal distribution [K]."""
-    return -0.5 * (z_kp**2).sum(axis=1) - 0.5 * z_kp.shape[1] * math.log(2 * math.pi)
-
-
-def _log_student(z_kp: np.ndarray, centre: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Log density of a multivariate Student distribution of `_FREEDOM` degrees [K]."""
-    count, freedom = z_kp.shape[1], _FREEDOM
-    square_k = (np.linalg.solve(factor, (z_kp - centre).T) ** 2).sum(axis=0)
-    constant = (
-        math.lgamma((freedom + count) / 2)
-        - math.lgamma(freedom / 2)
-        - 0.5 * count * math.log(freedom * math.pi)
-        - float(np.log(np.diag(factor)).sum())
-    )
-    return constant - 0.5 * (freedom + count) * np.log1p(square_k / freedom)
-
-
-def _normalised(log_weight: np.ndarray) -> np.ndarray:
-    weight = np.exp(log_weight - log_weight.max())
-    return weight / weight.sum()
