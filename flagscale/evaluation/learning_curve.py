@@ -27,7 +27,7 @@ from flagscale.evaluation.importance_sampling import DRAWS, posterior
 _SEED = 0
 _BINS = 16  # of a series of single, noisy losses: neighbours in time are taken together
 _LEVEL = 10.0  # prior of the logarithm of the first loss: any
-_DRIFT = 0.04  # a forecast's own error, for each doubling of `x` beyond what was seen
+_DRIFT = 0.1  # a forecast's own error, for each doubling of `x` beyond what was seen
 _FEWEST = 4  # of noisy losses, to know how noisy
 
 

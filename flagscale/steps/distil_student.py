@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
+from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
@@ -167,7 +168,7 @@ def distil_on_rank(
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         trains = _trains(parents["student"])
-        with observer(run, state, training.train_iters) as told, deferred_stop():
+        with observer(run, state, learning_rates(training)) as told, deferred_stop():
             if trains:
                 train(
                     trainer,

@@ -129,7 +129,7 @@ def test_what_decides_on_no_loss_may_differ(recipe: Recipe, tmp_path: Path) -> N
 
 
 def test_a_folder_that_is_no_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no recipe.yaml"):
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
         forecasts(recipe, tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE.read_text())
     with pytest.raises(UserError, match="no training of the recipe's student was begun there"):
@@ -152,5 +152,5 @@ def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", str(RECIPE), "--after", str(run), "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
     assert [row["losses"][KD]["step"] for row in plan["forecast"]] == [30, 60, 120, 240]
-    assert main(["plan", str(RECIPE), "--baseline", str(run)]) == 1
+    assert main(["plan", str(RECIPE), "--baseline", str(run)]) == 2
     assert "--baseline is compared with --after, which is missing" in capsys.readouterr().err
