@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from flagscale.evaluation.forecast import CONFIDENCE, KD_LOSS, accounts, curve_of
+from flagscale.evaluation.learning_curve import _DRIFT, _Curves
 
 _STEPS = (60, 200, 1000)
 _CUTS = (0.25, 0.5, 0.75)
 _VALIDATIONS = 10
+_SHORTEST = 20  # steps of a training that was run
 
 Shape = Callable[[np.random.Generator, float, np.ndarray, np.ndarray], np.ndarray]
 
@@ -43,14 +45,10 @@ class Simulated:
 def prior(
     generator: np.random.Generator, length: float, x_t: np.ndarray, h_t: np.ndarray
 ) -> np.ndarray:
-    """A curve as `flagscale.evaluation.learning_curve` believes it, with its drift."""
-    from flagscale.evaluation.learning_curve import _DRIFT, _Curves
-
+    """A curve as `flagscale.evaluation.learning_curve` believes it."""
     curves = _Curves(generator.standard_normal((1, _Curves.PARAMETERS)), length)
-    drift = np.concatenate([[0.0], np.diff(np.log2(x_t + 1))]).clip(0)
-    wander = np.cumsum(generator.standard_normal(len(x_t)) * _DRIFT * np.sqrt(drift))
     own = generator.standard_normal(len(x_t)) * curves.noise_k[0]
-    log_loss: np.ndarray = curves.log_shape(x_t, h_t)[0] + wander + own
+    log_loss: np.ndarray = curves.log_shape(x_t, h_t)[0] + own
     return log_loss
 
 
@@ -101,6 +99,10 @@ def _case(simulated: Simulated, generator: np.random.Generator) -> bool:
     x_t = np.cumsum(h_t)
     shape = simulated.shape or prior
     log_loss_t = generator.normal(0, 2) + shape(generator, float(x_t[-1]), x_t, h_t)
+    cut = int(steps * generator.choice(_CUTS))
+    if simulated.shape is None:  # with the error that a forecast believes to have
+        doublings = math.log2((x_t[-1] + 1) / (x_t[cut] + 1))
+        log_loss_t[-1] += _DRIFT * doublings * generator.standard_normal()
     apart = generator.normal(0, 0.3)
     training = [
         {"step": t, KD_LOSS: float(np.exp(log_loss_t[t - 1] + apart + noise))}
@@ -112,7 +114,6 @@ def _case(simulated: Simulated, generator: np.random.Generator) -> bool:
     validation = [
         {"step": t, KD_LOSS: float(np.exp(log_loss_t[t]))} for t in range(0, steps + 1, every)
     ]
-    cut = int(steps * generator.choice(_CUTS))
     forecast = curve_of(training, validation, h_t[1:], KD_LOSS, until=cut).forecast(
         steps, CONFIDENCE
     )
@@ -146,8 +147,9 @@ def _real(folders: Sequence[Path]) -> None:
     for folder in folders:
         training, validation = (_rows(folder / name) for name in _NAMES)
         content = json.dumps(validation)
-        if content in seen:
-            continue  # the same training, kept twice
+        whole = validation and validation[-1]["step"] == len(training)
+        if content in seen or not whole or len(training) < _SHORTEST:
+            continue  # kept twice, or a part of a training
         seen.add(content)
         for account in accounts(training, validation):
             one = account.forecast
@@ -167,7 +169,7 @@ _NAMES = ("training.jsonl", "validation.jsonl")
 
 def _logs(run: Path) -> Iterator[Path]:
     for path in sorted(run.rglob(_NAMES[0])):
-        if (path.parent / _NAMES[1]).exists() and len(_rows(path)) >= 8:
+        if (path.parent / _NAMES[1]).exists():
             yield path.parent
 
 
