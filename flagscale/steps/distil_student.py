@@ -168,7 +168,8 @@ def distil_on_rank(
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         trains = _trains(parents["student"])
-        with observer(run, state, learning_rates(training)) as told, deferred_stop():
+        last_step = rung.until_step if rung else training.train_iters
+        with observer(run, state, last_step, learning_rates(training)) as told, deferred_stop():
             if trains:
                 train(
                     trainer,
