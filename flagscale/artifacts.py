@@ -36,7 +36,8 @@ class Manifest:
 
     Attributes:
         kind: `dataset`, `teacher`, `teacher-outputs`, `student`, `distilled-student`, `evaluation`,
-            `leaderboard`, `candidate`, `search`, `export`, or `absent` where there is none.
+            `task-evaluation`, `leaderboard`, `candidate`, `search`, `export`,
+            `promotion`, or `absent` where there is none.
         recipe: the sections of the recipe that the step was given.
         parents: name of an input artifact -> its `digest`.
         files: path inside the folder -> `sha256:<hex>`.
@@ -47,7 +48,8 @@ class Manifest:
         peak_memory: the most that the step's ranks held, bytes by rank: `host`, `device`.
         code: what wrote it: the release, and a digest of its sources.
         ancestors: digest -> what is known of each artifact that it was made of, its parents' own
-            ones too: the manifest without `files`, `peak_memory`, `ancestors` and long facts.
+            ones too: the manifest without `files`, costs, `ancestors` and long facts.
+        energy: what they took, `joules` by rank, and `from`, how that is known.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Manifest:
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
     code: str = ""
     ancestors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -68,13 +71,13 @@ class Manifest:
 
         Nor of what `parents` stand for already, nor the code: the same content is the same.
         """
-        apart = ("peak_memory", "code", "ancestors")
+        apart = ("peak_memory", "energy", "code", "ancestors")
         return digest({k: v for k, v in asdict(self).items() if k not in apart})
 
     def lineage(self) -> dict[str, dict[str, Any]]:
         """What those that are made of it say of it and its ancestors, as `ancestors`."""
         values = asdict(self)
-        for name in ("files", "peak_memory", "ancestors", "format_version"):
+        for name in ("files", "peak_memory", "energy", "ancestors", "format_version"):
             del values[name]
         values["facts"] = {
             name: fact
@@ -86,12 +89,13 @@ class Manifest:
 
 @dataclass
 class Staging:
-    """A folder that is being written. Fill `path`, `facts`, `tokenizer_hash`, `peak_memory`."""
+    """A folder that is being written. Fill `path`, and what of its manifest a step knows."""
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     tokenizer_hash: str | None = None
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
 
 
@@ -131,6 +135,7 @@ def new_artifact(
             peak_memory=staging.peak_memory or {"host": [processes.peak_memory()]},
             code=code_version(),
             ancestors=_merged(parent.lineage() for parent in (parents or {}).values()),
+            energy=staging.energy,
         )
         write_json(staging.path / MANIFEST, asdict(manifest))
         shutil.rmtree(output, ignore_errors=True)

@@ -29,6 +29,7 @@ from pipelines.wiring import (
     cache,
     check,
     convert,
+    decide,
     figures,
     place_record,
     prepare,
@@ -115,6 +116,7 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         **always(values, "models"),
     )
     placed.place(exported, "models", "Export student")
+    decide(values, placed, evaluation, exported)
     if placed.on_a_cluster:
         recorded = record_run(**figures(values, placed, "export-student"))
         place_record(recorded, placed)

@@ -9,7 +9,8 @@
         pick-candidate, distil-student (on from its checkpoint, to the rung's step)
     rank-candidates
     ...
-    pick-candidate, distil-student (on, to the end), evaluate, export-student
+    pick-candidate, distil-student (on, to the end), evaluate, export-student,
+    promote where the recipe says what a student must show
 
 A recipe with the section `search` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. KFP has no loop over a number that is known only at run time beyond a
@@ -46,6 +47,7 @@ from pipelines.wiring import (
     cache,
     check,
     convert,
+    decide,
     figures,
     judge,
     place_record,
@@ -144,6 +146,7 @@ class _Wiring:
             **always(values, "models"),
         )
         placed.place(exported, "models", "Export student")
+        decide(values, placed, evaluation, exported)
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
             place_record(record_search(search=ranked, **{**given, **self._figures}), placed)

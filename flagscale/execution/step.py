@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from flagscale.artifacts import MANIFEST, read_manifest
+from flagscale.artifacts import MANIFEST, Manifest, read_manifest
 from flagscale.errors import UserError
 from flagscale.execution.absent import AbsentInputError, absent, pass_on, write_absent
 from flagscale.execution.exclusive import exclusively
@@ -27,6 +27,7 @@ from flagscale.shared import (
     Place,
     Pointer,
     fetch,
+    manifest_of,
     pointer_to,
     read_pointer,
     shared_place,
@@ -154,6 +155,21 @@ class Step:
             return fetch(pointer, Path(self._folders.enter_context(folder)) / pointer.kind)
         except UserError as error:
             raise UserError(f"input {name}: {error}") from error
+
+    def manifest(self, name: str, artifact: Input) -> Manifest:
+        """The manifest of an input artifact, of which nothing else is fetched.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
+        Raises:
+            UserError: see `input`.
+            AbsentInputError: see there.
+        """
+        path = self.input(name, artifact, in_parts=True)
+        pointer = read_pointer(path)
+        return read_manifest(path) if pointer is None else manifest_of(pointer)
 
     def pointer(self, name: str, artifact: Input) -> Pointer:
         """Where an input artifact is, for later steps that go on with it.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from flagscale.artifacts import Manifest, open_artifact, read_manifest
 from flagscale.checkpoint.agreement import on_first_rank, same_outcome
@@ -27,14 +26,10 @@ from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
 from flagscale.models.fresh_process import reload_in_fresh_process
-from flagscale.models.hf_description import (
-    check_ids,
-    write_config,
-    write_generation_config,
-    write_tokenizer,
-)
+from flagscale.models.hf_artifact import describe
+from flagscale.models.hf_description import check_ids, write_tokenizer
 from flagscale.models.hf_export import round_weights, write_weights
-from flagscale.models.hf_quantized import Fp8Scales, write_quant_config
+from flagscale.models.hf_quantized import Fp8Scales
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
 from flagscale.models.origin import Origin, copy_licenses, pretrained_origin
@@ -45,7 +40,6 @@ from flagscale.models.parity import (
     fixed_tokens,
 )
 from flagscale.models.probing_texts import probing_texts
-from flagscale.models.source import load_hf_config
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
@@ -178,7 +172,7 @@ def _export(
         write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size, scales)
         tokenizer = load_tokenizer(template)
         if rank == 0:
-            _describe(template, tokenizer, folder, dtype, is_quantized=scales is not None)
+            describe(template, tokenizer, folder, dtype, is_quantized=scales is not None)
     tokens = fixed_tokens(tokenizer, shape.max_position_embeddings)
     computed_in = platform.inference_dtype(dtype)
     model = load_model(distilled, tokens.size(1), models.sizes, computed_in)
@@ -204,23 +198,6 @@ def _export(
     figures, text = on_first_rank(folder, "could not be proven", prove)
     figures["bytes"] = _bytes(folder.glob("*.safetensors"))
     return figures, {"dtype": export.dtype, "generated": text}
-
-
-def _describe(
-    template: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    is_quantized: bool,
-) -> None:
-    """All but the weights: the model's own configuration, with the dtype on disk, the tokenizer."""
-    config = load_hf_config(template)
-    config.dtype = dtype
-    write_config(config, folder, write_quant_config(folder) if is_quantized else None)
-    write_generation_config(template, config, folder)
-    write_tokenizer(tokenizer, folder)
-    copy_licenses(template, folder)
 
 
 def _copy_megatron(

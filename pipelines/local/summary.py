@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from flagscale.artifacts import write_json
-from flagscale.evaluation import LEADERBOARD, LINEAGE, METRICS, SEARCH
+from flagscale.evaluation import GATE, LEADERBOARD, LINEAGE, METRICS, SEARCH
 from pipelines.local.steps import RunResult, step_of
 from pipelines.outcome import duration
 
@@ -30,8 +30,12 @@ def summary(result: RunResult) -> str:
     search = _search(result)
     facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
     facts |= {"search": search} if search else {}
+    gate = _read(result, "promote", "promotion", GATE)
+    facts |= {"gate": gate} if gate else {}
     write_json(result.folder / "summary.json", facts)
     parts = [_times(result), _places(result)]
+    if gate:
+        parts.insert(0, _gate(gate))
     if metrics:
         parts.insert(0, _table(metrics))
     if board:
@@ -93,6 +97,14 @@ def _leaderboard(board: Mapping[str, Any]) -> str:
     failed = [f"failed: {one['name']}: {one['error']}" for one in board.get("failed", ())]
     best = f"The best by {shown[metric][0]} is exported: {board['rows'][0]['name']}."
     return "\n".join([_measured(board), *_columns(rows), *failed, best])
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    """What the recipe asked of the student, and what came of it."""
+    rows = [["", "holds", "by"]]
+    for one in gate["conditions"]:
+        rows.append([one["condition"], "yes" if one["holds"] else "no", _cell(one["margin"], 3)])
+    return "\n".join([f"{gate['outcome']}.", *_columns(rows)])
 
 
 def _search(result: RunResult) -> dict[str, Any]:

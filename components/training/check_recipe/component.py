@@ -27,6 +27,7 @@ def check_recipe(
     distillation_temperature: str = "",
     teacher_outputs: dict = {},
     training: dict = {},
+    promote: dict = {},
     training_global_batch_size: str = "",
     training_lr: str = "",
     training_train_iters: str = "",
@@ -59,6 +60,7 @@ def check_recipe(
         ("evaluation", dict),
         ("export", dict),
         ("models", dict),
+        ("promote", dict),
         ("sweep_variants", list),
         ("search_candidates", list),
         ("met", dict),
@@ -85,6 +87,7 @@ def check_recipe(
         distillation_temperature: sets `distillation.temperature`.
         teacher_outputs: the recipe's section `teacher_outputs`.
         training: the recipe's section `training`.
+        promote: the recipe's section `promote`.
         training_global_batch_size: sets `training.global_batch_size`.
         training_lr: sets `training.lr`.
         training_train_iters: sets `training.train_iters`.
