@@ -16,7 +16,7 @@ def export_winner(
     evaluations: dsl.Input[list[dsl.Artifact]],
     leaderboard: dsl.Input[dsl.Artifact],
     exported_student: dsl.Output[dsl.Model],
-    evaluation: dsl.Output[dsl.Artifact],
+    winners_evaluation: dsl.Output[dsl.Artifact],
     export_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Export the student that leads the leaderboard, as export-student does with a run's only one.
@@ -31,7 +31,7 @@ def export_winner(
         evaluations: from evaluate, of each variant, in any order.
         leaderboard: from leaderboard: says which is the winner.
         exported_student: config, safetensors, tokenizer and model card.
-        evaluation: of the winner, from `evaluations`.
+        winners_evaluation: of the winner, from `evaluations`.
         export_metrics: largest logit difference after the round trip.
     """
     from flagscale.execution.step_process import step_process
@@ -50,7 +50,7 @@ def export_winner(
             evaluations=[step.input_or_absent("evaluations", one) for one in evaluations],
             leaderboard=step.input("leaderboard", leaderboard),
             output=step.output(exported_student.path),
-            winners_evaluation=Path(evaluation.path),
+            winners_evaluation=Path(winners_evaluation.path),
             models=step.section(ModelsRecipe, models_recipe),
         )
         step.report(figures, export_metrics)

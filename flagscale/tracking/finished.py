@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,7 @@ class History:
             UserError: a file cannot be fetched.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         there = {file.path for file in self._ask(self._client.list_artifacts, run_id)}
         return {
             name: Path(self._ask(self._client.download_artifacts, run_id, name, str(folder)))
