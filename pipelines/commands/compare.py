@@ -67,7 +67,7 @@ def work(arguments: argparse.Namespace) -> str:
     if arguments.experiment is not None or arguments.run_ids is not None:
         if arguments.overrides or arguments.recipe != DEFAULT_RECIPE:
             raise UserError(
-                "runs of MLflow have recipes of their own: leave out the one that is given, and --set"
+                "runs of MLflow have recipes of their own: leave out the one given, and --set"
             )
         if arguments.experiment is not None:
             return compare_experiment(
