@@ -31,10 +31,10 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_student.component import export_student
-from components.pick_candidate.component import pick_candidate
-from components.rank_candidates.component import rank_candidates
-from components.record_search.component import record_search
+from components.deployment.export_student.component import export_student
+from components.evaluation.rank_candidates.component import rank_candidates
+from components.monitoring.record_search.component import record_search
+from components.training.pick_candidate.component import pick_candidate
 from flagscale.recipe import Recipe
 from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
@@ -104,6 +104,7 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
         description="Searches for the best of several students of a teacher, and distils it.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 

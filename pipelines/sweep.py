@@ -21,9 +21,9 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_winner.component import export_winner
-from components.leaderboard.component import leaderboard
-from components.record_sweep.component import record_sweep
+from components.deployment.export_winner.component import export_winner
+from components.evaluation.leaderboard.component import leaderboard
+from components.monitoring.record_sweep.component import record_sweep
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
@@ -89,6 +89,7 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
         description="Distils a teacher into several students and ranks them.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 

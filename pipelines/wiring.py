@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
-from components.cache_teacher.component import cache_teacher
-from components.check_recipe.component import check_recipe
-from components.convert_student.component import convert_student
-from components.distil_student.component import distil_student
-from components.distil_student_on_nodes.component import distil_student_on_nodes
-from components.evaluate.component import evaluate
-from components.prepare_data.component import prepare_data
-from components.prepare_teacher.component import prepare_teacher
-from components.promote.component import promote
+from components.data_processing.prepare_data.component import prepare_data
+from components.deployment.promote.component import promote
+from components.evaluation.evaluate.component import evaluate
+from components.training.cache_teacher.component import cache_teacher
+from components.training.check_recipe.component import check_recipe
+from components.training.convert_student.component import convert_student
+from components.training.distil_student.component import distil_student
+from components.training.distil_student_on_nodes.component import distil_student_on_nodes
+from components.training.prepare_teacher.component import prepare_teacher
 from flagscale.run_values import LISTS, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement

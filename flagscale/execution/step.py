@@ -64,6 +64,7 @@ class Step:
         self._outputs: list[tuple[Path, Path]] = []
         self._afterwards: list[Callable[[], object]] = []
         self._importing = ExitStack()
+        self._kept: dict[str, bytes] = {}
         self.recipe: dict[str, Any] = {}
 
     def import_first(self) -> None:
@@ -196,8 +197,12 @@ class Step:
             logger.info("%s: %s", self.name, error)
             return
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        write_absent(target, self.name, mask(message), self.recipe)
+        write_absent(target, self.name, mask(message), self.recipe, files=self._kept)
         logger.warning("%s: the run goes on without this one", self.name)
+
+    def keep_file(self, name: str, path: Path) -> None:
+        """See `flagscale.execution.step_process.keep_file`."""
+        self._kept[name] = mask(path.read_text(encoding="utf-8", errors="replace")).encode()
 
     def output(self, path: str) -> Path:
         """The folder to write an output artifact to.

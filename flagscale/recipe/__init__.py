@@ -26,6 +26,7 @@ from flagscale.recipe.search import SearchRecipe
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
+from flagscale.recipe.tasks import TasksRecipe
 from flagscale.recipe.teacher_outputs import MetRecipe, TeacherOutputsRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -51,6 +52,7 @@ __all__ = [
     "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
+    "TasksRecipe",
     "TeacherOutputsRecipe",
     "TeacherRecipe",
     "TrackingRecipe",

@@ -19,6 +19,7 @@ from flagscale.recipe.search import SearchRecipe, check_search
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
+from flagscale.recipe.tasks import TasksRecipe
 from flagscale.recipe.teacher_outputs import (
     TeacherOutputsRecipe,
     met_by,
@@ -44,6 +45,7 @@ class Recipe(Section):
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    tasks: TasksRecipe = TasksRecipe()
     models: ModelsRecipe = ModelsRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()

@@ -26,6 +26,7 @@ def export_winner(
     output: Path,
     winners_evaluation: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
 
@@ -37,6 +38,7 @@ def export_winner(
         output: folder of the `export` artifact.
         winners_evaluation: where the winner's `evaluation` artifact is copied to, for later steps.
         models: how the step is spread over processes.
+        lineage: see `export_student`.
 
     Returns:
         The figures of `export_student`.
@@ -50,7 +52,7 @@ def export_winner(
         _find(paths, name, facts["digests"][name])
         for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    figures = export_student(export, distilled, evaluation, output, models)
+    figures = export_student(export, distilled, evaluation, output, models, lineage)
     shutil.copytree(evaluation, winners_evaluation, dirs_exist_ok=True)
     return figures
 

@@ -1,13 +1,14 @@
 """What a finished run says: its figures, its times, and where things are."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from flagscale.artifacts import write_json
-from flagscale.evaluation import GATE, LEADERBOARD, METRICS, SEARCH
+from flagscale.evaluation import GATE, LEADERBOARD, LINEAGE, METRICS, SEARCH
 from pipelines.local.steps import RunResult, step_of
 from pipelines.outcome import duration
 
@@ -172,6 +173,7 @@ def _places(result: RunResult) -> str:
     for name in ("export-student", "export-winner"):
         if name in result.steps:
             lines.append(("student", result.folder / "exported_student"))
+            lines += _lineage(result, name)
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
         uri = quote(result.tracking_uri)
@@ -179,6 +181,16 @@ def _places(result: RunResult) -> str:
     else:
         text.append(f"MLflow   {result.tracking_uri}")
     return "\n".join(text)
+
+
+def _lineage(result: RunResult, step: str) -> list[tuple[str, Path]]:
+    """Where its page is, with the ending by which browsers know one: KFP's file has none."""
+    written = result.steps[step].outputs.get(LINEAGE.removesuffix(".html"))
+    if written is None:
+        return []
+    shown = result.folder / LINEAGE
+    shutil.copyfile(written, shown)
+    return [("lineage", shown)]
 
 
 def _shortest(path: Path) -> Path:

@@ -1,1 +1,0 @@
-"""The student that shows what its recipe asks is promoted."""
