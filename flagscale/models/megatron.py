@@ -14,7 +14,10 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights
@@ -51,7 +54,7 @@ def build_model(
     """
     sizes = sizes_for(shape, parallelism or ParallelismRecipe())
     args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
-    args = replace(args, export_quant_load=quantizers)
+    args = replace(args, export_quant_load=quantizers, forward_only=True)
     with use_args(args):
         model = model_provider(
             pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
@@ -119,9 +122,12 @@ def hidden_states(
     before, unwrapped.post_process = unwrapped.post_process, False
     try:
         with without_multi_token_prediction(unwrapped):
-            return _last_stage(model, tokens, cache)
+            states_sbh = _last_stage(model, tokens, cache)
     finally:
         unwrapped.post_process = before
+    if states_sbh is not None and unwrapped.config.sequence_parallel:
+        states_sbh = gather_from_sequence_parallel_region(states_sbh)
+    return states_sbh
 
 
 def _last_stage(
