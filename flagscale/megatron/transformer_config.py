@@ -46,6 +46,7 @@ def transformer_config(
         | _experts(args, architecture)
     )
     values["pipeline_model_parallel_layout"] = layout
+    values["perform_initialization"] = args.perform_initialization
     if architecture.mtp_num_layers is not None:
         values["mtp_num_layers"] = architecture.mtp_num_layers
         values["mtp_loss_scaling_factor"] = architecture.mtp_loss_scaling_factor

@@ -38,6 +38,8 @@ def build_model(
     parallelism: ParallelismRecipe | None = None,
     params_dtype: torch.dtype = torch.float32,
     quantizers: Path | None = None,
+    *,
+    perform_initialization: bool = True,
 ) -> GPTModel:
     """This rank's part of a model with random weights, on the device, in evaluation mode.
 
@@ -48,13 +50,19 @@ def build_model(
             whole on the ranks that share another's.
         params_dtype: of its weights.
         quantizers: the artifact that has them, of a quantised model.
+        perform_initialization: False: weights are not even random, for who reads all of them.
 
     Raises:
         UserError: the model cannot be divided so.
     """
     sizes = sizes_for(shape, parallelism or ParallelismRecipe())
     args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
-    args = replace(args, export_quant_load=quantizers, forward_only=True)
+    args = replace(
+        args,
+        export_quant_load=quantizers,
+        forward_only=True,
+        perform_initialization=perform_initialization,
+    )
     with use_args(args):
         model = model_provider(
             pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
@@ -80,7 +88,14 @@ def load_model(
         UserError: the weights cannot be read, or the model cannot be divided so.
     """
     shape = ModelShape.load(artifact)
-    model = build_model(shape, seq_length, parallelism, params_dtype, quantizers=artifact)
+    model = build_model(
+        shape,
+        seq_length,
+        parallelism,
+        params_dtype,
+        quantizers=artifact,
+        perform_initialization=False,  # a second for each 130M of them on a CPU
+    )
     load_weights(model, artifact / WEIGHTS)
     return model
 
