@@ -57,6 +57,7 @@ class Arguments:
         export_kd_cfg: the distillation, if so.
         export_kd_teacher_outputs: what the teacher answered; where set, it need not be there.
         export_quant_load: the artifact whose quantisers a quantised model gets.
+        forward_only: the model is run and gets no gradients.
     """
 
     shape: ModelShape
@@ -95,6 +96,7 @@ class Arguments:
     export_kd_cfg: DistillationRecipe | None = None
     export_kd_teacher_outputs: Path | None = None
     export_quant_load: Path | None = None
+    forward_only: bool = False
 
     @property
     def num_micro_batches(self) -> int:

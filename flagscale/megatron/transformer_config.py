@@ -34,7 +34,8 @@ def transformer_config(
         UserError: something that this machine or Megatron-Core cannot honour.
     """
     chunks = 2 if args.use_dualpipev else args.parallelism.virtual_pipeline_model_parallel_size or 1
-    check_layout(args.shape, args.parallelism, args.seq_length, chunks)
+    trains = not args.forward_only
+    check_layout(args.shape, args.parallelism, args.seq_length, chunks, trains=trains)
     check_fp8(args)
     architecture = args.shape.architecture
     values = (

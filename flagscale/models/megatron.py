@@ -14,7 +14,10 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights
@@ -55,7 +58,10 @@ def build_model(
     sizes = sizes_for(shape, parallelism or ParallelismRecipe())
     args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
     args = replace(
-        args, export_quant_load=quantizers, perform_initialization=perform_initialization
+        args,
+        export_quant_load=quantizers,
+        forward_only=True,
+        perform_initialization=perform_initialization,
     )
     with use_args(args):
         model = model_provider(
@@ -131,9 +137,12 @@ def hidden_states(
     before, unwrapped.post_process = unwrapped.post_process, False
     try:
         with without_multi_token_prediction(unwrapped):
-            return _last_stage(model, tokens, cache)
+            states_sbh = _last_stage(model, tokens, cache)
     finally:
         unwrapped.post_process = before
+    if states_sbh is not None and unwrapped.config.sequence_parallel:
+        states_sbh = gather_from_sequence_parallel_region(states_sbh)
+    return states_sbh
 
 
 def _last_stage(
