@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_report import HOSTILE, Page, make_data
-from test_token_findings import DRAWS, VOCAB, decode, make_documents, make_table
+from test_token_analysis import DRAWS, VOCAB, decode, make_documents, make_table
 from test_verdict import RIGHT, scores
 
 from flagscale.artifacts import new_artifact, write_json
@@ -24,7 +24,7 @@ from flagscale.evaluation.figures import summarise
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report import main, render
 from flagscale.evaluation.report_data import Other, ReportData
-from flagscale.evaluation.token_findings import find
+from flagscale.evaluation.token_analysis import find
 
 COSTS = Costs(
     tokens=15_360,
