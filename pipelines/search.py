@@ -9,7 +9,8 @@
         pick-candidate, distil-student (on from its checkpoint, to the rung's step)
     rank-candidates
     ...
-    pick-candidate, distil-student (on, to the end), evaluate, export-student
+    pick-candidate, distil-student (on, to the end), evaluate, export-student,
+    where tasks are named evaluate-tasks
 
 A recipe with the section `search` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. KFP has no loop over a number that is known only at run time beyond a
@@ -43,6 +44,7 @@ from pipelines.platform import Platform
 from pipelines.wiring import (
     Rung,
     always,
+    ask_tasks,
     cache,
     check,
     convert,
@@ -142,7 +144,9 @@ class _Wiring:
             evaluation=evaluation,
             **always(values, "models"),
         )
-        placed.place(exported, "models", "Export student")
+        shipped = placed.place(exported, "models", "Export student").outputs["exported_student"]
+        if placed.evaluates_tasks:
+            ask_tasks(values, placed, dataset, teacher, evaluation, shipped)
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
             place_record(record_search(search=ranked, **{**given, **self._figures}), placed)

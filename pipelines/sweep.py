@@ -4,7 +4,7 @@
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
-    leaderboard, export-winner
+    leaderboard, export-winner, where tasks are named evaluate-tasks
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
@@ -30,7 +30,7 @@ from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, figures, place_record, prepare, teach
+from pipelines.wiring import always, ask_tasks, cache, check, figures, place_record, prepare, teach
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -124,7 +124,10 @@ def _wire(
         leaderboard=table,
         **always(values, "models"),
     )
-    placed.place(exported, "models", "Export winner")
+    winner = placed.place(exported, "models", "Export winner").outputs
+    if placed.evaluates_tasks:
+        shipped = winner["exported_student"]
+        ask_tasks(values, placed, dataset, teacher, winner["evaluation"], shipped)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):

@@ -13,6 +13,7 @@ from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
 from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
+from components.evaluate_tasks.component import evaluate_tasks
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
 from flagscale.run_values import LISTS, MET, SECTIONS, Made
@@ -33,6 +34,7 @@ _FIGURES = {
     "rank-candidates": "search_metrics",
     "export-student": "export_metrics",
     "export-winner": "export_metrics",
+    "evaluate-tasks": "task_metrics",
 }  # step: its output, and the input of the last step
 
 
@@ -192,6 +194,27 @@ def judge(
     return placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
 
+def ask_tasks(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Channel,
+    teacher: Channel,
+    evaluation: Channel,
+    exported: Channel,
+) -> Channel:
+    """The step that asks a teacher and an exported student tasks: a channel of their scores."""
+    asked = evaluate_tasks(
+        tasks_recipe=values["tasks"],
+        models_recipe=values["models"],
+        teacher=teacher,
+        dataset=dataset,
+        evaluation=evaluation,
+        exported_student=exported,
+        **always(values, "models"),
+    )
+    return placed.place(asked, "models", "Evaluate tasks").outputs["task_evaluation"]
+
+
 def train(
     values: Mapping[str, Any],
     placed: Placement,
@@ -238,7 +261,7 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
     """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
     steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
-    steps.append("cache-teacher")
+    steps += ["cache-teacher", "evaluate-tasks"]
     given = {
         _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
         for step in steps

@@ -16,6 +16,7 @@ def export_winner(
     evaluations: dsl.Input[list[dsl.Artifact]],
     leaderboard: dsl.Input[dsl.Artifact],
     exported_student: dsl.Output[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
     export_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Export the student that leads the leaderboard, as export-student does with a run's only one.
@@ -30,11 +31,14 @@ def export_winner(
         evaluations: from evaluate, of each variant, in any order.
         leaderboard: from leaderboard: says which is the winner.
         exported_student: config, safetensors, tokenizer and model card.
+        evaluation: the winner's, for steps that go on with it.
         export_metrics: largest logit difference after the round trip.
     """
     from flagscale.execution.step_process import step_process
 
     with step_process("export-winner", experiment, accelerators) as step:
+        from pathlib import Path
+
         from flagscale.recipe import ExportRecipe, ModelsRecipe
         from flagscale.steps.export_winner import export_winner
 
@@ -46,6 +50,7 @@ def export_winner(
             evaluations=[step.input_or_absent("evaluations", one) for one in evaluations],
             leaderboard=step.input("leaderboard", leaderboard),
             output=step.output(exported_student.path),
+            evaluation=Path(evaluation.path),
             models=step.section(ModelsRecipe, models_recipe),
         )
         step.report(figures, export_metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def export_winner(
     evaluations: Sequence[Path],
     leaderboard: Path,
     output: Path,
+    evaluation: Path,
     models: ModelsRecipe = ModelsRecipe(),
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
@@ -33,6 +35,7 @@ def export_winner(
         evaluations: their `evaluation` artifacts, in any order.
         leaderboard: the `leaderboard` artifact of the sweep.
         output: folder of the `export` artifact.
+        evaluation: to which the winner's `evaluation` artifact is copied, for later steps.
         models: how the step is spread over processes.
 
     Returns:
@@ -43,11 +46,13 @@ def export_winner(
     """
     facts = open_artifact(leaderboard, "leaderboard").facts
     logger.info("exporting the winner, %s", facts["winner"])
-    distilled, evaluation = (
+    distilled, measured = (
         _find(paths, name, facts["digests"][name])
         for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    return export_student(export, distilled, evaluation, output, models)
+    figures = export_student(export, distilled, measured, output, models)
+    shutil.copytree(measured, evaluation, dirs_exist_ok=True)
+    return figures
 
 
 def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:

@@ -12,7 +12,6 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.errors import UserError
 from flagscale.evaluation.task_scores import load_scores
 from flagscale.recipe import TasksRecipe
 from flagscale.steps.evaluate_tasks import evaluate_tasks
