@@ -12,6 +12,7 @@ from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.pretrained import SourceRecipe
+from flagscale.recipe.promote import PromoteRecipe
 from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
@@ -40,6 +41,7 @@ __all__ = [
     "MetRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "PromoteRecipe",
     "QuantizationRecipe",
     "Recipe",
     "ReconstructionRecipe",

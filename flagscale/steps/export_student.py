@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from flagscale.artifacts import Manifest, open_artifact
+from flagscale.artifacts import Manifest, open_artifact, read_manifest
 from flagscale.checkpoint.agreement import on_first_rank, same_outcome
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
-from flagscale.evaluation import METRICS
+from flagscale.evaluation import LINEAGE, METRICS
 from flagscale.evaluation.card import model_card
+from flagscale.evaluation.lineage import render as render_lineage
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
@@ -56,6 +57,7 @@ def export_student(
     evaluation: Path,
     output: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Write the student in the recipe's format, prove that it loads, and register it in MLflow.
 
@@ -66,6 +68,7 @@ def export_student(
         output: folder of the `export` artifact, which `AutoModelForCausalLM` loads; in the format
             `megatron` it holds `weights/`, `model.json` and `tokenizer/`.
         models: how the step is spread over processes.
+        lineage: file for the page that says which data, teacher, code and recipe made it.
 
     Returns:
         `bytes` of the weights; of a Hugging Face folder also `max_logit_difference` and
@@ -80,7 +83,7 @@ def export_student(
     _metrics_of(evaluation, _parents(distilled, evaluation, check_files=False))
     if export.format == "huggingface":
         ModelShape.load(distilled).check_fits_hugging_face()
-    return call_on_ranks(
+    figures = call_on_ranks(
         "export-student",
         export_on_rank,
         models.processes,
@@ -90,6 +93,10 @@ def export_student(
         output=output,
         models=models,
     )
+    if lineage is not None:
+        lineage.parent.mkdir(parents=True, exist_ok=True)
+        lineage.write_text(render_lineage(read_manifest(output)), encoding="utf-8")
+    return figures
 
 
 def export_on_rank(
@@ -120,6 +127,8 @@ def export_on_rank(
             staging.facts = {**figures, **facts, "format": export.format}
             staging.tokenizer_hash = parents["distilled"].tokenizer_hash
         run.log_metrics(figures)
+        if is_first_rank():
+            run.log_text(render_lineage(read_manifest(output)), LINEAGE)
         if export.registered_model_name and is_first_rank():
             uri = run.log_model(output, export.registered_model_name)
             if uri:

@@ -24,8 +24,9 @@ def export_winner(
     evaluations: Sequence[Path],
     leaderboard: Path,
     output: Path,
-    evaluation: Path,
+    winners_evaluation: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
 
@@ -35,8 +36,9 @@ def export_winner(
         evaluations: their `evaluation` artifacts, in any order.
         leaderboard: the `leaderboard` artifact of the sweep.
         output: folder of the `export` artifact.
-        evaluation: to which the winner's `evaluation` artifact is copied, for later steps.
+        winners_evaluation: where the winner's `evaluation` artifact is copied to, for later steps.
         models: how the step is spread over processes.
+        lineage: see `export_student`.
 
     Returns:
         The figures of `export_student`.
@@ -46,12 +48,12 @@ def export_winner(
     """
     facts = open_artifact(leaderboard, "leaderboard").facts
     logger.info("exporting the winner, %s", facts["winner"])
-    distilled, measured = (
+    distilled, evaluation = (
         _find(paths, name, facts["digests"][name])
         for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    figures = export_student(export, distilled, measured, output, models)
-    shutil.copytree(measured, evaluation, dirs_exist_ok=True)
+    figures = export_student(export, distilled, evaluation, output, models, lineage)
+    shutil.copytree(evaluation, winners_evaluation, dirs_exist_ok=True)
     return figures
 
 

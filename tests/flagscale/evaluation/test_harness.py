@@ -119,9 +119,7 @@ def test_a_metric_of_the_whole_corpus_has_no_values(found: dict[str, TaskScores]
 def test_data_that_cannot_be_had_is_told_before_a_model_is_loaded() -> None:
     own = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: /nowhere/x.json}\n"
     own += "test_split: train\noutput_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
-    with pytest.raises(
-        UserError, match="tasks: mine cannot be loaded: FileNotFoundError: "
-    ):
+    with pytest.raises(UserError, match="tasks: mine cannot be loaded: FileNotFoundError: "):
         load_tasks(TasksRecipe(own=(own,)), None)
 
 

@@ -165,7 +165,7 @@ def test_a_winner_that_was_not_given_is_missed(results: list[Path], tmp_path: Pa
     others = [tmp_path / "student temperature=1.0", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
         export_winner(
-            SWEEP.export, others, results, tmp_path / "board", tmp_path / "out", tmp_path / "won"
+            SWEEP.export, others, results, tmp_path / "board", tmp_path / "out", tmp_path / "its"
         )
 
 
@@ -197,7 +197,7 @@ def test_variants_that_failed_come_last_with_their_errors(
     students = [tmp_path / "failed", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
         export_winner(
-            SWEEP.export, students, given, tmp_path / "board", tmp_path / "out", tmp_path / "won"
+            SWEEP.export, students, given, tmp_path / "board", tmp_path / "out", tmp_path / "its"
         )
 
 
