@@ -137,7 +137,7 @@ def _wire(
         **always(values, "models"),
     )
     won = placed.place(exported, "models", "Export winner").outputs
-    shipped, measured = won["exported_student"], won["evaluation"]
+    shipped, measured = won["exported_student"], won["winners_evaluation"]
     tasks = ask_tasks(values, placed, dataset, teacher, measured, shipped)
     decide(values, placed, measured, exported, tasks)
     if placed.on_a_cluster:
