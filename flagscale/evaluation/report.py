@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.speed import Speed
 from flagscale.evaluation.task_scores import KIND, TaskScores, load_scores
 from flagscale.evaluation.texts import count, flat
 from flagscale.evaluation.verdict import kept, percent
@@ -35,17 +37,12 @@ from flagscale.evaluation.verdict import verdict as whole_verdict
 LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
-def render(
-    data: ReportData,
-    tasks: Sequence[TaskScores] = (),
-    speeds: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-) -> str:
+def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
     """The report as HTML. The same data give the same bytes.
 
     Args:
         data: of the evaluation.
         tasks: what the models scored on tasks.
-        speeds: how fast they write, as in generation.json of a task-evaluation.
     """
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
@@ -75,7 +72,7 @@ def render(
         token_charts=sections.token_pictures(data.findings),
         findings=data.findings,
         beside=sections.beside(data),
-        costs=[*sections.costs(data), *sections.speeds(speeds or {})],
+        costs=[*sections.costs(data), *sections.generation(data)],
         percent=percent,
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
@@ -238,11 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = ReportData.load(options.evaluation)
         data = with_others(data, options.evaluation, named_folders(options.beside))
         tasks = load_scores(options.tasks) if options.tasks else ()
-        speeds = open_artifact(options.tasks, KIND).facts["generation"] if options.tasks else {}
+        if options.tasks:
+            told = open_artifact(options.tasks, KIND).facts["generation"]
+            speeds = {model: [Speed(**one) for one in engines] for model, engines in told.items()}
+            data = replace(data, generation=speeds)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    options.output.write_text(render(data, tasks, speeds), encoding="utf-8")
+    options.output.write_text(render(data, tasks), encoding="utf-8")
     sys.stdout.write(f"{whole_verdict(data, tasks)}\n{options.output}\n")
     return 0
 

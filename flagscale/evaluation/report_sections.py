@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,6 @@ from flagscale.evaluation.token_findings import TokenFindings
 from flagscale.evaluation.verdict import others_figures, percent, seeds_spread
 
 _MODELS = (TEACHER, BEFORE, AFTER)
-_NAMES = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student"}
 
 
 def details(data: ReportData) -> dict[str, Any] | None:
@@ -175,23 +174,19 @@ def costs(data: ReportData) -> list[tuple[str, str, str]]:
     return rows
 
 
-def speeds(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
-    """Rows below those of `costs`, of generation.json: how fast models write.
-
-    Args:
-        found: model -> a mapping an engine, with the fields of `generation_speed.Speed`.
-    """
+def generation(data: ReportData) -> list[tuple[str, str, str]]:
+    """How fast the models write: name, value, remark."""
     rows = []
-    for model, engines in found.items():
-        for one in engines:
-            held = one["peak_memory"]
-            memory = f"; peak memory {_bytes(held)}" if held is not None else ""
+    for model, label in ((TEACHER, "teacher"), (AFTER, "student")):
+        for speed in data.generation.get(model, ()):
+            held = "" if speed.peak_memory is None else f", at most {_bytes(speed.peak_memory)}"
             rows.append(
                 (
-                    f"{_NAMES.get(model, model)} writes",
-                    f"{one['decode_tokens_per_second']:,.3g} tokens/s",
-                    f"{one['engine']}, one text at a time; it reads "
-                    f"{one['prefill_tokens_per_second']:,.3g} tokens/s{memory}",
+                    f"The {label} writes",
+                    f"{speed.decode_tokens_per_second:,.3g} tokens/s",
+                    f"{speed.engine}, {speed.dtype} on {speed.device}, one text at a time{held}; "
+                    f"reads {speed.prompt_tokens:,} tokens at "
+                    f"{speed.prefill_tokens_per_second:,.3g} tokens/s",
                 )
             )
     return rows
