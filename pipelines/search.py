@@ -33,7 +33,7 @@ from kfp.dsl.base_component import BaseComponent
 from components.export_student.component import export_student
 from components.pick_candidate.component import pick_candidate
 from components.rank_candidates.component import rank_candidates
-from components.record_search.component import record_search
+from components.record_many.component import record_many
 from flagscale.recipe import Recipe
 from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
@@ -145,7 +145,9 @@ class _Wiring:
         placed.place(exported, "models", "Export student")
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
-            place_record(record_search(search=ranked, **{**given, **self._figures}), placed)
+            for of_winner in ("training_metrics", "evaluation_metrics"):
+                given[f"winner_{of_winner}"] = given.pop(of_winner)
+            place_record(record_many(ranking=ranked, **{**given, **self._figures}), placed)
 
     def _first_rung(
         self, dataset: Channel, teacher: Channel, read: Mapping[str, Channel]
@@ -159,7 +161,7 @@ class _Wiring:
         given = figures(self._values, self._placed)
         self._figures = {
             "student_metrics": dsl.Collected(given["student_metrics"]),
-            "rung_metrics": dsl.Collected(given["training_metrics"]),
+            "training_metrics": dsl.Collected(given["training_metrics"]),
         }
         return dsl.Collected(result)
 

@@ -23,7 +23,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.export_winner.component import export_winner
 from components.leaderboard.component import leaderboard
-from components.record_sweep.component import record_sweep
+from components.record_many.component import record_many
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
@@ -129,4 +129,4 @@ def _wire(
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):
             given[name] = dsl.Collected(given[name])
-        place_record(record_sweep(leaderboard=table, **given), placed)
+        place_record(record_many(ranking=table, **given), placed)

@@ -29,8 +29,8 @@ _FIGURES = {
     "distil-student": "training_metrics",
     "distil-student-on-nodes": "training_metrics",
     "evaluate": "evaluation_metrics",
-    "leaderboard": "leaderboard_metrics",
-    "rank-candidates": "search_metrics",
+    "leaderboard": "ranking_metrics",
+    "rank-candidates": "ranking_metrics",
     "export-student": "export_metrics",
     "export-winner": "export_metrics",
 }  # step: its output, and the input of the last step

@@ -14,7 +14,7 @@ def leaderboard(
     evaluations: dsl.Input[list[dsl.Artifact]],
     leaderboard: dsl.Output[dsl.Artifact],
     leaderboard_report: dsl.Output[dsl.HTML],
-    leaderboard_metrics: dsl.Output[dsl.Metrics],
+    ranking_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Rank the variants of a sweep, and show them in MLflow as children of the sweep's run.
 
@@ -27,7 +27,7 @@ def leaderboard(
         leaderboard: every figure with its interval and its difference to the best, as JSON and
             CSV, and the report.
         leaderboard_report: the table and a chart in one page that needs no network.
-        leaderboard_metrics: the winner's headline figures.
+        ranking_metrics: the winner's headline figures.
     """
     from flagscale.execution.step_process import step_process
 
@@ -39,4 +39,4 @@ def leaderboard(
         found = [step.input_or_absent("evaluations", one) for one in evaluations]
         figures = rank_variants(step.literal(variants), metric, found, Path(leaderboard.path))
         step.copy(Path(leaderboard.path) / "report.html", leaderboard_report.path)
-        step.report(figures, leaderboard_metrics)
+        step.report(figures, ranking_metrics)

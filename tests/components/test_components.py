@@ -31,9 +31,8 @@ def test_there_is_a_component_for_each_step() -> None:
         "prepare_data",
         "prepare_teacher",
         "rank_candidates",
+        "record_many",
         "record_run",
-        "record_search",
-        "record_sweep",
     ]
 
 

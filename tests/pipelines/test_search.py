@@ -78,7 +78,7 @@ def test_each_ranking_knows_the_one_before_and_how_many_go_on(compiled: dict[str
     for earlier, later in pairwise(names):
         before = tasks[later]["inputs"]["artifacts"]["before"]["taskOutputArtifact"]
         assert before["producerTask"] == earlier
-    assert {"evaluate", "export-student", "record-search"} <= set(tasks)
+    assert {"evaluate", "export-student", "record-many"} <= set(tasks)
 
 
 def test_only_steps_of_one_of_many_record_their_failures(compiled: dict[str, Any]) -> None:
