@@ -2,6 +2,7 @@
 
     check-recipe
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
+    measure-layers where several students measure which of the teacher's layers can go
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
     leaderboard, export-winner
@@ -30,7 +31,7 @@ from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, figures, place_record, prepare, teach
+from pipelines.wiring import always, cache, check, figures, measure, place_record, prepare, teach
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -100,12 +101,13 @@ def _wire(
 ) -> None:
     dataset, teacher = prepare(values, placed)
     outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
+    measured = measure(values, placed, dataset, teacher)
     with dsl.ParallelFor(
         looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
         distilled, evaluation = teach(
-            {**looped, **own}, placed, dataset, teacher, outputs, record_failure=True
+            {**looped, **own}, placed, dataset, teacher, outputs, measured, record_failure=True
         )
 
     ranked = leaderboard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kfp import dsl
@@ -13,9 +14,10 @@ from components.convert_student.component import convert_student
 from components.distil_student.component import distil_student
 from components.distil_student_on_nodes.component import distil_student_on_nodes
 from components.evaluate.component import evaluate
+from components.measure_layers.component import measure_layers
 from components.prepare_data.component import prepare_data
 from components.prepare_teacher.component import prepare_teacher
-from flagscale.run_values import LISTS, MET, SECTIONS, Made
+from flagscale.run_values import LISTS, MEASURED, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
 
@@ -25,6 +27,7 @@ _FIGURES = {
     "prepare-data": "dataset_metrics",
     "prepare-teacher": "teacher_metrics",
     "cache-teacher": "outputs_metrics",
+    "measure-layers": "importance_metrics",
     "convert-student": "student_metrics",
     "distil-student": "training_metrics",
     "distil-student-on-nodes": "training_metrics",
@@ -54,7 +57,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, *LISTS) if name in values]
-    return {**values, **{name: checked.outputs[name] for name in (*outputs, MET)}}
+    return {**values, **{name: checked.outputs[name] for name in (*outputs, MEASURED, MET)}}
 
 
 def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
@@ -106,11 +109,29 @@ def cache(
     return placed.place(asked, "models", "Cache teacher").outputs["teacher_outputs"]
 
 
+def measure(
+    values: Mapping[str, Any], placed: Placement, dataset: Channel, teacher: Channel
+) -> dict[str, Channel]:
+    """The step that measures layers for all students, if there is one: what they are given."""
+    if not placed.measures_layers_once:
+        return {}
+    asked = measure_layers(
+        students=values[MEASURED],
+        models_recipe=values["models"],
+        teacher=teacher,
+        dataset=dataset,
+        **always(values, "models"),
+    )
+    placed.place(asked, "models", "Measure layers")
+    return {"layer_importance": asked.outputs["layer_importance"]}
+
+
 def convert(
     values: Mapping[str, Any],
     placed: Placement,
     dataset: Channel,
     teacher: Channel,
+    measured: Mapping[str, Channel],
     *,
     record_failure: bool = False,
 ) -> Channel:
@@ -121,6 +142,7 @@ def convert(
         placed: where tasks go.
         dataset: a channel.
         teacher: a channel.
+        measured: of `measure`.
         record_failure: whether others go on where this student fails.
     """
     conversion = convert_student(
@@ -129,6 +151,7 @@ def convert(
         record_failure=record_failure,
         teacher=teacher,
         dataset=dataset,
+        **measured,
         **always(values, "models"),
     )
     return placed.place(conversion, "models", "Convert student").outputs["student"]
@@ -140,6 +163,7 @@ def teach(
     dataset: Channel,
     teacher: Channel,
     outputs: Channel = None,
+    measured: Mapping[str, Channel] = MappingProxyType({}),
     *,
     record_failure: bool = False,
 ) -> tuple[Channel, Channel]:
@@ -151,9 +175,10 @@ def teach(
         dataset: a channel.
         teacher: a channel.
         outputs: a channel, of `cache`, where the training reads them.
+        measured: of `measure`.
         record_failure: see `convert`.
     """
-    student = convert(values, placed, dataset, teacher, record_failure=record_failure)
+    student = convert(values, placed, dataset, teacher, measured, record_failure=record_failure)
     read = reads(dataset, teacher, outputs)
     distilled = train(values, placed, student, read, record_failure=record_failure)
     judged = judge(
@@ -238,7 +263,7 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
     """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
     steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
-    steps.append("cache-teacher")
+    steps += ["cache-teacher", "measure-layers"]
     given = {
         _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
         for step in steps

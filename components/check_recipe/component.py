@@ -61,6 +61,7 @@ def check_recipe(
         ("models", dict),
         ("sweep_variants", list),
         ("search_candidates", list),
+        ("measured", list),
         ("met", dict),
     ],
 ):

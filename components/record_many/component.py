@@ -16,6 +16,7 @@ def record_many(
     export_metrics: dsl.Input[dsl.Metrics],
     ranking: dsl.Input[dsl.Artifact],
     outputs_metrics: dsl.Input[dsl.Metrics] = None,
+    importance_metrics: dsl.Input[dsl.Metrics] = None,
     evaluation_metrics: dsl.Input[list[dsl.Metrics]] = None,
     winner_training_metrics: dsl.Input[dsl.Metrics] = None,
     winner_evaluation_metrics: dsl.Input[dsl.Metrics] = None,
@@ -32,6 +33,7 @@ def record_many(
         export_metrics: from export-winner, of a search from export-student.
         ranking: from leaderboard, or the last rank-candidates: every student's figures.
         outputs_metrics: from cache-teacher, where there is one.
+        importance_metrics: from measure-layers, where there is one.
         evaluation_metrics: from evaluate, of each student of a sweep.
         winner_training_metrics: from distil-student, of the training to the end of a search.
         winner_evaluation_metrics: from evaluate, of a search.
@@ -50,6 +52,7 @@ def record_many(
                 "prepare-data": [Path(dataset_metrics.path)],
                 "prepare-teacher": [Path(teacher_metrics.path)],
                 "cache-teacher": [Path(outputs_metrics.path)] if outputs_metrics else [],
+                "measure-layers": [Path(importance_metrics.path)] if importance_metrics else [],
                 "convert-student": [Path(one.path) for one in student_metrics],
                 "distil-student": [Path(one.path) for one in (*training_metrics, *trained)],
                 "evaluate": [Path(one.path) for one in evaluation_metrics or evaluated],

@@ -1,0 +1,1 @@
+"""The teacher's layers measured once, for all students of a run."""
