@@ -45,7 +45,7 @@ class Runs:
         )
 
     def end(self, process: subprocess.Popen[str]) -> int:
-        output, _ = process.communicate(timeout=540)
+        output, _ = process.communicate(timeout=1500)
         self.outputs.append(output)
         return process.returncode
 
