@@ -28,7 +28,7 @@ from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
 from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
-from flagscale.steps.measured_layers import FILE, Measured, measure, measured_before
+from flagscale.steps.measured_layers import FILE, Measurement, measure, measured_before
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ class LayerChoice:
     """
 
     kept: tuple[int, ...] = ()
-    measured: Measured | None = None
+    measured: Measurement | None = None
     text: Calibration | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
     fits: list[Fit] = field(default_factory=list)
 
-    def take(self, measured: Measured | None) -> None:
+    def take(self, measured: Measurement | None) -> None:
         """Keep what was measured to be kept, if it was."""
         if measured is not None:
             self.measured, self.kept = measured, measured.importance.kept
@@ -187,7 +187,9 @@ def record(
     run.log_artifact(staging.path / REPORT)
 
 
-def _record_importance(measured: Measured, folder: Path, run: tracking.StepRun) -> dict[str, Any]:
+def _record_importance(
+    measured: Measurement, folder: Path, run: tracking.StepRun
+) -> dict[str, Any]:
     values = measured.values()
     facts = {name: values[name] for name in ("criterion", *_CALIBRATION)}
     write_json(folder / FILE, values)

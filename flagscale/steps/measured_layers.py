@@ -1,6 +1,6 @@
 """Which of the teacher's layers can go, as measured: by the student's own step, or once for all.
 
-    layer_importance.json       of an artifact of kind `layer-importance`: a list, see `Measured`
+    layer_importance.json       of an artifact of kind `layer-importance`: a list, see `Measurement`
 
 Layers go one by one, in an order that does not depend on how many go: what was measured for more
 serves those where fewer go.
@@ -21,8 +21,12 @@ from megatron.core.models.gpt import GPTModel
 from flagscale.artifacts import open_artifact, read_manifest
 from flagscale.data.calibration import Calibration
 from flagscale.errors import UserError
-from flagscale.evaluation import layer_importance
-from flagscale.evaluation.layer_importance import LayerImportance, Removal, measure_importance
+from flagscale.evaluation.layer_importance import (
+    LayerImportance,
+    Measured,
+    Removal,
+    measure_importance,
+)
 from flagscale.execution.launch import is_first_rank
 from flagscale.execution.step_process import when_published
 from flagscale.megatron.arguments import Arguments
@@ -36,7 +40,7 @@ FILE = "layer_importance.json"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One measurement.
 
     Attributes:
@@ -60,7 +64,7 @@ class Measured:
         }
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Measured:
+    def of(cls, values: dict[str, Any]) -> Measurement:
         """See `values`."""
         removals = tuple(Removal(**one) for one in values["removals"])
         scores = tuple(values["scores"])
@@ -85,7 +89,7 @@ def measure(
     model: GPTModel,
     text: Calibration,
     gone: int,
-) -> Measured:
+) -> Measurement:
     """Measure, going on with what a step that was killed has noted. All ranks call it.
 
     Args:
@@ -104,7 +108,7 @@ def measure(
         "layout": args.parallelism.model_dump(mode="json"),
     }
     note = Note("layer-importance", about)
-    told: list[layer_importance.Measured] = [note.read() if is_first_rank() else {}]
+    told: list[Measured] = [note.read() if is_first_rank() else {}]
     torch.distributed.broadcast_object_list(told, src=0)
     if told[0]:
         logger.info("going on after %d models that were measured before", len(told[0]))
@@ -114,17 +118,17 @@ def measure(
     found = measure_importance(model, text.batches, criterion, gone, told[0], tell)
     if is_first_rank():
         when_published(note.remove)
-    return Measured(found, text.digest)
+    return Measurement(found, text.digest)
 
 
-def as_file(measured: Iterable[tuple[StudentRecipe, Measured]]) -> list[dict[str, Any]]:
+def as_file(measured: Iterable[tuple[StudentRecipe, Measurement]]) -> list[dict[str, Any]]:
     """The content of `FILE`: measurements, each beside what asked for it."""
     return [{"asked": asked_by(student), **found.values()} for student, found in measured]
 
 
 def measured_before(
     student: StudentRecipe, folder: Path | None, teacher: Path, dataset: Path, gone: int
-) -> Measured | None:
+) -> Measurement | None:
     """What measure-layers has found for a student; None where it was not asked, or failed.
 
     Args:
@@ -149,7 +153,7 @@ def measured_before(
             )
     for values in json.loads((folder / FILE).read_text(encoding="utf-8")):
         if values["asked"] == asked_by(student) and len(values["removals"]) >= gone:
-            found = Measured.of(values)
+            found = Measurement.of(values)
             fewer = replace(found.importance, removals=found.importance.removals[:gone])
-            return Measured(fewer, found.digest)
+            return Measurement(fewer, found.digest)
     return None
