@@ -5,7 +5,7 @@
     measure-layers where several students measure which of the teacher's layers can go
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
-    leaderboard, export-winner
+    leaderboard, export-winner, promote where the recipe says what a student must show
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
@@ -22,16 +22,26 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_winner.component import export_winner
-from components.leaderboard.component import leaderboard
-from components.record_many.component import record_many
+from components.deployment.export_winner.component import export_winner
+from components.evaluation.leaderboard.component import leaderboard
+from components.monitoring.record_many.component import record_many
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, figures, measure, place_record, prepare, teach
+from pipelines.wiring import (
+    always,
+    cache,
+    check,
+    decide,
+    figures,
+    measure,
+    place_record,
+    prepare,
+    teach,
+)
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -90,6 +100,7 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
         description="Distils a teacher into several students and ranks them.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 
@@ -127,6 +138,7 @@ def _wire(
         **always(values, "models"),
     )
     placed.place(exported, "models", "Export winner")
+    decide(values, placed, exported.outputs["evaluation"], exported)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):

@@ -167,7 +167,8 @@ def distil_on_rank(
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         trains = _trains(parents["student"])
-        with observer(run, state, training.train_iters) as told, deferred_stop():
+        last_step = rung.until_step if rung else training.train_iters
+        with observer(run, state, last_step) as told, deferred_stop():
             if trains:
                 train(
                     trainer,

@@ -1,4 +1,4 @@
-"""Who is told how training goes: the progress and MLflow, or nobody."""
+"""Who is told how training goes: the progress, MLflow and Kubeflow Trainer, or nobody."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from flagscale import tracking
 from flagscale.execution import launch
+from flagscale.execution.trainjob.status import TrainJobStatus
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.loop import Observer
 from flagscale.train.progress import Progress
@@ -24,16 +25,24 @@ def observer(run: tracking.StepRun, state: TrainingState, last_step: int) -> Ite
     if not launch.is_first_rank():
         yield _Silence()
         return
-    with Progress(state.step, last_step) as progress:
-        yield _Observers(progress, run, state)
+    with Progress(state.step, last_step) as progress, TrainJobStatus() as status:
+        yield _Observers(progress, status, last_step, run, state)
 
 
 class _Observers:
-    """Passes every record on to the progress and to MLflow."""
+    """Passes every record on to the progress, to MLflow and to Trainer."""
 
-    def __init__(self, progress: Progress, run: tracking.StepRun, state: TrainingState) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        status: TrainJobStatus,
+        last_step: int,
+        run: tracking.StepRun,
+        state: TrainingState,
+    ) -> None:
         """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
         self._progress, self._run = progress, run
+        self._status, self._last_step = status, last_step
         if state.step:
             run.mark_resumed()
         for record in state.training:
@@ -44,10 +53,17 @@ class _Observers:
     def trained(self, record: dict[str, float]) -> None:
         self._progress.trained(record)
         self._log("train", record)
+        self._tell("train", record)
 
     def validated(self, record: dict[str, float]) -> None:
         self._progress.validated(record)
         self._log("validation", record)
+        self._tell("validation", record)
+
+    def _tell(self, prefix: str, record: dict[str, float]) -> None:
+        figures = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}
+        left = self._progress.left_seconds
+        self._status.tell(int(record["step"]), self._last_step, left, figures)
 
     def _log(self, prefix: str, record: dict[str, float]) -> None:
         metrics = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}

@@ -17,7 +17,7 @@ finish, the injected run.
 """
 
 from flagscale.tracking.ended import close_ended
-from flagscale.tracking.failed import step_failed
+from flagscale.tracking.failed import keep_files, step_failed
 from flagscale.tracking.names import (
     CACHED_TAG,
     KFP_RUN_TAG,
@@ -48,6 +48,7 @@ __all__ = [
     "close_ended",
     "connect",
     "flatten",
+    "keep_files",
     "note_run_of_ranks",
     "own_kfp_run",
     "pipeline_run",

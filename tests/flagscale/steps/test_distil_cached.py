@@ -132,7 +132,7 @@ def test_a_searchs_candidate_is_measured_as_with_the_live_teacher(distil, output
         open_artifact(candidate, "candidate")
         found.append(json.loads((candidate / SAMPLE_LOSSES).read_text()))
     ours, theirs = found
-    assert set(ours) == set(theirs) == {"logits distillation loss", "lm loss"}
+    assert set(ours) == set(theirs) >= {"logits distillation loss", "lm loss"}
     for name, samples in ours.items():
         assert len(samples) == 4
         for sample, loss in samples.items():

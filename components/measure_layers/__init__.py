@@ -1,1 +1,0 @@
-"""The teacher's layers measured once, for all students of a run."""
