@@ -119,6 +119,7 @@ def measure(
     asked = measure_layers(
         students=values[MEASURED],
         models_recipe=values["models"],
+        record_failure=True,
         teacher=teacher,
         dataset=dataset,
         **always(values, "models"),

@@ -110,6 +110,7 @@ def test_only_steps_of_one_of_many_record_their_failures(compiled: dict[str, Any
             of_many = given["of_many"]["runtimeValue"]["constant"]
             records[name] = of_many.get("record_failure", False)
     assert records == {
+        "measure-layers": True,
         "convert-student": True,
         "distil-student": True,
         "distil-student-2": True,

@@ -15,6 +15,7 @@ def measure_layers_example(
     code_version: str = "release",
     experiment: str = "flagscale-distillation",
     accelerators: str = "0",
+    record_failure: bool = False,
     teacher_uri: str = "s3://bucket/teacher",
     dataset_uri: str = "s3://bucket/dataset",
 ) -> None:
@@ -25,6 +26,7 @@ def measure_layers_example(
         code_version=code_version,
         experiment=experiment,
         accelerators=accelerators,
+        record_failure=record_failure,
         teacher=dsl.importer(artifact_uri=teacher_uri, artifact_class=dsl.Model).output,
         dataset=dsl.importer(artifact_uri=dataset_uri, artifact_class=dsl.Dataset).output,
     )

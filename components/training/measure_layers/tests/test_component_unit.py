@@ -15,7 +15,8 @@ def test_a_failure_is_told_to_the_students_and_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    given = arguments(measure_layers, tmp_path) | {"students": [{"num_layer": 1}]}
+    changes = {"students": [{"num_layer": 1}], "record_failure": True}
+    given = arguments(measure_layers, tmp_path) | changes
     measure_layers.python_func(**given)
     manifest = absent(tmp_path / "layer_importance-out")
     assert manifest
