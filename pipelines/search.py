@@ -191,11 +191,13 @@ class _Wiring:
     def _rank(self, number: int, results: Channel, before: Channel | None) -> Channel:
         search, values = self._search, self._values
         following = [*self._slots[1:], 1]
+        ends = [rung.steps for rung in search.rungs]
         ranked = rank_candidates(
             candidates=values["search_candidates"],
             ranking_recipe=RankingRecipe(
                 rung=number,
                 slots=following[number - 1],
+                next_step=[*ends[1:], 0][number - 1],
                 bootstrap_samples=search.bootstrap_samples,
                 confidence=search.confidence,
                 margin=search.margin,

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.artifacts import Manifest
 from flagscale.errors import UserError
-from flagscale.evaluation import charts
+from flagscale.evaluation import charts, forecast_section
 from flagscale.evaluation import report_sections as sections
 from flagscale.evaluation.audit_report import headline as audit_headline
 from flagscale.evaluation.fidelity import TEACHER
@@ -75,6 +75,7 @@ def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
         labels=LABELS,
+        forecast=forecast_section.section(data.training, data.validation),
         metrics=data.metrics,
         recipe=_recipe(data),
         facts=_facts(data.manifests),

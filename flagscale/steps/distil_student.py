@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
+from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
@@ -168,7 +169,7 @@ def distil_on_rank(
         batches = RankBatches(paths.dataset, folder / "data", args, training)
         trains = _trains(parents["student"])
         last_step = rung.until_step if rung else training.train_iters
-        with observer(run, state, last_step) as told, deferred_stop():
+        with observer(run, state, last_step, learning_rates(training)) as told, deferred_stop():
             if trains:
                 train(
                     trainer,

@@ -81,7 +81,7 @@ def controller(monkeypatch, tmp_path) -> Iterator[Controller]:
 
 def train(steps: int, first: int = 0) -> None:
     state = TrainingState(step=first)
-    with observer(StepRun(None, None), state, last_step=steps) as told:
+    with observer(StepRun(None, None), state, steps, [1e-3] * steps) as told:
         for step in range(first + 1, steps + 1):
             told.trained({"step": step, **RECORD, "lm loss": 3.0 - step / 10})
         told.validated({"step": steps, "lm loss": 2.5})
