@@ -141,6 +141,11 @@ class Recipe(Section):
         """Whether a training reads teacher outputs, so that a step must make them."""
         return any(reads_outputs(training.distillation) for training in self.trainings)
 
+    @property
+    def measures_layers_once(self) -> bool:
+        """Whether several students measure layers, so that a step is to do so for all of them."""
+        return sum(training.student.measures_layers for training in self.trainings) > 1
+
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:
         self.check_accelerators(0)
