@@ -87,5 +87,5 @@ def test_a_condition_on_a_task_that_is_not_asked_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"distilled/{name}: will not be measured"):
         load_recipe(
             "recipes/tiny.yaml",
-            (TASKS, PROMOTE.replace("distilled/heldout_cloze", f"distilled/{name}")),
+            (TASKS, asked),
         )
