@@ -124,7 +124,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.run: $(VENV)/.base teacher-requirements.txt
 	@echo "Installing into $(VENV); the first time takes some minutes"
-	$(PIP) install -qq --constraint constraints.txt --editable .
+	$(PIP) install -qq --constraint constraints.txt --editable '.[tasks]'
 	$(PIP) install -qq --no-deps --require-hashes --requirement teacher-requirements.txt
 	@touch $@
 

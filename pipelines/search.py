@@ -10,7 +10,7 @@
     rank-candidates
     ...
     pick-candidate, distil-student (on, to the end), evaluate, export-student,
-    promote where the recipe says what a student must show
+    evaluate-tasks where tasks are named, promote where the recipe says what a student must show
 
 A recipe with the section `search` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. KFP has no loop over a number that is known only at run time beyond a
@@ -44,6 +44,7 @@ from pipelines.platform import Platform
 from pipelines.wiring import (
     Rung,
     always,
+    ask_tasks,
     cache,
     check,
     convert,
@@ -145,8 +146,9 @@ class _Wiring:
             evaluation=evaluation,
             **always(values, "models"),
         )
-        placed.place(exported, "models", "Export student")
-        decide(values, placed, evaluation, exported)
+        shipped = placed.place(exported, "models", "Export student").outputs["exported_student"]
+        tasks = ask_tasks(values, placed, dataset, teacher, evaluation, shipped)
+        decide(values, placed, evaluation, exported, tasks)
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
             place_record(record_search(search=ranked, **{**given, **self._figures}), placed)

@@ -4,7 +4,8 @@
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
-    leaderboard, export-winner, promote where the recipe says what a student must show
+    leaderboard, export-winner, evaluate-tasks where tasks are named, promote where the recipe says
+    what a student must show
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
@@ -30,7 +31,17 @@ from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, decide, figures, place_record, prepare, teach
+from pipelines.wiring import (
+    always,
+    ask_tasks,
+    cache,
+    check,
+    decide,
+    figures,
+    place_record,
+    prepare,
+    teach,
+)
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -125,8 +136,10 @@ def _wire(
         leaderboard=table,
         **always(values, "models"),
     )
-    placed.place(exported, "models", "Export winner")
-    decide(values, placed, exported.outputs["winners_evaluation"], exported)
+    won = placed.place(exported, "models", "Export winner").outputs
+    shipped, measured = won["exported_student"], won["winners_evaluation"]
+    tasks = ask_tasks(values, placed, dataset, teacher, measured, shipped)
+    decide(values, placed, measured, exported, tasks)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):

@@ -10,6 +10,7 @@ from kfp import dsl
 from components.data_processing.prepare_data.component import prepare_data
 from components.deployment.promote.component import promote
 from components.evaluation.evaluate.component import evaluate
+from components.evaluation.evaluate_tasks.component import evaluate_tasks
 from components.training.cache_teacher.component import cache_teacher
 from components.training.check_recipe.component import check_recipe
 from components.training.convert_student.component import convert_student
@@ -34,6 +35,7 @@ _FIGURES = {
     "rank-candidates": "search_metrics",
     "export-student": "export_metrics",
     "export-winner": "export_metrics",
+    "evaluate-tasks": "task_metrics",
 }  # step: its output, and the input of the last step
 
 
@@ -193,6 +195,33 @@ def judge(
     return placed.place(measured, "models", "Evaluate").outputs["evaluation"]
 
 
+def ask_tasks(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Channel,
+    teacher: Channel,
+    evaluation: Channel,
+    exported: Channel,
+) -> Channel:
+    """The step that asks a teacher and an exported student tasks.
+
+    Returns:
+        A channel of their scores; None where no task is named.
+    """
+    if not placed.evaluates_tasks:
+        return None
+    asked = evaluate_tasks(
+        tasks_recipe=values["tasks"],
+        models_recipe=values["models"],
+        teacher=teacher,
+        dataset=dataset,
+        evaluation=evaluation,
+        exported_student=exported,
+        **always(values, "models"),
+    )
+    return placed.place(asked, "models", "Evaluate tasks").outputs["task_evaluation"]
+
+
 def train(
     values: Mapping[str, Any],
     placed: Placement,
@@ -270,7 +299,7 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
     """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
     steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
-    steps.append("cache-teacher")
+    steps += ["cache-teacher", "evaluate-tasks"]
     given = {
         _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
         for step in steps

@@ -15,6 +15,7 @@ from flagscale.recipe import (
     PromoteRecipe,
     Recipe,
     Section,
+    TasksRecipe,
     TeacherOutputsRecipe,
     TeacherRecipe,
     parse_section,
@@ -36,6 +37,7 @@ SECTIONS = (
     "training",
     "evaluation",
     "export",
+    "tasks",
     "models",
     "promote",  # only where the recipe has one
 )
@@ -52,6 +54,7 @@ class _Shared(Section):
     teacher_outputs: TeacherOutputsRecipe
     evaluation: EvaluationRecipe
     export: ExportRecipe
+    tasks: TasksRecipe
     models: ModelsRecipe
     promote: PromoteRecipe | None = None
 
@@ -99,6 +102,14 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
 def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
     """One training's recipe, in which it is decided whether it reads teacher outputs."""
     recipe = parse_section(Recipe, whole, where=where)
+    if recipe.tasks.is_asked != made.evaluates_tasks:
+        with_or_without = "with" if made.evaluates_tasks else "without"
+        remedy = "name one" if made.evaluates_tasks else "leave them out"
+        raise UserError(
+            f"{where}: tasks.names={list(recipe.tasks.names)}, but this pipeline was made "
+            f"{with_or_without} the step evaluate-tasks; {remedy}, or make a pipeline of a recipe "
+            "that says so"
+        )
     if made.caches_teacher:
         return decided(recipe, cached=True)
     if reads_outputs(recipe.distillation):

@@ -25,6 +25,7 @@ def test_there_is_a_component_for_each_step() -> None:
         "distil_student",
         "distil_student_on_nodes",
         "evaluate",
+        "evaluate_tasks",
         "export_student",
         "export_winner",
         "leaderboard",

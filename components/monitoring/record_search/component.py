@@ -18,6 +18,7 @@ def record_search(
     export_metrics: dsl.Input[dsl.Metrics],
     search: dsl.Input[dsl.Artifact],
     outputs_metrics: dsl.Input[dsl.Metrics] = None,
+    task_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps and candidates that the cache served; end the run there.
 
@@ -33,6 +34,7 @@ def record_search(
         export_metrics: from export-student.
         search: from the last rank-candidates: every candidate's figures.
         outputs_metrics: from cache-teacher, where there is one.
+        task_metrics: from evaluate-tasks, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -51,6 +53,7 @@ def record_search(
                 "rank-candidates": [Path(search_metrics.path)],
                 "evaluate": [Path(evaluation_metrics.path)],
                 "export-student": [Path(export_metrics.path)],
+                "evaluate-tasks": [Path(task_metrics.path)] if task_metrics else [],
             },
             step.input("search", search),
         )

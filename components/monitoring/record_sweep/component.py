@@ -17,6 +17,7 @@ def record_sweep(
     export_metrics: dsl.Input[dsl.Metrics],
     leaderboard: dsl.Input[dsl.Artifact],
     outputs_metrics: dsl.Input[dsl.Metrics] = None,
+    task_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps and variants that the cache served; end the run there.
 
@@ -31,6 +32,7 @@ def record_sweep(
         export_metrics: from export-winner.
         leaderboard: from leaderboard: every variant's figures.
         outputs_metrics: from cache-teacher, where there is one.
+        task_metrics: from evaluate-tasks, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -49,6 +51,7 @@ def record_sweep(
                 "evaluate": [Path(one.path) for one in evaluation_metrics],
                 "leaderboard": [Path(leaderboard_metrics.path)],
                 "export-student": [Path(export_metrics.path)],
+                "evaluate-tasks": [Path(task_metrics.path)] if task_metrics else [],
             },
             step.input("leaderboard", leaderboard),
         )
