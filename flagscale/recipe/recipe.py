@@ -88,7 +88,7 @@ class Recipe(Section):
             if reason is not None:
                 raise ValueError(reason)
         if self.promote is not None:
-            check_promotion(self.promote, self.evaluation, self.tasks.all_names)
+            check_promotion(self.promote, self.evaluation, self.tasks)
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
