@@ -16,7 +16,7 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.imports import uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
-from flagscale.tracking.names import first_line
+from flagscale.tracking.names import ATTEMPT_TAG, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,7 +105,7 @@ def make_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
-    mlflow = _import_mlflow()
+    mlflow = import_mlflow()
     for noisy in ("mlflow.store.db.utils", "alembic"):  # a new database tells of its tables
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
@@ -113,7 +113,8 @@ def make_client(uri: str) -> MlflowClient:
         return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def _import_mlflow() -> ModuleType:
+def import_mlflow() -> ModuleType:
+    """The library, without what it takes along where it is there."""
     if "mlflow" not in sys.modules:
         # MLflow takes pandas along where it is there, for data sets that we do not log.
         with without("pandas"), uncollected():
@@ -158,6 +159,12 @@ def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 -
         return None
 
 
+def run_of_attempt(client: MlflowClient, experiment_id: str, attempt: str) -> str | None:
+    """Id of the run that carries this mark: the server made it, and its answer got lost."""
+    found = client.search_runs([experiment_id], f"tags.`{ATTEMPT_TAG}` = '{attempt}'")
+    return str(found[0].info.run_id) if found else None
+
+
 def children_of(client: MlflowClient, experiment_id: str, parent: str) -> list[Any]:
     """The runs of the steps below a pipeline's run."""
     query = f"tags.`mlflow.parentRunId` = '{parent}'"
@@ -192,20 +199,6 @@ def send_metrics(
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(*point) for point in batch])
-
-
-def send_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
-    """Store a folder as the next version of a registered model; gives its `models:/` URI."""
-    from mlflow.exceptions import MlflowException
-
-    client.log_artifacts(run_id, str(folder), "model")
-    try:
-        client.create_registered_model(name)
-    except MlflowException:  # there is one: this becomes its next version
-        client.get_registered_model(name)
-    source = f"runs:/{run_id}/model"
-    version = client.create_model_version(name, source, run_id, await_creation_for=0).version
-    return f"models:/{name}/{version}"
 
 
 def quick_to_give_up() -> AbstractContextManager[None]:
