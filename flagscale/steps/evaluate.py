@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact, write_json
 from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import split_documents
@@ -35,6 +36,7 @@ from flagscale.models.megatron import WEIGHTS, from_last_stage, load_model
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import EvaluationRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import tell_figures
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,8 @@ def evaluate_on_rank(
                 "measured": _measured(parents),
             }
             figures = scalars(metrics)
-            run.log_headline(figures)
+            test = tracking.Split.of(parents["dataset"], "test")
+            tell_figures(run, figures, {name: parents[name] for name in _MODELS}, test)
             for name in (REPORT, METRICS, PER_DOCUMENT):
                 run.log_artifact(staging.path / name)
             logger.info("%s", headline(metrics))

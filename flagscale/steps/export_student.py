@@ -22,6 +22,7 @@ from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS
 from flagscale.evaluation.card import model_card
+from flagscale.evaluation.figures import scalars
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
@@ -48,6 +49,7 @@ from flagscale.models.source import load_hf_config
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import register_export
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +129,16 @@ def export_on_rank(
             staging.tokenizer_hash = parents["distilled"].tokenizer_hash
         run.log_metrics(figures)
         if export.registered_model_name and is_first_rank():
-            uri = run.log_model(output, export.registered_model_name)
-            if uri:
-                logger.info("registered in MLflow as %s", uri)
+            assert staging.manifest is not None
+            register_export(
+                run,
+                export.registered_model_name,
+                output,
+                staging.manifest,
+                int(parents["distilled"].facts["steps"]),
+                scalars(_metrics_of(evaluation, parents)),
+                parents["evaluation"].parents["dataset"],
+            )
     return figures
 
 

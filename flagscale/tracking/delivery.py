@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0  # seconds between attempts
-_STRIKES = 5  # attempts at what a server does not take that serves otherwise
+_STRIKES = 20  # attempts at what a server does not take that serves otherwise
 _REFUSALS = {
     "ALREADY_EXISTS",
     "BAD_REQUEST",
@@ -59,7 +59,7 @@ def delivered(
     """Send something until it is taken.
 
     A server that is away, or has trouble with everything, is asked for as long as `waits` says; one
-    that takes other things but not this, five times.
+    that takes other things but not this, twenty times.
 
     Args:
         send: may be called several times.

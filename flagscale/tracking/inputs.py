@@ -36,14 +36,17 @@ class Split:
     source: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Take the digest of any artifact: MLflow has room for less."""
+        object.__setattr__(self, "digest", self.digest.removeprefix("sha256:")[:_LONGEST_DIGEST])
+
     @classmethod
     def of(cls, dataset: Manifest, name: str) -> Split:
         """A split of a `dataset` artifact."""
         data = dataset.recipe.get("data", {})
         source = {key: data[key] for key in ("source", "revision", "blend") if data.get(key)}
         profile = dataset.facts.get("splits", {}).get(name, {})
-        digest = dataset.digest.removeprefix("sha256:")[:_LONGEST_DIGEST]
-        return cls(name, digest, source, profile)
+        return cls(name, dataset.digest, source, profile)
 
 
 def send_inputs(

@@ -22,6 +22,7 @@ class Begun(NamedTuple):
         known: name of a metric -> steps that the run has already, which are not sent again.
         resumes: the run that did the first part of this work; None where there is none.
         parent: the run above it, if the steps look after that one themselves.
+        samples: of the machines, that the run has already.
     """
 
     run_id: str
@@ -29,6 +30,7 @@ class Begun(NamedTuple):
     known: Mapping[str, set[int]] = {}
     resumes: str | None = None
     parent: KfpRun | None = None
+    samples: int = 0
 
 
 class Point(NamedTuple):

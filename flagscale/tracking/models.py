@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale.artifacts import MANIFEST, hash_files, write_json
 from flagscale.tracking.letters import Begun, Point
-from flagscale.tracking.names import parameter, tag
+from flagscale.tracking.names import ATTEMPT_TAG, parameter, tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from flagscale.tracking.inputs import Split
 
 ARTIFACT_TAG = "flagscale.artifact"  # digest of the artifact that the model is
+CHECKPOINT_TAG = "flagscale.checkpoint"
 WEIGHTS_TAG = "flagscale.weights"  # where they are
 WEIGHTS = "weights.json"  # where they are, file by file
 
@@ -45,6 +47,8 @@ class Model:
         params: what else is fixed.
         points: figures.
         split: what the figures are of.
+        is_checkpoint: it is one of a training, to go on from.
+        attempt: of the call that makes it, for its further attempts.
     """
 
     name: str
@@ -54,33 +58,44 @@ class Model:
     params: Mapping[str, Any] = field(default_factory=dict)
     points: Sequence[Point] = ()
     split: Split | None = None
+    is_checkpoint: bool = False
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-def send_model(client: MlflowClient, begun: Begun, model: Model) -> str:
-    """Make the `LoggedModel`, or find it where an earlier attempt has; give its id."""
+def send_model(client: MlflowClient, begun: Begun, model: Model) -> None:
+    """Make the `LoggedModel`, unless the run has one of that name from an earlier attempt."""
+    found = find_model(client, begun, model.name)
+    if found is None or found.tags.get(ATTEMPT_TAG) == model.attempt:
+        _complete(client, begun, model, found or _make(client, begun, model))
+
+
+def _complete(client: MlflowClient, begun: Begun, model: Model, made: Any) -> None:  # noqa: ANN401
+    """What makes a `LoggedModel` whole; may be told several times."""
     from mlflow.entities import LoggedModelOutput
 
-    found = find_model(client, begun, model.name)
-    if found is None:
-        tags = {WEIGHTS_TAG: tag(model.weights)}
-        if model.digest is not None:
-            tags[ARTIFACT_TAG] = model.digest
-        params = {"step": str(model.step)}
-        params |= {name: parameter(str(value)) for name, value in model.params.items()}
-        found = client.create_logged_model(
-            begun.experiment_id,
-            name=_model_name(model.name),
-            source_run_id=begun.run_id,
-            tags=tags,
-            params=params,
-            model_type="causal-lm",
-        ).model_id
-    client.finalize_logged_model(found, "READY")
+    client.finalize_logged_model(made.model_id, "READY")
     told = client.get_run(begun.run_id).outputs
-    if found not in {output.model_id for output in (told.model_outputs if told else ())}:
-        client.log_outputs(begun.run_id, [LoggedModelOutput(found, model.step)])
-    send_figures(client, begun, found, model.points, model.split)
-    return str(found)
+    if made.model_id not in {output.model_id for output in (told.model_outputs if told else ())}:
+        client.log_outputs(begun.run_id, [LoggedModelOutput(made.model_id, model.step)])
+    send_figures(client, begun, made.model_id, model.points, model.split)
+
+
+def _make(client: MlflowClient, begun: Begun, model: Model) -> Any:  # noqa: ANN401 - a LoggedModel
+    tags = {WEIGHTS_TAG: tag(model.weights), ATTEMPT_TAG: model.attempt}
+    if model.digest is not None:
+        tags[ARTIFACT_TAG] = model.digest
+    if model.is_checkpoint:
+        tags[CHECKPOINT_TAG] = "true"
+    params = {"step": str(model.step)}
+    params |= {name: parameter(str(value)) for name, value in model.params.items()}
+    return client.create_logged_model(
+        begun.experiment_id,
+        name=_model_name(model.name),
+        source_run_id=begun.run_id,
+        tags=tags,
+        params=params,
+        model_type="causal-lm",
+    )
 
 
 def send_figures(
@@ -110,11 +125,11 @@ def send_figures(
         client.log_batch(begun.run_id, metrics=metrics)
 
 
-def find_model(client: MlflowClient, begun: Begun, name: str) -> str | None:
-    """Id of the run's model of that name."""
+def find_model(client: MlflowClient, begun: Begun, name: str) -> Any:  # noqa: ANN401
+    """The run's model of that name, None if it has none."""
     query = f"source_run_id = '{begun.run_id}' AND name = '{_model_name(name)}'"
     found = client.search_logged_models([begun.experiment_id], query, max_results=1)
-    return str(found[0].model_id) if found else None
+    return found[0] if found else None
 
 
 def model_of_artifact(client: MlflowClient, experiment_id: str, digest: str) -> str | None:
@@ -127,11 +142,15 @@ def model_of_artifact(client: MlflowClient, experiment_id: str, digest: str) -> 
     return str(found[0].model_id) if found else None
 
 
-def forget_model(client: MlflowClient, begun: Begun, name: str) -> None:
-    """Delete the run's model of that name, whose weights are gone."""
-    found = find_model(client, begun, name)
-    if found is not None:
-        client.delete_logged_model(found)
+def send_kept(client: MlflowClient, begun: Begun, checkpoints: Sequence[Model]) -> None:
+    """Make the run's checkpoints these, whatever an earlier attempt at the work has left."""
+    for model in checkpoints:
+        send_model(client, begun, model)
+    names = {model.name for model in checkpoints}
+    query = f"source_run_id = '{begun.run_id}' AND tags.`{CHECKPOINT_TAG}` = 'true'"
+    for one in client.search_logged_models([begun.experiment_id], query):
+        if one.name not in names:
+            client.delete_logged_model(one.model_id)
 
 
 def register(
@@ -151,28 +170,36 @@ def register(
     """
     from mlflow.exceptions import MlflowException
 
-    model_id = send_model(client, begun, model)
-    _upload(client, model_id, folder, model)
+    query = f"source_run_id = '{begun.run_id}' AND tags.`{ATTEMPT_TAG}` = '{model.attempt}'"
+    found = client.search_logged_models([begun.experiment_id], query)
+    made = found[0] if found else _make(client, begun, model)
+    _upload(client, made.model_id, folder, model)
+    _complete(client, begun, model, made)
     try:
         client.create_registered_model(registered_name)
     except MlflowException:  # there is one: this becomes its next version
         client.get_registered_model(registered_name)
-    query = f"name = '{registered_name}' and run_id = '{begun.run_id}'"
-    made = client.search_model_versions(query)  # by an attempt whose answer got lost
-    version = (
-        made[0].version
-        if made
-        else client.create_model_version(
-            registered_name,
-            f"models:/{model_id}",
-            begun.run_id,
-            tags={WEIGHTS_TAG: tag(model.weights)},
-            await_creation_for=0,
-            model_id=model_id,
-        ).version
-    )
+    version = _version(client, begun, registered_name, made.model_id, model)
     client.set_registered_model_alias(registered_name, _CANDIDATE, version)
     return f"models:/{registered_name}/{version}"
+
+
+def _version(client: MlflowClient, begun: Begun, name: str, model_id: str, model: Model) -> str:
+    """Of a registered model: a new one, unless an answer got lost."""
+    of_run = client.search_model_versions(f"name = '{name}' and run_id = '{begun.run_id}'")
+    for one in of_run:
+        if one.tags.get(ATTEMPT_TAG) == model.attempt:
+            return str(one.version)
+    tags = {WEIGHTS_TAG: tag(model.weights), ATTEMPT_TAG: model.attempt}
+    made = client.create_model_version(
+        name,
+        f"models:/{model_id}",
+        begun.run_id,
+        tags=tags,
+        await_creation_for=0,
+        model_id=model_id,
+    )
+    return str(made.version)
 
 
 def is_pointer(folder: Path) -> bool:

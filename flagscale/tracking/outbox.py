@@ -79,21 +79,21 @@ class Outbox:
             if len(self._points) >= _METRICS_A_BATCH:
                 self._changed.notify_all()
 
-    def put(self, kind: str, send: Send) -> None:
+    def put(self, kind: str, send: Send, *, glance: bool = True) -> None:
         """Send something after what has been put before it.
-
-        Waits a moment to see it arrive, so that what is read next is true; not where the server is
-        known to be away.
 
         Args:
             kind: what it is, for the log.
             send: see `Letter`.
+            glance: wait a moment to see it arrive, so that what is read next is true; not where
+                the server is known to be away.
         """
         letter = Letter(kind, send)
         with self._changed:
             self._letters.append(letter)
             self._changed.notify_all()
-        self._wait(lambda: letter.done.is_set() or self._away, _GLANCE_SECONDS)
+        if glance:
+            self._wait(lambda: letter.done.is_set() or self._away, _GLANCE_SECONDS)
 
     def attempt(self, kind: str, send: Send) -> Any:  # noqa: ANN401 - what `send` returns
         """Send something from the work's own thread, as long as it takes and patience lasts.

@@ -17,10 +17,10 @@ from flagscale.tracking.inputs import Split, send_inputs
 from flagscale.tracking.letters import Begun, Point
 from flagscale.tracking.models import (
     Model,
-    forget_model,
     model_of_artifact,
     register,
     send_figures,
+    send_kept,
     send_model,
 )
 from flagscale.tracking.names import (
@@ -70,25 +70,42 @@ class StepRun:
         begun = self._outbox and self._outbox.begun
         return begun.run_id if begun else None
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    @property
+    def is_tracked(self) -> bool:
+        """Whether there is somebody to tell, now or later."""
+        return self._outbox is not None
+
+    @property
+    def samples(self) -> int:
+        """How many samples of its machines the run has from earlier attempts."""
+        begun = self._outbox and self._outbox.begun
+        return begun.samples if begun else 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
         """Record figures. Returns at once: they are sent every few seconds.
 
         Args:
             metrics: name -> value; characters that MLflow refuses in names are replaced.
             step: optimiser step, of which a run keeps one value; None for figures that describe
                 the whole run.
-        """
-        if self._outbox is not None:
-            self._outbox.put_points(points_of(metrics, step))
 
-    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        Returns:
+            The figures as they are told; those of a model are told once more, of the model.
+        """
+        points = _points(metrics, step)
+        if self._outbox is not None:
+            self._outbox.put_points(points)
+        return points
+
+    def log_headline(self, metrics: Mapping[str, float]) -> list[Point]:
         """Record the figures that pipeline runs are compared by, with the pipeline's run too.
 
         Where somebody else made that run (the runner, KFP), it is for them to show them there.
         Otherwise it shows the last figures that any step gave it.
         """
-        self.log_metrics(metrics)
+        points = self.log_metrics(metrics)
         self._of_parent(lambda begun: begun.parent and begun.parent.log_headline(metrics))
+        return points
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; nested ones are flattened to `a.b.c`, long values are cut."""
@@ -152,28 +169,27 @@ class StepRun:
         """Record weights that the work has made, and leave them where they are."""
         self._tell("a model", lambda client, begun: send_model(client, begun, model))
 
-    def forget_weights(self, name: str) -> None:
-        """Take back what `log_weights` recorded under a name: they are gone."""
-        self._tell("a model", lambda client, begun: forget_model(client, begun, name))
+    def keep_checkpoints(self, checkpoints: Sequence[Model]) -> None:
+        """Record which checkpoints of a training there are now. Returns at once."""
+        self._tell(
+            "checkpoints", lambda client, begun: send_kept(client, begun, checkpoints), glance=False
+        )
 
-    def log_figures_of(self, digest: str, metrics: Mapping[str, float], split: Split) -> None:
-        """Record figures of a model that another run has recorded, or of none if it has not.
+    def log_figures_of(self, digest: str, points: Sequence[Point], split: Split) -> None:
+        """Say which model figures of this run are of; nothing if no run has recorded the model.
 
         Args:
             digest: of the artifact that the model is.
-            metrics: see `log_metrics`.
+            points: of `log_metrics`.
             split: what they were measured on.
         """
-        points = points_of(metrics)
 
         def send(client: MlflowClient, begun: Begun) -> None:
             model_id = model_of_artifact(client, begun.experiment_id, digest)
             if model_id is not None:
                 send_figures(client, begun, model_id, points, split)
 
-        if self._outbox is not None:
-            self._outbox.put_points(points)
-            self._tell("figures of a model", send)
+        self._tell("figures of a model", send)
 
     def log_model(
         self, folder: str | Path, registered_model_name: str, model: Model | None = None
@@ -219,22 +235,24 @@ class StepRun:
         self.status = status
         if self._outbox is None:
             return
+        longest = _LAST_SECONDS.get(status, Patience.left)
+        self._outbox.drain(min(Patience.left, longest))  # who reads FINISHED finds all figures
         lost = self._outbox.lost
         if lost:
             self.set_tag(MISSING_TAG, lost)
             note = f"{self._description}\n\n**Missing here**, MLflow did not take it: {lost}"
             self.set_tag(NOTE_TAG, note.strip())
-        longest = _LAST_SECONDS.get(status, Patience.left)
-        self._outbox.drain(min(Patience.left, longest))  # who reads FINISHED finds all figures
         self._tell("the status", lambda client, begun: client.set_terminated(begun.run_id, status))
         self._of_parent(lambda begun: begun.parent and begun.parent.settle(begun.run_id))
         if not self._outbox.drain(min(Patience.left, longest)):
             logger.error("MLflow was not told, and never will be: %s", self._outbox.left)
 
-    def _tell(self, kind: str, send: Callable[[MlflowClient, Begun], object]) -> None:
+    def _tell(
+        self, kind: str, send: Callable[[MlflowClient, Begun], object], *, glance: bool = True
+    ) -> None:
         """Tell the server something small, when it serves; in the order of the calls."""
         if self._outbox is not None:
-            self._outbox.put(kind, send)
+            self._outbox.put(kind, send, glance=glance)
 
     def _of_parent(self, send: Callable[[Begun], object]) -> None:
         self._tell("the pipeline's run", lambda _, begun: send(begun))
@@ -244,8 +262,7 @@ class StepRun:
         return None if self._outbox is None else self._outbox.attempt(kind, send)
 
 
-def points_of(metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
-    """Figures as MLflow takes them, found now."""
+def _points(metrics: Mapping[str, float], step: int | None) -> list[Point]:
     now = int(time.time() * 1000)
     return [Point(metric_name(name), float(value), now, step) for name, value in metrics.items()]
 

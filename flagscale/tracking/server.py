@@ -16,7 +16,7 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.imports import uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
-from flagscale.tracking.names import ATTEMPT_TAG, first_line
+from flagscale.tracking.names import ATTEMPT_TAG, KIND_TAG, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "flagscale-distillation"
 
+_KIND = {KIND_TAG: "custom_model_development"}  # "Machine learning"
 _PARAMS_A_BATCH = 100
 _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -125,6 +126,8 @@ def import_mlflow() -> ModuleType:
 def find_experiment(client: MlflowClient, name: str, store: Path | None = None) -> str:
     """Id of the experiment, which is made if there is none.
 
+    It is marked as one of training: MLflow's pages show experiments of other kinds otherwise.
+
     Raises:
         UserError: it was deleted.
     """
@@ -132,10 +135,10 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        location = store.as_uri() if store else None
         try:
-            return client.create_experiment(
-                name, artifact_location=store.as_uri() if store else None
-            )
+            made = client.create_experiment(name, artifact_location=location, tags=_KIND)
+            return str(made)
         except MlflowException:  # another run has just made it
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -144,7 +147,10 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
         raise UserError(
             f"tracking.experiment={name!r} was deleted in MLflow: restore it there, or name another"
         )
-    return found.experiment_id
+    for key, value in _KIND.items():
+        if key not in found.tags:
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 - mlflow's Run

@@ -16,8 +16,10 @@ from flagscale.tracking.attempts import (
     end_lost,
     reopen,
     same_attempt,
+    samples_of,
     short_digest,
 )
+from flagscale.tracking.delivery import Patience
 from flagscale.tracking.letters import Begun
 from flagscale.tracking.names import (
     ATTEMPT_TAG,
@@ -107,6 +109,23 @@ def step_run(
         yield run
 
 
+@contextmanager
+def attached(run_id: str | None) -> Iterator[StepRun]:
+    """Tell of another process's run what only this process knows; its status is not ours.
+
+    Args:
+        run_id: MLflow's; None: nobody is told.
+    """
+    uri = tracking_uri()
+    if not uri or run_id is None:
+        yield StepRun(None)
+        return
+    import_mlflow()
+    outbox = Outbox(lambda: make_client(uri), lambda _: Begun(run_id, ""))
+    yield StepRun(outbox)
+    outbox.drain(Patience.left)
+
+
 def run_of_process() -> StepRun | None:
     """The first run that this process made, None if it made none."""
     return _Process.run
@@ -171,9 +190,10 @@ def _begin(client: MlflowClient, work: _Work, attempt: str) -> Begun:
     same = None if made else same_attempt(earlier, place)
     params = {metric_name(k): parameter(v) for k, v in flatten(work.params).items()}
     known: Mapping[str, set[int]] = {}
+    samples = 0
     if same is not None:
         run_id, resumes = same.info.run_id, None
-        known = reopen(client, same, place)
+        known, samples = reopen(client, same, place), samples_of(same)
         params = {name: v for name, v in params.items() if name not in same.data.params}
     else:
         run_id = made or _make(client, place, work, attempt)
@@ -181,7 +201,7 @@ def _begin(client: MlflowClient, work: _Work, attempt: str) -> Begun:
     send_params(client, run_id, params)
     if place.kfp_run is not None:
         place.kfp_run.show_children()
-    return Begun(run_id, place.experiment_id, known, resumes, place.kfp_run)
+    return Begun(run_id, place.experiment_id, known, resumes, place.kfp_run, samples)
 
 
 def _make(client: MlflowClient, place: Place, work: _Work, attempt: str) -> str:
