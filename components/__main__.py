@@ -1,88 +1,48 @@
-"""Writes each component's README from its signature: `python -m components`."""
+"""Writes each component's README and example from its signature: `python -m components`.
+
+The folders are laid out as kubeflow/pipelines-components asks: `CATEGORY/NAME/` with
+`component.py`, `metadata.yaml`, `OWNERS`, `README.md`, `example_pipelines.py` and `tests/`. Where
+metadata and owners are missing, of a new component, they are made too, to be looked through.
+"""
 
 import importlib
-import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
-import docstring_parser
 from kfp.dsl.base_component import BaseComponent
 
 import components
+from components.documents import example, metadata, readme
 
-_KINDS = {
-    "STRING": "text",
-    "STRUCT": "mapping",
-    "LIST": "list",
-    "NUMBER_DOUBLE": "number",
-    "NUMBER_INTEGER": "whole number",
-}
+_OWNERS = "approvers:\n  - flagscale-distillation-maintainers\n"
 
 
 def all_components() -> dict[Path, BaseComponent]:
-    """Folder -> component, in alphabetical order."""
+    """Folder -> component, in alphabetical order of their names."""
     found = {}
-    for module in pkgutil.iter_modules(components.__path__):
-        if module.ispkg:
-            loaded = importlib.import_module(f"components.{module.name}.component")
-            assert loaded.__file__
-            found[Path(loaded.__file__).parent] = getattr(loaded, module.name)
+    root = Path(components.__path__[0])
+    for file in sorted(root.glob("*/*/component.py"), key=lambda path: path.parent.name):
+        name, category = file.parent.name, file.parents[1].name
+        loaded = importlib.import_module(f"components.{category}.{name}.component")
+        found[file.parent] = getattr(loaded, name)
     return found
 
 
-def readme(component: BaseComponent) -> str:
-    """The README of a component, from its signature and docstring."""
-    spec = component.pipeline_spec.components[f"comp-{component.name}"]
-    inputs, outputs = spec.input_definitions, spec.output_definitions
-    texts = _descriptions(component)
-    parameters = [(n, _kind(p), texts[n]) for n, p in inputs.parameters.items()]
-    artifacts = [(n, _title(a), texts[n]) for n, a in inputs.artifacts.items()]
-    written = [
-        *((n, _title(a), texts[n]) for n, a in outputs.artifacts.items()),
-        *((n, _kind(p), "as checked") for n, p in outputs.parameters.items()),
-    ]
-    step = component.name.replace("-", "_")
-    return "\n\n".join(
-        [
-            f"# {component.name}",
-            component.description or "",
-            f"The work is in [`flagscale/steps/{step}.py`](../../flagscale/steps/{step}.py).",
-            "## Inputs\n\n" + _table([*sorted(parameters), *sorted(artifacts)]),
-            "## Outputs\n\n" + _table(sorted(written)),
-            "<!-- Made by `python -m components` from the signature: change it there. -->\n",
-        ]
-    )
-
-
-def _descriptions(component: BaseComponent) -> dict[str, str]:
-    """What the docstring says of each argument; KFP itself keeps only that of the inputs."""
-    documented = docstring_parser.parse(component.python_func.__doc__ or "")
-    return {param.arg_name: param.description or "" for param in documented.params}
-
-
-def _kind(parameter: object) -> str:
-    return _KINDS.get(_type_name(parameter), "text")
-
-
-def _type_name(parameter: object) -> str:
-    field = parameter.DESCRIPTOR.fields_by_name["parameter_type"]  # type: ignore[attr-defined]
-    return field.enum_type.values_by_number[parameter.parameter_type].name  # type: ignore[attr-defined]
-
-
-def _title(artifact: object) -> str:
-    title = artifact.artifact_type.schema_title  # type: ignore[attr-defined]
-    return title.removeprefix("system.")
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    lines = ["| name | type | |", "|---|---|---|"]
-    lines += [f"| `{name}` | {kind} | {' '.join(text.split())} |" for name, kind, text in rows]
-    return "\n".join(lines)
+def formatted(code: str) -> str:
+    """As the linter wants it."""
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", "example.py", "-"]
+    return subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout  # noqa: S603
 
 
 def _main() -> int:
     for folder, component in all_components().items():
-        (folder / "README.md").write_text(readme(component), encoding="utf-8")
+        for name, text in (("metadata.yaml", metadata(folder)), ("OWNERS", _OWNERS)):
+            if not (folder / name).exists():
+                (folder / name).write_text(text, encoding="utf-8")
+        code = formatted(example(component))
+        (folder / "example_pipelines.py").write_text(code, encoding="utf-8")
+        (folder / "README.md").write_text(readme(folder, component), encoding="utf-8")
     return 0
 
 

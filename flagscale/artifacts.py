@@ -14,17 +14,19 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flagscale import processes
+from flagscale.code_version import code_version
 from flagscale.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_LONGEST_FACT = 4_000  # characters, of what an artifact says of those it was made of
 _LIBRARIES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "numpy")
 
 
@@ -34,7 +36,8 @@ class Manifest:
 
     Attributes:
         kind: `dataset`, `teacher`, `teacher-outputs`, `student`, `distilled-student`, `evaluation`,
-            `leaderboard`, `candidate`, `search`, `export`, or `absent` where there is none.
+            `task-evaluation`, `leaderboard`, `candidate`, `search`, `export`,
+            `promotion`, or `absent` where there is none.
         recipe: the sections of the recipe that the step was given.
         parents: name of an input artifact -> its `digest`.
         files: path inside the folder -> `sha256:<hex>`.
@@ -43,6 +46,10 @@ class Manifest:
         libraries: versions of what wrote it.
         format_version: of this manifest.
         peak_memory: the most that the step's ranks held, bytes by rank: `host`, `device`.
+        code: what wrote it: the release, and a digest of its sources.
+        ancestors: digest -> what is known of each artifact that it was made of, its parents' own
+            ones too: the manifest without `files`, costs, `ancestors` and long facts.
+        energy: what they took, `joules` by rank, and `from`, how that is known.
     """
 
     kind: str
@@ -54,21 +61,41 @@ class Manifest:
     libraries: dict[str, str]
     format_version: int = FORMAT_VERSION
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
+    code: str = ""
+    ancestors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Identity of the content: files, facts and origin, not time, place or cost."""
-        return digest({k: v for k, v in asdict(self).items() if k != "peak_memory"})
+        """Identity of the content: files, facts and origin, not time, place or cost.
+
+        Nor of what `parents` stand for already, nor the code: the same content is the same.
+        """
+        apart = ("peak_memory", "energy", "code", "ancestors")
+        return digest({k: v for k, v in asdict(self).items() if k not in apart})
+
+    def lineage(self) -> dict[str, dict[str, Any]]:
+        """What those that are made of it say of it and its ancestors, as `ancestors`."""
+        values = asdict(self)
+        for name in ("files", "peak_memory", "energy", "ancestors", "format_version"):
+            del values[name]
+        values["facts"] = {
+            name: fact
+            for name, fact in self.facts.items()
+            if len(json.dumps(fact, default=str)) <= _LONGEST_FACT
+        }
+        return {**self.ancestors, self.digest: values}
 
 
 @dataclass
 class Staging:
-    """A folder that is being written. Fill `path`, `facts`, `tokenizer_hash`, `peak_memory`."""
+    """A folder that is being written. Fill `path`, and what of its manifest a step knows."""
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     tokenizer_hash: str | None = None
     peak_memory: dict[str, list[int]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
 
 
@@ -106,6 +133,9 @@ def new_artifact(
             tokenizer_hash=staging.tokenizer_hash,
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
             peak_memory=staging.peak_memory or {"host": [processes.peak_memory()]},
+            code=code_version(),
+            ancestors=_merged(parent.lineage() for parent in (parents or {}).values()),
+            energy=staging.energy,
         )
         write_json(staging.path / MANIFEST, asdict(manifest))
         shutil.rmtree(output, ignore_errors=True)
@@ -119,6 +149,10 @@ def new_artifact(
         raise
     finally:
         shutil.rmtree(staging.path, ignore_errors=True)
+
+
+def _merged(lineages: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {key: value for lineage in lineages for key, value in lineage.items()}
 
 
 def staging_path(output: Path) -> Path:

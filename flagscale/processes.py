@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -27,10 +28,16 @@ def is_alive(process: str) -> bool:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, bytes.
+    """The most memory that this process has held, bytes, or since `forget_peak_memory`.
 
     Not of `getrusage`: its figure is also the one of whoever started this process.
     """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew; where the system does not, it stays what it was."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -7,16 +7,16 @@ definition runs on this machine (`python -m pipelines run`) and compiles to YAML
 temperature reuses data, teacher and conversion from the cache.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_student.component import export_student
+from components.deployment.export_student.component import export_student
 from components.image import VERSION
-from components.record_run.component import record_run
+from components.monitoring.record_run.component import record_run
+from flagscale.code_version import digest_of
 from flagscale.recipe import Recipe
 from pipelines import form, placement
 from pipelines.parameters import make_pipeline
@@ -29,6 +29,7 @@ from pipelines.wiring import (
     cache,
     check,
     convert,
+    decide,
     figures,
     place_record,
     prepare,
@@ -99,6 +100,7 @@ def _build(
         description="Distils a teacher into a smaller student with Megatron-Core and ModelOpt.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 
@@ -114,23 +116,15 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         **always(values, "models"),
     )
     placed.place(exported, "models", "Export student")
+    decide(values, placed, evaluation, exported)
     if placed.on_a_cluster:
         recorded = record_run(**figures(values, placed, "export-student"))
         place_record(recorded, placed)
 
 
 def source_version() -> str:
-    """A digest of the sources: the local cache sees no code inside an installed package.
-
-    Of all files, not of kinds that are known: a template changes a result, and so does a kernel.
-    """
+    """A digest of the sources: the local cache sees no code inside an installed package."""
     import components
     import flagscale
 
-    roots = [Path(package.__path__[0]) for package in (flagscale, components)]
-    value = hashlib.sha256()
-    for root in roots:
-        for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc"):
-            value.update(path.relative_to(root).as_posix().encode() + b"\0")
-            value.update(hashlib.sha256(path.read_bytes()).digest())
-    return f"sources {value.hexdigest()[:16]}"
+    return f"sources {digest_of(Path(one.__path__[0]) for one in (flagscale, components))}"

@@ -33,7 +33,11 @@ def parameters(
         code_version: see `pipelines.distillation.build_pipeline`.
         more: of this kind of pipeline.
     """
-    sections = [name for name in SECTIONS if name not in _varied(recipe)]
+    sections = [
+        name
+        for name in SECTIONS
+        if name not in _varied(recipe) and getattr(recipe, name) is not None
+    ]
     folder = f"{where.location(platform) or _IN_THE_POD}/checkpoints/{recipe.name}"
     found = [
         *(_section(recipe, name) for name in sections),

@@ -10,7 +10,7 @@ from typing import Annotated
 from kubernetes.utils import parse_quantity
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flagscale.recipe.section import Source
+from flagscale.recipe.section import PositiveInt, Source
 from flagscale.run_values.kubernetes_names import DOMAIN
 
 # Where the pipeline, and KFP's own volumes, are mounted; what an image's programs need.
@@ -88,3 +88,5 @@ MountPath = Annotated[
 ]
 # KFP reads it as Go does, whose durations end at 292 years.
 Duration = Annotated[str, Field(pattern=r"^[0-9]{1,9}s$", examples=["300s"])]
+# Of Argo's and Kubernetes' deadlines, which are int32. KFP's compiler drops a 0 without a word.
+Seconds = Annotated[PositiveInt, Field(le=2**31 - 1)]

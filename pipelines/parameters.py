@@ -40,6 +40,7 @@ def make_pipeline(
     description: str,
     parameters: Sequence[Parameter],
     wire: Callable[[Mapping[str, Any]], None],
+    config: dsl.PipelineConfig | None = None,
 ) -> BaseComponent:
     """A pipeline with these parameters.
 
@@ -49,6 +50,7 @@ def make_pipeline(
         description: in the UI.
         parameters: in the UI's order; their defaults as steps are to get them.
         wire: makes the tasks, given each parameter's channel by name.
+        config: of `pipelines.placement.pipeline_config`.
     """
 
     def pipeline(*values: Any) -> None:  # noqa: ANN401 - KFP's channels
@@ -68,7 +70,9 @@ def make_pipeline(
     lines = [f"    {p.name}: {p.description}" for p in parameters]
     pipeline.__doc__ = "\n".join([description, "", "Args:", *lines, ""])
     pipeline.__name__ = name.replace("-", "_")
-    decorate = dsl.pipeline(name=name, display_name=display_name, description=description)
+    decorate = dsl.pipeline(
+        name=name, display_name=display_name, description=description, pipeline_config=config
+    )
     made = decorate(pipeline)
     inputs = made.pipeline_spec.root.input_definitions.parameters
     for parameter in parameters:  # KFP's format knows them, its SDK does not yet

@@ -79,6 +79,11 @@ def _check_volume(platform: Platform, nodes: int) -> None:
         )
 
 
+def pipeline_config(platform: Platform | None) -> dsl.PipelineConfig | None:
+    """How long a run may take, and what Kubernetes has of it stays; None on this machine."""
+    return dsl.PipelineConfig(**platform.runs.model_dump()) if platform else None
+
+
 class Placement:
     """Places the tasks of one pipeline; made inside the pipeline's function.
 
@@ -134,6 +139,8 @@ class Placement:
         told = pods.model_dump(mode="json", include=names, exclude_none=True)
         trainer = self._platform.trainer
         told |= {"runtime": trainer.runtime, "restarts": pods.retries.count}
+        if trainer.active_deadline_seconds is not None:
+            told["timeout_seconds"] = trainer.active_deadline_seconds
         network = trainer.network.model_dump(mode="json", exclude_defaults=True)
         more = {"annotations": dict(pods.annotations), "network": network}
         return told | {name: value for name, value in more.items() if value}

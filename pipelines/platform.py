@@ -6,6 +6,7 @@ gke-h100` puts both together; the same recipe runs on every platform.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from flagscale.run_values.buckets import check_bucket_url
 from flagscale.run_values.kubernetes_names import ClaimName, ImageName, Name, Plain, Variable
 from flagscale.run_values.network import Network
 from flagscale.secrets import has_credentials, is_secret_name
-from pipelines.kubernetes_values import MountPath, Quantity, SecretKey, free
+from pipelines.kubernetes_values import MountPath, Quantity, Seconds, SecretKey, free
 from pipelines.pods import Pods
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "platforms"
@@ -138,6 +139,11 @@ class Trainer(Section):
         description="`resources.nodes` from which on a training is a TrainJob; 1: always, so that "
         "one that is asked to stop saves at once",
     )
+    active_deadline_seconds: Seconds | None = Field(
+        None,
+        description="A TrainJob that is active longer is ended, and counts as failed; the time in "
+        "a queue does not count. None: steps.training.timeout_seconds",
+    )
     network: Network = Network()
 
     @field_validator("network")
@@ -147,6 +153,19 @@ class Trainer(Section):
         for path in network.host_folders.values():
             free(path)
         return network
+
+
+class Runs(Section):
+    """How long a run may take, and how long what Kubernetes has of it stays: KFP has the rest."""
+
+    active_deadline_seconds: Seconds | None = Field(
+        None, description="A run that takes longer is ended, and counts as failed"
+    )
+    ttl_seconds_after_finished: Seconds | None = Field(
+        None,
+        description="Kubernetes then deletes its Workflow, pods, and a TrainJob that a killed "
+        "launcher left. None: the cluster's own, one day in KFP",
+    )
 
 
 class Platform(Section):
@@ -162,6 +181,7 @@ class Platform(Section):
     secrets: tuple[SecretEnvironment, ...] = ()
     env: dict[Variable, Plain] = Field({}, description="Of all steps; no secrets")
     trainer: Trainer = Trainer()
+    runs: Runs = Runs()
     run_as_user: PositiveInt = Field(1000, description="User id of the steps, never root")
 
     def uses_trainjob(self, nodes: int) -> bool:
@@ -191,6 +211,22 @@ class Platform(Section):
                     f"{variable} is set by {giver} and by {givers[variable]}: leave one of them out"
                 )
             givers[variable] = giver
+        return self
+
+    @model_validator(mode="after")
+    def _the_longer_ends_last(self) -> Platform:
+        """Or what is to end a run, or a training, in good order never does."""
+        limits = {
+            "trainer.active_deadline_seconds": self.trainer.active_deadline_seconds,
+            "steps.training.timeout_seconds": self.steps.training.timeout_seconds,
+            "runs.active_deadline_seconds": self.runs.active_deadline_seconds,
+        }
+        given = {name: value for name, value in limits.items() if value is not None}
+        for (first, shorter), (second, longer) in pairwise(given.items()):
+            if shorter > longer:
+                raise ValueError(
+                    f"{first}={shorter} is more than {second}={longer}, which would end it before"
+                )
         return self
 
     @model_validator(mode="after")

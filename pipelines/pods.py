@@ -12,7 +12,7 @@ from flagscale.recipe.section import Line, NonNegativeInt, Positive, PositiveInt
 from flagscale.run_values.kubernetes_names import LabelKey, LabelValue, Plain, ResourceName
 from flagscale.run_values.toleration import Toleration
 from flagscale.sizes.machine import ACCELERATORS
-from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName
+from pipelines.kubernetes_values import CpuQuantity, Duration, Quantity, QueueName, Seconds
 
 
 def _known_accelerator(name: str) -> str:
@@ -90,7 +90,7 @@ class Pods(Section):
         None, description="Kueue's WorkloadPriorityClass (a label): KFP has no priorityClassName"
     )
     retries: Retries = Retries()
-    timeout_seconds: PositiveInt | None = Field(
+    timeout_seconds: Seconds | None = Field(
         None, description="A pod that runs longer is ended, and counts as failed"
     )
 

@@ -9,7 +9,8 @@
         pick-candidate, distil-student (on from its checkpoint, to the rung's step)
     rank-candidates
     ...
-    pick-candidate, distil-student (on, to the end), evaluate, export-student
+    pick-candidate, distil-student (on, to the end), evaluate, export-student,
+    promote where the recipe says what a student must show
 
 A recipe with the section `search` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. KFP has no loop over a number that is known only at run time beyond a
@@ -30,10 +31,10 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_student.component import export_student
-from components.pick_candidate.component import pick_candidate
-from components.rank_candidates.component import rank_candidates
-from components.record_search.component import record_search
+from components.deployment.export_student.component import export_student
+from components.evaluation.rank_candidates.component import rank_candidates
+from components.monitoring.record_search.component import record_search
+from components.training.pick_candidate.component import pick_candidate
 from flagscale.recipe import Recipe
 from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
 from pipelines import form, placement
@@ -46,6 +47,7 @@ from pipelines.wiring import (
     cache,
     check,
     convert,
+    decide,
     figures,
     judge,
     place_record,
@@ -102,6 +104,7 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
         description="Searches for the best of several students of a teacher, and distils it.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 
@@ -143,6 +146,7 @@ class _Wiring:
             **always(values, "models"),
         )
         placed.place(exported, "models", "Export student")
+        decide(values, placed, evaluation, exported)
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
             place_record(record_search(search=ranked, **{**given, **self._figures}), placed)

@@ -4,7 +4,7 @@
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
-    leaderboard, export-winner
+    leaderboard, export-winner, promote where the recipe says what a student must show
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
@@ -21,16 +21,16 @@ from typing import Any, get_args
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from components.export_winner.component import export_winner
-from components.leaderboard.component import leaderboard
-from components.record_sweep.component import record_sweep
+from components.deployment.export_winner.component import export_winner
+from components.evaluation.leaderboard.component import leaderboard
+from components.monitoring.record_sweep.component import record_sweep
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, figures, place_record, prepare, teach
+from pipelines.wiring import always, cache, check, decide, figures, place_record, prepare, teach
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -89,6 +89,7 @@ def build_sweep(recipe: Recipe, platform: Platform | None, code_version: str) ->
         description="Distils a teacher into several students and ranks them.",
         parameters=parameters,
         wire=wire,
+        config=placement.pipeline_config(platform),
     )
 
 
@@ -125,6 +126,7 @@ def _wire(
         **always(values, "models"),
     )
     placed.place(exported, "models", "Export winner")
+    decide(values, placed, exported.outputs["evaluation"], exported)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):

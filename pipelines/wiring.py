@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
-from components.cache_teacher.component import cache_teacher
-from components.check_recipe.component import check_recipe
-from components.convert_student.component import convert_student
-from components.distil_student.component import distil_student
-from components.distil_student_on_nodes.component import distil_student_on_nodes
-from components.evaluate.component import evaluate
-from components.prepare_data.component import prepare_data
-from components.prepare_teacher.component import prepare_teacher
+from components.data_processing.prepare_data.component import prepare_data
+from components.deployment.promote.component import promote
+from components.evaluation.evaluate.component import evaluate
+from components.training.cache_teacher.component import cache_teacher
+from components.training.check_recipe.component import check_recipe
+from components.training.convert_student.component import convert_student
+from components.training.distil_student.component import distil_student
+from components.training.distil_student_on_nodes.component import distil_student_on_nodes
+from components.training.prepare_teacher.component import prepare_teacher
 from flagscale.run_values import LISTS, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
@@ -231,6 +232,37 @@ def train(
     return started.outputs["distilled_student"]
 
 
+def decide(
+    values: Mapping[str, Any],
+    placed: Placement,
+    evaluation: Channel,
+    exported: dsl.PipelineTask,
+    tasks: Channel = None,
+) -> None:
+    """The step that promotes the student, where the recipe says what it must have shown.
+
+    Args:
+        values: see `convert`.
+        placed: see there.
+        evaluation: a channel, of the student that was exported.
+        exported: the task that did so.
+        tasks: a channel of the student's task evaluation, where it was asked tasks.
+    """
+    if "promote" not in values:
+        return
+    judged = promote(
+        promote_recipe=values["promote"],
+        evaluation=evaluation,
+        exported_student=exported.outputs["exported_student"],
+        export_metrics=exported.outputs["export_metrics"],
+        **({} if tasks is None else {"task_evaluation": tasks}),
+        **always(values),
+    )
+    if placed.on_a_cluster:  # the alias may have moved since; here `step_cache` sees to that
+        judged.set_caching_options(enable_caching=False)
+    placed.place(judged, "data", "Promote", small=True)
+
+
 def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[str, Any]:
     """What the last step is given: the figures of the steps so far that every run has, and `last`.
 
@@ -250,4 +282,6 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
 def place_record(task: dsl.PipelineTask, placed: Placement) -> None:
     """Place the last step: what KFP's cache served shows up in MLflow, and the run ends there."""
     task.set_caching_options(enable_caching=False)
+    if placed.has("promote"):  # is never cached: nothing of it is to be recorded
+        task.after(placed.task("promote"))
     placed.place(task, "data", "Record run", small=True)

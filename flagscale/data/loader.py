@@ -29,6 +29,7 @@ from flagscale.megatron import platform
 logger = logging.getLogger(__name__)
 
 _AHEAD = 8  # micro-batches
+_MOST_COUNTED, _COUNTED_TOGETHER = 2**24, 256  # tokens, documents
 
 
 @dataclass(frozen=True)
@@ -242,3 +243,31 @@ def split_documents(
     if max_documents is not None and max_documents < count:
         places = [places[i * count // max_documents] for i in range(max_documents)]
     return [np.asarray(one[number], np.int64) for one, number in places]
+
+
+def token_counts(dataset: Path, split: str, vocab_size: int) -> np.ndarray:
+    """How often each token stands in a split, int64 [vocab_size].
+
+    Of a large split a sample is counted, about `_MOST_COUNTED` tokens of evenly spread documents.
+
+    Args:
+        dataset: a `dataset` artifact.
+        split: `train`, `validation` or `test`.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        UserError: the artifact is unusable.
+    """
+    check_split(split)
+    facts = read_manifest(dataset)["facts"]
+    files = dict.fromkeys(part.file for part in parts_of(facts, split))
+    indexed = [IndexedDataset(str(dataset / file)) for file in files]
+    tokens = sum(int(one.sequence_lengths.sum()) for one in indexed)
+    every = max(1, round(tokens / _MOST_COUNTED))
+    counts_v = np.zeros(vocab_size, dtype=np.int64)
+    for one in indexed:
+        chosen = range(0, len(one), every)
+        for start in range(0, len(chosen), _COUNTED_TOGETHER):
+            documents = [one[number] for number in chosen[start : start + _COUNTED_TOGETHER]]
+            counts_v += np.bincount(np.concatenate(documents), minlength=vocab_size)
+    return counts_v

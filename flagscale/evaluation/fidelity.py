@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 
+# What every measurement has; models are compared and ranked by these.
 FIGURES = ("lm_loss", "kl", "top1_agreement", "accuracy")
+# What an evaluation has beside them.
+MORE_FIGURES = ("reverse_kl", "js_divergence", "top5_agreement")
+ALL_FIGURES = (*FIGURES, *MORE_FIGURES)
 TEACHER = "teacher"
 
 
@@ -25,8 +29,8 @@ class Fidelity:
     Attributes:
         documents: `sha256:<hex>` of each document's tokens.
         tokens_d: predicted tokens of each document (int64).
-        sums: model -> figure (one of `FIGURES`) -> sum per document (float64). Losses and the KL
-            are in nats, agreement and accuracy are counts of tokens.
+        sums: model -> figure (all of `FIGURES`, perhaps `MORE_FIGURES`) -> sum per document
+            (float64). Losses and divergences are in nats, agreement and accuracy counts of tokens.
     """
 
     documents: tuple[str, ...]
@@ -50,10 +54,14 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> Fidelity:
         documents=tuple(row["document"] for row in rows),
         tokens_d=np.array([row["tokens"] for row in rows], dtype=np.int64),
         sums={
-            model: {f: np.array([row[model][f] for row in rows]) for f in FIGURES}
+            model: {f: np.array([row[model][f] for row in rows]) for f in _measured(rows, model)}
             for model in models
         },
     )
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], model: str) -> list[str]:
+    return [f for f in ALL_FIGURES if f in FIGURES or f in rows[0][model]]
 
 
 def document_hash(document: np.ndarray) -> str:

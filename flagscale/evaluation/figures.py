@@ -8,7 +8,7 @@ from typing import Any
 
 from flagscale.evaluation import bootstrap
 from flagscale.evaluation.bootstrap import Estimate
-from flagscale.evaluation.fidelity import FIGURES, Fidelity
+from flagscale.evaluation.fidelity import ALL_FIGURES, Fidelity
 
 BEFORE = "student"
 AFTER = "distilled"
@@ -68,9 +68,29 @@ SHOWN = {
     ),
 }
 
+# What the report has beside them.
+DETAILS = {
+    "reverse_kl": Figure(
+        "Reverse KL",
+        "KL(student || teacher), nats a token: large where the student holds likely what its "
+        "teacher does not.",
+    ),
+    "js_divergence": Figure(
+        "JS divergence", "Jensen-Shannon: the symmetric one, nats a token, at most log 2 = 0.693."
+    ),
+    "top5_agreement": Figure(
+        "Top-5 agreement",
+        "Share of the teacher's five most probable next tokens that are among the student's five.",
+        lower_is_better=False,
+        percent=True,
+    ),
+}
+
 
 def estimates(fidelity: Fidelity, samples: int, seed: int) -> dict[str, dict[str, Estimate]]:
-    """Model -> figure (the keys of `SHOWN`) -> estimate, all on the same draws of documents.
+    """Model -> figure -> estimate, all on the same draws of documents.
+
+    Figures are the keys of `SHOWN`, and of `DETAILS` where they were measured.
 
     Raises:
         UserError: fewer than two documents.
@@ -85,7 +105,7 @@ def estimates(fidelity: Fidelity, samples: int, seed: int) -> dict[str, dict[str
         samples,
         seed,
     )
-    found = {m: {f: flat[f"{m} {f}"] for f in FIGURES} for m in fidelity.sums}
+    found = {m: {f: flat[f"{m} {f}"] for f in sums} for m, sums in fidelity.sums.items()}
     return {m: {**figures, PERPLEXITY: figures["lm_loss"].exp()} for m, figures in found.items()}
 
 
@@ -93,7 +113,11 @@ def differences(
     after: Mapping[str, Estimate], before: Mapping[str, Estimate], confidence: float
 ) -> dict[str, dict[str, float]]:
     """Paired `after - before` of every figure but the perplexity, which is not additive."""
-    return {f: asdict((after[f] - before[f]).interval(confidence)) for f in FIGURES}
+    return {
+        f: asdict((after[f] - before[f]).interval(confidence))
+        for f in ALL_FIGURES
+        if f in after and f in before
+    }
 
 
 def summarise(fidelity: Fidelity, samples: int, confidence: float, seed: int) -> dict[str, Any]:
@@ -109,12 +133,12 @@ def summarise(fidelity: Fidelity, samples: int, confidence: float, seed: int) ->
     """
     found = estimates(fidelity, samples, seed)
     before, after = found[BEFORE], found[AFTER]
-    reduction = None
+    reduction, shown = None, {**SHOWN, **DETAILS}
     if before["kl"].resamples_r.min() > 0:
         reduction = after["kl"].reduction_from(before["kl"]).interval(confidence)
     return {
         "models": {
-            m: {f: asdict(figures[f].interval(confidence)) for f in SHOWN}
+            m: {f: asdict(figures[f].interval(confidence)) for f in shown if f in figures}
             for m, figures in found.items()
         },
         "paired": differences(after, before, confidence),
@@ -138,6 +162,11 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
         for model, figures in metrics["models"].items()
         for figure, interval in figures.items()
     }
+    flat |= {
+        f"{model}/{name}": value["value"] if isinstance(value, Mapping) else value
+        for model, found in metrics.get("calibration", {}).items()
+        for name, value in found.items()
+    }
     if metrics["kl_reduction"] is not None:
         flat["kl_reduction"] = metrics["kl_reduction"]
     return flat | {name: float(metrics[name]) for name in ("documents", "tokens")}
@@ -147,4 +176,5 @@ def verdict(figure: str, difference: Mapping[str, float]) -> str:
     """`better`, `worse`, or `not clear` where the interval of a difference holds 0."""
     if difference["low"] <= 0 <= difference["high"]:
         return "not clear" if difference["low"] < difference["high"] else "equal"
-    return "better" if (difference["high"] < 0) == SHOWN[figure].lower_is_better else "worse"
+    lower_is_better = {**SHOWN, **DETAILS}[figure].lower_is_better
+    return "better" if (difference["high"] < 0) == lower_is_better else "worse"

@@ -1,4 +1,4 @@
-"""A leaderboard as one HTML page that needs no network, no script and no other file."""
+"""A leaderboard as one HTML page that needs no network and no script, and in short as Markdown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flagscale.evaluation import charts
 from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import SHOWN
 from flagscale.evaluation.leaderboard import Leaderboard, Row
+from flagscale.evaluation.markdown import escaped, table
 from flagscale.evaluation.texts import count
 
 _ROLES = {"best": "after", "equal": "after", "not clear": "muted", "worse": "before"}
@@ -46,6 +47,26 @@ def render(board: Leaderboard) -> str:
         ),
         board=board,
     )
+
+
+def summary_markdown(board: Leaderboard) -> str:
+    """The outcome, the variants best first, and those that failed."""
+    deciding, *others = (SHOWN[key].label for key in _keys(board))
+    columns = ["Variant", deciding, "Minus the best", *others]
+    rows = []
+    for row in board.rows:
+        shown = _cells(row, board)
+        first, *others = (_in_short(cell) for cell in shown["cells"])
+        beside = f"{shown['difference']} ({shown['interval']}), {row.verdict}"
+        size = f"{row.rank}. {row.name} ({count(row.parameters)} parameters)"
+        rows.append([size, first, "" if row.verdict == "best" else beside, *others])
+    for name, figures in board.references.items():
+        first, *others = (_in_short(cell) for cell in _figures(figures, board))
+        rows.append([name, first, "", *others])
+    parts = [f"**{escaped(headline(board))}**", escaped(_subtitle(board)), table(columns, rows)]
+    parts += [f"* {escaped(one.name)} failed: {escaped(one.error)}" for one in board.failed]
+    note = f"{100 * board.confidence:g}% intervals over documents; the difference is paired."
+    return "\n\n".join([*parts, note]) + "\n"
 
 
 def headline(board: Leaderboard) -> str:
@@ -137,3 +158,7 @@ def _figures(
         interval = "" if low == high else f"{low} to {high}"
         cells.append({"label": shown.label, "value": value, "interval": interval})
     return cells
+
+
+def _in_short(cell: Mapping[str, str]) -> str:
+    return f"{cell['value']} ({cell['interval']})" if cell["interval"] else cell["value"]

@@ -1,54 +1,47 @@
-"""The report: one HTML file that needs no network, no script and no other file."""
+"""The report: one HTML file that needs no network, no script and no other file.
+
+    python -m flagscale.evaluation.report EVALUATION --tasks TASK_EVALUATION \
+        --beside baseline=ANOTHER_EVALUATION --output report.html
+
+renders it again, with the scores on tasks and beside other runs of the same teacher and documents.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.artifacts import Manifest
+from flagscale.errors import UserError
 from flagscale.evaluation import charts
+from flagscale.evaluation import report_sections as sections
 from flagscale.evaluation.audit_report import headline as audit_headline
-from flagscale.evaluation.fidelity import TEACHER, Fidelity
-from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN, verdict
+from flagscale.evaluation.fidelity import TEACHER
+from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
+from flagscale.evaluation.other_runs import named_folders, with_others
+from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.task_scores import TaskScores, load_scores
 from flagscale.evaluation.texts import count, flat
+from flagscale.evaluation.verdict import kept, percent
+from flagscale.evaluation.verdict import verdict as whole_verdict
 
 LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
+def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
+    """The report as HTML. The same data give the same bytes.
 
-    Attributes:
-        metrics: as in metrics.json.
-        fidelity: sums per document.
-        training: rows of training.jsonl.
-        validation: rows of validation.jsonl.
-        generations: one mapping a prompt: `prompt`, and each model's continuation.
-        layers: of each model.
-        parameters: of each model.
-        manifests: of the inputs, by name, in the order in which they were made.
-        evaluation: the recipe's section.
+    Args:
+        data: of the evaluation.
+        tasks: what the models scored on tasks.
     """
-
-    metrics: Mapping[str, Any]
-    fidelity: Fidelity
-    training: Sequence[Mapping[str, float]]
-    validation: Sequence[Mapping[str, float]]
-    generations: Sequence[Mapping[str, str]]
-    layers: Mapping[str, int]
-    parameters: Mapping[str, int]
-    manifests: Mapping[str, Manifest]
-    evaluation: Mapping[str, Any]
-
-
-def render(data: ReportData) -> str:
-    """The report as HTML. The same data give the same bytes."""
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
         autoescape=True,
@@ -65,12 +58,20 @@ def render(data: ReportData) -> str:
         charts.curve(data.training, "learning rate", "Learning rate", "muted"),
     )
     return environment.get_template("report.html.j2").render(
-        headline=headline(data.metrics),
-        subtitle=_subtitle(data),
+        headline=whole_verdict(data, tasks),
+        lead=f"{headline(data.metrics)}. {_subtitle(data)}",
         tiles=_tiles(data),
         columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
         models=_model_rows(data),
         paired=_paired_rows(data.metrics),
+        details=sections.details(data),
+        tasks=sections.tasks_shown(data, tasks),
+        left_out=kept(data, tasks).left_out,
+        token_charts=sections.token_pictures(data.findings),
+        findings=data.findings,
+        beside=sections.beside(data),
+        costs=sections.costs(data),
+        percent=percent,
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
         labels=LABELS,
@@ -84,8 +85,8 @@ def render(data: ReportData) -> str:
 def headline(metrics: Mapping[str, Any]) -> str:
     """The outcome in one sentence, which claims no more than the intervals allow."""
     difference, reduction = metrics["paired"]["kl"], metrics["kl_reduction"]
-    outcome = verdict("kl", difference)
-    if reduction is None or outcome in ("not clear", "equal"):
+    said = verdict("kl", difference)
+    if reduction is None or said in ("not clear", "equal"):
         value = SHOWN["kl"].text(metrics["models"][AFTER]["kl"]["value"])
         than = {
             "better": "less than",
@@ -93,7 +94,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
             "equal": "the same as",
             "not clear": "not clearly different from",
         }
-        return f"KL to the teacher is {value}, {than[outcome]} before"
+        return f"KL to the teacher is {value}, {than[said]} before"
     if reduction < 0:
         return f"KL to the teacher rises by {-100 * reduction:.0f}%"
     return f"KL to the teacher falls by {_percent(reduction)}"
@@ -163,7 +164,7 @@ def _model_rows(data: ReportData) -> list[dict[str, Any]]:
 
 def _paired_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = []
-    for key, shown in SHOWN.items():
+    for key, shown in {**SHOWN, **DETAILS}.items():
         if key not in metrics["paired"]:
             continue
         difference = metrics["paired"][key]
@@ -208,3 +209,36 @@ def _provenance(data: ReportData) -> list[tuple[str, str]]:
     hashes = {m.tokenizer_hash for m in data.manifests.values() if m.tokenizer_hash}
     rows += [("tokenizer", value) for value in sorted(hashes)]
     return rows + list(data.manifests["distilled"].libraries.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flagscale.evaluation.report",
+        description="Render an evaluation's report again, with tasks and beside other runs.",
+    )
+    parser.add_argument("evaluation", type=Path, help="evaluation folder")
+    parser.add_argument("--tasks", type=Path, help="task-evaluation folder of the same student")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="evaluation folder of another run, by the name it gets; may be given again",
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page")
+    options = parser.parse_args(arguments)
+    try:
+        data = ReportData.load(options.evaluation)
+        data = with_others(data, options.evaluation, named_folders(options.beside))
+        tasks = load_scores(options.tasks) if options.tasks else ()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    options.output.write_text(render(data, tasks), encoding="utf-8")
+    sys.stdout.write(f"{whole_verdict(data, tasks)}\n{options.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A search as one HTML page that needs no network, no script and no other file."""
+"""A search as one HTML page that needs no network and no script, and in short as Markdown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.evaluation import search_charts
+from flagscale.evaluation.markdown import escaped, table
 from flagscale.evaluation.search_board import Candidate, Point, SearchBoard
 from flagscale.evaluation.texts import count
 
@@ -37,11 +38,28 @@ def render(board: SearchBoard) -> str:
         headline=headline(board),
         subtitle=_subtitle(board),
         tiles=_tiles(board),
-        rungs=range(1, board.rung + 1),
+        rungs=_rungs(board),
         rows=[_row(place, one, board, fronts) for place, one in enumerate(board.candidates, 1)],
         charts=charts,
         board=board,
     )
+
+
+def summary_markdown(board: SearchBoard) -> str:
+    """The outcome so far, and the candidates, those that go on first."""
+    columns = ["Candidate", "Outcome", "Size", "Trained", *(f"Rung {n}" for n in _rungs(board))]
+    rows = []
+    for place, one in enumerate(board.candidates, 1):
+        row = _row(place, one, board, {})
+        why = f": {one.why}" if one.why else ""
+        losses = [_in_short(cell) for cell in row["cells"]]
+        rows.append([f"{place}. {one.name}", one.status + why, row["size"], row["cost"], *losses])
+    note = (
+        f"Held-out loss in nats a token, and the difference to the best of the rung with its "
+        f"{100 * board.confidence:g}% interval, paired by sample."
+    )
+    parts = [f"**{escaped(headline(board))}**", escaped(_subtitle(board)), table(columns, rows)]
+    return "\n\n".join([*parts, note]) + "\n"
 
 
 def headline(board: SearchBoard) -> str:
@@ -59,6 +77,10 @@ def headline(board: SearchBoard) -> str:
         return f"{said}, clearly the best of its rung" if _in_rung(board) > 1 else said
     names = close[0].name if len(close) == 1 else f"{len(close)} others"
     return f"{said}, first, but not clearly ahead of {names}"
+
+
+def _rungs(board: SearchBoard) -> range:
+    return range(1, board.rung + 1)
 
 
 def _in_rung(board: SearchBoard) -> int:
@@ -116,7 +138,7 @@ def _row(
         "layers": f"layers {', '.join(map(str, kept))}" if kept else "",
         "front": f"Pareto front by {', '.join(best_in)}" if best_in else "",
         "cost": f"{_time(one.rank_seconds)}, {count(int(one.tokens))} tokens",
-        "cells": [_cell(by_rung.get(rung)) for rung in range(1, board.rung + 1)],
+        "cells": [_cell(by_rung.get(rung)) for rung in _rungs(board)],
     }
 
 
@@ -137,3 +159,7 @@ def _cell(point: Point | None) -> dict[str, str]:
         else f"{difference['value']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})",
         "chance": "" if is_best else f"better in {100 * point.chance:.0f}% of resamples",
     }
+
+
+def _in_short(cell: dict[str, str]) -> str:
+    return f"{cell['value']}, {cell['difference']}" if cell["value"] else ""

@@ -20,10 +20,12 @@ class Window:
 
     Attributes:
         document: its index.
+        start: where in the document it begins.
         tokens: inputs and, shifted by one, labels (int64).
     """
 
     document: int
+    start: int
     tokens: np.ndarray
 
     @property
@@ -80,4 +82,4 @@ def batches(documents: Sequence[np.ndarray], seq_length: int, micro_batch_size: 
 def _windows(documents: Sequence[np.ndarray], seq_length: int) -> Iterator[Window]:
     for index, document in enumerate(documents):
         for start in range(0, len(document) - 1, seq_length):
-            yield Window(index, document[start : start + seq_length + 1].astype(np.int64))
+            yield Window(index, start, document[start : start + seq_length + 1].astype(np.int64))

@@ -8,6 +8,7 @@ step that is given one passes it on. Whoever compares the students tells of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ def is_empty(manifest: Manifest) -> bool:
 
 
 def write_absent(
-    path: Path, step: str, error: str, recipe: dict[str, Any], *, empty: bool = False
+    path: Path,
+    step: str,
+    error: str,
+    recipe: dict[str, Any],
+    *,
+    empty: bool = False,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Say at `path` that there is no artifact.
 
@@ -59,8 +66,12 @@ def write_absent(
         error: why it did not.
         recipe: what it was to be made of: sections, as plain values.
         empty: nothing failed: there was nothing to do.
+        files: name -> content of what is kept with it, e.g. logs.
     """
     with new_artifact(path, KIND, recipe) as staging:
+        for name, content in (files or {}).items():
+            (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging.path / name).write_bytes(content)
         staging.facts = {"step": step, "error": error, "empty": empty}
 
 

@@ -27,8 +27,9 @@ from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
 from flagscale.execution import heartbeat
-from flagscale.execution.notes import read_process
+from flagscale.execution.notes import REQUEST_VARIABLE, note_log, read_process
 from flagscale.execution.rank_folder import RankFolder
+from flagscale.execution.rank_logs import keep_failed
 from flagscale.execution.step_process import step_process
 from flagscale.imports import uncollected
 from flagscale.processes import RUNNER_VARIABLE, is_alive, this_process
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-REQUEST_VARIABLE = "FLAGSCALE_REQUEST"
 _POLL_SECONDS = 0.2
 
 
@@ -134,6 +134,7 @@ def run_on_ranks(
                 _end(torchrun)
         code = torchrun.returncode
         if code:
+            keep_failed(ranks)
             why = f"one of the processes was killed (torchrun ended with {code}); see the log above"
             ranks.raise_error(stop_requested(), otherwise=why)
         return ranks.result()
@@ -143,6 +144,7 @@ def _work(step: str, function: str) -> None:
     """The whole life of one rank."""
     ranks = RankFolder(Path(os.environ[REQUEST_VARIABLE]))
     mine = ranks.join(int(os.environ["RANK"]))
+    _note_log()
     if not is_first_rank():
         os.environ["FLAGSCALE_LOG_LEVEL"] = "WARNING"
     try:
@@ -154,9 +156,18 @@ def _work(step: str, function: str) -> None:
             result = call(**ranks.request())
             if is_first_rank():
                 ranks.note_result(result)
+        ranks.note_end(mine)
     except SystemExit as error:
         ranks.note_exit(mine, error.code)
         raise
+
+
+def _note_log() -> None:
+    """Where torchrun has this rank's output written: both streams into one file, in their order."""
+    output = Path(os.readlink("/proc/self/fd/1"))
+    if output.is_file():
+        os.dup2(1, 2)
+        note_log(str(output))
 
 
 def _environment(folder: Path, processes: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The notes that a step's process leaves for whoever started it.
 
-They see each other only through environment variables and two small files: which process a step
-is, and with which error it ended.
+They see each other only through environment variables and small files: which process a step is,
+with which error it ended, where its run in MLflow and its log are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from flagscale.processes import this_process
 from flagscale.secrets import mask
 
 FOLDER_VARIABLE = "FLAGSCALE_STEP_FOLDER"  # where a step leaves its notes, if set
+REQUEST_VARIABLE = "FLAGSCALE_REQUEST"  # the folder of a step's ranks
+LOGS = "logs"  # in that: a folder a node
 
 
 def note_process() -> None:
@@ -25,6 +27,28 @@ def note_process() -> None:
 def note_error(step: str, message: str) -> None:
     """Tell the runner why this step ends."""
     _note("error.json", {"step": step, "message": mask(message)})
+
+
+def note_run(run_id: str | None) -> None:
+    """Tell whoever started this process which run in MLflow is its own."""
+    if run_id is not None:
+        _note("run.json", {"mlflow_run_id": run_id})
+
+
+def note_log(path: str) -> None:
+    """Tell where this process's output goes."""
+    _note("log.json", {"log": path})
+
+
+def read_run(folder: Path) -> str | None:
+    """What `note_run` left, None if nothing."""
+    return _read(folder / "run.json", "mlflow_run_id")
+
+
+def read_log(folder: Path) -> Path | None:
+    """The file of `note_log`, None if there is none."""
+    found = _read(folder / "log.json", "log")
+    return Path(found) if found is not None and Path(found).is_file() else None
 
 
 def read_process(folder: Path) -> str | None:

@@ -4,6 +4,7 @@
     result.json       what the first rank's call returned, and the id of its run in MLflow
     heartbeat         of a launcher on another machine (`flagscale.execution.heartbeat`)
     0/, 1/, ...       one a rank: its process, its error, its exit code if it failed
+    logs/             one folder a node: torchrun's, with the output of its ranks
 
 It works on one machine, and on several that share a file system.
 """
@@ -24,6 +25,7 @@ from flagscale.execution.step_process import EXIT_ERROR, EXIT_INTERRUPTED
 
 EXIT_KILLED = 137  # of a rank that could not say how it ended
 _EXIT_CODE = "exit-code"
+_ENDED = "ended-well"
 _POLL_SECONDS = 0.5
 
 
@@ -83,6 +85,10 @@ class RankFolder:
         """Say that a rank failed, or was stopped."""
         write_json(rank / _EXIT_CODE, code)
 
+    def note_end(self, rank: Path) -> None:
+        """Say that a rank has done its work."""
+        (rank / _ENDED).touch()
+
     def note_result(self, result: Any) -> None:  # noqa: ANN401 - any JSON value
         """Say what the first rank's call returned, and in which run MLflow has it."""
         told = {"returned": result, "mlflow_run_id": tracking.run_id_of_process()}
@@ -90,12 +96,22 @@ class RankFolder:
 
     def ranks(self) -> list[Path]:
         """The folders of the ranks that have started."""
-        return [path for path in self.path.iterdir() if path.is_dir()]
+        return [path for path in self.path.iterdir() if path.name.isdecimal()]
 
     def exits(self) -> dict[Path, int]:
         """Rank's folder -> exit code of each that failed or was stopped, the first one first."""
         found = sorted(self.path.glob(f"*/{_EXIT_CODE}"), key=lambda path: path.stat().st_mtime_ns)
         return {path.parent: _read_code(path.parent) for path in found}
+
+    def failed(self) -> list[Path]:
+        """The folders of ranks that failed, the first one first, then of those that were killed.
+
+        To be asked when all have ended, and not all well: one that left no word was killed.
+        """
+        exits = self.exits()
+        silent = {rank for rank in self.ranks() if not (rank / _ENDED).exists()} - {*exits}
+        failed = [rank for rank, code in exits.items() if code != EXIT_INTERRUPTED]
+        return failed + sorted(silent, key=lambda rank: int(rank.name))
 
     def result(self, patience_seconds: float = 0.0) -> Any:  # noqa: ANN401 - any JSON value
         """What the first rank returned; its run in MLflow becomes this process's.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from flagscale.artifacts import MANIFEST, read_manifest
+from flagscale.artifacts import MANIFEST, Manifest, read_manifest
 from flagscale.errors import UserError
 from flagscale.execution.absent import AbsentInputError, absent, pass_on, write_absent
 from flagscale.execution.exclusive import exclusively
@@ -27,6 +27,7 @@ from flagscale.shared import (
     Place,
     Pointer,
     fetch,
+    manifest_of,
     pointer_to,
     read_pointer,
     shared_place,
@@ -63,6 +64,7 @@ class Step:
         self._outputs: list[tuple[Path, Path]] = []
         self._afterwards: list[Callable[[], object]] = []
         self._importing = ExitStack()
+        self._kept: dict[str, bytes] = {}
         self.recipe: dict[str, Any] = {}
 
     def import_first(self) -> None:
@@ -154,6 +156,21 @@ class Step:
         except UserError as error:
             raise UserError(f"input {name}: {error}") from error
 
+    def manifest(self, name: str, artifact: Input) -> Manifest:
+        """The manifest of an input artifact, of which nothing else is fetched.
+
+        Args:
+            name: of the component's input.
+            artifact: what KFP handed over.
+
+        Raises:
+            UserError: see `input`.
+            AbsentInputError: see there.
+        """
+        path = self.input(name, artifact, in_parts=True)
+        pointer = read_pointer(path)
+        return read_manifest(path) if pointer is None else manifest_of(pointer)
+
     def pointer(self, name: str, artifact: Input) -> Pointer:
         """Where an input artifact is, for later steps that go on with it.
 
@@ -180,8 +197,12 @@ class Step:
             logger.info("%s: %s", self.name, error)
             return
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        write_absent(target, self.name, mask(message), self.recipe)
+        write_absent(target, self.name, mask(message), self.recipe, files=self._kept)
         logger.warning("%s: the run goes on without this one", self.name)
+
+    def keep_file(self, name: str, path: Path) -> None:
+        """See `flagscale.execution.step_process.keep_file`."""
+        self._kept[name] = mask(path.read_text(encoding="utf-8", errors="replace")).encode()
 
     def output(self, path: str) -> Path:
         """The folder to write an output artifact to.

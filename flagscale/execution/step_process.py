@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from flagscale import variables
 from flagscale.errors import Interrupted, UserError
@@ -68,6 +69,17 @@ def keep_exclusive(place: str) -> None:
     """
     if _running:
         _running[-1].keep_exclusive(place)
+
+
+def keep_file(name: str, path: Path) -> None:
+    """Keep a file in the artifact that tells of the running step's failure, if there is to be one.
+
+    Args:
+        name: of the file there.
+        path: of what is copied now.
+    """
+    if _running:
+        _running[-1].keep_file(name, path)
 
 
 @contextmanager

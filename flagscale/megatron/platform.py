@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flagscale.errors import UserError
+from flagscale.megatron import energy
 from flagscale.megatron.accelerators import check_accelerators, has_transformer_engine
 from flagscale.megatron.cuda_on_cpu import cuda_on_cpu
 from flagscale.megatron.plain_fp32 import plain_fp32
@@ -139,6 +140,8 @@ def runtime(
         _start_process_group()
         stack.callback(torch.distributed.destroy_process_group)
         from megatron.core import parallel_state, tensor_parallel
+
+        energy.begin()
         from megatron.core.rerun_state_machine import (
             RerunMode,
             destroy_rerun_state_machine,

@@ -150,13 +150,18 @@ def _whole_dequantized(folder: Path) -> Any:  # noqa: ANN401 - transformers'
     return model.eval()
 
 
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a folder is in ModelOpt's FP8."""
+    return (Path(folder) / _QUANTIZATION).exists()
+
+
 def whole(folder: str | Path) -> Any:  # noqa: ANN401 - transformers'
     """Transformers' model of a folder, in float32.
 
     Raises:
         ValueError: weights are missing, left over or of another shape.
     """
-    if (Path(folder) / _QUANTIZATION).exists():
+    if is_quantized(folder):
         return _whole_dequantized(Path(folder))
     from transformers import AutoModelForCausalLM
 

@@ -22,13 +22,15 @@ from transformers.utils import (
 
 from flagscale.errors import UserError
 from flagscale.hub import is_hub_away
-from flagscale.imports import uncollected
+from flagscale.imports import late, uncollected
 from flagscale.megatron.config_fields import check_spellings
 from flagscale.models.location import UNREADABLE, Location, locate, not_fetched, read
 from flagscale.patience import patiently
 
 if TYPE_CHECKING:
     from flagscale.models.gguf_file import GGUFFile
+
+_LATE = {"transformers.integrations.flash_attention": ("flash_attention_forward",)}
 
 
 def load_hf_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
@@ -43,7 +45,9 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
             an adapter's.
     """
     place = locate(source, revision)
-    with uncollected():  # transformers imports most of itself only now
+    # transformers imports most of itself only now: for the names of activations also how attention
+    # is served in batches, which decorates itself with torch's compiler, and loads it.
+    with uncollected(), late(_LATE):
         if "gguf_file" in place.options:
             return _gguf(source, place).config
         if place.is_local:

@@ -12,6 +12,7 @@ from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.parallelism import ParallelismRecipe
 from flagscale.recipe.pretrained import SourceRecipe
+from flagscale.recipe.promote import PromoteRecipe
 from flagscale.recipe.quantization import QuantizationRecipe
 from flagscale.recipe.reading import load_recipe, parse_section
 from flagscale.recipe.recipe import Recipe
@@ -25,6 +26,7 @@ from flagscale.recipe.search import SearchRecipe
 from flagscale.recipe.section import Section, SectionT
 from flagscale.recipe.student import ReconstructionRecipe, StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe
+from flagscale.recipe.tasks import TasksRecipe
 from flagscale.recipe.teacher_outputs import MetRecipe, TeacherOutputsRecipe
 from flagscale.recipe.training import TrainingRecipe
 from flagscale.recipe.variants import Variant
@@ -39,6 +41,7 @@ __all__ = [
     "MetRecipe",
     "ModelsRecipe",
     "ParallelismRecipe",
+    "PromoteRecipe",
     "QuantizationRecipe",
     "Recipe",
     "ReconstructionRecipe",
@@ -49,6 +52,7 @@ __all__ = [
     "SourceRecipe",
     "StudentRecipe",
     "SweepRecipe",
+    "TasksRecipe",
     "TeacherOutputsRecipe",
     "TeacherRecipe",
     "TrackingRecipe",

@@ -12,12 +12,14 @@ from flagscale.recipe.data import DataRecipe
 from flagscale.recipe.distillation import DistillationRecipe
 from flagscale.recipe.model_steps import ModelsRecipe
 from flagscale.recipe.models import TeacherRecipe
+from flagscale.recipe.promote import PromoteRecipe, check_promotion
 from flagscale.recipe.quantized_training import check_quantization, check_quantized_on_cpu
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
 from flagscale.recipe.search import SearchRecipe, check_search
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values
+from flagscale.recipe.tasks import TasksRecipe
 from flagscale.recipe.teacher_outputs import (
     TeacherOutputsRecipe,
     met_by,
@@ -43,9 +45,14 @@ class Recipe(Section):
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    tasks: TasksRecipe = TasksRecipe()
     models: ModelsRecipe = ModelsRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
     resources: ResourcesRecipe = ResourcesRecipe()
+    promote: PromoteRecipe | None = Field(
+        None,
+        description="What a student must have shown to become the champion; default: none does",
+    )
     sweep: SweepRecipe | None = Field(None, description="Many trainings in one run; default: one")
     search: SearchRecipe | None = Field(
         None, description="Many students in one run, of which the best is trained to the end"
@@ -80,6 +87,8 @@ class Recipe(Section):
             reason = unserved(self.distillation, self.teacher_outputs)
             if reason is not None:
                 raise ValueError(reason)
+        if self.promote is not None:
+            check_promotion(self.promote, self.evaluation, tasks=())
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":

@@ -53,6 +53,11 @@ class EvaluationRecipe(Section):
         1000, description="Resamples of the documents for the confidence intervals"
     )
     confidence: Annotated[Positive, Field(lt=1)] = Field(0.95, description="Mass of the intervals")
+    price_per_hour: Positive | None = Field(
+        None,
+        description="Of all that the training runs on, in any currency; default: no price in the "
+        "report",
+    )
     prompts: tuple[Prose, ...] = Field((), description="Continued by every model, side by side")
     max_new_tokens: Annotated[PositiveInt, Field(le=2**16)] = Field(
         40, description="Tokens a continuation"

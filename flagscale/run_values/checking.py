@@ -12,6 +12,7 @@ from flagscale.recipe import (
     EvaluationRecipe,
     ExportRecipe,
     ModelsRecipe,
+    PromoteRecipe,
     Recipe,
     Section,
     TeacherOutputsRecipe,
@@ -36,6 +37,7 @@ SECTIONS = (
     "evaluation",
     "export",
     "models",
+    "promote",  # only where the recipe has one
 )
 LISTS = {"sweep_variants": tuple(VARIED), "search_candidates": ("student",)}  # what each gives
 MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
@@ -51,6 +53,7 @@ class _Shared(Section):
     evaluation: EvaluationRecipe
     export: ExportRecipe
     models: ModelsRecipe
+    promote: PromoteRecipe | None = None
 
 
 def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +81,11 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     whole = _changed(made, values)
     several = next((name for name in LISTS if name in values), None)
     if several is not None:
-        parse_section(_Shared, {name: whole[name] for name in _Shared.model_fields}, where=_WHOLE)
+        parse_section(
+            _Shared,
+            {name: whole[name] for name in _Shared.model_fields if name in whole},
+            where=_WHOLE,
+        )
         recipes = _variants(made, several, values[several], whole)
         if made.rungs is not None:
             _check_rungs(made, list(recipes.values()))

@@ -171,9 +171,10 @@ def distil_on_rank(
         splits = [tracking.Split.of(parents["dataset"], name) for name in ("train", "validation")]
         trains = _trains(parents["student"])
         run.log_inputs(splits, ["training", "validation"])
+        last_step = rung.until_step if rung else training.train_iters
         with (
             watched(run),
-            observer(run, state, training, splits[1]) as told,
+            observer(run, state, training, last_step, splits[1]) as told,
             deferred_stop(),
         ):
             if trains:

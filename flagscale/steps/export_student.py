@@ -14,27 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from flagscale.artifacts import Manifest, open_artifact
+from flagscale.artifacts import Manifest, open_artifact, read_manifest
 from flagscale.checkpoint.agreement import on_first_rank, same_outcome
 from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
-from flagscale.evaluation import METRICS
+from flagscale.evaluation import LINEAGE, METRICS
 from flagscale.evaluation.card import model_card
 from flagscale.evaluation.figures import scalars
+from flagscale.evaluation.lineage import render as render_lineage
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
 from flagscale.models.fresh_process import reload_in_fresh_process
-from flagscale.models.hf_description import (
-    check_ids,
-    write_config,
-    write_generation_config,
-    write_tokenizer,
-)
+from flagscale.models.hf_artifact import describe
+from flagscale.models.hf_description import check_ids, write_tokenizer
 from flagscale.models.hf_export import round_weights, write_weights
-from flagscale.models.hf_quantized import Fp8Scales, write_quant_config
+from flagscale.models.hf_quantized import Fp8Scales
 from flagscale.models.hf_weights import WeightMap
 from flagscale.models.megatron import WEIGHTS, load_model, logits
 from flagscale.models.origin import Origin, copy_licenses, pretrained_origin
@@ -45,7 +41,6 @@ from flagscale.models.parity import (
     fixed_tokens,
 )
 from flagscale.models.probing_texts import probing_texts
-from flagscale.models.source import load_hf_config
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
@@ -64,6 +59,7 @@ def export_student(
     evaluation: Path,
     output: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Write the student in the recipe's format, prove that it loads, and register it in MLflow.
 
@@ -74,6 +70,7 @@ def export_student(
         output: folder of the `export` artifact, which `AutoModelForCausalLM` loads; in the format
             `megatron` it holds `weights/`, `model.json` and `tokenizer/`.
         models: how the step is spread over processes.
+        lineage: file for the page that says which data, teacher, code and recipe made it.
 
     Returns:
         `bytes` of the weights; of a Hugging Face folder also `max_logit_difference` and
@@ -88,7 +85,7 @@ def export_student(
     _metrics_of(evaluation, _parents(distilled, evaluation, check_files=False))
     if export.format == "huggingface":
         ModelShape.load(distilled).check_fits_hugging_face()
-    return call_on_ranks(
+    figures = call_on_ranks(
         "export-student",
         export_on_rank,
         models.processes,
@@ -98,6 +95,10 @@ def export_student(
         output=output,
         models=models,
     )
+    if lineage is not None:
+        lineage.parent.mkdir(parents=True, exist_ok=True)
+        lineage.write_text(render_lineage(read_manifest(output)), encoding="utf-8")
+    return figures
 
 
 def export_on_rank(
@@ -128,6 +129,8 @@ def export_on_rank(
             staging.facts = {**figures, **facts, "format": export.format}
             staging.tokenizer_hash = parents["distilled"].tokenizer_hash
         run.log_metrics(figures)
+        if is_first_rank():
+            run.log_text(render_lineage(read_manifest(output)), LINEAGE)
         if export.registered_model_name and is_first_rank():
             assert staging.manifest is not None
             register_export(
@@ -178,7 +181,7 @@ def _export(
         write_weights(stored, WeightMap(shape), folder, dtype, rank, world_size, scales)
         tokenizer = load_tokenizer(template)
         if rank == 0:
-            _describe(template, tokenizer, folder, dtype, is_quantized=scales is not None)
+            describe(template, tokenizer, folder, dtype, is_quantized=scales is not None)
     tokens = fixed_tokens(tokenizer, shape.max_position_embeddings)
     computed_in = platform.inference_dtype(dtype)
     model = load_model(distilled, tokens.size(1), models.sizes, computed_in)
@@ -204,23 +207,6 @@ def _export(
     figures, text = on_first_rank(folder, "could not be proven", prove)
     figures["bytes"] = _bytes(folder.glob("*.safetensors"))
     return figures, {"dtype": export.dtype, "generated": text}
-
-
-def _describe(
-    template: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    is_quantized: bool,
-) -> None:
-    """All but the weights: the model's own configuration, with the dtype on disk, the tokenizer."""
-    config = load_hf_config(template)
-    config.dtype = dtype
-    write_config(config, folder, write_quant_config(folder) if is_quantized else None)
-    write_generation_config(template, config, folder)
-    write_tokenizer(tokenizer, folder)
-    copy_licenses(template, folder)
 
 
 def _copy_megatron(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def export_winner(
     evaluations: Sequence[Path],
     leaderboard: Path,
     output: Path,
+    winners_evaluation: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    lineage: Path | None = None,
 ) -> dict[str, float]:
     """Export the student that leads the leaderboard; see `export_student`.
 
@@ -33,7 +36,9 @@ def export_winner(
         evaluations: their `evaluation` artifacts, in any order.
         leaderboard: the `leaderboard` artifact of the sweep.
         output: folder of the `export` artifact.
+        winners_evaluation: where the winner's `evaluation` artifact is copied to, for later steps.
         models: how the step is spread over processes.
+        lineage: see `export_student`.
 
     Returns:
         The figures of `export_student`.
@@ -47,7 +52,9 @@ def export_winner(
         _find(paths, name, facts["digests"][name])
         for name, paths in (("distilled", students), ("evaluation", evaluations))
     )
-    return export_student(export, distilled, evaluation, output, models)
+    figures = export_student(export, distilled, evaluation, output, models, lineage)
+    shutil.copytree(evaluation, winners_evaluation, dirs_exist_ok=True)
+    return figures
 
 
 def _find(paths: Sequence[Path], name: str, wanted: str) -> Path:

@@ -10,12 +10,12 @@ from typing import Any
 from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
-from flagscale.evaluation import LEADERBOARD, REPORT, TABLE
+from flagscale.evaluation import LEADERBOARD, REPORT, SUMMARY, TABLE
 from flagscale.evaluation.compare import read_evaluation
 from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import scalars
 from flagscale.evaluation.leaderboard import Candidate, Failed, Leaderboard, rank
-from flagscale.evaluation.leaderboard_report import headline, render
+from flagscale.evaluation.leaderboard_report import headline, render, summary_markdown
 from flagscale.execution.absent import KIND as ABSENT
 from flagscale.execution.absent import absent, reason
 from flagscale.recipe import parse_section
@@ -43,7 +43,7 @@ def rank_variants(
             is none (`flagscale.execution.absent`): each says itself which sections its student was
             made and trained with. Variants that failed come last, with their errors.
         output: folder of the `leaderboard` artifact: leaderboard.json, leaderboard.csv,
-            report.html.
+            report.html, summary.md.
 
     Returns:
         The winner's figures as its evaluation has them, `winner`: its number in the sweep, from
@@ -178,3 +178,4 @@ def _write(folder: Path, board: Leaderboard) -> None:
     write_json(folder / LEADERBOARD, board.as_json())
     (folder / TABLE).write_text(board.csv(), encoding="utf-8")
     (folder / REPORT).write_text(render(board), encoding="utf-8")
+    (folder / SUMMARY).write_text(summary_markdown(board), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who is told how training goes: the progress and MLflow, or nobody."""
+"""Who is told how training goes: the progress, MLflow and Kubeflow Trainer, or nobody."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flagscale import tracking
 from flagscale.execution import launch
+from flagscale.execution.trainjob.status import TrainJobStatus
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.progress import Progress
@@ -20,6 +21,7 @@ def observer(
     run: tracking.StepRun,
     state: TrainingState,
     training: TrainingRecipe,
+    last_step: int,
     validation: tracking.Split | None = None,
 ) -> Iterator[_Observers | _Silence]:
     """Who is told, while the body trains: on the first rank everybody, elsewhere nobody.
@@ -28,47 +30,40 @@ def observer(
         run: the step's run in MLflow.
         state: where training goes on.
         training: the recipe's section.
+        last_step: after which this process ends.
         validation: what is validated on.
     """
     if not launch.is_first_rank():
         yield _Silence()
         return
-    curves = tracking.Curves(run, training.train_iters, training.eval_interval)
-    with Progress(state.step, training.train_iters) as progress:
-        yield _Observers(progress, run, curves, state, validation)
+    told = TrackedTraining(run, state, training, validation)
+    with Progress(state.step, last_step) as progress, TrainJobStatus() as status:
+        yield _Observers(progress, status, last_step, told)
 
 
-class _Observers:
-    """Passes every record on to the progress and to MLflow."""
+class TrackedTraining:
+    """A training's run in MLflow."""
 
     def __init__(
         self,
-        progress: Progress,
         run: tracking.StepRun,
-        curves: tracking.Curves,
         state: TrainingState,
+        training: TrainingRecipe,
         validation: tracking.Split | None,
     ) -> None:
         """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
-        self._progress, self._run, self._curves = progress, run, curves
-        self._validation = validation
+        self.curves = tracking.Curves(run, training.train_iters, training.eval_interval)
+        self._run, self._validation = run, validation
         self._kept: list[Path] = []
         if state.step:
             run.mark_resumed()
         for record in state.training:
-            curves.trained(record)
+            self.curves.trained(record)
         for record in state.validation:
-            curves.validated(record)
-
-    def trained(self, record: dict[str, float]) -> None:
-        self._progress.trained(record)
-        self._curves.trained(record)
-
-    def validated(self, record: dict[str, float]) -> None:
-        self._progress.validated(record)
-        self._curves.validated(record)
+            self.curves.validated(record)
 
     def kept(self, checkpoints: Sequence[Path]) -> None:
+        """These checkpoints are there; told when they are others than before."""
         if checkpoints == self._kept:
             return
         self._kept = list(checkpoints)
@@ -80,13 +75,46 @@ class _Observers:
             path.name,
             step,
             _WHILE_IT_TRAINS.format(path=path),
-            points=self._curves.validation_of(step),
+            points=self.curves.validation_of(step),
             split=self._validation,
             is_checkpoint=True,
         )
 
+
+class _Observers:
+    """Passes every record on to the progress, to MLflow and to Trainer."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        status: TrainJobStatus,
+        last_step: int,
+        tracked: TrackedTraining,
+    ) -> None:
+        self._progress, self._tracked = progress, tracked
+        self._status, self._last_step = status, last_step
+
+    def trained(self, record: dict[str, float]) -> None:
+        self._progress.trained(record)
+        self._tracked.curves.trained(record)
+        self._tell("train", record)
+
+    def validated(self, record: dict[str, float]) -> None:
+        self._progress.validated(record)
+        self._tracked.curves.validated(record)
+        self._tell("validation", record)
+
+    def _tell(self, prefix: str, record: dict[str, float]) -> None:
+        figures = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}
+        left = self._progress.left_seconds
+        self._status.tell(int(record["step"]), self._last_step, left, figures)
+
+    def kept(self, checkpoints: Sequence[Path]) -> None:
+        self._tracked.kept(checkpoints)
+
     def validation_of(self, step: int) -> Sequence[tracking.Point]:
-        return self._curves.validation_of(step)
+        """The step's validation figures, as MLflow has them."""
+        return self._tracked.curves.validation_of(step)
 
 
 class _Silence:

@@ -26,6 +26,8 @@ import torch
 from flagscale import tracking
 from flagscale.artifacts import Manifest, Staging, new_artifact, staging_path
 from flagscale.execution.launch import is_first_rank
+from flagscale.execution.notes import note_run
+from flagscale.megatron.energy import energy
 from flagscale.megatron.peak_memory import peak_memory
 
 
@@ -48,6 +50,7 @@ def tracked(
         yield tracking.StepRun(None)
         return
     with tracking.step_run(step, recipe, training, parents) as run:
+        note_run(run.run_id)
         yield run
 
 
@@ -62,7 +65,7 @@ def written(
     """The artifact: the first rank's, into whose folder the others write too.
 
     All ranks call it, within the runtime. The most memory that each of them held goes into the
-    manifest and to MLflow.
+    manifest and to MLflow, the energy that they took into the manifest.
 
     Args:
         output: see `new_artifact`.
@@ -75,8 +78,9 @@ def written(
         torch.distributed.barrier()  # the folder is there
         yield Staging(staging_path(output))
         peak_memory()
+        energy()
         return
     with new_artifact(output, kind, recipe, parents, run.log_manifest) as staging:
         torch.distributed.barrier()
         yield staging
-        staging.peak_memory = peak_memory()
+        staging.peak_memory, staging.energy = peak_memory(), energy()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
-from flagscale.evaluation import REPORT, SEARCH
+from flagscale.evaluation import REPORT, SEARCH, SUMMARY
 from flagscale.evaluation.ranking import Losses, places
 from flagscale.evaluation.search_board import Candidate, SearchBoard, after_rung
-from flagscale.evaluation.search_report import render
+from flagscale.evaluation.search_report import render, summary_markdown
 from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.execution.exclusive import delete_unless_held
 from flagscale.execution.step_process import when_published
@@ -49,7 +49,7 @@ def rank_candidates(
         results: of the rung: `candidate` artifacts, or absent ones, in any order.
         before: the `search` artifact of the rung before; None at the end of the first one.
         checkpoints: folder or URL of their trainings; those of who is dropped are deleted.
-        output: folder of the `search` artifact: search.json, report.html.
+        output: folder of the `search` artifact: search.json, report.html, summary.md.
 
     Returns:
         How many go on, were dropped and failed so far, and the loss of the best.
@@ -95,6 +95,7 @@ def rank_candidates(
     ):
         write_json(staging.path / SEARCH, board.as_json())
         (staging.path / REPORT).write_text(render(board), encoding="utf-8")
+        (staging.path / SUMMARY).write_text(summary_markdown(board), encoding="utf-8")
         figures = _figures(board)
         run.log_headline(figures)
         for name in (REPORT, SEARCH):

@@ -18,7 +18,7 @@ finish, the injected run.
 
 from flagscale.tracking.curves import Curves
 from flagscale.tracking.ended import close_ended
-from flagscale.tracking.failed import step_failed
+from flagscale.tracking.failed import keep_files, step_failed
 from flagscale.tracking.inputs import Split
 from flagscale.tracking.letters import Point
 from flagscale.tracking.models import Model
@@ -59,6 +59,7 @@ __all__ = [
     "connect",
     "flatten",
     "is_nodes_first_rank",
+    "keep_files",
     "note_run_of_ranks",
     "own_kfp_run",
     "pipeline_run",

@@ -1,52 +1,128 @@
-"""Aliases of the model registry: which version is the candidate, and which one is shipped.
-
-`candidate` is set on every export; `champion` moves by the recipe's gate alone.
-"""
+"""Aliases of MLflow's model registry: `champion` and its like name one version of a model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from flagscale.errors import UserError
-from flagscale.tracking.step import on_server
+from flagscale.patience import patiently
+from flagscale.secrets import hide_in_urls
+from flagscale.tracking.names import as_id, first_line, tag
+from flagscale.tracking.server import make_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CANDIDATE = "candidate"
-CHAMPION = "champion"
+T = TypeVar("T")
+
+_FIRST_REFUSAL = 500  # HTTP: what the server itself gets wrong may pass, what is asked of it not
 
 
-def promote(model_uri: str, alias: str = CHAMPION) -> str | None:
-    """Move an alias to a version of a registered model.
+class Version(NamedTuple):
+    """A version of a registered model."""
+
+    name: str
+    number: str
+
+    @property
+    def uri(self) -> str:
+        """`models:/<name>/<version>`."""
+        return f"models:/{self.name}/{self.number}"
+
+
+def registered_by(run_id: str | None) -> str | None:
+    """The version that a run registered, its newest if it did so again: `models:/<name>/<version>`.
 
     Args:
-        model_uri: `models:/NAME/VERSION`, as the export gave it.
-        alias: e.g. `champion`.
+        run_id: of the run; None where it was not tracked.
 
     Returns:
-        `models:/NAME@ALIAS`; None where there is no server, or it did not serve.
+        None where there is no such version, or no tracking server.
 
     Raises:
-        UserError: `model_uri` names no version.
+        UserError: the server does not answer, or refuses.
     """
-    name, version = parse_version(model_uri)
+    if run_id is None or not tracking_uri():
+        return None
 
-    def move(client: MlflowClient) -> str:
-        client.set_registered_model_alias(name, alias, version)
-        return f"models:/{name}@{alias}"
+    def find(client: MlflowClient) -> str | None:
+        found = client.search_model_versions(f"run_id = '{as_id(run_id)}'")
+        newest = max(found, key=lambda version: int(version.version), default=None)
+        return None if newest is None else Version(newest.name, str(newest.version)).uri
 
-    return on_server(move, f"alias {alias} still names another version than {model_uri}")
+    return _ask(find, f"look for what run {run_id} registered")
 
 
-def parse_version(model_uri: str) -> tuple[str, str]:
-    """Name and version.
+def promote(
+    model_uri: str, alias: str = "champion", tags: Mapping[str, str] | None = None
+) -> str | None:
+    """Move an alias to a version.
+
+    Args:
+        model_uri: `models:/<name>/<version>`.
+        alias: of the registered model.
+        tags: of the version, to be set as well.
+
+    Returns:
+        The version that had the alias before, as a URI; None where none had.
 
     Raises:
-        UserError: it is not of the form `models:/NAME/VERSION`.
+        UserError: there is no such version, or the server does not answer, or refuses.
     """
-    scheme, _, rest = model_uri.partition(":/")
-    name, _, version = rest.partition("/")
-    if scheme != "models" or not name or not version.isdecimal():
-        raise UserError(f"model {model_uri!r}: must be models:/NAME/VERSION")
-    return name, version
+    version = _version(model_uri)
+
+    def move(client: MlflowClient) -> str | None:
+        there = client.get_registered_model(version.name).aliases
+        client.set_registered_model_alias(version.name, alias, version.number)
+        for key, value in (tags or {}).items():
+            client.set_model_version_tag(version.name, version.number, key, tag(value))
+        return Version(version.name, str(there[alias])).uri if alias in there else None
+
+    return _ask(move, f"move the alias {alias} to {model_uri}")
+
+
+def note(model_uri: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version.
+
+    Args:
+        model_uri: `models:/<name>/<version>`.
+        tags: by name.
+
+    Raises:
+        UserError: see `promote`.
+    """
+    version = _version(model_uri)
+
+    def set_tags(client: MlflowClient) -> None:
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, version.number, key, tag(value))
+
+    _ask(set_tags, f"tag {model_uri}")
+
+
+def _version(model_uri: str) -> Version:
+    name, slash, number = model_uri.removeprefix("models:/").rpartition("/")
+    if not model_uri.startswith("models:/") or not slash or not number.isdigit():
+        raise UserError(f"model {model_uri!r}: must read models:/<name>/<version>")
+    return Version(name, number)
+
+
+def _ask(do: Callable[[MlflowClient], T], doing: str) -> T:
+    """Talk to the registry; unlike figures, an alias is what the caller is there for."""
+    uri = tracking_uri()
+    if not uri:
+        raise UserError(f"MLflow: cannot {doing}: MLFLOW_TRACKING_URI names no server")
+    server = f"MLflow at {hide_in_urls(uri)}"
+    try:
+        return patiently(lambda: do(make_client(uri)), f"{doing} ({server})", _may_pass)
+    except Exception as error:  # MLflow and its databases raise many kinds
+        raise UserError(f"{server}: cannot {doing}: {first_line(error)}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    return not isinstance(error, MlflowException) or (
+        error.get_http_status_code() >= _FIRST_REFUSAL
+    )

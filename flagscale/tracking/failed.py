@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from flagscale.secrets import mask
 from flagscale.tracking.kfp_run import KfpRun, overall_status
 from flagscale.tracking.names import (
     OF_KFP_RUN_TAG,
@@ -16,7 +20,12 @@ from flagscale.tracking.names import (
     own_kfp_run,
 )
 from flagscale.tracking.place import find_place
-from flagscale.tracking.server import make_client, tracking_uri
+from flagscale.tracking.server import (
+    UPLOAD_TIMEOUT,
+    environment,
+    make_client,
+    tracking_uri,
+)
 from flagscale.tracking.step import run_of_process
 
 if TYPE_CHECKING:
@@ -46,6 +55,28 @@ def step_failed(name: str, status: str) -> None:
         _note_failure(make_client(uri), name, status)
     except Exception as error:  # whatever MLflow raises: the step's own error is what counts
         logger.warning("MLflow was not told that %s failed: %s", name, first_line(error))
+
+
+def keep_files(run_id: str, files: Mapping[str, Path]) -> None:
+    """Store files with a run whose process has ended, e.g. the logs of those that failed.
+
+    Args:
+        run_id: of a run of this process's server.
+        files: path among the run's artifacts -> file; secrets are masked.
+    """
+    uri = tracking_uri()
+    if not uri:
+        return
+    try:
+        client = make_client(uri)
+        with environment(UPLOAD_TIMEOUT), tempfile.TemporaryDirectory() as folder:
+            for name, path in files.items():
+                place = PurePosixPath(name)
+                shown = Path(folder, place.name)
+                shown.write_text(mask(path.read_text(encoding="utf-8", errors="replace")))
+                client.log_artifact(run_id, str(shown), str(place.parent))
+    except Exception as error:  # whatever MLflow raises: the step's own error is what counts
+        logger.warning("MLflow did not take %s: %s", ", ".join(files), first_line(error))
 
 
 def _note_failure(client: MlflowClient, name: str, status: str) -> None:

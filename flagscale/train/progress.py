@@ -77,16 +77,22 @@ class Progress:
         self._recent.clear()
         self._recent.append((step, time.monotonic()))
 
-    def _line(self, record: dict[str, float]) -> list[str]:
+    @property
+    def left_seconds(self) -> float | None:
+        """That the rest will take, at the speed of the last steps; None before there are any."""
         (first, began), (step, now) = self._recent[0], self._recent[-1]
-        left = (self._last_step - step) * (now - began) / max(step - first, 1)
+        if step >= self._last_step:
+            return 0.0
+        return (self._last_step - step) * (now - began) / (step - first) if step > first else None
+
+    def _line(self, record: dict[str, float]) -> list[str]:
         return [
-            f"step {step}/{self._last_step}",
+            f"step {int(record['step'])}/{self._last_step}",
             *losses_text(record),
             f"learning rate {record['learning rate']:.2e}",
             f"grad norm {record['grad norm']:.3g}",
             f"{record['tokens per second']:.0f} tokens/s",
-            f"{duration_text(left)} left",
+            f"{duration_text(self.left_seconds or 0.0)} left",
         ]
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from components.image import VERSION
 from flagscale.recipe import Recipe
+from flagscale.secrets import hide_in_urls
 from pipelines.compiling import LOADER, compile_recipe, pipeline_name, pipeline_version
 from pipelines.platform import Platform
+
+_LONGEST_TAG = 63  # characters, of KFP's
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class Package:
         name: of the pipeline on the server.
         version: of what the file says.
         description: of the version.
+        tags: of the version, by which the UI finds it.
     """
 
     path: Path
     name: str
     version: str
     description: str
+    tags: Mapping[str, str]
 
     @property
     def definitions(self) -> dict[str, dict[str, Any]]:
@@ -71,4 +78,25 @@ def make_package(
     path = compile_recipe(recipe, platform, folder / "pipeline.yaml")
     name = name or pipeline_name(recipe)
     described = f"recipe {recipe.name} on {where}" if where else f"recipe {recipe.name}"
-    return Package(path, name, f"{name}-{pipeline_version(path)}", described)
+    tags = version_tags(recipe, where)
+    return Package(path, name, f"{name}-{pipeline_version(path)}", described, tags)
+
+
+def version_tags(recipe: Recipe, where: str = "") -> dict[str, str]:
+    """What a pipeline's version is of, by keys that are the same for all.
+
+    Args:
+        recipe: validated.
+        where: the platform's name.
+    """
+    kinds = {"sweep": recipe.sweep, "search": recipe.search}
+    tags = {
+        "kind": next((kind for kind, section in kinds.items() if section is not None), "single"),
+        "loss": recipe.distillation.loss,
+        "platform": where,
+        "recipe": recipe.name,
+        "release": VERSION,
+        # The end of a path or address says more than its beginning.
+        "teacher": hide_in_urls(recipe.teacher.source)[-_LONGEST_TAG:],
+    }
+    return {key: value[:_LONGEST_TAG] for key, value in tags.items() if value}

@@ -175,6 +175,7 @@ def _version(server: Server, package: Package) -> tuple[str, str]:
                 display_name=package.name,
                 namespace=server.namespace,
                 description="Distils a teacher into a smaller student.",
+                tags={"made-by": "flagscale-distillation"},
             )
         ),
     )
@@ -221,11 +222,8 @@ def _known_version(server: Server, pipeline: str, package: Package) -> str | Non
 def _upload(server: Server, pipeline: str, package: Package) -> str:
     made = server.write(
         f"uploading version {package.version}",
-        lambda: server.client.upload_pipeline_version(
-            str(package.path),
-            pipeline_version_name=package.version,
-            pipeline_id=pipeline,
-            description=package.description,
+        lambda: server.client.upload_version(
+            package.path, package.version, pipeline, package.description, package.tags
         ),
     )
     say(f"pipeline: uploaded version {package.version}")

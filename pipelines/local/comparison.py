@@ -1,6 +1,7 @@
 """Sets two finished runs of one recipe side by side: with its teacher, and without."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,80 @@ from flagscale.recipe import Recipe
 _SAME = ("name", "teacher", "student", "data", "training", "evaluation")
 
 
+_REPORT = "baseline-report.html"
+
+
 def compare_with_baseline(recipe: Recipe, runs: Path) -> str:
     """Compare the newest distilled student with the newest one trained without a teacher.
+
+    The report of the former is written again, into `runs`, with the latter in it, and with the
+    newest run of each other seed.
 
     Args:
         recipe: both runs have its teacher, student, data, training and evaluation.
         runs: folder of all runs.
 
     Returns:
-        Markdown tables with intervals; differences are paired by document.
+        Markdown tables with intervals; differences are paired by document. Where the report is.
 
     Raises:
         UserError: one of the runs is missing or unfinished, or they are not comparable.
     """
     from flagscale.evaluation.compare import compare
+    from flagscale.evaluation.other_runs import with_others
+    from flagscale.evaluation.report import render
+    from flagscale.evaluation.report_data import ReportData
 
     distilled = _newest(recipe, runs, baseline=False)
     baseline = _newest(recipe, runs, baseline=True)
-    return compare(distilled, baseline, ("Distilled", "Baseline")).markdown()
+    tables = compare(distilled, baseline, ("Distilled", "Baseline")).markdown()
+    others = {"Baseline": baseline, **_seeds(recipe, runs)}
+    report = runs / _REPORT
+    data = with_others(ReportData.load(distilled), distilled, others)
+    report.write_text(render(data), encoding="utf-8")
+    return f"{tables}\nReport with both: {report}\n"
 
 
 def _newest(recipe: Recipe, runs: Path, baseline: bool) -> Path:
     """The evaluation of the newest finished run that fits."""
-    for summary in sorted(runs.glob("2*/summary.json"), reverse=True):
-        if summary.parent.is_symlink():
-            continue
-        values = yaml.safe_load((summary.parent / "recipe.yaml").read_text(encoding="utf-8"))
-        if values.get("sweep") or _shared(Recipe.model_validate(values)) != _shared(recipe):
-            continue
-        if (values["distillation"]["loss"] == "none") == baseline:
-            steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]
-            return Path(steps["evaluate"]["outputs"]["evaluation"])
+    for found, evaluation in _finished(runs):
+        if _shared(found) == _shared(recipe) and _is_baseline(found) == baseline:
+            return evaluation
     loss = "none" if baseline else "logits"
     raise UserError(
         f"{runs}: no finished run of {recipe.name} with distillation.loss={loss}; make one with: "
         f"python -m pipelines run RECIPE --runs {runs} --set distillation.loss={loss}"
     )
+
+
+def _seeds(recipe: Recipe, runs: Path) -> dict[str, Path]:
+    """Of each other seed of the same distillation the newest evaluation."""
+    seeds: dict[str, Path] = {}
+    for found, evaluation in _finished(runs):
+        seed = found.training.seed
+        of_this_seed = found.training.model_copy(update={"seed": recipe.training.seed})
+        alike = _shared(found.model_copy(update={"training": of_this_seed})) == _shared(recipe)
+        if alike and seed != recipe.training.seed and found.distillation == recipe.distillation:
+            seeds.setdefault(f"Seed {seed}", evaluation)
+    return seeds
+
+
+def _finished(runs: Path) -> Iterator[tuple[Recipe, Path]]:
+    """Recipe and evaluation of each finished run of one student, the newest first."""
+    for summary in sorted(runs.glob("2*/summary.json"), reverse=True):
+        if summary.parent.is_symlink():
+            continue
+        values = yaml.safe_load((summary.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]
+        if not values.get("sweep") and "evaluate" in steps:
+            yield (
+                Recipe.model_validate(values),
+                Path(steps["evaluate"]["outputs"]["evaluation"]),
+            )
+
+
+def _is_baseline(recipe: Recipe) -> bool:
+    return recipe.distillation.loss == "none"
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

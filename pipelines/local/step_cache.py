@@ -22,6 +22,9 @@ from flagscale.shared import damage, read_pointer
 
 logger = logging.getLogger(__name__)
 
+# Acts on MLflow's registry, where other runs may have acted since; on a cluster it is not cached.
+_NEVER_REUSED = ("promote",)
+
 
 class Observer(Protocol):
     """Told of each step, in order."""
@@ -63,7 +66,8 @@ class StepCache(kfp_cache.LocalCache):
     def get(self, key: str) -> dict[str, Any] | None:
         """Outputs of an earlier, equal step if they are still what it wrote; else None."""
         name = self._names[key]
-        outputs = super().get(key) if self._reuse else None
+        reuse = self._reuse and name not in _NEVER_REUSED
+        outputs = super().get(key) if reuse else None
         problem = next(filter(None, map(_damage, _paths(outputs or {}).values())), None)
         if outputs is None or problem:
             if problem:

@@ -1,13 +1,14 @@
 """What a finished run says: its figures, its times, and where things are."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from flagscale.artifacts import write_json
-from flagscale.evaluation import LEADERBOARD, METRICS, SEARCH
+from flagscale.evaluation import GATE, LEADERBOARD, LINEAGE, METRICS, SEARCH
 from pipelines.local.steps import RunResult, step_of
 from pipelines.outcome import duration
 
@@ -29,8 +30,12 @@ def summary(result: RunResult) -> str:
     search = _search(result)
     facts = _facts(result) | {"metrics": metrics} | ({"leaderboard": board} if board else {})
     facts |= {"search": search} if search else {}
+    gate = _read(result, "promote", "promotion", GATE)
+    facts |= {"gate": gate} if gate else {}
     write_json(result.folder / "summary.json", facts)
     parts = [_times(result), _places(result)]
+    if gate:
+        parts.insert(0, _gate(gate))
     if metrics:
         parts.insert(0, _table(metrics))
     if board:
@@ -92,6 +97,14 @@ def _leaderboard(board: Mapping[str, Any]) -> str:
     failed = [f"failed: {one['name']}: {one['error']}" for one in board.get("failed", ())]
     best = f"The best by {shown[metric][0]} is exported: {board['rows'][0]['name']}."
     return "\n".join([_measured(board), *_columns(rows), *failed, best])
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    """What the recipe asked of the student, and what came of it."""
+    rows = [["", "holds", "by"]]
+    for one in gate["conditions"]:
+        rows.append([one["condition"], "yes" if one["holds"] else "no", _cell(one["margin"], 3)])
+    return "\n".join([f"{gate['outcome']}.", *_columns(rows)])
 
 
 def _search(result: RunResult) -> dict[str, Any]:
@@ -160,6 +173,7 @@ def _places(result: RunResult) -> str:
     for name in ("export-student", "export-winner"):
         if name in result.steps:
             lines.append(("student", result.folder / "exported_student"))
+            lines += _lineage(result, name)
     text = [f"{label:<8} {_shortest(path)}" for label, path in lines]
     if result.tracking_uri.startswith("sqlite:"):
         uri = quote(result.tracking_uri)
@@ -167,6 +181,16 @@ def _places(result: RunResult) -> str:
     else:
         text.append(f"MLflow   {result.tracking_uri}")
     return "\n".join(text)
+
+
+def _lineage(result: RunResult, step: str) -> list[tuple[str, Path]]:
+    """Where its page is, with the ending by which browsers know one: KFP's file has none."""
+    written = result.steps[step].outputs.get(LINEAGE.removesuffix(".html"))
+    if written is None:
+        return []
+    shown = result.folder / LINEAGE
+    shutil.copyfile(written, shown)
+    return [("lineage", shown)]
 
 
 def _shortest(path: Path) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from kfp.dsl.base_component import BaseComponent
 
-from components.__main__ import all_components, readme
+from components.__main__ import all_components, formatted
+from components.documents import example, readme
 from components.image import image
 
 FOUND = all_components()
@@ -30,6 +31,7 @@ def test_there_is_a_component_for_each_step() -> None:
         "pick_candidate",
         "prepare_data",
         "prepare_teacher",
+        "promote",
         "rank_candidates",
         "record_run",
         "record_search",
@@ -40,7 +42,16 @@ def test_there_is_a_component_for_each_step() -> None:
 @by_name
 def test_the_readme_is_current(folder: Path, component: BaseComponent) -> None:
     text = (folder / "README.md").read_text()
-    assert text == readme(component), "run: python -m components"
+    assert text == readme(folder, component), "run: python -m components"
+
+
+def test_the_examples_are_current(tmp_path: Path) -> None:
+    made = {folder: example(component) for folder, component in FOUND.items()}
+    border = "# next\n"  # one process for all of them
+    texts = formatted(border.join(made.values()).replace(border, f"\n{border}")).split(border)
+    for folder, text in zip(made, texts, strict=True):
+        written = (folder / "example_pipelines.py").read_text()
+        assert written.strip() == text.strip(), "run: python -m components"
 
 
 @by_name
@@ -55,13 +66,14 @@ def test_a_component_installs_nothing_and_uses_the_one_image(
 
 @by_name
 def test_the_body_is_imports_one_call_and_outputs(folder: Path, component: BaseComponent) -> None:
-    tree = ast.parse(inspect.getsource(sys.modules[f"components.{folder.name}.component"]))
+    module = sys.modules[f"components.{folder.parent.name}.{folder.name}.component"]
+    tree = ast.parse(inspect.getsource(module))
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     _, the_import, block = function.body  # docstring, import, with
     assert isinstance(the_import, ast.ImportFrom)
     assert isinstance(block, ast.With)
     work = [node for node in block.body if not isinstance(node, ast.ImportFrom)]
-    assert len(work) <= 4
+    assert len(work) <= 5
     name = f"flagscale.steps.{folder.name}"
     of_the_step = (name, f"{name}_alone")  # the step, or that it is all that its process does
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]

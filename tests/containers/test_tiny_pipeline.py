@@ -34,7 +34,7 @@ ARTIFACTS = (
 # Two runs of the same code differ in these, in containers or not: speeds, and the random name
 # that torch gives each save. The digests of parents follow from them.
 SPEEDS = re.compile("tokens.per.second")
-OF_ITS_TIME = {"weights/.metadata", "training.jsonl", "report.html"}
+OF_ITS_TIME = {"weights/.metadata", "training.jsonl", "report.html", "report.json"}
 
 
 def without_speed(value: Any) -> Any:
@@ -48,6 +48,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     found["files"] = {k: v for k, v in found["files"].items() if k not in OF_ITS_TIME}
     found["parents"] = sorted(found["parents"])
     assert found.pop("peak_memory")["host"]  # of the process, which is another
+    found.pop("energy")  # ditto
     return found
 
 

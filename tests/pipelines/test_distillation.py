@@ -48,7 +48,7 @@ def test_the_recipes_values_are_the_defaults(recipe: Recipe, tmp_path: Path) -> 
     spec = compiled(recipe, tmp_path)
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     whole = recipe.model_dump(mode="json", exclude_none=True)
-    for section in SECTIONS:
+    for section in (name for name in SECTIONS if getattr(recipe, name) is not None):
         assert inputs[section]["defaultValue"] == whole[section]
         kind = type(getattr(recipe, section))
         assert kind.model_validate(inputs[section]["defaultValue"]) == getattr(recipe, section)

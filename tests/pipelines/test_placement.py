@@ -16,7 +16,7 @@ from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement, where
 from pipelines.compiling import compile_recipe
-from pipelines.platform import FOLDER, Platform, Shared, Trainer, load_platform
+from pipelines.platform import FOLDER, Platform, Runs, Shared, Trainer, load_platform
 from pipelines.pods import Pods
 
 ROOT = Path(__file__).parents[2]
@@ -379,6 +379,24 @@ def test_a_trainjob_is_started_by_a_small_pod_that_knows_its_nodes(
     assert own["resourceCpuRequest"] == "1"
     evaluated = tasks["evaluate"]["inputs"]["artifacts"]["distilled_student"]["taskOutputArtifact"]
     assert evaluated["producerTask"] == "distil-student-on-nodes"
+
+
+def test_deadlines_and_time_to_live_are_the_platforms(tmp_path: Path) -> None:
+    """The queue's time is the launcher's; the TrainJob's own begins when it is let in."""
+    recipe = load_recipe(RECIPES["tiny"], TWO_NODES)
+    platform = load_platform("gke-h100")
+    trainer = platform.trainer.model_copy(update={"active_deadline_seconds": 86400})
+    limits = Runs(active_deadline_seconds=700000, ttl_seconds_after_finished=3600)
+    platform = platform.model_copy(update={"trainer": trainer, "runs": limits})
+    found = compiled(recipe, platform, tmp_path)
+    inputs = found.spec["root"]["dag"]["tasks"]["distil-student-on-nodes"]["inputs"]["parameters"]
+    assert NodePods.model_validate(found.resolve(inputs["pods"])).timeout_seconds == 86400
+    launcher = found.kubernetes["exec-distil-student-on-nodes"]
+    assert launcher["activeDeadlineSeconds"] == str(platform.steps.training.timeout_seconds)
+    assert found.platform["platforms"]["kubernetes"]["pipelineConfig"] == {
+        "activeDeadlineSeconds": 700000,
+        "resourceTtlOnCompletion": 3600,
+    }
 
 
 def test_a_network_is_the_nodes_and_annotations_are_every_pods(tmp_path: Path) -> None:

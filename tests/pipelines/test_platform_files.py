@@ -60,6 +60,16 @@ NETWORK = "{{shared: {{claim: v}}, trainer: {{network: {}}}}}"
             "steps: {training: {timeout_seconds: 604801}}",
             "retries.max_duration=604800s would end a pod before its timeout_seconds=604801",
         ),
+        (
+            "{trainer: {active_deadline_seconds: 61}, steps: {training: {timeout_seconds: 60}}}",
+            "trainer.active_deadline_seconds=61 is more than steps.training.timeout_seconds=60",
+        ),
+        (
+            "{trainer: {active_deadline_seconds: 61}, runs: {active_deadline_seconds: 60}}",
+            "trainer.active_deadline_seconds=61 is more than runs.active_deadline_seconds=60",
+        ),
+        ("runs: {ttl_seconds_after_finished: 0}", "runs.ttl_seconds_after_finished=0"),
+        ("runs: {active_deadline_seconds: 2147483648}", "runs.active_deadline_seconds=2147483648"),
         ("steps: {data: {retries: {max_duration: 0s}}}", "leaves no time for count=2"),
         (
             "steps: {models: {memory: 1Gi, shared_memory: 1025Mi}}",
@@ -159,6 +169,7 @@ def test_quantities_may_be_numbers_as_in_kubernetes(tmp_path: Path) -> None:
         "steps: {training: {timeout_seconds: 60, retries: {max_duration: 60s}}}",
         "steps: {data: {tolerations: [{key: a.b/c, value: ''}, {operator: Exists}]}}",
         "secrets: [{name: a.b-c, env: {_my.Key-1: A}}]",
+        "runs: {active_deadline_seconds: 2147483647, ttl_seconds_after_finished: 1}",
         "run_as_user: 2147483647",
     ],
 )

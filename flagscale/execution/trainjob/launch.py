@@ -10,6 +10,7 @@ from typing import Any
 from flagscale.errors import UserError
 from flagscale.execution.heartbeat import Heartbeat
 from flagscale.execution.rank_folder import RankFolder
+from flagscale.execution.rank_logs import keep_failed
 from flagscale.execution.trainjob.cluster import Cluster
 from flagscale.execution.trainjob.log import NodeLog
 from flagscale.execution.trainjob.manifest import Nodes
@@ -79,6 +80,8 @@ class Launch:
                         log.finish(_LOG_SECONDS)
                 finally:
                     self._delete()
+        if (self._lasting or why) is not None and not stop_requested():
+            keep_failed(self._ranks)
         if self._lasting is not None and not stop_requested():
             raise UserError(f"TrainJob {self._name}: {self._lasting}")
         if why is not None:

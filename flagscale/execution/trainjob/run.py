@@ -30,7 +30,8 @@ from flagscale import variables
 from flagscale.artifacts import digest
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution import heartbeat
-from flagscale.execution.launch import REQUEST_VARIABLE, rank_command, rank_environment
+from flagscale.execution.launch import rank_command, rank_environment
+from flagscale.execution.notes import REQUEST_VARIABLE
 from flagscale.execution.rank_folder import LostError, RankFolder
 from flagscale.execution.trainjob.api_errors import is_api_away
 from flagscale.execution.trainjob.cluster import Cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 import json
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import SHOWN, summarise
-from flagscale.evaluation.leaderboard import Candidate, rank
-from flagscale.evaluation.leaderboard_report import headline, render
+from flagscale.evaluation.leaderboard import Candidate, Failed, rank
+from flagscale.evaluation.leaderboard_report import headline, render, summary_markdown
 
 FidelityOf = Callable[..., Fidelity]
 
@@ -190,3 +192,19 @@ def test_the_page_is_whole_needs_no_network_and_escapes_names(candidate: Make) -
     assert "<script" not in page
     assert 'src="http' not in page
     assert "<svg" in page
+
+
+def test_the_summary_is_a_table_of_all_and_escapes_names(candidate: Make) -> None:
+    """Read by a Markdown parser: cells with bars, stars and tags stay cells."""
+    bad = replace(candidate(2, 2.0), name="a|b <script> *c* [d](e)")
+    failed = [Failed(3, "t=3", {}, "distil-student: |NaN|")]
+    board = rank([candidate(1, 2.5), bad], "kl", failed)
+    page = summary_markdown(board)
+    shown = MarkdownIt().enable("table").render(page)
+    assert shown.count("<tr>") == 1 + len(board.rows) + len(board.references)
+    assert "1. a|b &lt;script&gt; *c* [d](e) (1k parameters)" in shown
+    assert "<script" not in page
+    assert f"<strong>{html.escape(headline(board), quote=False)}</strong>" in shown
+    best = board.winner.figures["kl"]
+    assert f'<td style="text-align:right">{SHOWN["kl"].text(best["value"])} (' in shown
+    assert "<li>t=3 failed: distil-student: |NaN|</li>" in shown

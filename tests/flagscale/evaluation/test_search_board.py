@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from flagscale.errors import UserError
 from flagscale.evaluation.ranking import Losses, places
 from flagscale.evaluation.search_board import Candidate, SearchBoard, after_rung
 from flagscale.evaluation.search_charts import pareto
-from flagscale.evaluation.search_report import headline, render
+from flagscale.evaluation.search_report import headline, render, summary_markdown
 
 SAMPLES = 48
 
@@ -151,3 +152,12 @@ def test_the_page_shows_every_candidate_with_its_outcome_and_escapes_names() -> 
     assert headline(found).replace("'", "&#39;") in page
     assert page.count("<figure") == 4  # no figure of the work: nothing says how much it is
     assert page == render(found)
+
+
+def test_the_summary_has_a_row_for_every_candidate() -> None:
+    found = board()
+    shown = MarkdownIt().enable("table").render(summary_markdown(found))
+    assert shown.count("<tr>") == 1 + len(found.candidates)
+    assert "5. &lt;b&gt;odd&lt;/b&gt;" in shown
+    assert "failed: distil-student: NaN" in shown
+    assert shown.count('style="text-align:right">Rung') == 2

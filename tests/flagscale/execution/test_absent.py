@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from components.distil_student.component import distil_student
-from components.evaluate.component import evaluate
+from components.evaluation.evaluate.component import evaluate
+from components.training.distil_student.component import distil_student
 from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.errors import Interrupted, UserError
 from flagscale.execution.absent import absent, is_empty, reason, write_absent

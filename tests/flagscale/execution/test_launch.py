@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
 from flagscale.execution import launch
+from flagscale.execution.notes import REQUEST_VARIABLE
 from flagscale.execution.rank_folder import RankFolder
+from flagscale.execution.step_process import step_process
 from flagscale.recipe import DistillationRecipe, ParallelismRecipe, TrainingRecipe
 from flagscale.steps.distil_student import distil_student
 
@@ -26,8 +30,10 @@ def run(what):
     if what == "count":
         return {"ranks": int(os.environ["WORLD_SIZE"])}
     if what == "error" and rank == "1":
+        os.write(2, b"below Python, on stderr\n")
         raise UserError("the second rank says what is wrong")
     if what == "kill" and rank == "1":
+        print("my last words", flush=True)
         os.kill(os.getpid(), 9)
     print("working", flush=True)
     time.sleep(600)
@@ -66,6 +72,25 @@ def test_killed_rank_is_an_error(ranks):
         ranks("kill")
 
 
+@pytest.mark.parametrize(
+    ("what", "log"), [("error", "below Python, on stderr\n"), ("kill", "my last words\n")]
+)
+def test_the_log_of_the_rank_that_failed_goes_with_the_artifact_that_says_so(
+    ranks, tmp_path, what, log, capfd
+):
+    """Whole, though it was killed; of the rank that failed alone, and seen on the way, too."""
+    output = tmp_path / "output"
+    with step_process("distil-student", record_failure_at=str(output)):
+        ranks(what)
+    manifest = open_artifact(output, "absent")
+    (name,) = manifest.files
+    assert re.fullmatch(r"failed-ranks/\d{8}T\d{6}-rank-1\.log", name)
+    assert (output / name).read_text().endswith(log)
+    shown = capfd.readouterr().out
+    assert f"[rank 1] {log}" in shown
+    assert "the end of the log" not in shown, "what was shown is not shown again"
+
+
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
@@ -76,7 +101,7 @@ def test_ranks_end_with_the_step(ranks, tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     for _ in range(2):
-        while process.stdout.readline() != "working\n":  # the parent tells what it starts, too
+        while not process.stdout.readline().endswith("] working\n"):  # the parent tells, too
             assert process.poll() is None
     (torchrun,) = children(process.pid)
     found = children(torchrun)
@@ -92,7 +117,7 @@ def test_ranks_end_with_the_step(ranks, tmp_path, number):
 def test_a_drained_nodes_ranks_have_as_long_as_it_gives_them(ranks, tmp_path, monkeypatch):
     """SIGTERM to torchrun, a pod's first process, reaches the ranks and ends nothing itself."""
     folder = RankFolder.create(tmp_path / "ranks", {"what": "sleep"})
-    monkeypatch.setenv(launch.REQUEST_VARIABLE, str(folder.path))
+    monkeypatch.setenv(REQUEST_VARIABLE, str(folder.path))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     torchrun = subprocess.Popen(
         launch.rank_command("ranks", "ranks:run", 1, "--standalone"),
@@ -100,7 +125,7 @@ def test_a_drained_nodes_ranks_have_as_long_as_it_gives_them(ranks, tmp_path, mo
         stderr=subprocess.PIPE,
     )
     assert torchrun.stdout
-    assert torchrun.stdout.readline() == b"working\n"
+    assert torchrun.stdout.readline() == b"[rank 0] working\n"
     torchrun.terminate()
     _, errors = torchrun.communicate(timeout=PATIENCE)
     assert torchrun.returncode == 1

@@ -53,6 +53,17 @@ def test_stopped_on_request_or_from_outside(ranks):
         ranks.raise_error(stopped=False, otherwise="killed")
 
 
+def test_who_failed_is_not_who_was_stopped_because_of_it(ranks):
+    ended(ranks, 3, 1, "connection closed by peer")
+    ended(ranks, 1, 1, "loss is NaN")
+    ended(ranks, 0, 143, "interrupted: stopped after step 2")
+    for rank in (10, 2):  # killed: they left no word
+        ranks.join(rank)
+    ranks.note_end(ranks.join(4))
+    (ranks.path / "logs").mkdir()
+    assert [rank.name for rank in ranks.failed()] == ["1", "3", "2", "10"]
+
+
 def test_a_killed_rank_has_said_nothing(ranks):
     ranks.join(1)
     ended(ranks, 0, 143, "interrupted: stopped after step 2 of 3")

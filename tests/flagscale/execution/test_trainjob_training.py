@@ -38,7 +38,7 @@ TRAINING = TrainingRecipe(
 LAUNCHER = """
 import json, os, sys
 from kfp import dsl
-from components.distil_student_on_nodes.component import distil_student_on_nodes
+from components.training.distil_student_on_nodes.component import distil_student_on_nodes
 
 def artifact(kind, name):
     return kind(name=name, uri=os.path.join(sys.argv[1], name))

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,21 @@ def test_a_folder_loads_whole(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(tiny_teacher)
     ids = tokenizer("A list is a mutable sequence.")["input_ids"]
     assert tokenizer.decode(ids) == "A list is a mutable sequence."
+
+
+def test_a_configuration_takes_no_compiler_along(tiny_teacher: Path) -> None:
+    code = """
+import sys
+from flagscale.models.source import load_hf_config
+config = load_hf_config(sys.argv[1])
+assert "torch._dynamo" not in sys.modules
+from transformers import AutoModelForCausalLM, integrations
+AutoModelForCausalLM.from_config(config)  # of real functions, not of late ones
+import transformers.modeling_utils as models
+assert models.flash_attention_forward is integrations.flash_attention.flash_attention_forward
+assert type(models.flash_attention_forward) is type(load_hf_config)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tiny_teacher)], check=True)
 
 
 def test_the_hash_of_a_tokenizer_is_what_it_does(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from components.check_recipe.component import check_recipe
+from components.training.check_recipe.component import check_recipe
 from flagscale.errors import UserError
 from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.recipe import Recipe, load_recipe
@@ -152,7 +152,7 @@ def test_the_component_has_an_input_for_every_parameter_that_a_pipeline_can_have
 def test_it_needs_nothing_heavy(single: Door, notes: Path) -> None:
     code = (
         "import json, sys\n"
-        "from components.check_recipe.component import check_recipe\n"
+        "from components.training.check_recipe.component import check_recipe\n"
         "check_recipe.python_func(**json.load(sys.stdin))\n"
         "heavy = {'torch', 'transformers', 'megatron', 'mlflow', 'modelopt'} & set(sys.modules)\n"
         "assert not heavy, heavy"

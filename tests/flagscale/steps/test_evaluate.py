@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from flagscale.artifacts import open_artifact
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
-from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT
+from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT, REPORT_DATA, SUMMARY
 from flagscale.evaluation.compare import compare
 from flagscale.recipe import DataRecipe, EvaluationRecipe, TeacherRecipe
 from flagscale.steps.evaluate import evaluate
@@ -65,7 +65,7 @@ def evaluation(artifacts: Path) -> tuple[Path, dict[str, float]]:
 def test_writes_the_artifact(artifacts: Path, evaluation: tuple[Path, dict[str, float]]) -> None:
     folder, scalars = evaluation
     manifest = open_artifact(folder, "evaluation")
-    assert set(manifest.files) == {REPORT, METRICS, PER_DOCUMENT}
+    assert set(manifest.files) == {REPORT, REPORT_DATA, SUMMARY, METRICS, PER_DOCUMENT}
     assert set(manifest.parents) == {"teacher", "student", "distilled", "dataset"}
     metrics = json.loads((folder / METRICS).read_text())
     assert metrics["documents"] == 6

@@ -164,7 +164,9 @@ def test_a_winner_that_was_not_given_is_missed(results: list[Path], tmp_path: Pa
     rank_variants(VARIANTS, "kl", results, tmp_path / "board")
     others = [tmp_path / "student temperature=1.0", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
-        export_winner(SWEEP.export, others, results, tmp_path / "board", tmp_path / "out")
+        export_winner(
+            SWEEP.export, others, results, tmp_path / "board", tmp_path / "out", tmp_path / "its"
+        )
 
 
 def test_variants_that_failed_come_last_with_their_errors(
@@ -194,7 +196,9 @@ def test_variants_that_failed_come_last_with_their_errors(
     # The winner's students are found among those that are not there.
     students = [tmp_path / "failed", tmp_path / "student temperature=4.0"]
     with pytest.raises(UserError, match="none of 2 distilled-student artifacts is the leaderboard"):
-        export_winner(SWEEP.export, students, given, tmp_path / "board", tmp_path / "out")
+        export_winner(
+            SWEEP.export, students, given, tmp_path / "board", tmp_path / "out", tmp_path / "its"
+        )
 
 
 def test_a_sweep_of_failures_is_told_with_all_of_them(tmp_path: Path) -> None:

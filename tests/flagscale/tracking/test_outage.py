@@ -139,7 +139,7 @@ def train(
     validation = tracking.Split("validation", "sha256:" + "ab" * 32)
     with tracking.step_run("distil-student", {"training": {"lr": 0.1}}, "one training") as run:
         run.log_inputs([validation], ["validation"])
-        with observer(run, state, _TRAINING, validation) as told:
+        with observer(run, state, _TRAINING, _STEPS, validation) as told:
             for step in range(first + 1, last + 1):
                 trouble.get(step, lambda: None)()
                 told.trained(record(step))

@@ -60,7 +60,7 @@ def state(steps: int) -> TrainingState:
 def train(first: int, last: int, training: str, stop: bool = False) -> tracking.StepRun:
     """Restored after step `first`, trained up to `last`, then stopped or ended."""
     with suppress(Interrupted), tracking.step_run("distil-student", PARAMS, training) as run:
-        with observer(run, state(first), TRAINING) as told:
+        with observer(run, state(first), TRAINING, 6) as told:
             for record in state(last).training[first:]:
                 told.trained({**record, "tokens per second": 1.0})
         if stop:

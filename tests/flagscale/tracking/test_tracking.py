@@ -46,6 +46,27 @@ def test_without_a_server_a_step_tracks_nothing() -> None:
     assert run.run_id is None
 
 
+def test_files_are_kept_with_the_run_of_a_process_that_has_ended(
+    runs: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    """Such as the log of a rank that was killed; without secrets, and whatever bytes it holds."""
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = "planted-7c1e"
+    log = tmp_path / "stdout.log"
+    log.write_bytes(b"step 1\nplanted-7c1e\n\xff killed\n")
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        os.environ.update(parent.environment)
+        with pytest.raises(UserError), tracking.step_run("distil-student", {}) as step:
+            raise UserError("a rank was killed")
+        assert step.run_id
+        tracking.keep_files(step.run_id, {"failed-ranks/rank-1.log": log})
+    (found,) = client.list_artifacts(step.run_id, "failed-ranks")
+    assert found.path == "failed-ranks/rank-1.log"
+    kept = Path(client.download_artifacts(step.run_id, found.path, str(tmp_path))).read_text()
+    assert kept == "step 1\n***\n\ufffd killed\n"
+    assert client.get_run(step.run_id).info.status == "FAILED"
+    tracking.keep_files("no such run", {"a": log})  # told, not raised
+
+
 def test_parent_and_child(runs: Path, client: mlflow.MlflowClient, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "file.txt").write_text("x")

@@ -173,6 +173,9 @@ def _upload_version(kfp: KfpServer, request: Request) -> Any:
     pipeline = found(kfp.pipelines, request.query["pipelineid"], "pipeline")
     spec = parse_package(list(yaml.load_all(request.file, yaml.CSafeLoader)))
     name = request.query["name"]
+    tags = json.loads(request.query["tags"])
+    if any(len(text) > 63 for pair in tags.items() for text in pair):
+        raise Refused(400, "InvalidArgument: a tag's key or value exceeds 63 characters")
     if any(v.name == name and v.pipeline_id == pipeline.pipeline_id for v in kfp.versions.values()):
         raise Refused(409, f"AlreadyExists: version {name}")
     made = api.V2beta1PipelineVersion(
@@ -182,6 +185,7 @@ def _upload_version(kfp: KfpServer, request: Request) -> Any:
         display_name=name,
         description=request.query.get("description"),
         pipeline_spec=spec,
+        tags=tags,
     )
     kfp.versions[made.pipeline_version_id] = made
     kfp.packages[name] = request.file

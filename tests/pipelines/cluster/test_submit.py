@@ -10,7 +10,10 @@ import kfp_server_api as api
 import pytest
 import yaml
 
+from components.image import VERSION
+from flagscale.recipe import load_recipe
 from pipelines.__main__ import main
+from pipelines.cluster.package import version_tags
 from tests.pipelines.cluster.kfp_server import KfpServer
 
 RECIPE = "recipes/tiny.yaml"
@@ -45,7 +48,20 @@ def test_a_run_arrives_as_it_was_asked_for(
     assert run.plugins_input == {"mlflow": {"experiment_name": "flagscale-distillation"}}
     (version,) = kfp.versions.values()
     assert run.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
-    assert [p.name for p in kfp.pipelines.values()] == ["distillation-tiny"]
+    (pipeline,) = kfp.pipelines.values()
+    assert (pipeline.name, pipeline.tags) == (
+        "distillation-tiny",
+        {"made-by": "flagscale-distillation"},
+    )
+    recipe = load_recipe(RECIPE)
+    assert version.tags == {
+        "kind": "single",
+        "loss": "logits",
+        "platform": "gke-h100",
+        "recipe": "tiny",
+        "release": VERSION,
+        "teacher": recipe.teacher.source,
+    }
     # Only what differs from the defaults, and sections whole: the server replaces, not merges.
     definitions = version.pipeline_spec["root"]["inputDefinitions"]["parameters"]
     defaults = definitions["distillation"]["defaultValue"]
@@ -54,6 +70,17 @@ def test_a_run_arrives_as_it_was_asked_for(
         "where_volume_claim": "123",
         "where_training_node_selector": {"pool": "h100"},
     }
+
+
+def test_tags_say_what_a_version_is_of_within_kfps_limits() -> None:
+    sweep = load_recipe("recipes/tiny-sweep.yaml")
+    assert version_tags(sweep, "p")["kind"] == "sweep"
+    assert version_tags(load_recipe("recipes/tiny-search.yaml"))["kind"] == "search"
+    source = f"/models/{'deep/' * 20}teacher"
+    teacher = sweep.teacher.model_copy(update={"source": source})
+    tags = version_tags(sweep.model_copy(update={"teacher": teacher}), "p" * 100)
+    assert tags["teacher"] == source[-63:]
+    assert tags["platform"] == "p" * 63
 
 
 def test_kfps_mlflow_plugin_is_told_the_experiment_of_this_run(kfp: KfpServer) -> None:

@@ -29,7 +29,12 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     result.steps["evaluate"] = StepResult(
         61.0, reused=False, outputs={"evaluation": results, "report": report}
     )
+    (tmp_path / "page").write_text("<h1>Lineage</h1>")
+    made = {"exported_student": tmp_path, "lineage": tmp_path / "page"}
+    result.steps["export-student"] = StepResult(1.0, reused=True, outputs=made)
     text = summary(result)
+    assert f"lineage  {tmp_path}/lineage.html" in text
+    assert (tmp_path / "lineage.html").read_text() == "<h1>Lineage</h1>"
     assert "12 documents, 3,456 tokens; 95% intervals" in text
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "12.200 [11.700, 12.700]" in lines["student before"]

@@ -1,1 +1,0 @@
-"""A run's values, checked before anything else."""

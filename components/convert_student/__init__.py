@@ -1,1 +1,0 @@
-"""Teacher to student, conversion proven."""

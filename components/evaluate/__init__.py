@@ -1,1 +1,0 @@
-"""Teacher, student before and student after, compared."""

@@ -1,1 +1,0 @@
-"""Trained student to a Hugging Face folder."""

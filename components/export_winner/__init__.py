@@ -1,1 +1,0 @@
-"""The step that exports the best student of a sweep."""

@@ -1,1 +1,0 @@
-"""The step that ranks the variants of a sweep."""

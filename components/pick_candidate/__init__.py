@@ -1,1 +1,0 @@
-"""The step that hands on a student of a search."""

@@ -1,1 +1,0 @@
-"""Hugging Face teacher to Megatron checkpoint."""

@@ -1,1 +1,0 @@
-"""The step that ends a rung of a search."""

@@ -1,1 +1,0 @@
-"""Cached steps in MLflow, and the end of its run."""

@@ -1,1 +1,0 @@
-"""The step that completes a search's run in MLflow."""

@@ -1,1 +1,0 @@
-"""Cached steps of a sweep in MLflow, and the end of its run."""

@@ -1,0 +1,61 @@
+"""The report in Markdown, for a pipeline's UI: the verdict and the headline figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flagscale.evaluation.fidelity import TEACHER
+from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN
+from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.task_scores import TaskScores
+from flagscale.evaluation.task_table import task_rows
+from flagscale.evaluation.verdict import verdict
+
+_COLUMNS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
+
+
+def summary_markdown(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
+    """The verdict, the tasks and the figures with their intervals.
+
+    Args:
+        data: of the evaluation.
+        tasks: what the models scored on tasks.
+    """
+    metrics = data.metrics
+    found = metrics["models"]
+    rows = [
+        [shown.label, *(_cell(key, shown, found[model]) for model in _COLUMNS)]
+        for key, shown in {**SHOWN, **DETAILS}.items()
+        if key in found[AFTER]
+    ]
+    parts = [f"**{escaped(verdict(data, tasks))}.**"]
+    if tasks:
+        table = [
+            [escaped(row.name), *(row.text(model) for model in _COLUMNS)]
+            for row in task_rows(tasks)
+        ]
+        parts.append(_table(["Task", *_COLUMNS.values()], table))
+    parts.append(_table(["", *_COLUMNS.values()], rows))
+    parts.append(
+        f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens; "
+        f"{100 * metrics['confidence']:g}% intervals, bootstrapped over documents."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def escaped(text: str) -> str:
+    """A name as Markdown shows it, and not as it would read it."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>|" else c for c in text)
+
+
+def _cell(key: str, shown: Any, figures: Any) -> str:  # noqa: ANN401
+    if key not in figures:
+        return ""
+    value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
+    return value if low == high else f"{value} [{low}, {high}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
