@@ -48,9 +48,7 @@ def measure(uri: str) -> tuple[float, float, float]:
     """Seconds in calls, in the longest of them, and of the processor beside a loop without any."""
     from flagscale import tracking
     from flagscale.recipe import TrainingRecipe
-    from flagscale.steps.observers import TrackedTraining
     from flagscale.tracking.delivery import Patience
-    from flagscale.train.checkpoints import TrainingState
 
     os.environ["MLFLOW_TRACKING_URI"] = uri
     Patience.left = 0.5  # at the end
@@ -59,15 +57,15 @@ def measure(uri: str) -> tuple[float, float, float]:
     others = {"learning rate": 1e-4, "grad norm": 1.0, "tokens per second": 130.0}
     total = longest = 0.0
     with tracking.step_run("distil-student", {}) as run, tracking.system_metrics(run):
-        told = TrackedTraining(run, TrainingState(), training, None)
+        told = tracking.TrackedTraining(run, training, None)
         idle = _idle()
         processor = time.process_time()
         for step in range(1, STEPS + 1):
             time.sleep(_PACE_SECONDS)
             begun = time.perf_counter()
-            told.curves.trained({"step": float(step), **losses, **others})
+            told.trained({"step": float(step), **losses, **others})
             if step % training.eval_interval == 0:
-                told.curves.validated({"step": float(step), **losses})
+                told.validated({"step": float(step), **losses})
                 names = (step - 2 * training.eval_interval, step - training.eval_interval, step)
                 told.kept([Path(f"/there/step-{i:08d}") for i in names if i > 0])
             spent = time.perf_counter() - begun

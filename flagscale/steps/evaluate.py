@@ -17,6 +17,7 @@ from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
+from flagscale.evaluation import SUMMARY
 from flagscale.evaluation.fidelity import ALL_FIGURES, TEACHER, Fidelity, document_hash
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars
 from flagscale.evaluation.generate import continuations
@@ -137,6 +138,8 @@ def evaluate_on_rank(
             figures = scalars(data.metrics)
             test = tracking.Split.of(parents["dataset"], "test")
             tell_figures(run, figures, {name: parents[name] for name in MODELS}, test)
+            summary = (staging.path / SUMMARY).read_text(encoding="utf-8")
+            run.describe(summary, pipeline=True)
             for name in FILES:
                 run.log_artifact(staging.path / name)
             logger.info("%s", verdict(data))

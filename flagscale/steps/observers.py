@@ -13,8 +13,6 @@ from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.progress import Progress
 
-_WHILE_IT_TRAINS = "{path}, while the training goes on; its step's output has the weights it keeps"
-
 
 @contextmanager
 def observer(
@@ -36,49 +34,10 @@ def observer(
     if not launch.is_first_rank():
         yield _Silence()
         return
-    told = TrackedTraining(run, state, training, validation)
+    told = tracking.TrackedTraining(run, training, validation)
+    told.begin(state.step, state.training, state.validation)
     with Progress(state.step, last_step) as progress, TrainJobStatus() as status:
         yield _Observers(progress, status, last_step, told)
-
-
-class TrackedTraining:
-    """A training's run in MLflow."""
-
-    def __init__(
-        self,
-        run: tracking.StepRun,
-        state: TrainingState,
-        training: TrainingRecipe,
-        validation: tracking.Split | None,
-    ) -> None:
-        """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
-        self.curves = tracking.Curves(run, training.train_iters, training.eval_interval)
-        self._run, self._validation = run, validation
-        self._kept: list[Path] = []
-        if state.step:
-            run.mark_resumed()
-        for record in state.training:
-            self.curves.trained(record)
-        for record in state.validation:
-            self.curves.validated(record)
-
-    def kept(self, checkpoints: Sequence[Path]) -> None:
-        """These checkpoints are there; told when they are others than before."""
-        if checkpoints == self._kept:
-            return
-        self._kept = list(checkpoints)
-        self._run.keep_checkpoints([self._model(path) for path in checkpoints])
-
-    def _model(self, path: Path) -> tracking.Model:
-        step = int(path.name.removeprefix("step-"))
-        return tracking.Model(
-            path.name,
-            step,
-            _WHILE_IT_TRAINS.format(path=path),
-            points=self.curves.validation_of(step),
-            split=self._validation,
-            is_checkpoint=True,
-        )
 
 
 class _Observers:
@@ -89,19 +48,19 @@ class _Observers:
         progress: Progress,
         status: TrainJobStatus,
         last_step: int,
-        tracked: TrackedTraining,
+        tracked: tracking.TrackedTraining,
     ) -> None:
         self._progress, self._tracked = progress, tracked
         self._status, self._last_step = status, last_step
 
     def trained(self, record: dict[str, float]) -> None:
         self._progress.trained(record)
-        self._tracked.curves.trained(record)
+        self._tracked.trained(record)
         self._tell("train", record)
 
     def validated(self, record: dict[str, float]) -> None:
         self._progress.validated(record)
-        self._tracked.curves.validated(record)
+        self._tracked.validated(record)
         self._tell("validation", record)
 
     def _tell(self, prefix: str, record: dict[str, float]) -> None:
@@ -114,7 +73,7 @@ class _Observers:
 
     def validation_of(self, step: int) -> Sequence[tracking.Point]:
         """The step's validation figures, as MLflow has them."""
-        return self._tracked.curves.validation_of(step)
+        return self._tracked.validation_of(step)
 
 
 class _Silence:

@@ -57,6 +57,11 @@ def record_distilled(
         points: the step's validation figures, as the run has them.
         validation: what those are of.
     """
+    run.describe(
+        f"The weights of step {step} are the student's: `{location_of(manifest, output)}`. The "
+        f"curves show at most some {tracking.MOST_POINTS:,} points each; {' and '.join(CURVES)} "
+        "among the artifacts have every step and every loss."
+    )
     for name in CURVES:
         run.log_artifact(output / name)
     run.log_weights(
@@ -86,10 +91,26 @@ def tell_figures(
         test: what was measured on.
     """
     run.log_inputs([test], ["test"])
-    points = run.log_headline(figures)
+    show_models(run, run.log_headline(figures), models, test)
+
+
+def show_models(
+    run: tracking.StepRun,
+    points: Sequence[tracking.Point],
+    models: Mapping[str, Manifest],
+    measured_on: tracking.Split | None = None,
+) -> None:
+    """Show figures of a run as those of the models that MLflow knows.
+
+    Args:
+        run: of the step that measured.
+        points: `<model>/<figure>` and others, as the run has them.
+        models: by name.
+        measured_on: a split of the data; None for a task, which its figure's name says.
+    """
     for name, manifest in models.items():
         own = [point for point in points if point.name.startswith(f"{name}/")]
-        run.log_figures_of(manifest.digest, own, test)
+        run.log_figures_of(manifest.digest, own, measured_on)
 
 
 def register_export(

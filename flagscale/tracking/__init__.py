@@ -16,7 +16,7 @@ Everything goes through `MlflowClient` with explicit run ids: the fluent API wou
 finish, the injected run.
 """
 
-from flagscale.tracking.curves import Curves
+from flagscale.tracking.curves import MOST_POINTS
 from flagscale.tracking.ended import close_ended
 from flagscale.tracking.failed import keep_files, step_failed
 from flagscale.tracking.inputs import Split
@@ -38,22 +38,24 @@ from flagscale.tracking.run import StepRun
 from flagscale.tracking.server import DEFAULT_EXPERIMENT, connect
 from flagscale.tracking.step import attached, note_run_of_ranks, run_id_of_process, step_run
 from flagscale.tracking.system_metrics import is_nodes_first_rank, system_metrics
+from flagscale.tracking.training import TrackedTraining
 
 __all__ = [
     "CACHED_TAG",
     "DEFAULT_EXPERIMENT",
     "KFP_RUN_TAG",
+    "MOST_POINTS",
     "PARENT_TAG",
     "PROCESS_TAG",
     "RESUMED_TAG",
     "TRAINING_TAG",
-    "Curves",
     "Model",
     "PipelineRun",
     "Point",
     "Reported",
     "Split",
     "StepRun",
+    "TrackedTraining",
     "attached",
     "close_ended",
     "connect",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale import variables
 from flagscale.tracking.names import (
     KFP_RUN_TAG,
+    NOTE_TAG,
     PARENT_TAG,
     STARTED_TAG,
     WORK_TAG,
@@ -108,6 +109,10 @@ class KfpRun:
         """Every step has ended well: end the run, and what a lost process left open below it."""
         end_open(self.client, self.children(), "FINISHED")
         self.show("FINISHED")
+
+    def describe(self, text: str) -> None:
+        """Set the description, Markdown."""
+        self.client.set_tag(self.run_id, NOTE_TAG, tag(text))
 
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         """Show the figures that pipeline runs are compared by."""

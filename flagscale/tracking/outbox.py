@@ -121,7 +121,7 @@ class Outbox:
             with Patience.spent():
                 self._wait(lambda: self.begun or self.refused, Patience.left)
         client, begun = self._client, self.begun
-        if client is None or begun is None:
+        if self.refused is not None or client is None or begun is None:
             return None
         answer, lost = delivered(lambda: send(client, begun), lambda: answers(client), waits)
         if began is not None:
@@ -130,6 +130,10 @@ class Outbox:
         if lost is not None:
             self._lose(kind, lost)
         return answer
+
+    def give_up(self) -> None:
+        """Send nothing any more: nobody waits for it."""
+        self.refused = self.refused or "the server was away"
 
     def drain(self, seconds: float) -> bool:
         """Send what there is, and wait for it; whether nothing is left."""
@@ -187,12 +191,12 @@ class Outbox:
 
         found, refused = delivered(start, self._serves, waits)
         with self._changed:
-            self.refused = refused
+            self.refused = self.refused or refused
             if found is not None:
                 self._client, self.begun = found
             self._changed.notify_all()
-        if refused is not None:
-            logger.warning("MLflow: nothing is tracked: %s", refused)
+        if found is None:
+            logger.warning("MLflow: nothing is tracked: %s", self.refused)
 
     def _serves(self) -> bool:
         return self._client is not None and answers(self._client)
@@ -228,7 +232,7 @@ class Outbox:
     def _told(self, kind: str, send: Send) -> str | None:
         """Tell the server something; why it was not taken, None if it was."""
         client, begun = self._client, self.begun
-        if client is None or begun is None:
+        if self.refused is not None or client is None or begun is None:
             return self.refused
         _, lost = delivered(
             lambda: send(client, begun),
@@ -241,7 +245,7 @@ class Outbox:
     def _pause(self, kind: str, error: Exception, pause: float) -> bool:
         self._trouble(kind, error)
         time.sleep(pause)
-        return True
+        return self.refused is None
 
     def _trouble(self, kind: str, error: Exception) -> None:
         if not self._away:

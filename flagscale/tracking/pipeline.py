@@ -55,6 +55,15 @@ class PipelineRun(StepRun):
         self._id, self._whole_uri = begun.run_id, uri
 
     @property
+    def page(self) -> str:
+        """Of the experiment in MLflow's pages, below the server's address.
+
+        MLflow 3.17 shows every experiment as one of GenAI, whatever its kind, unless the link asks
+        for the other view.
+        """
+        return f"/#/experiments/{self.experiment_id}?workflowType=machine_learning"
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables that make a step's process attach to this run."""
         return {

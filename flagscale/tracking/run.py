@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SECONDS = 2.0  # that a server which serves is given
 _LAST_SECONDS = {"FAILED": 30.0, "KILLED": 10.0}  # twice; a pod that is stopped has 30
 
 
@@ -149,10 +150,19 @@ class StepRun:
         text = tag(value)
         self._tell("tags", lambda client, begun: client.set_tag(begun.run_id, key, text))
 
-    def describe(self, text: str) -> None:
-        """Set the run's description, Markdown, which MLflow shows above everything else."""
+    def describe(self, text: str, *, pipeline: bool = False) -> None:
+        """Set the run's description, which MLflow shows above everything else.
+
+        Args:
+            text: Markdown; empty: none.
+            pipeline: it is that of the pipeline's run too, unless somebody else made that.
+        """
+        if not text:
+            return
         self._description = text
         self.set_tag(NOTE_TAG, text)
+        if pipeline:
+            self._of_parent(lambda begun: begun.parent and begun.parent.describe(text))
 
     def log_inputs(self, splits: Sequence[Split], contexts: Sequence[str]) -> None:
         """Say which splits the work reads.
@@ -175,13 +185,15 @@ class StepRun:
             "checkpoints", lambda client, begun: send_kept(client, begun, checkpoints), glance=False
         )
 
-    def log_figures_of(self, digest: str, points: Sequence[Point], split: Split) -> None:
+    def log_figures_of(
+        self, digest: str, points: Sequence[Point], split: Split | None = None
+    ) -> None:
         """Say which model figures of this run are of; nothing if no run has recorded the model.
 
         Args:
             digest: of the artifact that the model is.
             points: of `log_metrics`.
-            split: what they were measured on.
+            split: what they were measured on; None if that is no split.
         """
 
         def send(client: MlflowClient, begun: Begun) -> None:
@@ -235,8 +247,9 @@ class StepRun:
         self.status = status
         if self._outbox is None:
             return
-        longest = _LAST_SECONDS.get(status, Patience.left)
-        self._outbox.drain(min(Patience.left, longest))  # who reads FINISHED finds all figures
+        seconds = min(Patience.left, _LAST_SECONDS.get(status, Patience.left))
+        seconds = max(seconds, _LEAST_SECONDS)
+        self._outbox.drain(seconds)  # first: who reads FINISHED finds all figures
         lost = self._outbox.lost
         if lost:
             self.set_tag(MISSING_TAG, lost)
@@ -244,8 +257,9 @@ class StepRun:
             self.set_tag(NOTE_TAG, note.strip())
         self._tell("the status", lambda client, begun: client.set_terminated(begun.run_id, status))
         self._of_parent(lambda begun: begun.parent and begun.parent.settle(begun.run_id))
-        if not self._outbox.drain(min(Patience.left, longest)):
+        if not self._outbox.drain(seconds):
             logger.error("MLflow was not told, and never will be: %s", self._outbox.left)
+            self._outbox.give_up()
 
     def _tell(
         self, kind: str, send: Callable[[MlflowClient, Begun], object], *, glance: bool = True

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flagscale.tracking import Curves, StepRun
+from flagscale.tracking import StepRun
+from flagscale.tracking.curves import Curves
 from flagscale.tracking.letters import Begun, Point
 from flagscale.tracking.outbox import outbox_of
 

@@ -22,8 +22,6 @@ from postgres_server import free_port, needs_postgres, postgres
 from flagscale import tracking
 from flagscale.errors import Interrupted
 from flagscale.recipe import TrainingRecipe
-from flagscale.steps.observers import observer
-from flagscale.train.checkpoints import TrainingState
 
 _STEPS = 40
 _TRAINING = TrainingRecipe(train_iters=_STEPS, lr=0.1, eval_interval=10, lr_warmup_iters=0)
@@ -134,18 +132,18 @@ def train(
     first: int, last: int, trouble: dict[int, Callable[[], None]], stop: bool = False
 ) -> tracking.StepRun:
     """Steps `first` + 1 to `last`, with checkpoints; at some of them something happens."""
-    state = TrainingState(first, [record(i + 1) for i in range(first)])
-    state.validation = [validated(step) for step in range(10, first + 1, 10)]
     validation = tracking.Split("validation", "sha256:" + "ab" * 32)
     with tracking.step_run("distil-student", {"training": {"lr": 0.1}}, "one training") as run:
         run.log_inputs([validation], ["validation"])
-        with observer(run, state, _TRAINING, _STEPS, validation) as told:
-            for step in range(first + 1, last + 1):
-                trouble.get(step, lambda: None)()
-                told.trained(record(step))
-                if step % 10 == 0:
-                    told.validated(validated(step))
-                    told.kept([Path(f"/checkpoints/step-{i:08d}") for i in (step - 10, step) if i])
+        told = tracking.TrackedTraining(run, _TRAINING, validation)
+        before = [record(step) for step in range(1, first + 1)]
+        told.begin(first, before, [validated(step) for step in range(10, first + 1, 10)])
+        for step in range(first + 1, last + 1):
+            trouble.get(step, lambda: None)()
+            told.trained(record(step))
+            if step % 10 == 0:
+                told.validated(validated(step))
+                told.kept([Path(f"/checkpoints/step-{i:08d}") for i in (step - 10, step) if i])
         run.describe("A training.")
         trouble.get(last + 1, lambda: None)()
         if stop:
