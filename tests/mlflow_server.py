@@ -23,9 +23,11 @@ class Server:
 
     def kill(self) -> None:
         """As a machine that is switched off."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()  # first, and its children before theirs: who lives starts new ones
+        for child in children:
             child.kill()
-        self.process.kill()
+        psutil.wait_procs(children)
         self.process.wait()
 
 

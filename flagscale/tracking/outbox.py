@@ -76,8 +76,8 @@ class Outbox:
             if too_many > 0:
                 del self._points[:too_many]
                 self._lose("metrics", f"MLflow was behind by {_MOST_POINTS} figures")
-            if len(self._points) >= _METRICS_A_BATCH:
-                self._changed.notify_all()
+            if len(self._points) == len(points) or len(self._points) >= _METRICS_A_BATCH:
+                self._changed.notify_all()  # there is something again, or much
 
     def put(self, kind: str, send: Send, *, glance: bool = True) -> None:
         """Send something after what has been put before it.
@@ -169,6 +169,7 @@ class Outbox:
         self._start()
         while True:
             with self._changed:
+                self._changed.wait_for(lambda: self._letters or self._points)
                 self._changed.wait_for(self._is_due, _BATCH_SECONDS)
                 letter = self._letters[0] if self._letters else None
             if letter is not None:
