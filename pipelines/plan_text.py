@@ -197,6 +197,11 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:,.2f}"
 
 
+def indented(rows: Sequence[Sequence[str]]) -> str:
+    """A table under a sentence."""
+    return "\n".join(f"  {line}" for line in _table(rows).splitlines())
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

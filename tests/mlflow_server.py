@@ -44,7 +44,7 @@ def served(store: str, folder: Path, port: int, **variables: str) -> Iterator[Se
     deadline = time.monotonic() + 300
     while True:
         try:
-            urllib.request.urlopen(f"{server.uri}/health", timeout=1).close()
+            urllib.request.urlopen(f"{server.uri}/health", timeout=5).close()
             break
         except (urllib.error.URLError, OSError):
             assert process.poll() is None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from flagscale.evaluation.learning_curve import Forecast
 from flagscale.evaluation.ranking import Place
 
 Status = Literal["goes on", "dropped", "failed"]
@@ -23,6 +24,8 @@ class Point:
         loss: held out, nats a token: value, low, high.
         difference: to the rung's best, paired: value, low, high.
         chance: share of the resamples in which it is better than the best.
+        forecasts: of the loss on the same samples, of what was known then: at the end of the next
+            rung, and of the training.
     """
 
     rung: int
@@ -31,6 +34,7 @@ class Point:
     loss: dict[str, float]
     difference: dict[str, float]
     chance: float
+    forecasts: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,18 @@ class SearchBoard:
             Candidate(
                 **{
                     **one,
-                    "points": tuple(Point(**point) for point in one["points"]),
+                    "points": tuple(_point(point) for point in one["points"]),
                     "curve": tuple((step, loss) for step, loss in one["curve"]),
                 }
             )
             for one in values["candidates"]
         )
         return cls(**{**values, "candidates": candidates})
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    forecasts = tuple(Forecast(**one) for one in values["forecasts"])
+    return Point(**{**values, "forecasts": forecasts})
 
 
 def after_rung(

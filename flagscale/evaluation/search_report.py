@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flagscale.evaluation import search_charts
+from flagscale.evaluation.forecast_section import section_of_search
 from flagscale.evaluation.markdown import escaped, table
 from flagscale.evaluation.search_board import Candidate, Point, SearchBoard
 from flagscale.evaluation.texts import count
@@ -41,6 +42,7 @@ def render(board: SearchBoard) -> str:
         rungs=_rungs(board),
         rows=[_row(place, one, board, fronts) for place, one in enumerate(board.candidates, 1)],
         charts=charts,
+        forecast=section_of_search(board),
         board=board,
     )
 

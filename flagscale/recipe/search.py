@@ -148,6 +148,9 @@ class RankingRecipe(Section):
 
     rung: PositiveInt = Field(description="From 1")
     slots: PositiveInt = Field(description="How many candidates go on at most")
+    next_step: NonNegativeInt = Field(
+        0, description="Optimiser steps at the end of the next rung; 0: this is the last one"
+    )
     bootstrap_samples: PositiveInt = Field(description="As in `search`")
     confidence: Positive = Field(description="As in `search`")
     margin: NonNegative = Field(description="As in `search`")

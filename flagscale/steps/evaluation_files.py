@@ -17,10 +17,12 @@ from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT, REPORT_DATA, SUM
 from flagscale.evaluation.costs import Costs
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, summarise
+from flagscale.evaluation.forecast_section import told
 from flagscale.evaluation.report import render
 from flagscale.evaluation.report_data import ReportData
 from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.token_findings import Draws, TokenFindings, TokenTable, find
+from flagscale.evaluation.token_analysis import Draws, find
+from flagscale.evaluation.token_findings import TokenFindings, TokenTable
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.tokenizers import load_tokenizer
@@ -29,7 +31,7 @@ from flagscale.sizes.work import forward_flops, training_flops
 
 FILES = (REPORT, REPORT_DATA, SUMMARY, METRICS, PER_DOCUMENT)
 MODELS = (TEACHER, BEFORE, AFTER)
-
+_LOGS = ("training", "validation")
 _BOOTSTRAP_SEED = 0
 
 
@@ -91,6 +93,7 @@ def report_data(
     facts = parents["dataset"].facts
     findings = _findings(evaluation, folders["dataset"], facts, measured)
     parameters = {name: count_parameters(folders[name] / WEIGHTS) for name in MODELS}
+    training, validation = (_read_log(folders[AFTER] / f"{name}.jsonl") for name in _LOGS)
     metrics = {
         **summarise(
             measured.fidelity, evaluation.bootstrap_samples, evaluation.confidence, _BOOTSTRAP_SEED
@@ -102,13 +105,13 @@ def report_data(
         "seq_length": int(facts["seq_length"]),
         "kinds": sorted({corpus["kind"] for corpus in facts["corpora"]}),
         "parameters": parameters,
+        "forecasts": told(training, validation),
     }
-    training = _read_log(folders[AFTER] / "training.jsonl")
     return ReportData(
         metrics=metrics,
         fidelity=measured.fidelity,
         training=training,
-        validation=_read_log(folders[AFTER] / "validation.jsonl"),
+        validation=validation,
         generations=_generations(evaluation, folders["dataset"], measured.texts),
         layers={name: ModelShape.load(folders[name]).num_layers for name in MODELS},
         parameters=parameters,
@@ -177,7 +180,7 @@ def _costs(
 ) -> Costs | None:
     """None of a student that was not trained."""
     recipe, seq_length = parents[AFTER].recipe, int(parents["dataset"].facts["seq_length"])
-    if not training or "training" not in recipe:
+    if not training or "distillation" not in recipe:
         return None
     shapes = {name: ModelShape.load(folders[name]) for name in MODELS}
     runs_teacher = (
@@ -189,7 +192,7 @@ def _costs(
     return Costs(
         tokens=a_step * len(training),
         seconds=seconds,
-        processes=len(held["host"]),
+        processes=len(held.get("host", ())),
         device="cuda" if "device" in held else "cpu",
         flops=training_flops(
             shapes[AFTER],

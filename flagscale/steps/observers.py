@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale import tracking
+from flagscale.evaluation.forecast import CONFIDENCE, curve_of, decisive_loss
+from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.trainjob.status import TrainJobStatus
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -37,11 +42,11 @@ def observer(
     told = tracking.TrackedTraining(run, training, validation)
     told.begin(state.step, state.training, state.validation)
     with Progress(state.step, last_step) as progress, TrainJobStatus() as status:
-        yield _Observers(progress, status, last_step, told)
+        yield _Observers(progress, status, last_step, told, state, learning_rates(training))
 
 
 class _Observers:
-    """Passes every record on to the progress, to MLflow and to Trainer."""
+    """Passes records on to the progress, MLflow and Trainer, and says how training will end."""
 
     def __init__(
         self,
@@ -49,9 +54,12 @@ class _Observers:
         status: TrainJobStatus,
         last_step: int,
         tracked: tracking.TrackedTraining,
+        state: TrainingState,
+        rates: Sequence[float],
     ) -> None:
         self._progress, self._tracked = progress, tracked
         self._status, self._last_step = status, last_step
+        self._state, self._rates = state, rates
 
     def trained(self, record: dict[str, float]) -> None:
         self._progress.trained(record)
@@ -61,7 +69,20 @@ class _Observers:
     def validated(self, record: dict[str, float]) -> None:
         self._progress.validated(record)
         self._tracked.validated(record)
+        if 0 < record["step"] < len(self._rates):
+            self._forecast()
         self._tell("validation", record)
+
+    def _forecast(self) -> None:
+        logs, end = (self._state.training, self._state.validation), len(self._rates)
+        key = decisive_loss(logs[0])
+        try:
+            made = curve_of(*logs, self._rates, key).forecast(end, CONFIDENCE)
+        except ValueError as error:  # too little, or losses that no curve is fitted to
+            logger.info("no forecast of the loss after step %d: %s", end, error)
+            return
+        told = (end, key, made.value, made.low, made.high, 100 * CONFIDENCE)
+        logger.info("forecast of step %d: validation's %s %.4f (%.4f to %.4f, %.0f%%)", *told)
 
     def _tell(self, prefix: str, record: dict[str, float]) -> None:
         figures = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}

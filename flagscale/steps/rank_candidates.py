@@ -13,13 +13,16 @@ from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.evaluation import REPORT, SEARCH, SUMMARY
+from flagscale.evaluation.forecast import CONFIDENCE, curve_of
+from flagscale.evaluation.learning_curve import Forecast
+from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.evaluation.ranking import Losses, places
 from flagscale.evaluation.search_board import Candidate, SearchBoard, after_rung
 from flagscale.evaluation.search_report import render, summary_markdown
 from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.execution.exclusive import delete_unless_held
 from flagscale.execution.step_process import when_published
-from flagscale.recipe import StudentRecipe, parse_section
+from flagscale.recipe import StudentRecipe, TrainingRecipe, parse_section
 from flagscale.recipe.search import RankingRecipe
 from flagscale.shared.store import ObjectStore, is_url
 from flagscale.steps.leaderboard import changes
@@ -78,12 +81,18 @@ def rank_candidates(
         losses, ranking.slots, ranking.bootstrap_samples, ranking.confidence, ranking.margin
     )
     steps = {n: int(parents[found[n].name].facts["steps"]) for n in measured}
+    after = after_rung(list(found.values()), ranked, ranking.rung, steps)
     board = SearchBoard(
         rung=ranking.rung,
         metric=metric,
         confidence=ranking.confidence,
         samples=len(next(iter(losses.values()))),
-        candidates=after_rung(list(found.values()), ranked, ranking.rung, steps),
+        candidates=tuple(
+            _with_forecasts(one, measured[one.number], metric, ranking.next_step)
+            if one.number in measured
+            else one
+            for one in after
+        ),
     )
     if not board.going_on:
         raise UserError(f"rung {ranking.rung}: no candidate has a finite loss")
@@ -162,8 +171,7 @@ def _updated(one: Candidate, path: Path) -> Candidate:
 
 def _with_facts(one: Candidate, path: Path, manifest: Manifest) -> Candidate:
     facts = manifest.facts
-    lines = (path / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = _read_log(path / "training.jsonl")
     key = (
         "logits distillation loss"
         if records and LOSSES["distillation_loss"] in records[0]
@@ -180,6 +188,32 @@ def _with_facts(one: Candidate, path: Path, manifest: Manifest) -> Candidate:
         student=facts["student"],
         checkpoints=facts["checkpoints"],
     )
+
+
+def _with_forecasts(one: Candidate, path: Path, metric: str, next_step: int) -> Candidate:
+    """With what its losses so far say of the next rung's end and of the training's."""
+    given = open_artifact(path, "candidate", check_files=False).recipe["training"]
+    rates = learning_rates(TrainingRecipe.model_validate(given))
+    *before, last = one.points
+    try:
+        curve = curve_of(
+            _read_log(path / "training.jsonl"),
+            _read_log(path / "validation.jsonl"),
+            rates,
+            LOSSES[metric],
+            samples={point.step: point.loss["value"] for point in one.points},
+            of_samples=True,
+        )
+    except ValueError as error:
+        logger.info("%s: no forecast: %s", one.name, error)
+        return one
+    steps = [step for step in (next_step, len(rates)) if step > last.step]
+    made: tuple[Forecast, ...] = tuple(curve.forecast(step, CONFIDENCE) for step in steps)
+    return replace(one, points=(*before, replace(last, forecasts=made)))
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _losses(path: Path, metric: str) -> Losses:

@@ -10,6 +10,7 @@ from flagscale.tracking.step import step_run
 CANDIDATE_TAG = "flagscale.candidate"
 STATUS_TAG = "flagscale.candidate_status"
 _MADE = ("parameters", "memory_bytes", "forward_flops_per_token")
+_FORECAST = ("value", "low", "high")
 _COSTS = ("tokens", "rank_seconds", "tokens_per_second")
 
 
@@ -28,5 +29,8 @@ def log_candidates(board: Mapping[str, Any]) -> None:
             run.set_tag(STATUS_TAG, f"{one['status']}: {one['why']}".rstrip(": "))
             for point in one["points"]:
                 run.log_metrics({"held-out loss": point["loss"]["value"]}, step=point["step"])
+                for forecast in point["forecasts"][-1:]:  # of the end of its training
+                    told = {f"forecast/{name}": forecast[name] for name in _FORECAST}
+                    run.log_metrics(told, step=point["step"])
             figures = {name: float(one["made"][name]) for name in _MADE if name in one["made"]}
             run.log_metrics(figures | {name: one[name] for name in _COSTS} | {"rank": float(place)})

@@ -12,7 +12,7 @@ import pytest
 from flagscale.artifacts import new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.execution.absent import absent, is_empty, write_absent
-from flagscale.recipe import StudentRecipe
+from flagscale.recipe import StudentRecipe, TrainingRecipe
 from flagscale.recipe.search import RankingRecipe
 from flagscale.shared import Pointer, fetch, read_pointer
 from flagscale.steps.pick_candidate import pick_candidate
@@ -43,7 +43,8 @@ def result(folder: Path, number: int, rung: int, kl: float) -> Path:
     hard = np.random.default_rng(1).gamma(9, 0.1, 20)
     own = np.random.default_rng(number).normal(0, 0.05, 20)
     losses = {str(n): (64 * (kl + hard[n] + own[n]), 64.0) for n in range(20)}
-    with new_artifact(path, "candidate", {}) as staging:
+    training = TrainingRecipe(train_iters=20, lr=1e-3, global_batch_size=8).model_dump(mode="json")
+    with new_artifact(path, "candidate", {"training": training}) as staging:
         write_json(
             staging.path / SAMPLE_LOSSES,
             {
@@ -53,6 +54,7 @@ def result(folder: Path, number: int, rung: int, kl: float) -> Path:
         )
         record = {"step": 1, "logits distillation loss": kl, "lm loss": 2 * kl}
         (staging.path / "training.jsonl").write_text(json.dumps(record) + "\n")
+        (staging.path / "validation.jsonl").write_text(json.dumps(record | {"step": 0}) + "\n")
         staging.facts = {
             "steps": 4.0 * rung,
             "tokens": 100 * rung,
