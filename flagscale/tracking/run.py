@@ -38,6 +38,8 @@ from flagscale.tracking.server import UPLOAD_TIMEOUT, environment, send_params
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from flagscale.tracking.kfp_run import KfpRun
+
 logger = logging.getLogger(__name__)
 
 _LEAST_SECONDS = 2.0  # that a server which serves is given
@@ -68,19 +70,17 @@ class StepRun:
     @property
     def run_id(self) -> str | None:
         """MLflow's id; None when tracking is off, or the server has not made the run yet."""
-        begun = self._outbox and self._outbox.begun
-        return begun.run_id if begun else None
+        return self.begun.run_id if self.begun else None
+
+    @property
+    def begun(self) -> Begun | None:
+        """What the server said when it made the run; None where `run_id` is."""
+        return None if self._outbox is None else self._outbox.begun
 
     @property
     def is_tracked(self) -> bool:
         """Whether there is somebody to tell, now or later."""
         return self._outbox is not None
-
-    @property
-    def samples(self) -> int:
-        """How many samples of its machines the run has from earlier attempts."""
-        begun = self._outbox and self._outbox.begun
-        return begun.samples if begun else 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
         """Record figures. Returns at once: they are sent every few seconds.
@@ -105,7 +105,7 @@ class StepRun:
         Otherwise it shows the last figures that any step gave it.
         """
         points = self.log_metrics(metrics)
-        self._of_parent(lambda begun: begun.parent and begun.parent.log_headline(metrics))
+        self._of_parent(lambda parent, _: parent.log_headline(metrics))
         return points
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -162,7 +162,7 @@ class StepRun:
         self._description = text
         self.set_tag(NOTE_TAG, text)
         if pipeline:
-            self._of_parent(lambda begun: begun.parent and begun.parent.describe(text))
+            self._of_parent(lambda parent, _: parent.describe(text))
 
     def log_inputs(self, splits: Sequence[Split], contexts: Sequence[str]) -> None:
         """Say which splits the work reads.
@@ -256,7 +256,7 @@ class StepRun:
             note = f"{self._description}\n\n**Missing here**, MLflow did not take it: {lost}"
             self.set_tag(NOTE_TAG, note.strip())
         self._tell("the status", lambda client, begun: client.set_terminated(begun.run_id, status))
-        self._of_parent(lambda begun: begun.parent and begun.parent.settle(begun.run_id))
+        self._of_parent(lambda parent, run_id: parent.settle(run_id))
         if not self._outbox.drain(seconds):
             logger.error("MLflow was not told, and never will be: %s", self._outbox.left)
             self._outbox.give_up()
@@ -268,8 +268,14 @@ class StepRun:
         if self._outbox is not None:
             self._outbox.put(kind, send, glance=glance)
 
-    def _of_parent(self, send: Callable[[Begun], object]) -> None:
-        self._tell("the pipeline's run", lambda _, begun: send(begun))
+    def _of_parent(self, tell: Callable[[KfpRun, str], object]) -> None:
+        """Tell the run above, which is given this one's id; not where somebody else made it."""
+
+        def send(_: MlflowClient, begun: Begun) -> None:
+            if begun.parent is not None:
+                tell(begun.parent, begun.run_id)
+
+        self._tell("the pipeline's run", send)
 
     def _now(self, kind: str, send: Callable[[MlflowClient, Begun], Any]) -> Any:  # noqa: ANN401
         """Tell, or ask, the server something that cannot wait; None where that was given up."""

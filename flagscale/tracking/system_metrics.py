@@ -59,7 +59,7 @@ def _sample(run: StepRun, over: threading.Event) -> None:
                 monitor.clear_metrics()
             except Exception as error:  # ditto; the other monitors go on
                 logger.debug("%s: %s", type(monitor).__name__, error)
-        first = run.samples
+        first = run.begun.samples if run.begun else 0
         run.log_metrics({f"{prefix}{name}": v for name, v in figures.items()}, step=first + count)
         count += 1
 
