@@ -101,8 +101,7 @@ class StepRun:
     def log_headline(self, metrics: Mapping[str, float]) -> list[Point]:
         """Record the figures that pipeline runs are compared by, with the pipeline's run too.
 
-        Where somebody else made that run (the runner, KFP), it is for them to show them there.
-        Otherwise it shows the last figures that any step gave it.
+        That shows the last that any step gave it. Where somebody else made it, it is for them.
         """
         points = self.log_metrics(metrics)
         self._of_parent(lambda parent, _: parent.log_headline(metrics))
