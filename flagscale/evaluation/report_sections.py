@@ -18,6 +18,7 @@ from flagscale.evaluation.token_findings import TokenFindings
 from flagscale.evaluation.verdict import others_figures, percent, seeds_spread
 
 _MODELS = (TEACHER, BEFORE, AFTER)
+_NAMES = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student"}
 
 
 def details(data: ReportData) -> dict[str, Any] | None:
@@ -171,6 +172,24 @@ def costs(data: ReportData) -> list[tuple[str, str, str]]:
                 "forward pass" if model == TEACHER else f"{percent(work)} of the teacher's",
             )
         )
+    return rows
+
+
+def generation(data: ReportData) -> list[tuple[str, str, str]]:
+    """How fast the models write: name, value, remark."""
+    rows = []
+    for model, label in ((TEACHER, "teacher"), (AFTER, "student")):
+        for speed in data.generation.get(model, ()):
+            held = "" if speed.peak_memory is None else f", at most {_bytes(speed.peak_memory)}"
+            rows.append(
+                (
+                    f"The {label} writes",
+                    f"{speed.decode_tokens_per_second:,.3g} tokens/s",
+                    f"{speed.engine}, {speed.dtype} on {speed.device}, one text at a time{held}; "
+                    f"reads {speed.prompt_tokens:,} tokens at "
+                    f"{speed.prefill_tokens_per_second:,.3g} tokens/s",
+                )
+            )
     return rows
 
 

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,16 @@ import torch
 
 from flagscale.artifacts import Manifest, open_artifact, write_json
 from flagscale.errors import UserError
+from flagscale.evaluation import REPORT, SUMMARY
 from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER
-from flagscale.evaluation.generation_speed import Speed
 from flagscale.evaluation.harness import scores
 from flagscale.evaluation.heldout_passages import heldout_passages
 from flagscale.evaluation.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
+from flagscale.evaluation.report import render
+from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.speed import Speed
+from flagscale.evaluation.summary import summary_markdown
 from flagscale.evaluation.task_models import Questions, ask_folder, ask_megatron
 from flagscale.evaluation.task_scores import (
     KIND,
@@ -36,6 +40,7 @@ from flagscale.evaluation.task_scores import (
     save_scores,
 )
 from flagscale.evaluation.tasks import Tasks, check_installed, load_tasks, tasks_folder
+from flagscale.evaluation.verdict import verdict
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
@@ -87,8 +92,8 @@ def evaluate_tasks(
         evaluation: the `evaluation` artifact of the student.
         exported: the `export` artifact of it.
         output: folder of the `task-evaluation` artifact: tasks.json and per_example.jsonl, which
-            `flagscale.evaluation.task_scores.load_scores` reads, generation.json, and `heldout/`,
-            which lm-eval's own command line can ask too.
+            `flagscale.evaluation.task_scores.load_scores` reads, generation.json, evaluate's
+            report with all that, and `heldout/`, which lm-eval's own command line can ask too.
         models: how the model steps are spread over processes.
 
     Returns:
@@ -104,6 +109,7 @@ def evaluate_tasks(
     with tempfile.TemporaryDirectory(prefix="flagscale-tasks-") as scratch:
         paths = Paths(teacher, dataset, evaluation, exported, output, Path(scratch))
         is_megatron = _is_megatron(_open(paths, check_files=False))
+        ReportData.load(evaluation)
         _check_length(tasks, paths)
         return call_on_ranks(
             "evaluate-tasks",
@@ -136,6 +142,7 @@ def evaluate_tasks_on_rank(
             save_scores(staging.path, found)
             rows = {model: [asdict(speed) for speed in row] for model, row in speeds.items()}
             write_json(staging.path / GENERATION, rows)
+            _write_report(staging.path, paths.evaluation, found, speeds)
             if set(tasks.names) & HELDOUT_TASKS.keys():
                 shutil.copytree(
                     paths.scratch / _HELDOUT,
@@ -150,7 +157,7 @@ def evaluate_tasks_on_rank(
                 "versions": {name: task.VERSION for name, task in asked.tasks.items()},
             }
             run.log_metrics(_figures(None, found) | _speed_figures(speeds))
-            for name in (TASKS, PER_EXAMPLE, GENERATION):
+            for name in (TASKS, PER_EXAMPLE, GENERATION, REPORT):
                 run.log_artifact(staging.path / name)
     return figures
 
@@ -230,6 +237,16 @@ def _teacher_folder(paths: Paths) -> Path:
     folder.mkdir()
     write_hf_folder(paths.teacher, folder)
     return folder
+
+
+def _write_report(
+    folder: Path, evaluation: Path, found: Sequence[TaskScores], speeds: Mapping[str, list[Speed]]
+) -> None:
+    """Evaluate's page again, with what is known now."""
+    data = replace(ReportData.load(evaluation), generation=speeds)
+    (folder / REPORT).write_text(render(data, found), encoding="utf-8")
+    (folder / SUMMARY).write_text(summary_markdown(data, found), encoding="utf-8")
+    logger.info("%s", verdict(data, found))
 
 
 def _figures(asked: Tasks | None, found: Sequence[TaskScores]) -> dict[str, float]:
