@@ -2,6 +2,9 @@
 
     make bench      # or: python benchmarks/output_layer.py --tokens 512 --vocabulary 49152
 
+With `--peers FOLDER`, into which `benchmarks/peers-requirements.txt` was installed, TRL's chunked
+divergence (forward KL) and Liger's fused Jensen-Shannon take turns with ours.
+
 Forward and backward from hidden states of student and teacher, on the GPU where there is one. The
 floor is the four matrix products alone, in buffers that are there already. Cases take turns, so
 that what else the machine does meets all of them; each time is the shortest. Where others compute
@@ -12,18 +15,30 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from flagscale.megatron import platform
 from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.divergences.reference import reference_gradient
 from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
 from flagscale.recipe import DistillationRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DIVERGENCE = divergence_of(DistillationRecipe())
+FORWARD = DistillationRecipe()
+SYMMETRIC = DistillationRecipe(divergence="jensen_shannon")
+
+
+class Case(NamedTuple):
+    """What is measured, and the divergence that it is of, if any."""
+
+    work: Callable[[], None]
+    recipe: DistillationRecipe | None = None
 
 
 def heads(options: argparse.Namespace) -> tuple[HeadInput, HeadInput]:
@@ -68,13 +83,38 @@ def apart(student: HeadInput, teacher: HeadInput) -> None:
     """Logits of both models, and the loss of them."""
     with torch.no_grad():
         targets = teacher.hidden_nh @ teacher.weight_vh.t()
-    DIVERGENCE(student.hidden_nh @ student.weight_vh.t(), targets).sum().backward()
+    logits = student.hidden_nh @ student.weight_vh.t()
+    divergence_of(FORWARD)(logits, targets).sum().backward()
 
 
-def fused(student: HeadInput, teacher: HeadInput) -> None:
+def fused(student: HeadInput, teacher: HeadInput, recipe: DistillationRecipe) -> None:
     """As training computes it."""
     ones = torch.ones(len(student.hidden_nh), device=student.hidden_nh.device)
-    linear_divergence(student, teacher, Terms(DIVERGENCE), ones)[0].sum().backward()
+    terms = Terms(divergence_of(recipe))
+    linear_divergence(student, teacher, terms, ones)[0].sum().backward()
+
+
+def peers(student: HeadInput, teacher: HeadInput) -> dict[str, Case]:
+    """Others' fused losses, with their own defaults."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    hidden, weight = student.hidden_nh, student.weight_vh
+    given = teacher.hidden_nh, teacher.weight_vh
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+
+    def trl() -> None:
+        found, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, *given, None, 0.0)
+        found.sum().backward()
+
+    def jensen_shannon() -> None:
+        (liger(hidden, weight, *given, labels) * len(hidden)).backward()  # it is a mean
+
+    return {
+        "TRL's chunked divergence": Case(trl, FORWARD),
+        "Liger's fused JSD": Case(jensen_shannon, SYMMETRIC),
+    }
 
 
 def seconds(work: Callable[[], None], student: HeadInput) -> tuple[float, float]:
@@ -112,7 +152,7 @@ def extra_mib(work: Callable[[], None], student: HeadInput) -> float:
     return (most - student.hidden_nh.nbytes - student.weight_vh.nbytes) / 2**20
 
 
-def gradient_error(student: HeadInput, teacher: HeadInput) -> float:
+def gradient_error(student: HeadInput, teacher: HeadInput, recipe: DistillationRecipe) -> float:
     """Of the weight's gradient after a run, against float64, relative to the norm.
 
     Columns of the vocabulary at the beginning are compared; it takes all to make them.
@@ -120,13 +160,13 @@ def gradient_error(student: HeadInput, teacher: HeadInput) -> float:
     some = slice(0, 64)
     total = torch.zeros(64, student.hidden_nh.size(1), dtype=torch.float64)
     for rows in torch.arange(len(student.hidden_nh)).split(16):
-        hidden, *logits = (
+        logits = [
             head.hidden_nh[rows].detach().double().cpu()
             @ head.weight_vh.detach().double().cpu().t()
             for head in (student, teacher)
-        )
-        q, p = hidden.softmax(-1), logits[0].softmax(-1)
-        total += (q - p)[:, some].t() @ student.hidden_nh[rows].detach().double().cpu()
+        ]
+        by_logit = reference_gradient(*logits, recipe)
+        total += by_logit[:, some].t() @ student.hidden_nh[rows].detach().double().cpu()
     assert student.weight_vh.grad is not None, "a run came before"
     return ((student.weight_vh.grad[some].double().cpu() - total).norm() / total.norm()).item()
 
@@ -140,18 +180,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--peers", type=Path, help="folder with TRL and Liger")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     student, teacher = heads(options)
-    cases: dict[str, Callable[[], None]] = {
-        "floor: four products": products(student, teacher),
-        "apart": lambda: apart(student, teacher),
-        "fused": lambda: fused(student, teacher),
+    cases = {
+        "floor: four products": Case(products(student, teacher)),
+        "apart": Case(lambda: apart(student, teacher), FORWARD),
+        "fused": Case(lambda: fused(student, teacher, FORWARD), FORWARD),
     }
-    times: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
+    if options.peers:
+        sys.path.append(str(options.peers))
+        cases["fused, jensen_shannon"] = Case(lambda: fused(student, teacher, SYMMETRIC), SYMMETRIC)
+        cases |= peers(student, teacher)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(options.repeat + 1):  # the first warms up
-        for case, work in cases.items():
-            times[case].append(seconds(work, student))
+        for name, case in cases.items():
+            times[name].append(seconds(case.work, student))
     device = torch.cuda.get_device_name() if platform.HAS_GPU else f"CPU, {options.threads} threads"
     print(
         f"{options.tokens} tokens x {options.vocabulary}, hidden size {options.width}, "
@@ -161,14 +206,14 @@ def main() -> None:
         "| output layers, loss | forward + backward | processor | extra memory | gradient error |"
     )
     print("|---|---:|---:|---:|---:|")
-    for case, work in cases.items():
-        cells = [f"{1000 * min(one):.0f} ms" for one in zip(*times[case][1:], strict=True)]
-        if case.startswith("floor"):
+    for name, case in cases.items():
+        cells = [f"{1000 * min(one):.0f} ms" for one in zip(*times[name][1:], strict=True)]
+        if case.recipe is None:
             cells += "--"
         else:
-            cells.append(f"{extra_mib(work, student):.0f} MiB")
-            cells.append(f"{gradient_error(student, teacher):.1e}")
-        print(f"| {case} | {' | '.join(cells)} |")
+            cells.append(f"{extra_mib(case.work, student):.0f} MiB")
+            cells.append(f"{gradient_error(student, teacher, case.recipe):.1e}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

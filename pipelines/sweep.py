@@ -126,7 +126,7 @@ def _wire(
         **always(values, "models"),
     )
     placed.place(exported, "models", "Export winner")
-    decide(values, placed, exported.outputs["evaluation"], exported)
+    decide(values, placed, exported.outputs["winners_evaluation"], exported)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):

@@ -151,6 +151,7 @@ def ranking(
     roles: Sequence[str],
     label: str,
     percent: bool = False,
+    page_id: str = "ranking",
 ) -> Chart:
     """A figure of several models with its intervals, one below the other.
 
@@ -160,6 +161,7 @@ def ranking(
         roles: colour of each: `after`, `before` or `muted`.
         label: of the axis.
         percent: whether the figure is a share, shown in percent.
+        page_id: unique on its page.
     """
     scale = 100 if percent else 1
     value, low, high = (
@@ -184,7 +186,7 @@ def ranking(
         for name, v, lo, hi in zip(names, value, low, high, strict=True)
     )
     size = (7.6, 0.75 + 0.27 * len(names))
-    return chart("ranking", f"{label}, best first", f"{text}.", draw, size)
+    return chart(page_id, f"{label}, best first", f"{text}.", draw, size)
 
 
 def _shortened(name: str) -> str:

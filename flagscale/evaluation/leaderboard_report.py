@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from flagscale.evaluation import charts
 from flagscale.evaluation.fidelity import FIGURES
@@ -19,6 +19,16 @@ _ROLES = {"best": "after", "equal": "after", "not clear": "muted", "worse": "bef
 
 def render(board: Leaderboard) -> str:
     """The page as HTML. The same leaderboard gives the same bytes."""
+    return template("leaderboard.html.j2").render(
+        headline=headline(board),
+        subtitle=_subtitle(board),
+        tiles=_tiles(board),
+        **page_parts(board),
+    )
+
+
+def template(name: str) -> Template:
+    """A page's template, strict about what it is given."""
     environment = Environment(
         loader=PackageLoader("flagscale.evaluation", ""),
         autoescape=True,
@@ -26,27 +36,39 @@ def render(board: Leaderboard) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def page_parts(
+    board: Leaderboard, what: str = "variant", page_id: str = "ranking"
+) -> dict[str, Any]:
+    """What leaderboard_table.html.j2 shows, and the chart beside it.
+
+    Args:
+        board: any.
+        what: a row is, in the singular.
+        page_id: of the chart, unique on its page.
+    """
     metric = SHOWN[board.metric]
-    return environment.get_template("leaderboard.html.j2").render(
-        headline=headline(board),
-        subtitle=_subtitle(board),
-        tiles=_tiles(board),
-        metric=metric,
-        columns=[(SHOWN[key].label, SHOWN[key].meaning) for key in _keys(board)],
-        rows=[_cells(row, board) for row in board.rows],
-        references=[
+    return {
+        "what": what,
+        "board": board,
+        "metric": metric,
+        "columns": [(SHOWN[key].label, SHOWN[key].meaning) for key in _keys(board)],
+        "rows": [_cells(row, board) for row in board.rows],
+        "references": [
             {"name": name, "cells": _figures(figures, board)}
             for name, figures in board.references.items()
         ],
-        chart=charts.ranking(
+        "chart": charts.ranking(
             [row.name for row in board.rows],
             [row.figures[board.metric] for row in board.rows],
             [_ROLES.get(row.verdict, "muted") for row in board.rows],
             metric.label + (", % of tokens" if metric.percent else ", nats a token"),
             metric.percent,
+            page_id,
         ),
-        board=board,
-    )
+    }
 
 
 def summary_markdown(board: Leaderboard) -> str:
@@ -69,14 +91,14 @@ def summary_markdown(board: Leaderboard) -> str:
     return "\n\n".join([*parts, note]) + "\n"
 
 
-def headline(board: Leaderboard) -> str:
+def headline(board: Leaderboard, what: str = "variant") -> str:
     """The outcome in one sentence, which claims no more than the intervals allow."""
     metric, best = SHOWN[board.metric], board.winner
     close = _not_worse(board)
     value = metric.text(best.figures[board.metric]["value"])
     said = f"{best.name}: {metric.label} {value}"
     if not close:
-        return f"{said}, the best of {len(board.rows)} variants"
+        return f"{said}, the best of {len(board.rows)} {what}s"
     if len(close) == 1:
         return f"{said}, first, but not clearly ahead of {close[0].name}"
     return f"{said}, first, but not clearly ahead of {len(close)} others"
@@ -135,12 +157,17 @@ def _cells(row: Row, board: Leaderboard) -> dict[str, Any]:
         "number": row.number,
         "name": row.name,
         "role": {"best": "distilled", "worse": "student"}.get(row.verdict, "teacher"),
-        "size": f"{count(row.parameters)} parameters, {row.tokens_per_second:,.0f} tokens/s",
+        "size": ", ".join(_size(row)),
         "cells": _figures(row.figures, board),
         "difference": "" if best else value,
         "interval": "" if best else f"{low} to {high}".replace(" points", ""),
         "verdict": row.verdict,
     }
+
+
+def _size(row: Row) -> list[str]:
+    size = [f"{count(row.parameters)} parameters"]
+    return size + ([f"{row.tokens_per_second:,.0f} tokens/s"] if row.tokens_per_second else [])
 
 
 def _keys(board: Leaderboard) -> list[str]:

@@ -24,7 +24,7 @@ _TITLES = {
     "evaluation": "Evaluation",
     "export": "Exported student",
 }
-_WIDTH, _BOX, _HEIGHT, _GAP = 440, 210, 46, 34  # of the drawing
+_BOX, _HEIGHT, _SPACE, _GAP = 210, 46, 18, 34  # of the drawing: boxes, and what is between them
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def _drawing(nodes: list[Node]) -> dict[str, Any]:
     rows: dict[int, list[Node]] = {}
     for node in nodes:
         rows.setdefault(node.depth, []).append(node)
+    width = max(len(row) for row in rows.values()) * (_BOX + _SPACE)
     places: dict[str, tuple[float, float]] = {}
     for depth, row in rows.items():
         for column, node in enumerate(row):
-            x = _WIDTH * (column + 1) / (len(row) + 1)
+            x = width / 2 + (column - (len(row) - 1) / 2) * (_BOX + _SPACE)
             places[node.digest] = (x, depth * (_HEIGHT + _GAP) + 1)
     boxes = [
         {"node": node, "x": x - _BOX / 2, "y": y, "middle": x}
@@ -150,7 +151,7 @@ def _drawing(nodes: list[Node]) -> dict[str, Any]:
             )
     height = (max(rows) + 1) * (_HEIGHT + _GAP) - _GAP + 2
     return {
-        "boxes": boxes, "lines": lines, "width": _WIDTH, "height": height,
+        "boxes": boxes, "lines": lines, "width": width, "height": height,
         "box_width": _BOX, "box_height": _HEIGHT,
     }  # fmt: skip
 

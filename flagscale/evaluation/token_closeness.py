@@ -80,7 +80,7 @@ def _sums(
     The teacher's entropy; the mass of q, the student's probabilities, which rounding keeps from 1;
     q times the difference of log-probabilities; and JS.
     """
-    rows = chunk_rows(teacher_nv)
+    rows = max(1, chunk_rows(teacher_nv) // 2)  # twice as many buffers as `slice_sums` has
     chunks = (x.split(rows) for x in (teacher_nv, student_nv, log_z_t, log_z_s))
     return torch.cat([_chunk_sums(*chunk) for chunk in zip(*chunks, strict=True)], dim=1)
 
@@ -96,6 +96,7 @@ def _chunk_sums(
     entropy_r = -_sum(log_p.mul_(p))
     mass_r, products_r = _sum(q), _sum(q * difference)
     sum_pq = p.add_(q)
+    del log_p, q
     distance = difference.abs_()
     one_less = torch.expm1(-distance)  # exp(-d) - 1
     h = (one_less / 2).log1p_().neg_()

@@ -21,6 +21,7 @@ CALIBRATION_BINS = 10
 _MOST_TOKENS = 12  # of the worst; no two of one document stand close together
 _MOST_DOCUMENTS = 5
 _CONTEXT = 48  # tokens that are shown before one, and of a document
+_SLICE_SAMPLES = 1000  # resamples: error bars of a picture need no more
 _APART = 16  # tokens between two of the worst
 _ENTROPIES = (0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats
 _COUNTS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -284,7 +285,8 @@ def _means(
     if len(tokens_d) == 1:
         means = {name: float(sums_d[0] / tokens_d[0]) for name, sums_d in sums.items()}
         return {name: {"value": mean, "low": None, "high": None} for name, mean in means.items()}
-    ratios = bootstrap.ratios(sums, tokens_d, draws.samples, draws.seed)
+    samples = min(draws.samples, _SLICE_SAMPLES)
+    ratios = bootstrap.ratios(sums, tokens_d, samples, draws.seed)
     return {name: asdict(one.interval(draws.confidence)) for name, one in ratios.items()}
 
 

@@ -45,6 +45,7 @@ class Arguments:
         use_dualpipev: chunks are placed in DualPipeV's V.
         overlap_moe_expert_parallel_comm: the schedule asks for schedule plans.
         seed: of weights, data order and dropout.
+        perform_initialization: give weights random values; not where they are read at once.
         use_legacy_models: build Megatron-LM's legacy model.
         timing_log_level: 0: no timers; 1, 2: of a step's parts, coarse or fine.
         log_straggler: compare the ranks' speed.
@@ -56,6 +57,7 @@ class Arguments:
         export_kd_cfg: the distillation, if so.
         export_kd_teacher_outputs: what the teacher answered; where set, it need not be there.
         export_quant_load: the artifact whose quantisers a quantised model gets.
+        forward_only: the model is run and gets no gradients.
     """
 
     shape: ModelShape
@@ -82,6 +84,7 @@ class Arguments:
     use_dualpipev: bool = False
     overlap_moe_expert_parallel_comm: bool = False
     seed: int = 1234
+    perform_initialization: bool = True
     use_legacy_models: bool = False
     timing_log_level: int = 0
     log_straggler: bool = False
@@ -93,6 +96,7 @@ class Arguments:
     export_kd_cfg: DistillationRecipe | None = None
     export_kd_teacher_outputs: Path | None = None
     export_quant_load: Path | None = None
+    forward_only: bool = False
 
     @property
     def num_micro_batches(self) -> int:

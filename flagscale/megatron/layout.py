@@ -60,6 +60,22 @@ def sizes_for(shape: ModelShape, sizes: ParallelismRecipe) -> ParallelismRecipe:
     return sizes.model_copy(update={"expert_model_parallel_size": 1})
 
 
+def sizes_to_train(sizes: ParallelismRecipe, *shapes: ModelShape) -> ParallelismRecipe:
+    """The sizes of ranks that only run models, for when they prove that these can be trained.
+
+    Megatron-Core trains experts on tensor-parallel ranks that share the sequence too, and on no
+    others; to run them it needs nothing of the kind.
+
+    Args:
+        sizes: that the models are run on.
+        shapes: of the models that are trained together.
+    """
+    has_experts = any(shape.architecture.num_experts is not None for shape in shapes)
+    if not has_experts or sizes.tensor_model_parallel_size == 1:
+        return sizes
+    return sizes.model_copy(update={"sequence_parallel": True})
+
+
 def check_layout(
     shape: ModelShape,
     sizes: ParallelismRecipe,
@@ -67,6 +83,8 @@ def check_layout(
     chunks_per_stage: int = 1,
     section: str = "training",
     who: str | None = None,
+    *,
+    trains: bool = True,
 ) -> None:
     """Refuse what would fail in an assertion deep inside Megatron-Core.
 
@@ -75,19 +93,23 @@ def check_layout(
         sizes: of the process groups.
         seq_length: tokens a sample.
         chunks_per_stage: of the model, on each pipeline rank.
-        section: of the recipe that has the sizes: `training` or `models`.
+        section: of the recipe that has the sizes: `training` or `models`, whose models are proven
+            to train on as many ranks.
         who: which model it is, for people.
+        trains: whether it gets gradients, in whichever section.
 
     Raises:
         UserError: which size is not divisible by which, and the sizes that would do.
     """
+    if section == "models":
+        sizes = sizes_to_train(sizes, shape)
     where = f"{section}.parallelism"
     whose = f"of {who or f'the model with {shape.num_layers} layers'}"
     _check_tensor(shape, sizes.tensor_model_parallel_size, where, whose)
     _check_pipeline(shape, sizes.pipeline_model_parallel_size, chunks_per_stage, where, whose)
     _check_sequence(sizes, seq_length, where)
     if shape.architecture.num_experts is not None:
-        _check_experts(shape.architecture.num_experts, sizes, where, whose)
+        _check_experts(shape.architecture.num_experts, sizes, where, whose, trains=trains)
 
 
 def _check_tensor(shape: ModelShape, tensor: int, where: str, whose: str) -> None:
@@ -178,7 +200,9 @@ def _check_sequence(sizes: ParallelismRecipe, seq_length: int, where: str) -> No
             )
 
 
-def _check_experts(experts: int, sizes: ParallelismRecipe, where: str, whose: str) -> None:
+def _check_experts(
+    experts: int, sizes: ParallelismRecipe, where: str, whose: str, *, trains: bool
+) -> None:
     tensor, expert_ranks = sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size
     if experts % expert_ranks:
         choices = _choices(lambda size: experts % size == 0, experts)
@@ -186,17 +210,12 @@ def _check_experts(experts: int, sizes: ParallelismRecipe, where: str, whose: st
             f"{where}: architecture.num_experts={experts} ({whose}) is not divisible by "
             f"expert_model_parallel_size={expert_ranks}; it can be {choices}"
         )
-    if tensor == 1:
+    if tensor == 1 or not trains:
         return
     what = (
         f"{where}: architecture.num_experts={experts} ({whose}) with tensor_model_parallel_size="
         f"{tensor}"
     )
-    if where.startswith("models"):
-        raise UserError(
-            f"{what}: the model steps divide experts by expert_model_parallel_size; set "
-            "tensor_model_parallel_size=1"
-        )
     if not sizes.sequence_parallel:
         raise UserError(
             f"{what}: Megatron-Core trains experts on tensor-parallel ranks with "

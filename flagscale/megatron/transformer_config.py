@@ -34,7 +34,8 @@ def transformer_config(
         UserError: something that this machine or Megatron-Core cannot honour.
     """
     chunks = 2 if args.use_dualpipev else args.parallelism.virtual_pipeline_model_parallel_size or 1
-    check_layout(args.shape, args.parallelism, args.seq_length, chunks)
+    trains = not args.forward_only
+    check_layout(args.shape, args.parallelism, args.seq_length, chunks, trains=trains)
     check_fp8(args)
     architecture = args.shape.architecture
     values = (
@@ -45,6 +46,7 @@ def transformer_config(
         | _experts(args, architecture)
     )
     values["pipeline_model_parallel_layout"] = layout
+    values["perform_initialization"] = args.perform_initialization
     if architecture.mtp_num_layers is not None:
         values["mtp_num_layers"] = architecture.mtp_num_layers
         values["mtp_loss_scaling_factor"] = architecture.mtp_loss_scaling_factor

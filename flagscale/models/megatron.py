@@ -14,7 +14,10 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import unwrap_model
 
 from flagscale.checkpoint import load_weights
@@ -35,6 +38,8 @@ def build_model(
     parallelism: ParallelismRecipe | None = None,
     params_dtype: torch.dtype = torch.float32,
     quantizers: Path | None = None,
+    *,
+    perform_initialization: bool = True,
 ) -> GPTModel:
     """This rank's part of a model with random weights, on the device, in evaluation mode.
 
@@ -45,13 +50,19 @@ def build_model(
             whole on the ranks that share another's.
         params_dtype: of its weights.
         quantizers: the artifact that has them, of a quantised model.
+        perform_initialization: False: weights are not even random, for who reads all of them.
 
     Raises:
         UserError: the model cannot be divided so.
     """
     sizes = sizes_for(shape, parallelism or ParallelismRecipe())
     args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=params_dtype)
-    args = replace(args, export_quant_load=quantizers)
+    args = replace(
+        args,
+        export_quant_load=quantizers,
+        forward_only=True,
+        perform_initialization=perform_initialization,
+    )
     with use_args(args):
         model = model_provider(
             pre_process=is_pipeline_first_stage(), post_process=is_pipeline_last_stage()
@@ -77,7 +88,14 @@ def load_model(
         UserError: the weights cannot be read, or the model cannot be divided so.
     """
     shape = ModelShape.load(artifact)
-    model = build_model(shape, seq_length, parallelism, params_dtype, quantizers=artifact)
+    model = build_model(
+        shape,
+        seq_length,
+        parallelism,
+        params_dtype,
+        quantizers=artifact,
+        perform_initialization=False,  # a second for each 130M of them on a CPU
+    )
     load_weights(model, artifact / WEIGHTS)
     return model
 
@@ -119,9 +137,12 @@ def hidden_states(
     before, unwrapped.post_process = unwrapped.post_process, False
     try:
         with without_multi_token_prediction(unwrapped):
-            return _last_stage(model, tokens, cache)
+            states_sbh = _last_stage(model, tokens, cache)
     finally:
         unwrapped.post_process = before
+    if states_sbh is not None and unwrapped.config.sequence_parallel:
+        states_sbh = gather_from_sequence_parallel_region(states_sbh)
+    return states_sbh
 
 
 def _last_stage(

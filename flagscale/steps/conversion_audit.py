@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,8 +15,10 @@ from flagscale.evaluation.audit_report import AUDIT, render
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
+from flagscale.megatron.global_vars import get_args, use_args
+from flagscale.megatron.layout import sizes_to_train
 from flagscale.megatron.shape import ModelShape
-from flagscale.models.megatron import forward
+from flagscale.models.megatron import forward, load_model
 from flagscale.models.student_audit import Artifacts, audit_student, load_pair
 from flagscale.post_training.findings import Finding, as_text, failures, not_run, within
 from flagscale.tracking import StepRun
@@ -45,9 +48,19 @@ def prove(
     Raises:
         UserError: naming each check that failed, with its cause.
     """
-    student, teacher = load_pair(artifacts, args)
-    reloaded = _reloaded(forward(student, batch["tokens"]), logits_bsv)
-    audited = audit_student(artifacts, student, teacher, batch, unigram)
+    to_train = sizes_to_train(args.parallelism, args.shape, ModelShape.load(artifacts.teacher))
+    reloaded = None
+    if to_train != args.parallelism:  # where sums are made in another order
+        student = load_model(
+            artifacts.student, args.seq_length, args.parallelism, args.params_dtype
+        )
+        reloaded = _reloaded(forward(student, batch["tokens"]), logits_bsv)
+        del student
+    with use_args(replace(get_args(), parallelism=to_train)):
+        student, teacher = load_pair(artifacts, replace(args, parallelism=to_train))
+        if reloaded is None:
+            reloaded = _reloaded(forward(student, batch["tokens"]), logits_bsv)
+        audited = audit_student(artifacts, student, teacher, batch, unigram)
     findings = [
         reloaded,
         *audited.findings,

@@ -18,7 +18,7 @@ from flagscale.execution.launch import call_on_ranks
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import model_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.megatron.layout import check_layout
+from flagscale.megatron.layout import check_layout, sizes_to_train
 from flagscale.megatron.paired_layers import check_paired_layers
 from flagscale.megatron.quantized import check_quantized
 from flagscale.megatron.shape import ModelShape
@@ -84,7 +84,8 @@ def audit_on_rank(
     shape = ModelShape.load(paths.student)
     seq_length = manifests["dataset"].facts["seq_length"]
     dtype = platform.training_dtype(training.precision)
-    args = model_arguments(shape, seq_length, parallelism=models.sizes, params_dtype=dtype)
+    sizes = sizes_to_train(models.sizes, shape, ModelShape.load(paths.teacher))
+    args = model_arguments(shape, seq_length, parallelism=sizes, params_dtype=dtype)
     if shape.quantization is not None:
         args = replace(args, export_quant_load=paths.student)
     facts = manifests["student"].facts
@@ -116,7 +117,13 @@ def _on_two_ranks(
         return not_run(_TP, f"the models are over {models.processes} processes already")
     if platform.HAS_GPU and torch.cuda.device_count() < 2:
         return not_run(_TP, "this machine has one GPU")
-    halves = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
+    shapes = [ModelShape.load(paths.teacher), ModelShape.load(paths.student)]
+    has_experts = any(shape.architecture.num_experts is not None for shape in shapes)
+    halves = ModelsRecipe(
+        parallelism=LayoutRecipe(
+            tensor_model_parallel_size=2, expert_model_parallel_size=2 if has_experts else 1
+        )
+    )
     try:
         _check_halves(common["distillation"], training, paths, halves.sizes)
     except (UserError, ValueError) as error:

@@ -179,7 +179,7 @@ def _costs(
 ) -> Costs | None:
     """None of a student that was not trained."""
     recipe, seq_length = parents[AFTER].recipe, int(parents["dataset"].facts["seq_length"])
-    if not training or "training" not in recipe:
+    if not training or "distillation" not in recipe:
         return None
     shapes = {name: ModelShape.load(folders[name]) for name in MODELS}
     runs_teacher = (
@@ -191,7 +191,7 @@ def _costs(
     return Costs(
         tokens=a_step * len(training),
         seconds=seconds,
-        processes=len(held["host"]),
+        processes=len(held.get("host", ())),
         device="cuda" if "device" in held else "cpu",
         flops=training_flops(
             shapes[AFTER],

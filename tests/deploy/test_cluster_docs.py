@@ -97,7 +97,7 @@ def test_files_targets_and_objects_that_it_names_exist(
     kinds = "svc|deployment|job|persistentvolumeclaim"
     for kind, name in re.findall(rf"\b({kinds})[/ ](?!data-)([a-z][a-z-]+)", page):
         full = {"svc": "Service", "job": "Job", "deployment": "Deployment"}
-        if name != "ml-pipeline-ui":  # KFP's
+        if name not in ("ml-pipeline-ui", "kubeflow-trainer-controller-manager"):  # Kubeflow's
             assert name in of_kind(here, full.get(kind, "PersistentVolumeClaim")), (kind, name)
     sets = of_kind(here, "StatefulSet")
     claims = {

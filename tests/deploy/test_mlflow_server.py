@@ -143,7 +143,7 @@ def server(
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(300)
 
 
 def _probe(container: Manifest) -> str:

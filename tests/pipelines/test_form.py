@@ -136,6 +136,7 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "distilled_student",
         "evaluation",
         "evaluation_metrics",
+        "evaluation_summary",
         "export_metrics",
         "exported_student",
         "report",
@@ -147,5 +148,5 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "training_metrics",
     }
     assert single == sorted(shared)
-    more = {"leaderboard", "leaderboard_metrics", "leaderboard_report"}
+    more = {"leaderboard", "leaderboard_metrics", "leaderboard_report", "winners_evaluation"}
     assert sweep == sorted(shared | more)

@@ -17,7 +17,7 @@ def export_winner(
     leaderboard: dsl.Input[dsl.Artifact],
     exported_student: dsl.Output[dsl.Model],
     lineage: dsl.Output[dsl.HTML],
-    evaluation: dsl.Output[dsl.Artifact],
+    winners_evaluation: dsl.Output[dsl.Artifact],
     export_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Export the student that leads the leaderboard, as export-student does with a run's only one.
@@ -33,7 +33,7 @@ def export_winner(
         leaderboard: from leaderboard: says which is the winner.
         exported_student: config, safetensors, tokenizer and model card.
         lineage: which data, teacher, code and recipe made the student, step by step.
-        evaluation: of the winner, from `evaluations`.
+        winners_evaluation: of the winner, from `evaluations`.
         export_metrics: largest logit difference after the round trip.
     """
     from flagscale.execution.step_process import step_process
@@ -52,7 +52,7 @@ def export_winner(
             evaluations=[step.input_or_absent("evaluations", one) for one in evaluations],
             leaderboard=step.input("leaderboard", leaderboard),
             output=step.output(exported_student.path),
-            winners_evaluation=Path(evaluation.path),
+            winners_evaluation=Path(winners_evaluation.path),
             models=step.section(ModelsRecipe, models_recipe),
             lineage=Path(lineage.path),
         )

@@ -19,7 +19,7 @@ def evaluate(
     dataset: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
-    summary: dsl.Output[dsl.Markdown],
+    evaluation_summary: dsl.Output[dsl.Markdown],
     evaluation_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Compare teacher, student before and student after training on the held-out test split.
@@ -38,7 +38,7 @@ def evaluate(
         dataset: from prepare-data.
         evaluation: every figure with its confidence interval, per document too, and the report.
         report: verdict, tables, curves and continuations in one page that needs no network.
-        summary: the verdict and the headline figures.
+        evaluation_summary: the verdict and the headline figures, in Markdown.
         evaluation_metrics: the headline figures.
     """
     from flagscale.execution.step_process import step_process
@@ -65,5 +65,5 @@ def evaluate(
             models=step.section(ModelsRecipe, models_recipe),
         )
         step.copy(Path(evaluation.path) / "report.html", report.path)
-        step.copy(Path(evaluation.path) / "summary.md", summary.path)
+        step.copy(Path(evaluation.path) / "summary.md", evaluation_summary.path)
         step.report(figures, evaluation_metrics)

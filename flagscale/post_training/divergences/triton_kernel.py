@@ -267,8 +267,11 @@ def _logs_of_mixture(x, weight):
     """log(p / m) and log(q / m), as in `mixtures`."""
     x = tl.minimum(tl.maximum(x, SMALLEST), LARGEST)
     share = tl.where(x > 0, 1 - weight, weight)
-    log_m = _log1p(share * _expm1(-tl.abs(x)))
-    return tl.minimum(x, 0.0) - log_m, -log_m - tl.maximum(x, 0.0)
+    other = tl.where(x > 0, weight, 1 - weight)
+    over_larger = share * tl.exp(-tl.abs(x)) + other  # m: 1 + y, of which few digits are left
+    log_m = _log1p(share * _expm1(-tl.abs(x)), over_larger)
+    to_q = tl.where(weight == 0, 0.0, -log_m - tl.maximum(x, 0.0))
+    return tl.where(weight == 0, x, tl.minimum(x, 0.0) - log_m), to_q
 
 
 @triton.jit
@@ -290,9 +293,9 @@ def _expm1(x):
 
 
 @triton.jit
-def _log1p(y):
-    """`log(1 + y)` for -1 < y <= 0."""
+def _log1p(y, whole):
+    """`log(1 + y)` for -1 < y <= 0, and `whole`, which is 1 + y, where that is far from 1."""
     r = y / (2 + y)
     square = r * r
     series = 2 * r * (1 + square * (1 / 3 + square * (1 / 5 + square / 7)))
-    return tl.where(y > -0.25, series, tl.log(1 + y))
+    return tl.where(y > -0.25, series, tl.log(whole))

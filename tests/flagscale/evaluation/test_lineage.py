@@ -1,5 +1,6 @@
 """Which artifacts an artifact was made of, and the page that shows it."""
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -113,6 +114,10 @@ def test_the_drawing_leads_from_the_first_to_the_last_and_crosses_no_box(export:
     for x, y, w, h in boxes:
         assert 0 <= x <= x + w <= width
         assert 0 <= y <= y + h <= height
+    for (x, y, w, h), (x2, y2, _, _) in itertools.pairwise(
+        sorted(boxes, key=lambda b: (b[1], b[0]))
+    ):
+        assert y2 >= y + h or x2 > x + w, "one box hides another"
     lines = [path.attrib["d"] for path in drawing.iter("path")]
     # data-teacher, teacher-student, teacher-outputs, both to the distilled one, and two more
     assert len(lines) == 7

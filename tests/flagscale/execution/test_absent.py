@@ -82,6 +82,7 @@ def test_a_variant_that_failed_is_known_by_all_its_sections_after_the_last_step(
         distilled_student=Given(str(paths[0])),
         evaluation=Given(str(paths[1])),
         report=None,
+        evaluation_summary=None,
         evaluation_metrics=None,
         **dict.fromkeys(("teacher", "dataset"), given),
         **common,

@@ -30,7 +30,7 @@ def run(what):
     if what == "count":
         return {"ranks": int(os.environ["WORLD_SIZE"])}
     if what == "error" and rank == "1":
-        os.write(2, b"below Python, on stderr\n")
+        os.write(2, b"below Python, on stderr\\n")
         raise UserError("the second rank says what is wrong")
     if what == "kill" and rank == "1":
         print("my last words", flush=True)

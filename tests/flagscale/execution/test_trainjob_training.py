@@ -91,24 +91,21 @@ def checkpoint(shared: Path) -> int:
     return json.loads(found[0].read_text())["step"] if found else 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(teacher, student, dataset, tmp_path_factory):
+    """The training in one process that is left alone: its artifact."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    inputs, expected = (teacher, student, dataset), folder / "expected"
+    distil_student(DistillationRecipe(), TRAINING, *inputs, folder / "checkpoints", expected)
+    return expected
+
+
 @pytest.fixture
-def undisturbed(cluster, teacher, student, dataset, tmp_path, monkeypatch):
-    """The training in one process that is left alone: its artifact, by its recipe.
-
-    Its inputs then lie on the volume, for launchers.
-    """
-
-    def train(training: TrainingRecipe) -> Path:
-        inputs = [teacher, student, dataset]
-        expected = tmp_path / "expected"
-        monkeypatch.delenv("FLAGSCALE_SHARED")
-        distil_student(DistillationRecipe(), training, *inputs, tmp_path / "checkpoints", expected)
-        monkeypatch.setenv("FLAGSCALE_SHARED", str(tmp_path / "shared"))
-        for source in inputs:
-            shutil.copytree(source, tmp_path / "shared" / source.name)
-        return expected
-
-    return train
+def shared(cluster, teacher, student, dataset, tmp_path):
+    """The volume, with the training's inputs."""
+    for source in (teacher, student, dataset):
+        shutil.copytree(source, tmp_path / "shared" / source.name)
+    return tmp_path / "shared"
 
 
 def result(shared: Path) -> Path:
@@ -124,13 +121,11 @@ def weights(artifact: Path) -> dict[str, str]:
 
 
 def test_a_launcher_that_is_killed_leaves_nothing_that_trains_on(
-    cluster, undisturbed, tmp_path, monkeypatch
+    undisturbed, cluster, shared, monkeypatch
 ):
     """On two nodes: their ranks save and end, and the next launcher goes on from there."""
     monkeypatch.setenv("FLAGSCALE_HEARTBEAT_SECONDS", "2")
     cluster.backoff_limit = 0
-    shared = tmp_path / "shared"
-    expected = undisturbed(TRAINING)
 
     first = Launcher(shared, TRAINING, nodes=2)
     first.wait_for(lambda: checkpoint(shared) >= 2)
@@ -144,6 +139,8 @@ def test_a_launcher_that_is_killed_leaves_nothing_that_trains_on(
     assert 2 <= stopped < TRAINING.train_iters
     assert cluster.jobs, "nobody has deleted it yet"
 
+    # This one must not fall silent, whatever else the machine does.
+    monkeypatch.delenv("FLAGSCALE_HEARTBEAT_SECONDS")
     code, output = Launcher(shared, TRAINING, nodes=2).end()
     assert code == 0, output
     assert "is left of an earlier try: deleting it" in output
@@ -151,7 +148,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_that_trains_on(
     assert len(cluster.gone) == 2
     assert not cluster.jobs
     for name in ("training", "validation"):
-        ours, theirs = records(result(shared), name), records(expected, name)
+        ours, theirs = records(result(shared), name), records(undisturbed, name)
         for found, wanted in zip(ours, theirs, strict=True):
             assert found == pytest.approx(wanted, rel=1e-5)
     told = json.loads((shared / "metrics").read_text())
@@ -160,11 +157,9 @@ def test_a_launcher_that_is_killed_leaves_nothing_that_trains_on(
     assert not list(shared.glob("launches/*"))
 
 
-def test_one_node_that_is_drained_saves_at_once_and_is_replaced(cluster, undisturbed, tmp_path):
+def test_one_node_that_is_drained_saves_at_once_and_is_replaced(undisturbed, cluster, shared):
     """The signal arrives in the node's pod: nothing is lost, and no byte differs in the end."""
     never = TRAINING.model_copy(update={"save_interval": 10 * TRAINING.train_iters})
-    shared = tmp_path / "shared"
-    expected = undisturbed(never)
 
     launcher = Launcher(shared, never, nodes=1)
     launcher.wait_for(lambda: list(shared.glob("launches/*/*/0")))
@@ -183,8 +178,8 @@ def test_one_node_that_is_drained_saves_at_once_and_is_replaced(cluster, undistu
     assert f"resuming after step {stopped}" in output
     assert len(cluster.gone) == 2
     for name in ("training", "validation"):
-        assert records(result(shared), name) == records(expected, name)
-    assert weights(result(shared)) == weights(expected) != {}
+        assert records(result(shared), name) == records(undisturbed, name)
+    assert weights(result(shared)) == weights(undisturbed) != {}
 
 
 def test_what_no_rank_could_train_is_refused_before_a_cluster_is_asked(

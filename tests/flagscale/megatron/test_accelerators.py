@@ -39,7 +39,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         return done.stdout
 

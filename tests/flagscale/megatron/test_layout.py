@@ -78,7 +78,12 @@ def recipe(models=None, training=None, **sections) -> Recipe:
         (
             {"models": {TENSOR: 2}},
             {"teacher": EXPERTS},
-            r"models\.parallelism: .* divide experts by expert_model_parallel_size; set tensor",
+            r"models\.parallelism: .* and expert_model_parallel_size=1: .* above 1$",
+        ),
+        (
+            {"models": {TENSOR: 4, EXPERT: 2}, "data": {"seq_length": 62}},
+            {"teacher": EXPERTS},
+            r"models\.parallelism: data\.seq_length=62 .* the 4 tensor .* choose a multiple of 4$",
         ),
         ({"training": {PIPELINE: 8}}, {}, r"training\..*num_layers=12 \(of the teacher\)"),
         ({"training": {TENSOR: 5}}, {}, r"training\..*num_attention_heads=12 \(of the student\)"),
@@ -140,6 +145,7 @@ def test_one_that_both_are_divisible_by(given) -> None:
     check_layouts(recipe(**given), TEACHER, STUDENT)
 
 
-def test_experts_of_one_of_the_two_are_spread() -> None:
-    given = recipe(models={EXPERT: 2}, training={EXPERT: 2})
+@pytest.mark.parametrize("models", [{EXPERT: 2}, {EXPERT: 2, TENSOR: 2}])
+def test_experts_of_one_of_the_two_are_spread(models) -> None:
+    given = recipe(models=models, training={EXPERT: 2})
     check_layouts(given, TEACHER, replace(STUDENT, architecture=EXPERTS))

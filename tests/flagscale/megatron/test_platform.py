@@ -69,7 +69,7 @@ def test_compiler_still_imports_under_the_adapter():
         "with platform.runtime():\n"
         "    import torch._dynamo, torch._inductor\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
 def test_fp32_is_fp32_inside_and_as_it_was_outside(monkeypatch):
@@ -107,7 +107,7 @@ def test_what_nvidias_image_sets_is_overridden():
         env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout.split() == ["True", "False"]
 
@@ -123,3 +123,22 @@ def test_accelerators_that_cannot_be_used_are_not_replaced_by_the_cpu(monkeypatc
     monkeypatch.setenv("FLAGSCALE_ACCELERATOR_COUNT", "0")
     with platform.runtime():
         pass
+
+
+@pytest.mark.parametrize("inputs", [(5, 64), (3, 4, 64)])
+def test_products_of_models_that_are_only_run_are_onednns(inputs):
+    """With the rounding of fp32, and nowhere else: training multiplies as torch does."""
+    inputs, weight = torch.randn(inputs), torch.randn(96, 64)
+    exact = inputs.double() @ weight.double().t()
+    expected = inputs @ weight.t()
+    with platform.runtime():
+        assert torch.equal(torch.matmul(inputs, weight.t()), expected)
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            found = torch.matmul(inputs, weight.t())
+            for other in (weight.t().contiguous(), weight.t()[:, :7], weight.t()[:, 0]):
+                torch.testing.assert_close(torch.matmul(inputs, other), inputs @ other)
+            half = torch.matmul(inputs.bfloat16(), weight.t().bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    names = [event.key for event in profile.key_averages()]
+    assert "mkldnn::_linear_pointwise" in names

@@ -10,8 +10,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from flagscale.post_training.divergences import divergence_of
+from flagscale.post_training.divergences.jensen_shannon import JensenShannon
 from flagscale.post_training.divergences.reference import reference_gradient, reference_loss
 from flagscale.post_training.divergences.rows import merged
+from flagscale.post_training.divergences.skew_kl import SkewKL
 from flagscale.post_training.divergences.triton_kernel import one_pass, scale_rows
 from flagscale.recipe import DistillationRecipe
 
@@ -48,6 +50,25 @@ def test_value_and_gradient_equal_float64(name, temperature, distance):
     if distance is None or name != "total_variation":  # whose gradient jumps where p is q
         assert error(student[:, :-9], exact_gradient[:, :-9]) < (1e-5 if distance is None else 1e-4)
     assert student[:, -9:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("divergence", "same"),
+    [
+        (SkewKL(1.0, alpha=0.0), {"divergence": "forward_kl"}),
+        (SkewKL(1.0, alpha=0.01), {"divergence": "skew_kl", "alpha": 0.01}),
+        (JensenShannon(1.0, beta=0.99), {"divergence": "jensen_shannon", "beta": 0.99}),
+    ],
+)
+def test_a_mixture_that_is_nearly_one_of_the_two_loses_no_digits(divergence, same):
+    _, student, teacher = inputs("forward_kl", 1.0, None)
+    student *= 2  # ratios of up to exp(30)
+    recipe = DistillationRecipe.model_validate(same)
+    exact = reference_loss(student, teacher, recipe)
+    exact_gradient = reference_gradient(student, teacher, recipe)
+    _, sums = one_pass(divergence, student, teacher, None, None, True, True)
+    assert error(sums[0], exact) < 1e-6
+    assert error(student[:, :-9], exact_gradient[:, :-9]) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,8 @@
-"""A teacher with experts through all steps, alone and with its experts on two ranks."""
+"""A teacher with experts through all steps, alone and on two ranks.
+
+Of the steps that hold models these share each expert's layer and each other tensor; in training
+they share experts alone.
+"""
 
 import json
 from dataclasses import dataclass
@@ -30,7 +34,8 @@ from flagscale.steps.evaluate import evaluate
 from flagscale.steps.export_student import export_student
 from flagscale.steps.prepare_teacher import prepare_teacher
 
-LAYOUTS = {"alone": {}, "EP2": {"expert_model_parallel_size": 2}}
+EXPERT = {"expert_model_parallel_size": 2}
+LAYOUTS = {"alone": {}, "TP2 x EP2": {"tensor_model_parallel_size": 2, **EXPERT}}
 # It has learnt nothing: guessing costs ln(1000) = 6.9.
 LIMIT = 7.5
 TOKENS = torch.arange(64)[None]
@@ -87,7 +92,9 @@ def runs(source: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
     for name, layout in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("run")
         models = ModelsRecipe(parallelism=LayoutRecipe(**layout))
-        training = TrainingRecipe(**TRAINING, parallelism=ParallelismRecipe(**layout))
+        training = TrainingRecipe(
+            **TRAINING, parallelism=ParallelismRecipe(**(EXPERT if layout else {}))
+        )
         teacher, student, distilled = (folder / n for n in ("teacher", "student", "distilled"))
         recipe = TeacherRecipe(source=str(source), max_validation_loss=LIMIT)
         figures = {
@@ -140,7 +147,7 @@ def assert_same_weights(ours: Path, theirs: Path, tolerance: float = 0.0) -> Non
 
 
 def test_two_ranks_make_the_same(runs: dict[str, Run]) -> None:
-    alone, ranks = runs["alone"], runs["EP2"]
+    alone, ranks = runs["alone"], runs["TP2 x EP2"]
     for artifact, tolerance in (("teacher", 0.0), ("student", 0.0), ("distilled", 1e-5)):
         assert_same_weights(ranks.folder / artifact, alone.folder / artifact, tolerance)
     for step, figures in alone.figures.items():
@@ -184,6 +191,6 @@ def test_tensor_parallel_experts_are_refused_before_any_process(
     source: Path, dataset: Path, tmp_path: Path
 ) -> None:
     models = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
-    with pytest.raises(UserError, match=r"num_experts=8 .* with tensor_model_parallel_size=2"):
+    with pytest.raises(UserError, match=r"num_experts=8 .* and expert_model_parallel"):
         prepare_teacher(TeacherRecipe(source=str(source)), dataset, tmp_path / "teacher", models)
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,8 @@ from flagscale.recipe import (
     DistillationRecipe,
     EvaluationRecipe,
     ExportRecipe,
+    LayoutRecipe,
+    ModelsRecipe,
     QuantizationRecipe,
     StudentRecipe,
     TrainingRecipe,
@@ -145,6 +147,12 @@ def test_fp8_is_exported_to_the_bit(teacher, dataset, tmp_path):
                 assert code.dtype == torch.float8_e4m3fn
                 fake = linear.weight_quantizer(linear.weight)[: len(code)]
                 assert torch.equal(code.float() * tensors[f"{name}.weight_scale"], fake)
+    for kind in ("tensor", "pipeline"):
+        models = ModelsRecipe(parallelism=LayoutRecipe(**{f"{kind}_model_parallel_size": 2}))
+        on_ranks = export_student(ExportRecipe(), distilled, measured, tmp_path / kind, models)
+        assert on_ranks["bytes"] == figures["bytes"]
+        for file in ("model.safetensors", "config.json", "hf_quant_config.json"):
+            assert (tmp_path / kind / file).read_bytes() == (out / file).read_bytes()
 
 
 def test_what_cannot_be_exported_or_shared_is_refused(made, teacher, dataset, tmp_path):

@@ -67,7 +67,7 @@ def server(server_folder: Path) -> Iterator[str]:
     deadline = time.monotonic() + 300
     while True:
         try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
             break
         except (urllib.error.URLError, OSError):
             assert process.poll() is None

@@ -296,14 +296,12 @@ def test_a_server_that_is_away_stops_nothing(
 ) -> None:
     monkeypatch.setattr(step, "_PAUSES_ON_A_CLUSTER", (1,))
     caplog.set_level(logging.INFO)
-    begin = time.monotonic()
     with tracking.step_run("evaluate", {}, training="a") as run:
         run.log_headline({"kl": 1.0})
         run.mark_resumed()
     step._Process.run = None
     tracking.step_failed("evaluate", "FAILED")
     assert run.run_id is None
-    assert time.monotonic() - begin < 20
     assert "trying again in 1 s" in caplog.text
     assert "evaluate is not tracked" in caplog.text
     assert "was not told that evaluate failed" in caplog.text

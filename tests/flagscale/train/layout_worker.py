@@ -36,7 +36,7 @@ from flagscale.train.loop import evaluate_loss, train_step
 from flagscale.train.rank_batches import RankBatches
 from flagscale.train.setup import build_model_chunks, setup_training
 
-STEPS = 3
+STEPS = 2
 DISTILLATION = {
     "standard": DistillationRecipe(loss="none"),
     "distillation": DistillationRecipe(
@@ -118,7 +118,7 @@ def run(case: Case, kind: str, folder: Path, inputs: dict[str, Any]) -> None:
         for chunk in trainer.chunks:
             chunk.train()
         batches = RankBatches(Path(inputs["dataset"]), folder / "data", args, training)
-        validation = evaluate_loss(trainer.chunks, batches.validation(), 2)
+        validation = evaluate_loss(trainer.chunks, batches.validation(), 1)
         gradients = keep_gradients(trainer)
         stream = batches.train(0)
         audit = TrainingAudit(trainer.chunks, args, interval=1)

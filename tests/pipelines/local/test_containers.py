@@ -36,7 +36,7 @@ def test_without_an_engine_it_says_so_before_any_work(tmp_path: Path) -> None:
         env={**os.environ, "DOCKER_HOST": socket},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 2
     assert f"error: DOCKER_HOST={socket}: no container engine answers there" in result.stderr

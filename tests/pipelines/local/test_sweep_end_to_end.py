@@ -50,7 +50,7 @@ def sweep(runs: Path, teacher: Path) -> Swept:
         env=OUTSIDE,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     client = mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
