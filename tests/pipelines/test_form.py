@@ -148,5 +148,5 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "training_metrics",
     }
     assert single == sorted(shared)
-    more = {"leaderboard", "leaderboard_metrics", "leaderboard_report", "winners_evaluation"}
+    more = {"leaderboard", "ranking_metrics", "leaderboard_report", "winners_evaluation"}
     assert sweep == sorted(shared | more)
