@@ -44,6 +44,7 @@ _EXAMPLES_BY_NAME: dict[str, Any] = {
         "confidence": 0.95,
         "margin": 0.1,
     },
+    "students": [{**_STUDENT, "layer_importance": "kl"}],
     "variants": [
         {
             "name": f"temperature {temperature}",

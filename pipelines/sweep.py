@@ -2,6 +2,7 @@
 
     check-recipe
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
+    measure-layers where several students measure which of the teacher's layers can go
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
     leaderboard, export-winner, evaluate-tasks where tasks are named, promote where the recipe says
@@ -24,7 +25,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.deployment.export_winner.component import export_winner
 from components.evaluation.leaderboard.component import leaderboard
-from components.monitoring.record_sweep.component import record_sweep
+from components.monitoring.record_many.component import record_many
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
@@ -38,6 +39,7 @@ from pipelines.wiring import (
     check,
     decide,
     figures,
+    measure,
     place_record,
     prepare,
     teach,
@@ -112,12 +114,13 @@ def _wire(
 ) -> None:
     dataset, teacher = prepare(values, placed)
     outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
+    measured = measure(values, placed, dataset, teacher)
     with dsl.ParallelFor(
         looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
         distilled, evaluation = teach(
-            {**looped, **own}, placed, dataset, teacher, outputs, record_failure=True
+            {**looped, **own}, placed, dataset, teacher, outputs, measured, record_failure=True
         )
 
     ranked = leaderboard(
@@ -144,4 +147,4 @@ def _wire(
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):
             given[name] = dsl.Collected(given[name])
-        place_record(record_sweep(leaderboard=table, **given), placed)
+        place_record(record_many(ranking=table, **given), placed)

@@ -15,6 +15,7 @@ from flagscale.recipe import (
     PromoteRecipe,
     Recipe,
     Section,
+    StudentRecipe,
     TasksRecipe,
     TeacherOutputsRecipe,
     TeacherRecipe,
@@ -42,6 +43,7 @@ SECTIONS = (
     "promote",  # only where the recipe has one
 )
 LISTS = {"sweep_variants": tuple(VARIED), "search_candidates": ("student",)}  # what each gives
+MEASURED = "measured"  # students that measure layers: as little a parameter as the next
 MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
 _WHOLE = "the recipe with this run's parameters"
 
@@ -69,8 +71,8 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`, of
-        a search `search_candidates`. Of a pipeline with cache-teacher also, under `MET`, what that
-        is asked for.
+        a search `search_candidates`, and of both, under `MEASURED`, the students whose layers
+        are measured. Of a pipeline with cache-teacher also, under `MET`, what that is asked for.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -96,6 +98,11 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
     resolved = _resolved(values, list(recipes.values()))
+    if several is not None:
+        measured = StudentRecipe.measured_by(recipe.student for recipe in recipes.values())
+        resolved[MEASURED] = [
+            student.model_dump(mode="json", exclude_none=True) for student in measured
+        ]
     return resolved | (_met(made, list(recipes.values())) if made.caches_teacher else {})
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.recipe import TasksRecipe
-from flagscale.run_values import LISTS, MET, SECTIONS, Made, check_run
+from flagscale.run_values import LISTS, MEASURED, MET, SECTIONS, Made, check_run
 from flagscale.run_values.literal import carried, literal
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,9 @@ def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
             them.
 
     Returns:
-        The recipe's sections, then a sweep's variants and a search's candidates, and what trainings
-        meet of teacher outputs, as KFP can carry them; empty for what this pipeline does not have.
+        The recipe's sections, then a sweep's variants and a search's candidates, those of their
+        students that measure layers, and what trainings meet of teacher outputs, as KFP can carry
+        them; empty for what this pipeline does not have.
 
     Raises:
         UserError: what is wrong.
@@ -42,6 +43,7 @@ def check_recipe(made: Made, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     found = (
         *(checked.get(name, {}) for name in SECTIONS),
         *(checked.get(name, []) for name in LISTS),
+        checked.get(MEASURED, []),
         checked.get(MET, {}),
     )
     return tuple(carried(value) for value in found)

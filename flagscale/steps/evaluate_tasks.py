@@ -52,6 +52,7 @@ from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ModelsRecipe, ParallelismRecipe, TasksRecipe
 from flagscale.recipe.tasks import HELDOUT_TASKS
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import show_models
 from flagscale.tracking import StepRun
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ def evaluate_tasks_on_rank(
                 "lm_eval": version("lm-eval"),
                 "versions": {name: task.VERSION for name, task in asked.tasks.items()},
             }
-            run.log_metrics(_figures(None, found) | _speed_figures(speeds))
+            points = run.log_metrics(_figures(None, found) | _speed_figures(speeds))
+            show_models(run, points, {TEACHER: parents["teacher"], AFTER: parents["exported"]})
             for name in (TASKS, PER_EXAMPLE, GENERATION, REPORT):
                 run.log_artifact(staging.path / name)
     return figures

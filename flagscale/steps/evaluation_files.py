@@ -21,7 +21,8 @@ from flagscale.evaluation.forecast_section import told
 from flagscale.evaluation.report import render
 from flagscale.evaluation.report_data import ReportData
 from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.token_findings import Draws, TokenFindings, TokenTable, find
+from flagscale.evaluation.token_analysis import Draws, find
+from flagscale.evaluation.token_findings import TokenFindings, TokenTable
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.tokenizers import load_tokenizer

@@ -29,14 +29,14 @@ def test_there_is_a_component_for_each_step() -> None:
         "export_student",
         "export_winner",
         "leaderboard",
+        "measure_layers",
         "pick_candidate",
         "prepare_data",
         "prepare_teacher",
         "promote",
         "rank_candidates",
+        "record_many",
         "record_run",
-        "record_search",
-        "record_sweep",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, asked of teacher and exported student."""
+"""Teacher and student asked lm-eval's tasks."""
 
 from components.evaluation.evaluate_tasks.component import evaluate_tasks
 

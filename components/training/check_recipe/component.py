@@ -65,6 +65,7 @@ def check_recipe(
         ("promote", dict),
         ("sweep_variants", list),
         ("search_candidates", list),
+        ("measured", list),
         ("met", dict),
     ],
 ):
