@@ -31,13 +31,13 @@ from flagscale.evaluation.report import render
 from flagscale.evaluation.report_data import ReportData
 from flagscale.evaluation.speed import Speed
 from flagscale.evaluation.summary import summary_markdown
+from flagscale.evaluation.task_figures import score_figures, speed_figures
 from flagscale.evaluation.task_models import Questions, ask_folder, ask_megatron
 from flagscale.evaluation.task_scores import (
     KIND,
     PER_EXAMPLE,
     TASKS,
     TaskScores,
-    figure_names,
     save_scores,
 )
 from flagscale.evaluation.tasks import Tasks, check_installed, load_tasks, tasks_folder
@@ -141,7 +141,7 @@ def evaluate_tasks_on_rank(
         asked = _load(tasks, paths)
         found, speeds = _ask_models(tasks, asked, paths, sizes)
         if is_first_rank():
-            figures = _figures(asked, found) | _speed_figures(speeds)
+            figures = score_figures(found, asked.asked) | speed_figures(speeds)
             save_scores(staging.path, found)
             rows = {model: [asdict(speed) for speed in row] for model, row in speeds.items()}
             write_json(staging.path / GENERATION, rows)
@@ -159,7 +159,7 @@ def evaluate_tasks_on_rank(
                 "lm_eval": version("lm-eval"),
                 "versions": {name: task.VERSION for name, task in asked.tasks.items()},
             }
-            points = run.log_metrics(_figures(None, found) | _speed_figures(speeds))
+            points = run.log_metrics(score_figures(found) | speed_figures(speeds))
             show_models(run, points, {TEACHER: parents["teacher"], AFTER: parents["exported"]})
             for name in (TASKS, PER_EXAMPLE, GENERATION, REPORT):
                 run.log_artifact(staging.path / name)
@@ -277,25 +277,3 @@ def _write_report(
     (folder / REPORT).write_text(render(data, found), encoding="utf-8")
     (folder / SUMMARY).write_text(summary_markdown(data, found), encoding="utf-8")
     logger.info("%s", verdict(data, found))
-
-
-def _figures(asked: Tasks | None, found: Sequence[TaskScores]) -> dict[str, float]:
-    """Of the tasks and groups that were named; None: of all."""
-    return {
-        f"{model}/{figure}": value
-        for score, figure in zip(found, figure_names(found), strict=True)
-        for model, (value, _) in score.reported.items()
-        if asked is None or score.task in asked.asked
-    }
-
-
-def _speed_figures(speeds: Mapping[str, Sequence[Speed]]) -> dict[str, float]:
-    """Of the fastest engine, which is the last."""
-    figures: dict[str, float] = {}
-    for model, row in speeds.items():
-        figures |= {
-            f"{model}/prefill_tokens_per_second": row[-1].prefill_tokens_per_second,
-            f"{model}/decode_tokens_per_second": row[-1].decode_tokens_per_second,
-            f"{model}/generation_peak_memory": float(row[0].peak_memory or 0),
-        }
-    return figures
