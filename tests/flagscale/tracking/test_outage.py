@@ -82,7 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind or "text/plain")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(OSError):  # who asked may have lost patience
+            self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer  # noqa: N815
 
