@@ -86,7 +86,8 @@ def _compare(
     from flagscale.evaluation.run_board_report import markdown, render
 
     names = _names(found)
-    students, notes = [], []
+    students: list[Student] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="flagscale-compare-") as folder:
         for name, one in zip(names, found, strict=True):
             student = _student(history, one, name, Path(folder) / one.run_id)

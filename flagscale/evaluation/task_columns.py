@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from flagscale.evaluation.bootstrap import Estimate
 from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER
 from flagscale.evaluation.task_estimates import task_estimates
@@ -83,7 +84,7 @@ def _column(
     values = {
         str(number): one.values[AFTER] for number, one in having.items() if AFTER in one.values
     }
-    drawn = {}
+    drawn: Mapping[str, Estimate] = {}
     if str(first_number) in values and len(first.examples) > 1:
         together = replace(first, values=values)
         (drawn, *_) = task_estimates([together], samples, 0).values()

@@ -10,7 +10,7 @@ from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.secrets import hide_in_urls
-from flagscale.tracking.names import CACHED_TAG, PARENT_TAG
+from flagscale.tracking.names import CACHED_TAG, PARENT_TAG, PROCESS_TAG
 from flagscale.tracking.server import (
     children_of,
     find_run,
@@ -99,7 +99,7 @@ class History:
             )
         query = f"attributes.run_name = '{EVALUATE}' and attributes.status = 'FINISHED'"
         steps = self._search(experiment.experiment_id, query)
-        found = self._evaluated(steps)
+        found = self._evaluated([run for run in steps if _is_step(run)])
         if not found:
             raise UserError(f"experiment {name!r} at {self.place}: no run of it was evaluated yet")
         return found
@@ -145,15 +145,10 @@ class History:
         run = self._ask(find_run, self._client, run_id)
         if run is None:
             raise UserError(f"run {run_id}: there is none at {self.place}")
-        if run.info.run_name == EVALUATE:
-            (found,) = self._evaluated([run])
-            return found
-        children = self._ask(children_of, self._client, run.info.experiment_id, run_id)
-        steps = [
-            child
-            for child in children
-            if child.info.run_name == EVALUATE and child.info.status == "FINISHED"
-        ]
+        steps = [run]
+        if not _is_step(run):
+            children = self._ask(children_of, self._client, run.info.experiment_id, run_id)
+            steps = [child for child in children if _is_step(child)]
         found = self._evaluated(steps)
         if len(found) != 1:
             ids = ", ".join(one.run_id for one in found)
@@ -201,7 +196,7 @@ class History:
         params = _shared(run.data.params) if run is not None else {}
         family = _Family(run.info.run_name if run is not None else parent, params)
         finished = [child for child in children if child.info.status == "FINISHED"]
-        is_only_one = [child.info.run_name for child in finished].count(EVALUATE) == 1
+        is_only_one = sum(map(_is_step, finished)) == 1
         for child in finished:
             params |= _shared(child.data.params)
             if is_only_one:  # else it is not said whose they are
@@ -241,6 +236,12 @@ class History:
                 return call(*arguments)
         except Exception as error:  # MLflow and its databases raise many kinds
             raise unusable(self._uri, error) from error
+
+
+def _is_step(run: Any) -> bool:  # noqa: ANN401 - mlflow's Run
+    """Whether it is of a step that has evaluated, and not KFP's plugin's run of the same name."""
+    ours = PROCESS_TAG in run.data.tags or CACHED_TAG in run.data.tags
+    return bool(ours and (run.info.run_name, run.info.status) == (EVALUATE, "FINISHED"))
 
 
 def _shared(params: Mapping[str, str]) -> dict[str, str]:

@@ -74,7 +74,7 @@ class Store:
             self.client.log_param(run_id, field, value)
 
     def evaluated(self, key: str, parent: str, folder: Path | None) -> None:
-        run_id = self.run(key, "evaluate", parent)
+        run_id = self.run(key, "evaluate", parent, **{tracking.PROCESS_TAG: "host:1"})
         for name in (MANIFEST, METRICS, PER_DOCUMENT, REPORT_DATA) if folder else ():
             self.client.log_artifact(run_id, str(folder / name))  # type: ignore[operator]
 
@@ -112,8 +112,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     made.evaluated("other/evaluate", "other", evaluation(folder / "2", 0.1, 1.0, documents=13))
     made.pipeline("lost", "lost")
     made.evaluated("lost/evaluate", "lost", None)
+    made.run("one/task", "evaluate", "one")  # KFP's plugin makes one of its own
     made.pipeline("failed", "failed")
-    made.run("failed/evaluate", "evaluate", "failed")
+    made.run("failed/evaluate", "evaluate", "failed", **{tracking.PROCESS_TAG: "host:1"})
     made.client.update_run(made.ids["failed/evaluate"], status="FAILED")
     return made
 
