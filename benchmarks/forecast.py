@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from flagscale.evaluation.forecast import CONFIDENCE, KD_LOSS, accounts, curve_of
-from flagscale.evaluation.learning_curve import _DRIFT, _Curves
+from flagscale.evaluation.learning_curve import DRIFT, DRIFT_FREEDOM, Curves
 
 _STEPS = (60, 200, 1000)
 _CUTS = (0.25, 0.5, 0.75)
@@ -46,7 +46,7 @@ def prior(
     generator: np.random.Generator, length: float, x_t: np.ndarray, h_t: np.ndarray
 ) -> np.ndarray:
     """A curve as `flagscale.evaluation.learning_curve` believes it."""
-    curves = _Curves(generator.standard_normal((1, _Curves.PARAMETERS)), length)
+    curves = Curves(generator.standard_normal((1, Curves.PARAMETERS)), length)
     own = generator.standard_normal(len(x_t)) * curves.noise_k[0]
     log_loss: np.ndarray = curves.log_shape(x_t, h_t)[0] + own
     return log_loss
@@ -102,7 +102,7 @@ def _case(simulated: Simulated, generator: np.random.Generator) -> bool:
     cut = int(steps * generator.choice(_CUTS))
     if simulated.shape is None:  # with the error that a forecast believes to have
         doublings = math.log2((x_t[-1] + 1) / (x_t[cut] + 1))
-        log_loss_t[-1] += _DRIFT * doublings * generator.standard_normal()
+        log_loss_t[-1] += DRIFT * doublings * generator.standard_t(DRIFT_FREEDOM)
     apart = generator.normal(0, 0.3)
     training = [
         {"step": t, KD_LOSS: float(np.exp(log_loss_t[t - 1] + apart + noise))}

@@ -27,7 +27,8 @@ from flagscale.evaluation.importance_sampling import DRAWS, posterior
 _SEED = 0
 _BINS = 16  # of a series of single, noisy losses: neighbours in time are taken together
 _LEVEL = 10.0  # prior of the logarithm of the first loss: any
-_DRIFT = 0.1  # a forecast's own error, for each doubling of `x` beyond what was seen
+DRIFT = 0.1  # a forecast's own error, for each doubling of `x` beyond what was seen
+DRIFT_FREEDOM = 4  # degrees of its Student distribution: some trainings are no such curve
 _FEWEST = 4  # of noisy losses, to know how noisy
 
 
@@ -95,7 +96,7 @@ class LearningCurve:
         self.made_at = int(max(max(one.usable) for one in series if one.usable))
         self._kinds = kinds
         self._z_kp, self._weight_k = posterior(
-            lambda z_kp: self._levels(z_kp)[1], _Curves.PARAMETERS, _SEED
+            lambda z_kp: self._levels(z_kp)[1], Curves.PARAMETERS, _SEED
         )
 
     def forecast(self, step: float, confidence: float, rates: Sequence[float] = ()) -> Forecast:
@@ -121,14 +122,14 @@ class LearningCurve:
         generator = np.random.default_rng(_SEED)
         chosen = generator.choice(len(self._weight_k), DRAWS, p=self._weight_k)
         curves, _, level_k, variance_k = self._levels(self._z_kp[chosen])
-        spread = np.sqrt(variance_k + curves.noise_k**2 + (_DRIFT * doublings) ** 2)
         centre = level_k + curves.log_shape(x_i, h_i)[:, 0]
-        noise: np.ndarray = spread * generator.standard_normal(DRAWS)
-        return centre + noise
+        noise = np.sqrt(variance_k + curves.noise_k**2) * generator.standard_normal(DRAWS)
+        drift: np.ndarray = DRIFT * doublings * generator.standard_t(DRIFT_FREEDOM, DRAWS)
+        return centre + noise + drift
 
-    def _levels(self, z_kp: np.ndarray) -> tuple[_Curves, np.ndarray, np.ndarray, np.ndarray]:
+    def _levels(self, z_kp: np.ndarray) -> tuple[Curves, np.ndarray, np.ndarray, np.ndarray]:
         """Curves, how well they fit [K], and mean and variance of their levels' logarithms [K]."""
-        curves = _Curves(z_kp, self._schedule.length)
+        curves = Curves(z_kp, self._schedule.length)
         return curves, *_level(curves, self._kinds, self._schedule)
 
 
@@ -158,19 +159,19 @@ class Schedule:
         return np.interp(step_i, steps, self._progress), np.interp(step_i, steps, self._share)
 
 
-class _Curves:
+class Curves:
     """Parameters of curves [K], whose priors are standard normal distributions of `z`."""
 
     PARAMETERS = 6
 
     def __init__(self, z_kp: np.ndarray, length: float) -> None:
         floor, power, scale, wander, noise, misfit = z_kp.T
-        self.floor_k = 1 / (1 + np.exp(-1.6 * floor))  # nearly uniform
+        self.floor_k = 1 / (1 + np.exp(0.7 - 1.6 * floor))  # half of them below a third
         self.power_k = 0.5 * np.exp(0.7 * power)
         self.scale_k = math.sqrt(length + 1) * np.exp(0.7 * math.log(length + 2) * scale / 2)
-        self.wander_k = 0.12 * np.exp(1.1 * wander)
+        self.wander_k = 0.25 * np.exp(1.1 * wander)
         self.noise_k = 0.012 * np.exp(0.7 * noise)
-        self.misfit_k = 0.03 * np.exp(misfit)  # of noisy losses: their text may change with time
+        self.misfit_k = 0.06 * np.exp(misfit)  # of noisy losses: their text may change with time
 
     def log_shape(self, x_i: np.ndarray, h_i: np.ndarray) -> np.ndarray:
         """Logarithm of the curve without its level [K, I]."""
@@ -216,7 +217,7 @@ def _observed(one: Series) -> _Observed:
 
 
 def _level(
-    curves: _Curves, kinds: Sequence[_Observed], schedule: Schedule
+    curves: Curves, kinds: Sequence[_Observed], schedule: Schedule
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How well curves fit, and the level that they then have.
 

@@ -236,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = with_others(data, options.evaluation, named_folders(options.beside))
         tasks = load_scores(options.tasks) if options.tasks else ()
         if options.tasks:
-            timed = open_artifact(options.tasks, KIND).facts["generation"]
-            found = {model: [Speed(**one) for one in row] for model, row in timed.items()}
-            data = replace(data, generation=found)
+            told = open_artifact(options.tasks, KIND).facts["generation"]
+            speeds = {model: [Speed(**one) for one in engines] for model, engines in told.items()}
+            data = replace(data, generation=speeds)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -18,7 +18,6 @@ from flagscale.evaluation.token_findings import TokenFindings
 from flagscale.evaluation.verdict import others_figures, percent, seeds_spread
 
 _MODELS = (TEACHER, BEFORE, AFTER)
-_NAMES = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student"}
 
 
 def details(data: ReportData) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def _slices(
 ) -> tuple[Slice, ...]:
     """The KL of the tokens between two edges, each with an interval; empty ones are left out."""
     place_n = np.searchsorted(np.asarray(edges), value_n, side="right") - 1
-    found = []
+    found: list[Slice] = []
     for place in range(len(edges)):
         here_n = place_n == place
         if not here_n.any():
@@ -163,7 +163,7 @@ def _worst_tokens(
     kl_n = table.kl_n[AFTER]
     first_d = np.searchsorted(table.document_n, np.arange(len(documents)))
     taken: list[tuple[int, int]] = []
-    found = []
+    found: list[WorstToken] = []
     for row in np.argsort(-kl_n, kind="stable"):
         if len(found) == _MOST_TOKENS:
             break

@@ -156,7 +156,7 @@ def _findings(
     trained_v = token_counts(dataset, "train", int(facts["vocab_size"]))
 
     def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids))
+        return str(tokenizer.decode(list(ids)))
 
     return find(measured.tokens, draws, trained_v, measured.documents, decode)
 

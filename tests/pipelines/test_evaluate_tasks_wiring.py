@@ -85,7 +85,4 @@ def test_a_run_names_tasks_where_its_pipeline_has_the_step(
 def test_a_condition_on_a_task_that_is_not_asked_is_refused(name: str) -> None:
     asked = PROMOTE.replace("distilled/heldout_cloze", f"distilled/{name}")
     with pytest.raises(UserError, match=f"distilled/{name}: will not be measured"):
-        load_recipe(
-            "recipes/tiny.yaml",
-            (TASKS, asked),
-        )
+        load_recipe("recipes/tiny.yaml", (TASKS, asked))

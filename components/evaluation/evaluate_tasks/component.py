@@ -17,8 +17,8 @@ def evaluate_tasks(
     evaluation: dsl.Input[dsl.Artifact],
     exported_student: dsl.Input[dsl.Model],
     task_evaluation: dsl.Output[dsl.Artifact],
-    report: dsl.Output[dsl.HTML],
-    summary: dsl.Output[dsl.Markdown],
+    task_report: dsl.Output[dsl.HTML],
+    task_summary: dsl.Output[dsl.Markdown],
     task_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Ask the teacher and the exported student tasks of lm-eval, and measure how fast they write.
@@ -34,8 +34,8 @@ def evaluate_tasks(
         evaluation: from evaluate.
         exported_student: from export-student, or a sweep's export-winner.
         task_evaluation: every model's figures with their standard errors, and of each example.
-        report: evaluate's, with the tasks and the speed of generation.
-        summary: the verdict, the tasks and the headline figures.
+        task_report: evaluate's, with the tasks and the speed of generation.
+        task_summary: the verdict, the tasks and the headline figures.
         task_metrics: the figures, and the speed of generation.
     """
     from flagscale.execution.step_process import step_process
@@ -55,6 +55,6 @@ def evaluate_tasks(
             output=Path(task_evaluation.path),
             models=step.section(ModelsRecipe, models_recipe),
         )
-        step.copy(Path(task_evaluation.path) / "report.html", report.path)
-        step.copy(Path(task_evaluation.path) / "summary.md", summary.path)
+        step.copy(Path(task_evaluation.path) / "report.html", task_report.path)
+        step.copy(Path(task_evaluation.path) / "summary.md", task_summary.path)
         step.report(figures, task_metrics)
