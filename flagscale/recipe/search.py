@@ -28,6 +28,7 @@ from flagscale.recipe.tasks import HELDOUT_TASKS, TasksRecipe, task_name
 from flagscale.recipe.training import TrainingRecipe
 
 MOST_CANDIDATES = 64
+_OF_NO_EXAMPLE = {"perplexity"}
 _MOST_RUNGS = 8
 
 LOSSES = {"distillation_loss": "logits distillation loss", "lm_loss": "lm loss"}  # as reported
@@ -260,8 +261,11 @@ def _check_task(search: RungsRecipe, tasks: TasksRecipe, training: TrainingRecip
         )
     own = search.metric.partition(":")[2]
     wanted = HELDOUT_TASKS.get(search.task)
-    if wanted is not None and own and own not in wanted:
-        raise ValueError(f"search.metric={search.metric}: its metrics are {', '.join(wanted)}")
+    if wanted is not None and own and own not in {*wanted} - _OF_NO_EXAMPLE:
+        raise ValueError(
+            f"search.metric={search.metric}: its metrics are {', '.join(wanted)}, and of "
+            f"{', '.join(_OF_NO_EXAMPLE)} there is no value for each example to rank by"
+        )
     sizes = training.parallelism
     if sizes.context_parallel_size > 1 or sizes.virtual_pipeline_model_parallel_size:
         raise ValueError(

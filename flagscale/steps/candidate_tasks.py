@@ -56,9 +56,9 @@ def task_losses(
         folder: that all ranks see; what is needed meanwhile is made in it, and goes.
 
     Returns:
-        Each metric of a task -> number of the example -> what is missing of its score, and 1; where
-        less is better, its score. Metrics without a value for each example are left out. Only on
-        the first rank; elsewhere nothing.
+        Each metric of a task, as TASK:METRIC, the first one as TASK too -> number of the example ->
+        what is missing of its score, and 1; where less is better, its score. Metrics without a
+        value for each example are left out. Only on the first rank; elsewhere nothing.
 
     Raises:
         UserError: the task is not known, its data cannot be had, or it has no such metric.
@@ -77,11 +77,11 @@ def task_losses(
         return {}
     shutil.rmtree(scratch)
     found = scores(asked, {_CANDIDATE: result})
-    return {
-        name: _losses(score)
-        for name, score in zip(figure_names(found), found, strict=True)
-        if score.values
-    }
+    losses: SampleLosses = {}
+    for name, score in zip(figure_names(found), found, strict=True):
+        if score.values:  # a task's first metric goes by both names
+            losses |= dict.fromkeys((name, f"{score.task}:{score.metric}"), _losses(score))
+    return losses
 
 
 def _load(tasks: TasksRecipe, dataset: Path, scratch: Path) -> Tasks:

@@ -169,6 +169,7 @@ def test_a_task_ranks_by_the_very_weights_of_the_candidate(
     )
     found = losses(output)
     assert not (output / "asked").exists()
+    assert found["heldout_multiple_choice"] == found["heldout_multiple_choice:acc"]
 
     heldout, exported = tmp_path / "heldout", tmp_path / "hf"
     heldout.mkdir()
@@ -180,7 +181,7 @@ def test_a_task_ranks_by_the_very_weights_of_the_candidate(
     result = ask(of_folder(exported, tasks.batch_size), asked, tasks)
     for score, name in zip(
         scores(asked, {"x": result}),
-        ("heldout_multiple_choice", "heldout_multiple_choice:acc_norm"),
+        ("heldout_multiple_choice:acc", "heldout_multiple_choice:acc_norm"),
         strict=True,
     ):
         assert len(score.values["x"]) > 8
