@@ -34,6 +34,7 @@ _EXAMPLES_BY_NAME: dict[str, Any] = {
     "leaderboard: metric": "kl",
     "nodes": 2,
     "promote_recipe": {"conditions": ["distilled/kl <= 1.0 at 95%"]},
+    "tasks_recipe": {"names": ["heldout_cloze"]},
     "pods": {"cpu": "16", "memory": "64Gi"},
     "rank_candidates: metric": "distillation_loss",
     "ranking_recipe": {
@@ -43,6 +44,7 @@ _EXAMPLES_BY_NAME: dict[str, Any] = {
         "confidence": 0.95,
         "margin": 0.1,
     },
+    "students": [{**_STUDENT, "layer_importance": "kl"}],
     "variants": [
         {
             "name": f"temperature {temperature}",

@@ -35,9 +35,9 @@ class Manifest:
     """What an artifact is.
 
     Attributes:
-        kind: `dataset`, `teacher`, `teacher-outputs`, `student`, `distilled-student`, `evaluation`,
-            `task-evaluation`, `leaderboard`, `candidate`, `search`, `export`,
-            `promotion`, or `absent` where there is none.
+        kind: `dataset`, `teacher`, `teacher-outputs`, `layer-importance`, `student`,
+            `distilled-student`, `evaluation`, `task-evaluation`, `leaderboard`, `candidate`,
+            `search`, `export`, `promotion`, or `absent` where there is none.
         recipe: the sections of the recipe that the step was given.
         parents: name of an input artifact -> its `digest`.
         files: path inside the folder -> `sha256:<hex>`.

@@ -42,10 +42,23 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
 COPY images/prune.sh images/
 RUN sh images/prune.sh /opt/venv \
     && /opt/venv/bin/python -c 'import torch; assert torch.version.cuda is None, "torch has CUDA"' \
-    && echo /opt/flagscale > "$(/opt/venv/bin/python -c \
+    && printf '%s\n' /opt/flagscale /opt/tasks > "$(/opt/venv/bin/python -c \
         'import sysconfig; print(sysconfig.get_path("purelib"))')/flagscale.pth" \
     && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
         /opt/venv/lib || true; }
+
+# lm-eval and what it alone needs, for evaluate-tasks: a layer of its own. TASKS= leaves it out.
+FROM build AS tasks
+ARG TASKS=tasks
+COPY images/missing.py images/
+RUN python3 images/requirements.py /tmp/lock --extras $TASKS \
+    && pip install --dry-run --report /tmp/report.json --requirement /tmp/lock/requirements.txt \
+    && python3 images/missing.py /tmp/report.json > /tmp/tasks.txt \
+    && mkdir /opt/tasks \
+    && if [ -s /tmp/tasks.txt ]; then pip install --no-compile --no-deps --target /opt/tasks \
+        --requirement /tmp/tasks.txt; fi \
+    && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
+        /opt/tasks || true; }
 
 FROM build AS project
 COPY README.md LICENSE ./
@@ -57,6 +70,7 @@ RUN pip install --no-deps --no-compile --target /opt/flagscale . \
 
 FROM base
 COPY --from=build /opt/venv /opt/venv
+COPY --from=tasks /opt/tasks /opt/tasks
 COPY --from=project /opt/flagscale /opt/flagscale
 USER 1000:1000
 WORKDIR /tmp

@@ -20,10 +20,23 @@ RUN pip install --no-compile --requirement /tmp/lock/requirements.txt \
 COPY images/prune.sh images/check_base.py images/
 RUN sh images/prune.sh /opt/venv \
     && /opt/venv/bin/python images/check_base.py \
-    && echo /opt/flagscale > "$(/opt/venv/bin/python -c \
+    && printf '%s\n' /opt/flagscale /opt/tasks > "$(/opt/venv/bin/python -c \
         'import sysconfig; print(sysconfig.get_path("purelib"))')/flagscale.pth" \
     && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
         /opt/venv/lib || true; }
+
+# lm-eval and what it alone needs, for evaluate-tasks: a layer of its own. TASKS= leaves it out.
+FROM build AS tasks
+ARG TASKS=tasks
+COPY images/missing.py images/
+RUN python3 images/requirements.py /tmp/lock --keep-base --extras gpu $TASKS \
+    && pip install --dry-run --report /tmp/report.json --requirement /tmp/lock/requirements.txt \
+    && python3 images/missing.py /tmp/report.json > /tmp/tasks.txt \
+    && mkdir /opt/tasks \
+    && if [ -s /tmp/tasks.txt ]; then pip install --no-compile --no-deps --target /opt/tasks \
+        --requirement /tmp/tasks.txt; fi \
+    && { /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
+        /opt/tasks || true; }
 
 FROM build AS project
 COPY README.md LICENSE ./
@@ -36,6 +49,7 @@ RUN pip install --no-deps --no-compile --target /opt/flagscale . \
 # NVIDIA's image keeps its compiler: Triton and transformer-engine compile kernels as they run.
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
+COPY --from=tasks /opt/tasks /opt/tasks
 COPY --from=project /opt/flagscale /opt/flagscale
 # Ubuntu's image has a user with this number already; its name does not matter.
 RUN getent passwd 1000 >/dev/null || useradd --uid 1000 --no-create-home --home-dir /tmp distil

@@ -1,4 +1,6 @@
-"""The distillation pipeline: a check, six steps (seven with cache-teacher) and their inputs.
+"""The distillation pipeline: a check, six steps and their inputs.
+
+Cache-teacher is one more where trainings read its outputs, evaluate-tasks where tasks are named.
 
 `build_pipeline` makes it for a recipe: the recipe's sections become the parameters' defaults, so
 that an uploaded pipeline shows them in the KFP UI and every run can change them. The same
@@ -26,6 +28,7 @@ from pipelines.search import build_search
 from pipelines.sweep import build_sweep
 from pipelines.wiring import (
     always,
+    ask_tasks,
     cache,
     check,
     convert,
@@ -115,8 +118,9 @@ def _wire(values: Mapping[str, Any], placed: Placement) -> None:
         evaluation=evaluation,
         **always(values, "models"),
     )
-    placed.place(exported, "models", "Export student")
-    decide(values, placed, evaluation, exported)
+    shipped = placed.place(exported, "models", "Export student").outputs["exported_student"]
+    tasks = ask_tasks(values, placed, dataset, teacher, evaluation, shipped)
+    decide(values, placed, evaluation, exported, tasks)
     if placed.on_a_cluster:
         recorded = record_run(**figures(values, placed, "export-student"))
         place_record(recorded, placed)

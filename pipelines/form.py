@@ -87,6 +87,7 @@ def made(recipe: Recipe, platform: Platform | None, names: Sequence[str]) -> Mad
         rungs=rungs,
         most_candidates=search.count if search else 0,
         caches_teacher=recipe.caches_teacher,
+        evaluates_tasks=recipe.tasks.is_asked,
         platform=_facts(platform, recipe) if platform else None,
     )
 

@@ -112,6 +112,16 @@ class Placement:
         """Whether there is to be a step that asks the teacher for all trainings."""
         return self._recipe.caches_teacher
 
+    @property
+    def evaluates_tasks(self) -> bool:
+        """Whether there is to be a step that asks lm-eval's tasks."""
+        return self._recipe.tasks.is_asked
+
+    @property
+    def measures_layers_once(self) -> bool:
+        """Whether there is to be a step that measures layers for all students."""
+        return self._recipe.measures_layers_once
+
     def has(self, step: str) -> bool:
         """Whether a step's task has been placed."""
         return step in self._tasks

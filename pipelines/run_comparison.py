@@ -13,6 +13,7 @@ from flagscale.errors import UserError
 
 if TYPE_CHECKING:
     from flagscale.evaluation.run_board import Student
+    from flagscale.evaluation.task_scores import TaskScores
     from flagscale.tracking.finished import Evaluated, History
 
 PAGE = "comparison.html"
@@ -85,7 +86,8 @@ def _compare(
     from flagscale.evaluation.run_board_report import markdown, render
 
     names = _names(found)
-    students, notes = [], []
+    students: list[Student] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="flagscale-compare-") as folder:
         for name, one in zip(names, found, strict=True):
             student = _student(history, one, name, Path(folder) / one.run_id)
@@ -122,48 +124,66 @@ def _names(found: Sequence[Evaluated]) -> list[str]:
 def _student(history: History, one: Evaluated, name: str, folder: Path) -> Student | None:
     """What the run has measured; None where it has not kept its evaluation."""
     from flagscale.artifacts import MANIFEST, digest
-    from flagscale.evaluation import METRICS, PER_DOCUMENT
+    from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT_DATA
     from flagscale.evaluation.fidelity import read_rows
     from flagscale.evaluation.run_board import Student
     from flagscale.tracking import flatten
 
-    files = history.download(one.run_id, (MANIFEST, METRICS, PER_DOCUMENT), folder)
-    if len(files) < 3:
+    files = history.download(one.run_id, (MANIFEST, METRICS, PER_DOCUMENT, REPORT_DATA), folder)
+    if not {MANIFEST, METRICS, PER_DOCUMENT} <= {*files}:
         return None
-    manifest, metrics = (
-        json.loads(files[file].read_text(encoding="utf-8")) for file in (MANIFEST, METRICS)
-    )
+    found = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, path in files.items()
+        if name != PER_DOCUMENT
+    }
+    manifest, metrics = found[MANIFEST], found[METRICS]
     lines = files[PER_DOCUMENT].read_text(encoding="utf-8").splitlines()
-    measured: Mapping[str, Any] = manifest["facts"].get("measured", {})
-    recipe = measured.get("recipe", {})
+    recipe = manifest["facts"].get("measured", {}).get("recipe", {})
     sections = {**one.params, **flatten(recipe)}
-    sections = {k: v for k, v in sections.items() if not k.endswith(".fingerprint")}
     return Student(
         name=name,
         run_id=one.run_id,
-        sections=sections,
+        sections={k: v for k, v in sections.items() if not k.endswith(".fingerprint")},
         origin=digest(recipe.get("student", {})),
         metrics=metrics,
         fidelity=read_rows([json.loads(line) for line in lines]),
-        axes=_axes(metrics, recipe, measured.get("training", {}), sections, one.figures),
+        axes=_axes(metrics, found.get(REPORT_DATA, {}).get("costs") or {}, one.figures),
         digests={"distilled": manifest["parents"]["distilled"]},
+        tasks=_tasks(history, one, folder / "tasks"),
     )
+
+
+def _tasks(history: History, one: Evaluated, folder: Path) -> tuple[TaskScores, ...]:
+    """What it scored on tasks; nothing where it was not asked any."""
+    from flagscale.evaluation.task_scores import PER_EXAMPLE, TASKS, read_scores
+
+    if "evaluate-tasks" not in one.steps:
+        return ()
+    files = history.download(one.steps["evaluate-tasks"], (TASKS, PER_EXAMPLE), folder)
+    return read_scores(folder) if len(files) == 2 else ()
 
 
 def _axes(
     metrics: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    training: Mapping[str, Any],
-    sections: Mapping[str, str],
+    costs: Mapping[str, Any],
     figures: Mapping[str, Mapping[str, float]],
 ) -> dict[str, float]:
-    """What is known of the student's size, speed and cost."""
-    found = {"parameters": float(metrics["parameters"]["distilled"])}
-    speed = figures.get("evaluate-tasks", {}).get("distilled/decode_tokens_per_second")
-    if speed:
-        found["tokens_per_second"] = speed
-    steps, rate = training.get("steps"), training.get("median tokens per second")
-    batch = recipe.get("training", {}).get("global_batch_size")
-    if steps and rate and batch and "data.seq_length" in sections:
-        found["training_seconds"] = steps * batch * int(sections["data.seq_length"]) / rate
-    return found
+    """What is known of the student's size, speed and cost.
+
+    Args:
+        metrics: of its evaluation.
+        costs: as the report has them (`flagscale.evaluation.costs`); empty where nothing is known.
+        figures: of other steps.
+    """
+    known = {
+        "exported_bytes": figures.get("export-student", {}).get("bytes"),
+        "parameters": metrics["parameters"]["distilled"],
+        "decode_tokens_per_second": figures.get("evaluate-tasks", {}).get(
+            "distilled/decode_tokens_per_second"
+        ),
+        "flops_a_token": costs.get("flops_a_token", {}).get("distilled"),
+        "price": costs.get("price"),
+        "training_rank_seconds": costs["seconds"] * costs["processes"] if costs else None,
+    }
+    return {name: float(value) for name, value in known.items() if value is not None}

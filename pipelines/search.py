@@ -2,6 +2,7 @@
 
     check-recipe
     prepare-data, prepare-teacher, cache-teacher where trainings read its outputs
+    measure-layers where several candidates measure which of the teacher's layers can go
     rung 1: for each candidate, at most `search.parallelism` at a time:
         convert-student, distil-student (to the rung's step)
     rank-candidates
@@ -10,7 +11,7 @@
     rank-candidates
     ...
     pick-candidate, distil-student (on, to the end), evaluate, export-student,
-    promote where the recipe says what a student must show
+    evaluate-tasks where tasks are named, promote where the recipe says what a student must show
 
 A recipe with the section `search` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. KFP has no loop over a number that is known only at run time beyond a
@@ -33,7 +34,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.deployment.export_student.component import export_student
 from components.evaluation.rank_candidates.component import rank_candidates
-from components.monitoring.record_search.component import record_search
+from components.monitoring.record_many.component import record_many
 from components.training.pick_candidate.component import pick_candidate
 from flagscale.recipe import Recipe, TasksRecipe
 from flagscale.recipe.search import RankingRecipe, SearchRecipe, ranking_metrics, ranking_tasks
@@ -44,12 +45,14 @@ from pipelines.platform import Platform
 from pipelines.wiring import (
     Rung,
     always,
+    ask_tasks,
     cache,
     check,
     convert,
     decide,
     figures,
     judge,
+    measure,
     place_record,
     prepare,
     reads,
@@ -134,7 +137,8 @@ class _Wiring:
         dataset, teacher = prepare(values, placed)
         outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
         read = reads(dataset, teacher, outputs)
-        results = self._first_rung(dataset, teacher, read)
+        measured = measure(values, placed, dataset, teacher)
+        results = self._first_rung(dataset, teacher, measured, read)
         ranked = self._rank(1, results, None)
         for number in range(2, len(self._search.rungs) + 1):
             results = self._rung(number, ranked, read)
@@ -149,25 +153,32 @@ class _Wiring:
             evaluation=evaluation,
             **always(values, "models"),
         )
-        placed.place(exported, "models", "Export student")
-        decide(values, placed, evaluation, exported)
+        shipped = placed.place(exported, "models", "Export student").outputs["exported_student"]
+        tasks = ask_tasks(values, placed, dataset, teacher, evaluation, shipped)
+        decide(values, placed, evaluation, exported, tasks)
         if placed.on_a_cluster:
             given = figures(values, placed, "rank-candidates", "export-student")
-            place_record(record_search(search=ranked, **{**given, **self._figures}), placed)
+            for of_winner in ("training_metrics", "evaluation_metrics"):
+                given[f"winner_{of_winner}"] = given.pop(of_winner)
+            place_record(record_many(ranking=ranked, **{**given, **self._figures}), placed)
 
     def _first_rung(
-        self, dataset: Channel, teacher: Channel, read: Mapping[str, Channel]
+        self,
+        dataset: Channel,
+        teacher: Channel,
+        measured: Mapping[str, Channel],
+        read: Mapping[str, Channel],
     ) -> Channel:
         with dsl.ParallelFor(
             self._looped["search_candidates"], name="rung 1", parallelism=self._parallelism
         ) as candidate:
             own = {**self._looped, "student": candidate.student}
-            student = convert(own, self._placed, dataset, teacher, record_failure=True)
+            student = convert(own, self._placed, dataset, teacher, measured, record_failure=True)
             result = train(self._looped, self._placed, student, read, self._rung_of(1))
         given = figures(self._values, self._placed)
         self._figures = {
             "student_metrics": dsl.Collected(given["student_metrics"]),
-            "rung_metrics": dsl.Collected(given["training_metrics"]),
+            "training_metrics": dsl.Collected(given["training_metrics"]),
         }
         return dsl.Collected(result)
 

@@ -2,9 +2,11 @@
 
     check-recipe
     prepare-data, prepare-teacher, and where teacher outputs are read cache-teacher
+    measure-layers where several students measure which of the teacher's layers can go
     for each variant, at most `sweep.parallelism` at a time:
         convert-student, distil-student, evaluate
-    leaderboard, export-winner, promote where the recipe says what a student must show
+    leaderboard, export-winner, evaluate-tasks where tasks are named, promote where the recipe says
+    what a student must show
 
 A recipe with the section `sweep` gives it; `run`, `compile`, `submit` and `schedule` take such a
 recipe like any other. The variants are the parameter `sweep_variants`: a list of mappings of
@@ -23,14 +25,25 @@ from kfp.dsl.base_component import BaseComponent
 
 from components.deployment.export_winner.component import export_winner
 from components.evaluation.leaderboard.component import leaderboard
-from components.monitoring.record_sweep.component import record_sweep
+from components.monitoring.record_many.component import record_many
 from flagscale.recipe import Recipe
 from flagscale.recipe.sweep import VARIED, Metric
 from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
 from pipelines.platform import Platform
-from pipelines.wiring import always, cache, check, decide, figures, place_record, prepare, teach
+from pipelines.wiring import (
+    always,
+    ask_tasks,
+    cache,
+    check,
+    decide,
+    figures,
+    measure,
+    place_record,
+    prepare,
+    teach,
+)
 
 _AT_A_TIME_HERE = 1  # on this machine one training takes all cores
 
@@ -101,12 +114,13 @@ def _wire(
 ) -> None:
     dataset, teacher = prepare(values, placed)
     outputs = cache(values, placed, dataset, teacher) if placed.caches_teacher else None
+    measured = measure(values, placed, dataset, teacher)
     with dsl.ParallelFor(
         looped["sweep_variants"], name="variants", parallelism=parallelism
     ) as variant:
         own = {section: getattr(variant, section) for section in VARIED}
         distilled, evaluation = teach(
-            {**looped, **own}, placed, dataset, teacher, outputs, record_failure=True
+            {**looped, **own}, placed, dataset, teacher, outputs, measured, record_failure=True
         )
 
     ranked = leaderboard(
@@ -125,10 +139,12 @@ def _wire(
         leaderboard=table,
         **always(values, "models"),
     )
-    placed.place(exported, "models", "Export winner")
-    decide(values, placed, exported.outputs["winners_evaluation"], exported)
+    won = placed.place(exported, "models", "Export winner").outputs
+    shipped, measured = won["exported_student"], won["winners_evaluation"]
+    tasks = ask_tasks(values, placed, dataset, teacher, measured, shipped)
+    decide(values, placed, measured, exported, tasks)
     if placed.on_a_cluster:
         given = figures(values, placed, "leaderboard", "export-winner")
         for name in ("student_metrics", "training_metrics", "evaluation_metrics"):
             given[name] = dsl.Collected(given[name])
-        place_record(record_sweep(leaderboard=table, **given), placed)
+        place_record(record_many(ranking=table, **given), placed)

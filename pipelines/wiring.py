@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kfp import dsl
@@ -10,13 +11,15 @@ from kfp import dsl
 from components.data_processing.prepare_data.component import prepare_data
 from components.deployment.promote.component import promote
 from components.evaluation.evaluate.component import evaluate
+from components.evaluation.evaluate_tasks.component import evaluate_tasks
 from components.training.cache_teacher.component import cache_teacher
 from components.training.check_recipe.component import check_recipe
 from components.training.convert_student.component import convert_student
 from components.training.distil_student.component import distil_student
 from components.training.distil_student_on_nodes.component import distil_student_on_nodes
+from components.training.measure_layers.component import measure_layers
 from components.training.prepare_teacher.component import prepare_teacher
-from flagscale.run_values import LISTS, MET, SECTIONS, Made
+from flagscale.run_values import LISTS, MEASURED, MET, SECTIONS, Made
 from flagscale.run_values.literal import carried
 from pipelines.placement import Placement
 
@@ -26,14 +29,16 @@ _FIGURES = {
     "prepare-data": "dataset_metrics",
     "prepare-teacher": "teacher_metrics",
     "cache-teacher": "outputs_metrics",
+    "measure-layers": "importance_metrics",
     "convert-student": "student_metrics",
     "distil-student": "training_metrics",
     "distil-student-on-nodes": "training_metrics",
     "evaluate": "evaluation_metrics",
-    "leaderboard": "leaderboard_metrics",
-    "rank-candidates": "search_metrics",
+    "leaderboard": "ranking_metrics",
+    "rank-candidates": "ranking_metrics",
     "export-student": "export_metrics",
     "export-winner": "export_metrics",
+    "evaluate-tasks": "task_metrics",
 }  # step: its output, and the input of the last step
 
 
@@ -55,7 +60,7 @@ def check(values: Mapping[str, Any], placed: Placement, made: Made) -> dict[str,
     placed.place(checked, "data", "Check recipe", small=True, storage=False)
     placed.create_volume(after=checked)
     outputs = [name for name in (*SECTIONS, *LISTS) if name in values]
-    return {**values, **{name: checked.outputs[name] for name in (*outputs, MET)}}
+    return {**values, **{name: checked.outputs[name] for name in (*outputs, MEASURED, MET)}}
 
 
 def always(values: Mapping[str, Any], kind: str = "data") -> dict[str, Any]:
@@ -113,11 +118,30 @@ def cache(
     return placed.place(asked, "models", "Cache teacher").outputs["teacher_outputs"]
 
 
+def measure(
+    values: Mapping[str, Any], placed: Placement, dataset: Channel, teacher: Channel
+) -> dict[str, Channel]:
+    """The step that measures layers for all students, if there is one: what they are given."""
+    if not placed.measures_layers_once:
+        return {}
+    asked = measure_layers(
+        students=values[MEASURED],
+        models_recipe=values["models"],
+        record_failure=True,
+        teacher=teacher,
+        dataset=dataset,
+        **always(values, "models"),
+    )
+    placed.place(asked, "models", "Measure layers")
+    return {"layer_importance": asked.outputs["layer_importance"]}
+
+
 def convert(
     values: Mapping[str, Any],
     placed: Placement,
     dataset: Channel,
     teacher: Channel,
+    measured: Mapping[str, Channel],
     *,
     record_failure: bool = False,
 ) -> Channel:
@@ -128,6 +152,7 @@ def convert(
         placed: where tasks go.
         dataset: a channel.
         teacher: a channel.
+        measured: of `measure`.
         record_failure: whether others go on where this student fails.
     """
     conversion = convert_student(
@@ -136,6 +161,7 @@ def convert(
         record_failure=record_failure,
         teacher=teacher,
         dataset=dataset,
+        **measured,
         **always(values, "models"),
     )
     return placed.place(conversion, "models", "Convert student").outputs["student"]
@@ -147,6 +173,7 @@ def teach(
     dataset: Channel,
     teacher: Channel,
     outputs: Channel = None,
+    measured: Mapping[str, Channel] = MappingProxyType({}),
     *,
     record_failure: bool = False,
 ) -> tuple[Channel, Channel]:
@@ -158,9 +185,10 @@ def teach(
         dataset: a channel.
         teacher: a channel.
         outputs: a channel, of `cache`, where the training reads them.
+        measured: of `measure`.
         record_failure: see `convert`.
     """
-    student = convert(values, placed, dataset, teacher, record_failure=record_failure)
+    student = convert(values, placed, dataset, teacher, measured, record_failure=record_failure)
     read = reads(dataset, teacher, outputs)
     distilled = train(values, placed, student, read, record_failure=record_failure)
     judged = judge(
@@ -197,6 +225,33 @@ def judge(
         **always(values, "models"),
     )
     return placed.place(measured, "models", "Evaluate").outputs["evaluation"]
+
+
+def ask_tasks(
+    values: Mapping[str, Any],
+    placed: Placement,
+    dataset: Channel,
+    teacher: Channel,
+    evaluation: Channel,
+    exported: Channel,
+) -> Channel:
+    """The step that asks a teacher and an exported student tasks.
+
+    Returns:
+        A channel of their scores; None where no task is named.
+    """
+    if not placed.evaluates_tasks:
+        return None
+    asked = evaluate_tasks(
+        tasks_recipe=values["tasks"],
+        models_recipe=values["models"],
+        teacher=teacher,
+        dataset=dataset,
+        evaluation=evaluation,
+        exported_student=exported,
+        **always(values, "models"),
+    )
+    return placed.place(asked, "models", "Evaluate tasks").outputs["task_evaluation"]
 
 
 def train(
@@ -276,7 +331,7 @@ def figures(values: Mapping[str, Any], placed: Placement, *last: str) -> dict[st
     """
     trained = "distil-student-on-nodes" if placed.uses_trainjob else "distil-student"
     steps = ["prepare-data", "prepare-teacher", "convert-student", trained, "evaluate", *last]
-    steps.append("cache-teacher")
+    steps += ["cache-teacher", "measure-layers", "evaluate-tasks"]
     given = {
         _FIGURES[step]: placed.task(step).outputs[_FIGURES[step]]
         for step in steps

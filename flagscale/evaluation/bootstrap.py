@@ -65,6 +65,10 @@ class Estimate:
         """A multiple."""
         return Estimate(self.value * factor, self.resamples_r * factor, self.documents)
 
+    def plus(self, number: float) -> Estimate:
+        """Shifted by a number."""
+        return Estimate(self.value + number, self.resamples_r + number, self.documents)
+
     def reduction_from(self, before: Estimate) -> Estimate:
         """`1 - self / before`, on the same draws."""
         return (before - self) / before

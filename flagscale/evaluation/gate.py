@@ -9,8 +9,10 @@ is needed (the intersection-union test; Berger, Technometrics 24(4), 1982).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 from flagscale.errors import UserError
@@ -80,11 +82,8 @@ def judge(
 
 def _judge(condition: Condition, found: Mapping[str, Estimate], usual: float) -> Judgement:
     confidence = condition.confidence or usual
-    value = condition.constant + sum(f * found[n].value for n, f in condition.factors.items())
-    resamples_r = condition.constant + sum(
-        factor * found[name].resamples_r for name, factor in condition.factors.items()
-    )
-    margin = Estimate(value, resamples_r).interval(confidence)
+    terms = [found[name].times(factor) for name, factor in condition.factors.items()]
+    margin = reduce(operator.add, terms).plus(condition.constant).interval(confidence)
     return Judgement(
         condition=condition.text,
         holds=margin.low > 0 or (margin.low == 0 and not condition.strict),

@@ -10,7 +10,6 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from flagscale.evaluation.generate import Model
+from flagscale.evaluation.speed import Speed
 from flagscale.megatron import platform
 from flagscale.megatron.peak_memory import measure_peak_anew, peak_since
 
 _REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one model.
-
-    Attributes:
-        engine: that ran it: `transformers`, `megatron` or `vllm`.
-        prompt_tokens: tokens that were read at once.
-        new_tokens: tokens that were written then, one after the other.
-        prefill_tokens_per_second: read.
-        decode_tokens_per_second: written.
-        peak_memory: bytes: what torch had allocated of an accelerator, else the most resident
-            memory of the process; None where the engine takes what there is.
-    """
-
-    engine: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    peak_memory: int | None
 
 
 class TransformersModel:
@@ -78,14 +56,17 @@ class TransformersModel:
         return found
 
 
-def measure_generation(model: Model, engine: str, prompt: Sequence[int], new_tokens: int) -> Speed:
+def measure_generation(
+    model: Model, engine: str, dtype: torch.dtype, prompt: Sequence[int], new_tokens: int
+) -> Speed:
     """Write on from a prompt, once to warm up and then some times: the median counts.
 
     All ranks call it. One text at a time, as one who waits for an answer has it.
 
     Args:
         model: that is measured.
-        engine: its name.
+        engine: what runs it.
+        dtype: that it computes in.
         prompt: token ids.
         new_tokens: to write, at least 2.
     """
@@ -94,6 +75,8 @@ def measure_generation(model: Model, engine: str, prompt: Sequence[int], new_tok
     prefill, decode = (statistics.median(times) for times in zip(*seconds, strict=True))
     return Speed(
         engine=engine,
+        device=platform.device().type,
+        dtype=str(dtype).removeprefix("torch."),
         prompt_tokens=len(prompt),
         new_tokens=new_tokens,
         prefill_tokens_per_second=len(prompt) / prefill,
@@ -143,6 +126,8 @@ def measure_with_vllm(folder: Path, prompt: Sequence[int], new_tokens: int) -> S
     whole = statistics.median(seconds(new_tokens) for _ in range(_REPEATS))
     return Speed(
         engine="vllm",
+        device="cuda",
+        dtype=str(model.llm_engine.model_config.dtype).removeprefix("torch."),
         prompt_tokens=len(prompt),
         new_tokens=new_tokens,
         prefill_tokens_per_second=len(prompt) / prefill,

@@ -22,7 +22,7 @@ from flagscale.data.layout import Part, mask_file, parts_of, read_manifest
 # each character is one.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"\s*(?:[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+)")
-_SHOWN, _NEXT = 32, 16  # words
+_SHOWN, _NEXT = 24, 12  # words
 _LEAST = 2  # words of an answer that is asked for
 _LONGEST_CONVERSATION = 2_000  # characters before the answer
 _SIZES = (1.0, 0.5, 0.25)  # shorter passages, where documents are too short for many of the longest

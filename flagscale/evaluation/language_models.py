@@ -28,6 +28,9 @@ def of_folder(folder: Path, batch_size: int) -> HFLM:
     Args:
         folder: config, safetensors and tokenizer.
         batch_size: sequences a forward pass.
+
+    Raises:
+        RuntimeError: weights are missing, left over or of another shape.
     """
     dtype, device = platform.training_dtype("auto"), platform.device()
     model: Any
@@ -35,9 +38,16 @@ def of_folder(folder: Path, batch_size: int) -> HFLM:
         model = whole(folder).to(device)
     else:
         several = platform.HAS_GPU and torch.cuda.device_count() > 1
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, **({"device_map": "auto"} if several else {})
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            **({"device_map": "auto"} if several else {}),
         )
+        model, report = loaded
+        wrong = [name for kind in report.values() for name in kind]
+        if wrong:  # transformers would fill in random ones, and only log it
+            raise RuntimeError(f"{folder}: weights are missing, left over or misshapen: {wrong}")
         model = model if several else model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

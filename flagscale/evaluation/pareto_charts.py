@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from flagscale.evaluation.charts import ROLES, Chart, chart
 from flagscale.evaluation.figures import SHOWN
-from flagscale.evaluation.run_board import AXES, QUALITY, Board
+from flagscale.evaluation.run_board import AXES, QUALITY, SCALES, Board
 
 _SPREAD = 3.0  # largest beside smallest from which on an axis is logarithmic
 _MOST_NAMED = 12  # points with a number beside them
@@ -33,7 +33,7 @@ def _against(board: Board, axis: str, page_id: str) -> Chart:
     metric = SHOWN[board.leaderboard.metric]
     rows = board.leaderboard.rows
     scale = 100 if metric.percent else 1
-    x = np.array([board.places[row.number].values[axis] for row in rows])
+    x = np.array([board.places[row.number].values[axis] for row in rows]) / SCALES.get(axis, 1)
     intervals = [row.figures[board.leaderboard.metric] for row in rows]
     y, low, high = (
         np.array([one[key] * scale for one in intervals]) for key in ("value", "low", "high")

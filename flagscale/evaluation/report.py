@@ -12,13 +12,14 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flagscale.artifacts import Manifest
+from flagscale.artifacts import Manifest, open_artifact
 from flagscale.errors import UserError
 from flagscale.evaluation import charts, forecast_section
 from flagscale.evaluation import report_sections as sections
@@ -27,7 +28,8 @@ from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report_data import ReportData
-from flagscale.evaluation.task_scores import TaskScores, load_scores
+from flagscale.evaluation.speed import Speed
+from flagscale.evaluation.task_scores import KIND, TaskScores, load_scores
 from flagscale.evaluation.texts import count, flat
 from flagscale.evaluation.verdict import kept, percent
 from flagscale.evaluation.verdict import verdict as whole_verdict
@@ -70,7 +72,7 @@ def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
         token_charts=sections.token_pictures(data.findings),
         findings=data.findings,
         beside=sections.beside(data),
-        costs=sections.costs(data),
+        costs=[*sections.costs(data), *sections.generation(data)],
         percent=percent,
         charts=[chart for chart in drawn if chart is not None],
         generations=[{k: _shown(v) for k, v in g.items()} for g in data.generations],
@@ -233,6 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = ReportData.load(options.evaluation)
         data = with_others(data, options.evaluation, named_folders(options.beside))
         tasks = load_scores(options.tasks) if options.tasks else ()
+        if options.tasks:
+            told = open_artifact(options.tasks, KIND).facts["generation"]
+            speeds = {model: [Speed(**one) for one in engines] for model, engines in told.items()}
+            data = replace(data, generation=speeds)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation import REPORT_DATA
 from flagscale.evaluation.costs import Costs
 from flagscale.evaluation.fidelity import Fidelity, read_rows
+from flagscale.evaluation.speed import Speed
 from flagscale.evaluation.token_findings import TokenFindings
 
 
@@ -65,6 +66,8 @@ class ReportData:
         findings: where in the text the models disagree; None where no token was looked at.
         costs: what the student took to make; None where it is not known.
         others: runs that it is read beside.
+        generation: model -> how fast it writes, of each engine (`generation_speed.Speed`); told by
+            who asks the models tasks, and not saved here.
     """
 
     metrics: Mapping[str, Any]
@@ -79,6 +82,7 @@ class ReportData:
     findings: TokenFindings | None = None
     costs: Costs | None = None
     others: Sequence[Other] = ()
+    generation: Mapping[str, Sequence[Speed]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write report.json."""

@@ -174,6 +174,24 @@ def costs(data: ReportData) -> list[tuple[str, str, str]]:
     return rows
 
 
+def generation(data: ReportData) -> list[tuple[str, str, str]]:
+    """How fast the models write: name, value, remark."""
+    rows = []
+    for model, label in ((TEACHER, "teacher"), (AFTER, "student")):
+        for speed in data.generation.get(model, ()):
+            held = "" if speed.peak_memory is None else f", at most {_bytes(speed.peak_memory)}"
+            rows.append(
+                (
+                    f"The {label} writes",
+                    f"{speed.decode_tokens_per_second:,.3g} tokens/s",
+                    f"{speed.engine}, {speed.dtype} on {speed.device}, one text at a time{held}; "
+                    f"reads {speed.prompt_tokens:,} tokens at "
+                    f"{speed.prefill_tokens_per_second:,.3g} tokens/s",
+                )
+            )
+    return rows
+
+
 def _processes(found: Costs) -> str:
     kind = "GPU" if found.device == "cuda" else "CPU"
     return f"{found.processes} {kind} process{'es' if found.processes > 1 else ''}"

@@ -17,6 +17,8 @@ from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import SHOWN
 from flagscale.evaluation.leaderboard import Candidate, Leaderboard, Row, rank
 from flagscale.evaluation.pareto import dominated_by
+from flagscale.evaluation.task_columns import TaskColumn, task_columns
+from flagscale.evaluation.task_scores import TaskScores
 
 QUALITY = "quality"
 
@@ -28,19 +30,28 @@ class Axis:
     Attributes:
         label: for people.
         lower_is_better: direction.
-        unit: behind a value.
     """
 
     label: str
-    lower_is_better: bool
-    unit: str = ""
+    lower_is_better: bool = True
 
 
 AXES = {
-    "parameters": Axis("Size, parameters", lower_is_better=True),
-    "tokens_per_second": Axis("Speed of generation, tokens/s", lower_is_better=False),
-    "training_seconds": Axis("Training, seconds", lower_is_better=True, unit=" s"),
+    "exported_bytes": Axis("Size of the export, MB"),
+    "parameters": Axis("Size, parameters"),
+    "decode_tokens_per_second": Axis("Speed of generation, tokens/s", lower_is_better=False),
+    "flops_a_token": Axis("Work of a token, MFLOPs"),
+    "price": Axis("Price of the training"),
+    "training_rank_seconds": Axis("Training, rank-seconds"),
 }
+# Size, speed and cost: of each the first measure that all students of a board have.
+_ASKED = (
+    ("exported_bytes", "parameters"),
+    ("decode_tokens_per_second", "flops_a_token"),
+    ("price", "training_rank_seconds"),
+)
+MISSING = dict(zip(("size", "speed", "cost"), map(set, _ASKED), strict=True))
+SCALES = {"exported_bytes": 1e6, "flops_a_token": 1e6}  # of the units that labels name
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Student:
         fidelity: its sums per document.
         axes: of `AXES` those that are known.
         digests: of the evaluation and of the distilled student.
+        tasks: what it scored on tasks, and its teacher, if they were asked.
     """
 
     name: str
@@ -66,6 +78,7 @@ class Student:
     fidelity: Fidelity
     axes: Mapping[str, float]
     digests: Mapping[str, str]
+    tasks: Sequence[TaskScores] = ()
 
 
 @dataclass(frozen=True)
@@ -91,14 +104,16 @@ class Board:
     Attributes:
         students: in the order of their numbers, from 1.
         leaderboard: the same, best first.
-        axes: that all of them have: `QUALITY`, then of `AXES`.
+        axes: that all of them have: `QUALITY`, then of `AXES` one each of size, speed and cost.
         places: number -> place.
+        tasks: that at least two of them were asked, with the same examples.
     """
 
     students: tuple[Student, ...]
     leaderboard: Leaderboard
     axes: tuple[str, ...]
     places: Mapping[int, Place]
+    tasks: tuple[TaskColumn, ...] = ()
 
     def student(self, row: Row) -> Student:
         """Of a row of the leaderboard."""
@@ -154,15 +169,31 @@ def _board(group: Sequence[Student], metric: str, confidence: float | None) -> B
             origin=one.origin,
             metrics={**one.metrics, **settings},
             fidelity=one.fidelity,
-            tokens_per_second=one.axes.get("tokens_per_second", 0.0),
+            tokens_per_second=one.axes.get("decode_tokens_per_second", 0.0),
             source=Path(one.name),
             digests=one.digests,
         )
         for number, one in enumerate(group, start=1)
     ]
     leaderboard = rank(candidates, metric)
-    axes = (QUALITY, *(name for name in AXES if all(name in one.axes for one in group)))
-    return Board(tuple(group), leaderboard, axes, _places(group, candidates, leaderboard, axes))
+    axes = (QUALITY, *_axes(group))
+    return Board(
+        students=tuple(group),
+        leaderboard=leaderboard,
+        axes=axes,
+        places=_places(group, candidates, leaderboard, axes),
+        tasks=task_columns(
+            {row.number: group[row.number - 1].tasks for row in leaderboard.rows},
+            settings["bootstrap_samples"],
+            settings["confidence"],
+        ),
+    )
+
+
+def _axes(group: Sequence[Student]) -> list[str]:
+    known = [name for name in AXES if all(name in one.axes for one in group)]
+    found = [next((name for name in one if name in known), None) for one in _ASKED]
+    return [name for name in found if name is not None]
 
 
 def _changes(group: Sequence[Student]) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from flagscale.evaluation.figures import SHOWN, verdict
 from flagscale.evaluation.leaderboard import Row
 from flagscale.evaluation.leaderboard_report import headline, page_parts, template
 from flagscale.evaluation.pareto_charts import pareto_charts
-from flagscale.evaluation.run_board import AXES, QUALITY, Board
+from flagscale.evaluation.run_board import AXES, MISSING, QUALITY, SCALES, Board
+from flagscale.evaluation.task_columns import TaskColumn
 from flagscale.evaluation.texts import count
 
 
@@ -67,9 +68,12 @@ def _section(number: int, board: Board) -> dict[str, Any]:
         "number": number,
         "measured": _measured(board),
         "axes": [_axis_label(board, axis) for axis in board.axes],
-        "left_out": [AXES[axis].label for axis in AXES if axis not in board.axes],
+        "left_out": [what for what, names in MISSING.items() if not names & {*board.axes}],
         "places": [_place(board, row) for row in rows],
         "pareto": [_figure(chart) for chart in pareto_charts(board, number)],
+        "tasks": [_task_heading(column) for column in board.tasks],
+        "on_tasks": [_on_tasks(board, row) for row in rows],
+        "teacher_on_tasks": [_score(column.teacher) for column in board.tasks],
         "beside": [_beside(row) for row in rows[1:]],
         "figures": [SHOWN[figure].label for figure in FIGURES],
         "runs": [
@@ -116,7 +120,40 @@ def _value(board: Board, axis: str, values: Mapping[str, float]) -> str:
         return SHOWN[board.leaderboard.metric].text(value)
     if axis == "parameters":
         return count(int(value))
-    return f"{value:,.0f}{AXES[axis].unit}" if value >= 100 else f"{value:.3g}{AXES[axis].unit}"
+    value /= SCALES.get(axis, 1)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _task_heading(column: TaskColumn) -> str:
+    return f"{column.name}, {column.examples:,} examples"
+
+
+def _score(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return ""
+    value, error = score
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def _on_tasks(board: Board, row: Row) -> dict[str, Any]:
+    cells = []
+    for column in board.tasks:
+        cell = column.cells.get(row.number)
+        if cell is None:
+            cells.append({"value": "not asked", "interval": "", "verdict": ""})
+            continue
+        interval = ""
+        if cell.difference is not None:
+            value, low, high = (f"{cell.difference[key]:+.3g}" for key in ("value", "low", "high"))
+            interval = f"{value} ({low} to {high}) {cell.verdict}"
+        cells.append(
+            {
+                "value": _score((cell.value, cell.error)),
+                "interval": interval,
+                "verdict": cell.verdict,
+            }
+        )
+    return {"name": row.name, "cells": cells}
 
 
 def _beside(row: Row) -> dict[str, Any]:
@@ -159,6 +196,16 @@ def _board_markdown(board: Board) -> str:
         _table(head, rows),
         _table(["", *(_axis_label(board, axis) for axis in board.axes), "Pareto front"], front),
     ]
+    if board.tasks:
+        scores = [
+            [
+                one["name"],
+                *(f"{cell['value']}  {cell['interval']}".strip() for cell in one["cells"]),
+            ]
+            for one in (_on_tasks(board, row) for row in one.rows)
+        ]
+        scores.append(["Teacher", *(_score(column.teacher) for column in board.tasks)])
+        parts.append(_table(["tasks", *map(_task_heading, board.tasks)], scores))
     if board.varied:
         changes = [[f, *(str(row.changes[f]) for row in one.rows)] for f in board.varied]
         parts.append(_table(["differs", *(row.name for row in one.rows)], changes))

@@ -7,6 +7,7 @@ from typing import Any
 
 from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN
+from flagscale.evaluation.markdown import escaped, table
 from flagscale.evaluation.report_data import ReportData
 from flagscale.evaluation.task_scores import TaskScores
 from flagscale.evaluation.task_table import task_rows
@@ -31,12 +32,9 @@ def summary_markdown(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
     ]
     parts = [f"**{escaped(verdict(data, tasks))}.**"]
     if tasks:
-        table = [
-            [escaped(row.name), *(row.text(model) for model in _COLUMNS)]
-            for row in task_rows(tasks)
-        ]
-        parts.append(_table(["Task", *_COLUMNS.values()], table))
-    parts.append(_table(["", *_COLUMNS.values()], rows))
+        scores = [[row.name, *(row.text(model) for model in _COLUMNS)] for row in task_rows(tasks)]
+        parts.append(table(["Task", *_COLUMNS.values()], scores))
+    parts.append(table(["", *_COLUMNS.values()], rows))
     parts.append(
         f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens; "
         f"{100 * metrics['confidence']:g}% intervals, bootstrapped over documents."
@@ -44,18 +42,8 @@ def summary_markdown(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def escaped(text: str) -> str:
-    """A name as Markdown shows it, and not as it would read it."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]<>|" else c for c in text)
-
-
 def _cell(key: str, shown: Any, figures: Any) -> str:  # noqa: ANN401
     if key not in figures:
         return ""
     value, low, high = (shown.text(figures[key][x]) for x in ("value", "low", "high"))
     return value if low == high else f"{value} [{low}, {high}]"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

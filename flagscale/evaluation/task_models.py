@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 
 from flagscale.data.loader import split_documents
 from flagscale.evaluation.generation_speed import (
-    Speed,
     TransformersModel,
     measure_generation,
     measure_with_vllm,
 )
 from flagscale.evaluation.harness import ask
+from flagscale.evaluation.speed import Speed
 from flagscale.evaluation.tasks import Tasks
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape
@@ -71,10 +70,12 @@ def ask_folder(questions: Questions, folder: Path) -> Answers:
     lm = of_folder(folder, settings.batch_size)
     answers = ask(lm, questions.tasks, settings)
     engine = "transformers, dequantised" if is_quantized(folder) else "transformers"
-    speeds = [_speed(TransformersModel(lm.model), engine, prompt, settings)]
+    model, new_tokens = TransformersModel(lm.model), settings.new_tokens
+    speeds = [measure_generation(model, engine, lm.model.dtype, prompt, new_tokens)]
+    del model
     del lm
     _make_room()
-    fast = measure_with_vllm(folder, prompt, settings.new_tokens)
+    fast = measure_with_vllm(folder, prompt, new_tokens)
     return answers, speeds + ([fast] if fast else [])
 
 
@@ -90,9 +91,9 @@ def ask_megatron(questions: Questions, artifact: Path, sizes: ParallelismRecipe)
 
     _make_room()
     shape = ModelShape.load(artifact)
-    longest = shape.max_position_embeddings
+    longest, dtype = shape.max_position_embeddings, platform.training_dtype("auto")
     lm = MegatronLM(
-        load_model(artifact, longest, sizes, platform.training_dtype("auto")),
+        load_model(artifact, longest, sizes, dtype),
         load_tokenizer(questions.dataset / "tokenizer"),
         max_length=longest,
         batch_size=questions.settings.batch_size,
@@ -100,11 +101,9 @@ def ask_megatron(questions: Questions, artifact: Path, sizes: ParallelismRecipe)
         can_cache=shape.architecture.spec is None,
     )
     answers = ask(lm, questions.tasks, questions.settings)
-    return answers, [_speed(lm.causal_lm, "megatron", questions.prompt, questions.settings)]
-
-
-def _speed(model: Any, engine: str, prompt: Sequence[int], settings: TasksRecipe) -> Speed:  # noqa: ANN401
-    return measure_generation(model, engine, prompt, settings.new_tokens)
+    new_tokens = questions.settings.new_tokens
+    speed = measure_generation(lm.causal_lm, "megatron", dtype, questions.prompt, new_tokens)
+    return answers, [speed]
 
 
 def _make_room() -> None:

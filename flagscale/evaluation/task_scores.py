@@ -111,6 +111,15 @@ def load_scores(folder: Path) -> tuple[TaskScores, ...]:
         UserError: it is none, or its files do not belong together.
     """
     open_artifact(folder, KIND)
+    return read_scores(folder)
+
+
+def read_scores(folder: Path) -> tuple[TaskScores, ...]:
+    """`load_scores` of a folder that has an artifact's `tasks.json` and `per_example.jsonl` alone.
+
+    Raises:
+        UserError: they do not belong together.
+    """
     try:
         tasks = json.loads((folder / TASKS).read_text(encoding="utf-8"))
         with (folder / PER_EXAMPLE).open(encoding="utf-8") as stream:

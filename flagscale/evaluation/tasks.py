@@ -49,7 +49,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "tasks: lm-eval is not installed; pip install 'flagscale-distillation[tasks]', or take "
-            "an image that was built with EXTRAS='cluster tasks'"
+            "an image that was built with it (TASKS=tasks, as it is by default)"
         )
 
 

@@ -4,7 +4,7 @@ The divergences that tell how a student errs (Gu et al., 2024, MiniLLM): forward
 misses what the teacher holds likely, reverse KL where it holds likely what the teacher does not,
 and Jensen-Shannon is symmetric and at most log 2. Beside them, how sure both are.
 
-With d the difference of both log-probabilities and m their mean probability,
+With d the difference of both log-probabilities and m the mean of the probabilities,
 JS = sum(m * h(d)), h(d) = log 2 - H(sigmoid(d)): not negative term by term, and written with expm1
 and log1p so that a small one keeps its digits.
 """
@@ -40,13 +40,13 @@ def token_closeness(
         the entropy of the teacher's distribution in nats, the largest probability that teacher and
         student give, and the token that each gives it to.
     """
-    sums_s10n = gathered(slice_sums(teacher_nv, student_nv, labels_n, first_token), group)
-    figures_m4n = merge(sums_s10n, labels_n)
-    top_t, token_t, mass_t, top_s, token_s, mass_s = sums_s10n.unbind(1)[:6]
+    mine = slice_sums(teacher_nv, student_nv, labels_n, first_token, closely=True)
+    sums_s12n = gathered(mine, group)
+    figures_m4n = merge(sums_s12n, labels_n)
+    top_t, token_t, mass_t, top_s, token_s, mass_s = sums_s12n.unbind(1)[:6]
     log_z_t, log_z_s = _log_partition(top_t, mass_t), _log_partition(top_s, mass_s)
-    sums_4n = gathered(_sums(teacher_nv, student_nv, log_z_t, log_z_s), group).sum(0)
-    entropy_n, mass_n, products_n, js_n = sums_4n.unbind(0)
-    reverse_n = (log_z_t - log_z_s) - _rounded(log_z_t, log_z_s) - products_n / mass_n
+    reverse_n, entropy_n = _reverse_and_entropy(sums_s12n, log_z_t, log_z_s)
+    js_n = gathered(_js(teacher_nv, student_nv, log_z_t, log_z_s), group).sum(0)
     overlap_n = _overlap(teacher_nv, student_nv, first_token, group)
     same_n = torch.ones_like(js_n)
     more_m3n = torch.stack(
@@ -72,49 +72,46 @@ def _log_partition(top_sn: torch.Tensor, mass_sn: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(top_sn + mass_sn.log(), dim=0)
 
 
-def _sums(
+def _reverse_and_entropy(
+    sums_s12n: torch.Tensor, log_z_t: torch.Tensor, log_z_s: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reverse KL and the teacher's entropy [n], from the `slice_sums` of all slices."""
+    top_t, top_s = sums_s12n[:, 0], sums_s12n[:, 3]
+    mass_t, mass_s = sums_s12n[:, 2], sums_s12n[:, 5]
+    products, z_sums = sums_s12n[:, 10], sums_s12n[:, 11]
+    # Of the whole vocabulary, each slice has these shares of the two distributions.
+    share_t = (top_t + mass_t.log() - log_z_t).exp()
+    share_s = (top_s + mass_s.log() - log_z_s).exp()
+    # A slice's mean log-probabilities and their difference, under its own share.
+    difference = products / mass_s + (top_t - log_z_t) - (top_s - log_z_s)
+    log_p = z_sums / mass_t + top_t - log_z_t
+    return -(share_s * difference).sum(0), -(share_t * log_p).sum(0)
+
+
+def _js(
     teacher_nv: torch.Tensor, student_nv: torch.Tensor, log_z_t: torch.Tensor, log_z_s: torch.Tensor
 ) -> torch.Tensor:
-    """This slice's share of sums over the vocabulary, float64 [4, n].
-
-    The teacher's entropy; the mass of q, the student's probabilities, which rounding keeps from 1;
-    q times the difference of log-probabilities; and JS.
-    """
-    rows = max(1, chunk_rows(teacher_nv) // 2)  # twice as many buffers as `slice_sums` has
+    """This slice's share of the Jensen-Shannon divergence, float64 [n]."""
+    rows = chunk_rows(teacher_nv, closely=True)
     chunks = (x.split(rows) for x in (teacher_nv, student_nv, log_z_t, log_z_s))
-    return torch.cat([_chunk_sums(*chunk) for chunk in zip(*chunks, strict=True)], dim=1)
+    return torch.cat([_chunk_js(*chunk) for chunk in zip(*chunks, strict=True)])
 
 
-def _chunk_sums(
+def _chunk_js(
     teacher_rv: torch.Tensor, student_rv: torch.Tensor, log_z_t: torch.Tensor, log_z_s: torch.Tensor
 ) -> torch.Tensor:
-    log_p = teacher_rv.float() - log_z_t.float()[:, None]
-    difference = teacher_rv.float() - student_rv.float()
-    difference -= _rounded(log_z_t, log_z_s).float()[:, None]
-    p = log_p.exp()
-    q = (log_p - difference).exp_()
-    entropy_r = -_sum(log_p.mul_(p))
-    mass_r, products_r = _sum(q), _sum(q * difference)
-    sum_pq = p.add_(q)
-    del log_p, q
-    distance = difference.abs_()
-    one_less = torch.expm1(-distance)  # exp(-d) - 1
-    h = (one_less / 2).log1p_().neg_()
-    h -= distance.mul_(one_less + 1).div_(one_less + 2)
-    js_r = _sum(sum_pq.mul_(h)) / 2
-    return torch.stack([entropy_r, mass_r, products_r, js_r])
-
-
-def _rounded(log_z_t: torch.Tensor, log_z_s: torch.Tensor) -> torch.Tensor:
-    """The difference of both partitions as float32 holds it: what was rounded off is added later.
-
-    A small divergence would drown in it.
-    """
-    return (log_z_t - log_z_s).float().double()
-
-
-def _sum(values_rv: torch.Tensor) -> torch.Tensor:
-    return values_rv.sum(dim=-1, dtype=torch.float64)
+    """2 m h(d) = p_max ((1 + e) (log 2 - log(1 + e)) - |d| e), e = exp(-|d|), p_max the larger."""
+    d = teacher_rv.float() - student_rv.float()
+    d -= (log_z_t - log_z_s).float()[:, None]
+    p_max = teacher_rv.float() - log_z_t.float()[:, None]
+    p_max.sub_(d.clamp(max=0)).exp_()
+    d.abs_()
+    less = d.neg().expm1_()  # e - 1
+    half = (less * 0.5).log1p_()  # log((1 + e) / 2)
+    d += half
+    # (1 + e) half + |d| e = 2 half + |d| + (e - 1) (half + |d|)
+    less.mul_(d).add_(d).add_(half)
+    return p_max.mul_(less).sum(dim=-1, dtype=torch.float64) / -2
 
 
 def _overlap(

@@ -50,7 +50,8 @@ def verdict(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
         One sentence, without a full stop.
     """
     found = kept(data, tasks)
-    size = f"at {percent(data.parameters[AFTER] / data.parameters[TEACHER])} of its size"
+    share = data.parameters[AFTER] / data.parameters[TEACHER]
+    size = f"at {100 * share:.0f}% of its size"
     if found.share is None:
         said = f"The teacher has nothing to keep of {found.measured_on}; the student is {size}"
     else:
@@ -171,7 +172,7 @@ def percent(share: float) -> str:
     """With the digits that matter: never a 100% that is not one."""
     if share != 1 and 0.995 <= share < 1.005:
         return f"{100 * share:.2f}%"
-    return f"{100 * share:.1f}%" if share < 0.0995 or share >= 0.9 else f"{100 * share:.0f}%"
+    return f"{100 * share:.1f}%"
 
 
 def _share(student: Estimate, teacher: Estimate, data: ReportData) -> Interval | None:

@@ -28,7 +28,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.gpt_builder import mask_padded_vocabulary
 from flagscale.megatron.shape import ModelShape
 from flagscale.post_training.sparse_targets import GivenTargets, SparseRows
-from flagscale.teacher_outputs import ReadAhead, SparseTargets, TeacherOutputs
+from flagscale.teacher_outputs import Hidden, ReadAhead, SparseTargets, TeacherOutputs
 
 if TYPE_CHECKING:
     from flagscale.post_training.upstream import mtd
@@ -65,7 +65,7 @@ class CachedTeacher(torch.nn.Module):
         super().__init__()
         self.outputs, self.pre_process, self.post_process = outputs, pre_process, post_process
         self.vocab_size, self.unpadded_vocab_size = shape.padded_vocab_size, shape.vocab_size
-        self.config = _with_width(config, 0)
+        self.config, self._hidden_size = _with_width(config, 0), shape.hidden_size
         self.decoder = _Received()
         self._reader = ReadAhead(outputs)
         self.ask()
@@ -158,7 +158,6 @@ class CachedTeacher(torch.nn.Module):
                 f"split={self._split!r}, samples={self._samples}: the micro-batch does not say "
                 "which samples it holds, so no answer of the teacher's belongs to it"
             )
-        found = self._reader.read(self._split, self._samples, self._following)
         group = parallel_state.get_context_parallel_group()
 
         def here(rows_bs: torch.Tensor) -> torch.Tensor:
@@ -173,17 +172,45 @@ class CachedTeacher(torch.nn.Module):
                 )
             return mine.transpose(0, 1)
 
-        if isinstance(found, SparseTargets):
-            return _rows(found, here)
-        hidden_sbh = self._positions(here(found.hidden_bsh)).contiguous()
-        return _on_device(hidden_sbh).to(self.config.params_dtype)
+        if not self.has_logits:  # a hundredth of the bytes: each rank reads them
+            targets = self._read()
+            assert isinstance(targets, SparseTargets), "of this codec"
+            return _rows(targets, here)
 
-    def _positions(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
-        """This tensor-parallel rank's, where ranks share them."""
-        if self.config.sequence_parallel:
-            ranks = parallel_state.get_tensor_model_parallel_world_size()
-            hidden_sbh = hidden_sbh.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
-        return hidden_sbh
+        def hidden_states() -> torch.Tensor:
+            found = self._read()
+            assert isinstance(found, Hidden), "of this codec"
+            hidden_sbh = _on_device(here(found.hidden_bsh).contiguous())
+            return hidden_sbh.to(self.config.params_dtype)
+
+        return self._passed_on(hidden_states, shape_bs)
+
+    def _read(self) -> Hidden | SparseTargets:
+        return self._reader.read(self._split, self._samples, self._following)
+
+    def _passed_on(self, read: Callable[[], torch.Tensor], shape_bs: Sequence[int]) -> torch.Tensor:
+        """What one tensor-parallel rank reads, [s, b, h]; where ranks share positions, this one's.
+
+        Storage is slower than what connects them.
+        """
+        group = parallel_state.get_tensor_model_parallel_group()
+        ranks, is_first = group.size(), group.rank() == 0
+        if ranks == 1:
+            return read()
+        first = parallel_state.get_tensor_model_parallel_src_rank()
+        (count, length), share = shape_bs, self.config.sequence_parallel
+        size = length // ranks if share else length, count, self._hidden_size
+        if is_first and not share:
+            own = read()
+        else:
+            device, dtype = platform.device(), self.config.params_dtype
+            own = torch.empty(size, dtype=dtype, device=device)
+        if share:
+            parts = list(read().chunk(ranks)) if is_first else None
+            torch.distributed.scatter(own, parts, src=first, group=group)
+        else:
+            torch.distributed.broadcast(own, src=first, group=group)
+        return own
 
     def _nothing(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """[s, b, 0], beside the student's hidden states."""

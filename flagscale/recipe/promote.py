@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -16,11 +15,21 @@ from pydantic import AfterValidator, Field
 from flagscale.recipe.conditions import Condition, parse_condition
 from flagscale.recipe.results import EvaluationRecipe
 from flagscale.recipe.section import Line, Section
+from flagscale.recipe.tasks import HELDOUT_TASKS, TasksRecipe
 
 CANDIDATE = "candidate"  # the alias that every exported student gets
 TEACHER, STUDENT, DISTILLED = "teacher", "student", "distilled"
 # What every evaluation has of every model; a test compares this with `flagscale.evaluation`.
-FIGURES = ("kl", "top1_agreement", "lm_loss", "perplexity", "accuracy")
+FIGURES = (
+    "kl",
+    "top1_agreement",
+    "lm_loss",
+    "perplexity",
+    "accuracy",
+    "reverse_kl",
+    "js_divergence",
+    "top5_agreement",
+)
 _FEWEST_BEYOND = 5  # resamples on each side of an interval: fewer say nothing of where it ends
 
 
@@ -64,14 +73,14 @@ class PromoteRecipe(Section):
 
 
 def check_promotion(
-    promote: PromoteRecipe, evaluation: EvaluationRecipe, tasks: Collection[str]
+    promote: PromoteRecipe, evaluation: EvaluationRecipe, tasks: TasksRecipe
 ) -> None:
     """Refuse conditions on figures that a run will not have, and intervals that it cannot tell.
 
     Args:
         promote: the recipe's section.
         evaluation: how many resamples there will be.
-        tasks: names of those that the student will be asked.
+        tasks: what the student will be asked.
 
     Raises:
         ValueError: which condition, and the remedy.
@@ -92,7 +101,7 @@ def check_promotion(
             )
 
 
-def _check_figure(figure: str, tasks: Collection[str]) -> None:
+def _check_figure(figure: str, tasks: TasksRecipe) -> None:
     model, _, name = figure.partition("/")
     if model == STUDENT:
         raise ValueError(
@@ -101,8 +110,23 @@ def _check_figure(figure: str, tasks: Collection[str]) -> None:
         )
     if model not in (TEACHER, DISTILLED):
         raise ValueError(f"{figure}: no model {model!r}; say {DISTILLED}/{name} or {TEACHER}/...")
-    task = name.partition(":")[0]
-    if name not in FIGURES and task not in tasks:
+    if name in FIGURES:
+        return
+    task, _, metric = name.partition(":")
+    if not _is_asked(task, tasks):
         known = f"figures of an evaluation are {', '.join(FIGURES)}"
-        asked = f"tasks are {', '.join(sorted(tasks))}" if tasks else "the recipe names no tasks"
+        asked = (
+            f"tasks are {', '.join(tasks.all_names)}" if tasks.is_asked else "no tasks are named"
+        )
         raise ValueError(f"{figure}: will not be measured: {known}; {asked}")
+    metrics = HELDOUT_TASKS.get(task, ())
+    if metrics and metric and metric not in metrics:
+        raise ValueError(f"{figure}: no metric {metric!r} of {task}; it has {', '.join(metrics)}")
+
+
+def _is_asked(task: str, tasks: TasksRecipe) -> bool:
+    """Whether it is named, or may be one of a group's or a tag's, which lm-eval names after it."""
+    return any(
+        task == name or (name not in HELDOUT_TASKS and task.startswith(f"{name}_"))
+        for name in tasks.all_names
+    )

@@ -88,7 +88,7 @@ class Recipe(Section):
             if reason is not None:
                 raise ValueError(reason)
         if self.promote is not None:
-            check_promotion(self.promote, self.evaluation, tasks=())
+            check_promotion(self.promote, self.evaluation, self.tasks)
         check_width_pruning(self.student, self.models.sizes)
         architecture = self.student.architecture or ArchitectureRecipe()
         if not architecture.is_default and self.export.format != "megatron":
@@ -142,6 +142,11 @@ class Recipe(Section):
     def caches_teacher(self) -> bool:
         """Whether a training reads teacher outputs, so that a step must make them."""
         return any(reads_outputs(training.distillation) for training in self.trainings)
+
+    @property
+    def measures_layers_once(self) -> bool:
+        """Whether several students measure layers, so that a step is to do so for all of them."""
+        return sum(training.student.measures_layers for training in self.trainings) > 1
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:

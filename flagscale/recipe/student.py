@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -159,6 +160,13 @@ class StudentRecipe(TargetsRecipe, PretrainedFields):
         if not self.measures_layers and not self.cuts_width:
             return 0
         return self.calibration_tokens or _CALIBRATION_TOKENS
+
+    @staticmethod
+    def measured_by(students: Iterable[StudentRecipe]) -> list[StudentRecipe]:
+        """Those that measure layers, each once, without what has no say in it."""
+        without = {"reconstruction": None, "quantization": None}
+        asking = [one.model_copy(update=without) for one in students if one.measures_layers]
+        return [one for place, one in enumerate(asking) if one not in asking[:place]]
 
     def _check_cut(self) -> None:
         """Something must be cut, or else `same` is what is meant."""

@@ -106,9 +106,14 @@ class TasksRecipe(Section):
         """Whether a task is asked that is not made from the test split."""
         return bool(set(self.names) - HELDOUT_TASKS.keys() or self.own)
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Of everything that is asked."""
+        return (*self.names, *(task_name(text) or "" for text in self.own))
+
     @model_validator(mode="after")
     def _check(self) -> TasksRecipe:
-        names = [*self.names, *map(task_name, self.own)]
+        names = self.all_names
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"names and own: {twice} is there twice; leave it out once")

@@ -4,8 +4,18 @@
 sent, and so does the first step of every pipeline, because the form is a door as well.
 """
 
-from flagscale.run_values.checking import LISTS, MET, SECTIONS, check_run
+from flagscale.run_values.checking import LISTS, MEASURED, MET, SECTIONS, check_run
 from flagscale.run_values.fields import FIELDS, Field
 from flagscale.run_values.made import Made, PlatformFacts
 
-__all__ = ["FIELDS", "LISTS", "MET", "SECTIONS", "Field", "Made", "PlatformFacts", "check_run"]
+__all__ = [
+    "FIELDS",
+    "LISTS",
+    "MEASURED",
+    "MET",
+    "SECTIONS",
+    "Field",
+    "Made",
+    "PlatformFacts",
+    "check_run",
+]

@@ -15,6 +15,8 @@ from flagscale.recipe import (
     PromoteRecipe,
     Recipe,
     Section,
+    StudentRecipe,
+    TasksRecipe,
     TeacherOutputsRecipe,
     TeacherRecipe,
     parse_section,
@@ -36,10 +38,12 @@ SECTIONS = (
     "training",
     "evaluation",
     "export",
+    "tasks",
     "models",
     "promote",  # only where the recipe has one
 )
 LISTS = {"sweep_variants": tuple(VARIED), "search_candidates": ("student",)}  # what each gives
+MEASURED = "measured"  # students that measure layers: as little a parameter as the next
 MET = "met"  # what trainings meet of teacher outputs: no parameter, it follows from them
 _WHOLE = "the recipe with this run's parameters"
 
@@ -52,6 +56,7 @@ class _Shared(Section):
     teacher_outputs: TeacherOutputsRecipe
     evaluation: EvaluationRecipe
     export: ExportRecipe
+    tasks: TasksRecipe
     models: ModelsRecipe
     promote: PromoteRecipe | None = None
 
@@ -66,8 +71,8 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The sections among them as they are to be used: whole, with single fields set, and with
         what follows from others (another teacher's tokenizer). Of a sweep also `sweep_variants`, of
-        a search `search_candidates`. Of a pipeline with cache-teacher also, under `MET`, what that
-        is asked for.
+        a search `search_candidates`, and of both, under `MEASURED`, the students whose layers
+        are measured. Of a pipeline with cache-teacher also, under `MET`, what that is asked for.
 
     Raises:
         UserError: a value is wrong, pods would fail of it, or a recipe would be refused.
@@ -93,12 +98,25 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
     resolved = _resolved(values, list(recipes.values()))
+    if several is not None:
+        measured = StudentRecipe.measured_by(recipe.student for recipe in recipes.values())
+        resolved[MEASURED] = [
+            student.model_dump(mode="json", exclude_none=True) for student in measured
+        ]
     return resolved | (_met(made, list(recipes.values())) if made.caches_teacher else {})
 
 
 def _read(made: Made, whole: dict[str, Any], where: str) -> Recipe:
     """One training's recipe, in which it is decided whether it reads teacher outputs."""
     recipe = parse_section(Recipe, whole, where=where)
+    if recipe.tasks.is_asked != made.evaluates_tasks:
+        with_or_without = "with" if made.evaluates_tasks else "without"
+        remedy = "name one" if made.evaluates_tasks else "leave them out"
+        raise UserError(
+            f"{where}: tasks.names={list(recipe.tasks.names)}, but this pipeline was made "
+            f"{with_or_without} the step evaluate-tasks; {remedy}, or make a pipeline of a recipe "
+            "that says so"
+        )
     if made.caches_teacher:
         return decided(recipe, cached=True)
     if reads_outputs(recipe.distillation):

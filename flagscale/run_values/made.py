@@ -31,4 +31,5 @@ class Made(Section):
     rungs: RungsRecipe | None = Field(None, description="Of a search")
     most_candidates: NonNegativeInt = Field(0, description="That a search was made for")
     caches_teacher: bool = Field(False, description="Whether it has the step cache-teacher")
+    evaluates_tasks: bool = Field(False, description="Whether it has the step evaluate-tasks")
     platform: PlatformFacts | None = Field(None, description="None: this machine")

@@ -13,7 +13,7 @@ from pathlib import Path
 from flagscale import variables
 from flagscale.artifacts import Manifest
 from flagscale.shared.bucket import Bucket
-from flagscale.shared.place import ANEW, Place, pointer_to
+from flagscale.shared.place import ANEW, ARTIFACTS, Place, name_of, pointer_to
 from flagscale.shared.pointer import Pointer, read_pointer, write_pointer
 from flagscale.shared.store import is_url
 from flagscale.shared.volume import Volume
@@ -24,6 +24,7 @@ __all__ = [
     "Pointer",
     "damage",
     "fetch",
+    "location_of",
     "manifest_of",
     "pointer_to",
     "read_pointer",
@@ -42,6 +43,12 @@ def shared_place() -> Place | None:
     if not location:
         return None
     return Bucket(location) if is_url(location) else Volume(Path(location))
+
+
+def location_of(manifest: Manifest, path: Path) -> str:
+    """Where an artifact that a step has written at `path` is to be found once it is published."""
+    place = os.environ.get(variables.SHARED, "").rstrip("/")
+    return f"{place}/{ARTIFACTS}/{name_of(manifest)}" if place else str(path.absolute())
 
 
 def fetch(pointer: Pointer, folder: Path) -> Path:

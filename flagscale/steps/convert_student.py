@@ -51,6 +51,7 @@ def convert_student(
     dataset: Path,
     output: Path,
     models: ModelsRecipe = ModelsRecipe(),
+    importance: Path | None = None,
 ) -> dict[str, float]:
     """Make the student and prove ModelOpt's distillation conversion of it.
 
@@ -65,6 +66,8 @@ def convert_student(
             a model of its own.
         output: the `student` artifact to write.
         models: how the step is spread over processes.
+        importance: the `layer-importance` artifact, where layers were measured for all students of
+            a run; a student whose measurement it lacks is measured for here.
 
     Returns:
         Layers, parameters, and the proofs' figures; of a model of its own also those of
@@ -93,6 +96,7 @@ def convert_student(
             dataset=dataset,
             output=output,
             models=models,
+            importance=importance,
         )
 
 
@@ -103,6 +107,7 @@ def convert_on_rank(
     dataset: Path,
     output: Path,
     models: ModelsRecipe,
+    importance: Path | None = None,
 ) -> dict[str, float]:
     """The work of one rank, or of the only process; see `convert_student`.
 
@@ -113,6 +118,7 @@ def convert_on_rank(
         dataset: see there.
         output: see there.
         models: see there.
+        importance: see there.
     """
     parents = _parents(teacher, dataset, check_files=False)
     recipe = {"student": student.model_dump(mode="json")}
@@ -137,7 +143,7 @@ def convert_on_rank(
         written(output, "student", recipe, parents, run) as staging,
     ):
         batch, unigram = audited_batch(dataset, shape.vocab_size)
-        made = make_student(student, source, teacher, dataset, args, stored)
+        made = make_student(student, source, teacher, dataset, args, stored, importance)
         figures = {"layers": _check_layers(made.model, shape)}
         logits_bsv = forward(made.model, batch["tokens"])
         describe = partial(describe_student, source, shape, teacher, dataset, staging.path)

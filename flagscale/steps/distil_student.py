@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from megatron.core import parallel_state
 
+from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
-from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.evaluation.tasks import check_installed
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
@@ -32,6 +32,7 @@ from flagscale.steps.fingerprint import fingerprint, sections
 from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.outputs_check import check_outputs, outputs_to_read
+from flagscale.steps.recording import record_distilled, watched
 from flagscale.steps.rung import Rung
 from flagscale.steps.samples_check import check_met
 from flagscale.steps.training_check import check_training
@@ -170,9 +171,15 @@ def distil_on_rank(
         state = _restore(trainer, saved, rung)
         files_are_right()  # before an index is made of them, or a step taken
         batches = RankBatches(paths.dataset, folder / "data", args, training)
+        splits = [tracking.Split.of(parents["dataset"], name) for name in ("train", "validation")]
         trains = _trains(parents["student"])
+        run.log_inputs(splits, ["training", "validation"])
         last_step = rung.until_step if rung else training.train_iters
-        with observer(run, state, last_step, learning_rates(training)) as told, deferred_stop():
+        with (
+            watched(run),
+            observer(run, state, training, last_step, splits[1]) as told,
+            deferred_stop(),
+        ):
             if trains:
                 train(
                     trainer,
@@ -204,6 +211,9 @@ def distil_on_rank(
                 staging.facts["not trained because"] = _NOT_SIGNIFICANT
             staging.tokenizer_hash = parents["student"].tokenizer_hash
         run.log_metrics({name: figures[name] for name in figures if name == _SPEED})
+        if staging.manifest is not None:
+            points = told.validation_of(step)
+            record_distilled(run, step, paths.output, staging.manifest, points, splits[1])
     return figures
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
+from flagscale.evaluation import SUMMARY
 from flagscale.evaluation.fidelity import ALL_FIGURES, TEACHER, Fidelity, document_hash
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars
 from flagscale.evaluation.generate import continuations
@@ -41,6 +43,7 @@ from flagscale.steps.evaluation_files import (
     write,
 )
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import tell_figures
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +136,10 @@ def evaluate_on_rank(
                 "measured": what_was_measured(parents),
             }
             figures = scalars(data.metrics)
-            run.log_headline(figures)
+            test = tracking.Split.of(parents["dataset"], "test")
+            tell_figures(run, figures, {name: parents[name] for name in MODELS}, test)
+            summary = (staging.path / SUMMARY).read_text(encoding="utf-8")
+            run.describe(summary, pipeline=True)
             for name in FILES:
                 run.log_artifact(staging.path / name)
             logger.info("%s", verdict(data))

@@ -10,40 +10,50 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from flagscale.artifacts import Manifest, open_artifact, write_json
+from flagscale.artifacts import Manifest, Staging, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
+from flagscale.evaluation import REPORT, SUMMARY
 from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER
-from flagscale.evaluation.generation_speed import Speed
 from flagscale.evaluation.harness import scores
 from flagscale.evaluation.heldout_passages import heldout_passages
 from flagscale.evaluation.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
+from flagscale.evaluation.report import render
+from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.speed import Speed
+from flagscale.evaluation.summary import summary_markdown
+from flagscale.evaluation.task_figures import score_figures, speed_figures
 from flagscale.evaluation.task_models import Questions, ask_folder, ask_megatron
 from flagscale.evaluation.task_scores import (
     KIND,
     PER_EXAMPLE,
     TASKS,
     TaskScores,
-    figure_names,
     save_scores,
 )
 from flagscale.evaluation.tasks import Tasks, check_installed, load_tasks, tasks_folder
+from flagscale.evaluation.verdict import verdict
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
+from flagscale.megatron.peak_memory import own_peak_memory
+from flagscale.megatron.plain_fp32 import plain_fp32
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.hf_artifact import write_hf_folder
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ModelsRecipe, ParallelismRecipe, TasksRecipe
 from flagscale.recipe.tasks import HELDOUT_TASKS
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import show_models
+from flagscale.tracking import StepRun
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +97,8 @@ def evaluate_tasks(
         evaluation: the `evaluation` artifact of the student.
         exported: the `export` artifact of it.
         output: folder of the `task-evaluation` artifact: tasks.json and per_example.jsonl, which
-            `flagscale.evaluation.task_scores.load_scores` reads, generation.json, and `heldout/`,
-            which lm-eval's own command line can ask too.
+            `flagscale.evaluation.task_scores.load_scores` reads, generation.json, evaluate's
+            report with all that, and `heldout/`, which lm-eval's own command line can ask too.
         models: how the model steps are spread over processes.
 
     Returns:
@@ -104,6 +114,7 @@ def evaluate_tasks(
     with tempfile.TemporaryDirectory(prefix="flagscale-tasks-") as scratch:
         paths = Paths(teacher, dataset, evaluation, exported, output, Path(scratch))
         is_megatron = _is_megatron(_open(paths, check_files=False))
+        ReportData.load(evaluation)
         _check_length(tasks, paths)
         return call_on_ranks(
             "evaluate-tasks",
@@ -121,21 +132,20 @@ def evaluate_tasks_on_rank(
     """The work of one rank, or of the only process; see `evaluate_tasks`."""
     parents = _open(paths, check_files=is_first_rank())
     recipe = {"tasks": tasks.model_dump(mode="json")}
-    is_megatron = _is_megatron(parents)
-    sizes = models.sizes if is_megatron else ParallelismRecipe()
+    sizes = models.sizes if _is_megatron(parents) else None
     figures: dict[str, float] = {}
     with (
         tracked("evaluate-tasks", recipe, parents=parents) as run,
-        platform.runtime(parallelism=sizes),
-        written(paths.output, KIND, recipe, parents, run) as staging,
+        _written(paths.output, recipe, parents, run, sizes) as staging,
     ):
         asked = _load(tasks, paths)
-        found, speeds = _ask_models(tasks, asked, paths, sizes if is_megatron else None)
+        found, speeds = _ask_models(tasks, asked, paths, sizes)
         if is_first_rank():
-            figures = _figures(asked, found) | _speed_figures(speeds)
+            figures = score_figures(found, asked.asked) | speed_figures(speeds)
             save_scores(staging.path, found)
             rows = {model: [asdict(speed) for speed in row] for model, row in speeds.items()}
             write_json(staging.path / GENERATION, rows)
+            _write_report(staging.path, paths.evaluation, found, speeds)
             if set(tasks.names) & HELDOUT_TASKS.keys():
                 shutil.copytree(
                     paths.scratch / _HELDOUT,
@@ -149,10 +159,36 @@ def evaluate_tasks_on_rank(
                 "lm_eval": version("lm-eval"),
                 "versions": {name: task.VERSION for name, task in asked.tasks.items()},
             }
-            run.log_metrics(_figures(None, found) | _speed_figures(speeds))
-            for name in (TASKS, PER_EXAMPLE, GENERATION):
+            points = run.log_metrics(score_figures(found) | speed_figures(speeds))
+            show_models(run, points, {TEACHER: parents["teacher"], AFTER: parents["exported"]})
+            for name in (TASKS, PER_EXAMPLE, GENERATION, REPORT):
                 run.log_artifact(staging.path / name)
     return figures
+
+
+@contextmanager
+def _written(
+    output: Path,
+    recipe: dict[str, Any],
+    parents: dict[str, Manifest],
+    run: StepRun,
+    sizes: ParallelismRecipe | None,
+) -> Iterator[Staging]:
+    """The artifact; with Megatron-Core's runtime where its models are asked.
+
+    transformers' models need none, and on a CPU its adapter would make each of their operations
+    slower: their speed is measured.
+    """
+    if sizes is not None:
+        with (
+            platform.runtime(parallelism=sizes),
+            written(output, KIND, recipe, parents, run) as staging,
+        ):
+            yield staging
+        return
+    with plain_fp32(), new_artifact(output, KIND, recipe, parents, run.log_manifest) as staging:
+        yield staging
+        staging.peak_memory = {place: [held] for place, held in own_peak_memory().items()}
 
 
 def _open(paths: Paths, *, check_files: bool) -> dict[str, Manifest]:
@@ -196,7 +232,8 @@ def _load(tasks: TasksRecipe, paths: Paths) -> Tasks:
             write_heldout_tasks(passages, heldout)
             logger.info("%d of %d held-out passages are asked", count, len(passages))
         tasks_folder(tasks, paths.scratch)
-    torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return load_tasks(tasks, tasks_folder(tasks, paths.scratch), heldout)
 
 
@@ -232,23 +269,11 @@ def _teacher_folder(paths: Paths) -> Path:
     return folder
 
 
-def _figures(asked: Tasks | None, found: Sequence[TaskScores]) -> dict[str, float]:
-    """Of the tasks and groups that were named; None: of all."""
-    return {
-        f"{model}/{figure}": value
-        for score, figure in zip(found, figure_names(found), strict=True)
-        for model, (value, _) in score.reported.items()
-        if asked is None or score.task in asked.asked
-    }
-
-
-def _speed_figures(speeds: Mapping[str, Sequence[Speed]]) -> dict[str, float]:
-    """Of the fastest engine, which is the last."""
-    figures: dict[str, float] = {}
-    for model, row in speeds.items():
-        figures |= {
-            f"{model}/prefill_tokens_per_second": row[-1].prefill_tokens_per_second,
-            f"{model}/decode_tokens_per_second": row[-1].decode_tokens_per_second,
-            f"{model}/generation_peak_memory": float(row[0].peak_memory or 0),
-        }
-    return figures
+def _write_report(
+    folder: Path, evaluation: Path, found: Sequence[TaskScores], speeds: Mapping[str, list[Speed]]
+) -> None:
+    """Evaluate's page again, with what is known now."""
+    data = replace(ReportData.load(evaluation), generation=speeds)
+    (folder / REPORT).write_text(render(data, found), encoding="utf-8")
+    (folder / SUMMARY).write_text(summary_markdown(data, found), encoding="utf-8")
+    logger.info("%s", verdict(data, found))

@@ -21,7 +21,8 @@ from flagscale.evaluation.forecast_section import told
 from flagscale.evaluation.report import render
 from flagscale.evaluation.report_data import ReportData
 from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.token_findings import Draws, TokenFindings, TokenTable, find
+from flagscale.evaluation.token_analysis import Draws, find
+from flagscale.evaluation.token_findings import TokenFindings, TokenTable
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.tokenizers import load_tokenizer
@@ -155,7 +156,7 @@ def _findings(
     trained_v = token_counts(dataset, "train", int(facts["vocab_size"]))
 
     def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids))
+        return str(tokenizer.decode(list(ids)))
 
     return find(measured.tokens, draws, trained_v, measured.documents, decode)
 

@@ -21,6 +21,7 @@ from flagscale.checkpoint.stored import StoredTensors
 from flagscale.errors import UserError
 from flagscale.evaluation import LINEAGE, METRICS
 from flagscale.evaluation.card import model_card
+from flagscale.evaluation.figures import scalars
 from flagscale.evaluation.lineage import render as render_lineage
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
@@ -43,6 +44,7 @@ from flagscale.models.probing_texts import probing_texts
 from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import ExportRecipe, ModelsRecipe
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.recording import register_export
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +132,16 @@ def export_on_rank(
         if is_first_rank():
             run.log_text(render_lineage(read_manifest(output)), LINEAGE)
         if export.registered_model_name and is_first_rank():
-            uri = run.log_model(output, export.registered_model_name)
-            if uri:
-                logger.info("registered in MLflow as %s", uri)
+            assert staging.manifest is not None
+            register_export(
+                run,
+                export.registered_model_name,
+                output,
+                staging.manifest,
+                int(parents["distilled"].facts["steps"]),
+                scalars(_metrics_of(evaluation, parents)),
+                parents["evaluation"].parents["dataset"],
+            )
     return figures
 
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flagscale import tracking
-from flagscale.artifacts import Staging, read_manifest, write_json
+from flagscale.artifacts import Staging, write_json
 from flagscale.data.calibration import Calibration, calibration
 from flagscale.errors import UserError
-from flagscale.evaluation.layer_importance import LayerImportance, Measured, measure_importance
 from flagscale.evaluation.student_report import render
 from flagscale.execution.launch import is_first_rank
-from flagscale.execution.step_process import when_published
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.shape import ModelShape
@@ -28,14 +26,14 @@ from flagscale.models.megatron import load_model
 from flagscale.models.reconstruction import Fit, layer_targets, reconstruct
 from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
-from flagscale.shared.notes import Note
 from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
+from flagscale.steps.measured_layers import FILE, Measurement, measure, measured_before
 
 logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
-LAYER_IMPORTANCE = "layer_importance.json"
+_CALIBRATION = ("calibration_tokens", "calibration_digest")
 _SHAPE = (
     "num_layers",
     "hidden_size",
@@ -53,23 +51,30 @@ class LayerChoice:
 
     Attributes:
         kept: from 0; empty where the student starts from none.
-        importance: where they were measured.
-        importance_digest: of the text that they were measured on.
+        measured: where they were.
         text: that they are fitted on, where they are.
         targets: what each is to put out, [s, b, h]; gone when they are fitted.
         fits: how well each does, once it is fitted.
     """
 
     kept: tuple[int, ...] = ()
-    importance: LayerImportance | None = None
-    importance_digest: str | None = None
+    measured: Measurement | None = None
     text: Calibration | None = None
     targets: list[torch.Tensor] = field(default_factory=list)
     fits: list[Fit] = field(default_factory=list)
 
+    def take(self, measured: Measurement | None) -> None:
+        """Keep what was measured to be kept, if it was."""
+        if measured is not None:
+            self.measured, self.kept = measured, measured.importance.kept
+
 
 def choose_layers(
-    student: StudentRecipe, teacher: Path, dataset: Path, args: Arguments
+    student: StudentRecipe,
+    teacher: Path,
+    dataset: Path,
+    args: Arguments,
+    importance: Path | None = None,
 ) -> LayerChoice:
     """Decide, where need be by measuring. All ranks call it.
 
@@ -78,56 +83,29 @@ def choose_layers(
         teacher: the artifact, which is loaded to be measured, and gone afterwards.
         dataset: the artifact whose train split is measured on.
         args: that the models are built with.
+        importance: the artifact of what was measured for all students of a run, if there is one.
     """
     if student.init in ("scratch", "pretrained"):
         return LayerChoice()
     count = ModelShape.load(teacher).num_layers
     gone = count - num_layers(count, student)
-    measured = student.measures_layers and gone > 0
-    choice = LayerChoice(() if measured else layers_to_keep(count, student))
-    if not measured and student.reconstruction is None:
+    choice = LayerChoice()
+    if student.measures_layers and gone > 0:
+        choice.take(measured_before(student, importance, teacher, dataset, gone))
+    else:
+        choice.kept = layers_to_keep(count, student)
+    if choice.kept and student.reconstruction is None:
         return choice
     model = load_model(teacher, args.seq_length, args.parallelism, args.params_dtype)
-    if measured:
+    if not choice.kept:
         text = calibration_text(student.measured_tokens, student.seed, dataset)
-        logger.info("measuring which %d of %d layers can go, %d tokens", gone, count, text.tokens)
-        found = _measured(student, teacher, args, model, text, gone)
-        choice.kept, choice.importance, choice.importance_digest = found.kept, found, text.digest
+        choice.take(measure(student, teacher, args, model, text, gone))
     if student.reconstruction is not None:
         choice.text = calibration_text(student.reconstruction.tokens, student.seed, dataset)
         choice.targets = layer_targets(model, choice.text.whole, choice.kept)
     del model
     gc.collect()  # modules refer to each other
     return choice
-
-
-def _measured(
-    student: StudentRecipe,
-    teacher: Path,
-    args: Arguments,
-    model: GPTModel,
-    text: Calibration,
-    gone: int,
-) -> LayerImportance:
-    """What is measured goes into a note: a step that is killed goes on with it."""
-    about = {
-        "criterion": student.layer_importance,
-        "teacher": read_manifest(teacher).digest,
-        "text": text.digest,
-        "dtype": str(args.params_dtype),
-        "layout": args.parallelism.model_dump(mode="json"),
-    }
-    note = Note("layer-importance", about)
-    told: list[Measured] = [note.read() if is_first_rank() else {}]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if told[0]:
-        logger.info("going on after %d models that were measured before", len(told[0]))
-    tell = note.write if is_first_rank() else lambda known: None
-    criterion = student.layer_importance
-    found = measure_importance(model, text.batches, criterion, gone, told[0], tell)
-    if is_first_rank():
-        when_published(note.remove)
-    return found
 
 
 def check_reconstruction(student: StudentRecipe, teacher: ModelShape) -> None:
@@ -193,8 +171,8 @@ def record(
     facts: dict[str, Any] = {"shape": {name: getattr(shape, name) for name in _SHAPE}}
     if choice.kept:
         facts["keep_layers"] = list(choice.kept)
-    if choice.importance is not None:
-        facts["layer_importance"] = _record_importance(choice, staging.path, run)
+    if choice.measured is not None:
+        facts["layer_importance"] = _record_importance(choice.measured, staging.path, run)
     if choice.text is not None:
         facts["reconstruction"] = {
             "calibration_tokens": choice.text.tokens,
@@ -204,31 +182,19 @@ def record(
         }
     staging.facts.update(facts)
     run.log_params(facts)
-    (staging.path / REPORT).write_text(
-        render(staging.facts, choice.importance, widths), encoding="utf-8"
-    )
+    importance = choice.measured.importance if choice.measured else None
+    (staging.path / REPORT).write_text(render(staging.facts, importance, widths), encoding="utf-8")
     run.log_artifact(staging.path / REPORT)
 
 
-def _record_importance(choice: LayerChoice, folder: Path, run: tracking.StepRun) -> dict[str, Any]:
-    found = choice.importance
-    assert found is not None, "it was measured"
-    facts = {
-        "criterion": found.criterion,
-        "calibration_tokens": found.tokens,
-        "calibration_digest": choice.importance_digest,
-    }
-    write_json(
-        folder / LAYER_IMPORTANCE,
-        facts
-        | {
-            "scores": list(found.scores),
-            "removals": [asdict(removal) for removal in found.removals],
-            "kept": list(found.kept),
-        },
-    )
-    run.log_artifact(folder / LAYER_IMPORTANCE)
-    for gone, removal in enumerate(found.removals, start=1):
+def _record_importance(
+    measured: Measurement, folder: Path, run: tracking.StepRun
+) -> dict[str, Any]:
+    values = measured.values()
+    facts = {name: values[name] for name in ("criterion", *_CALIBRATION)}
+    write_json(folder / FILE, values)
+    run.log_artifact(folder / FILE)
+    for gone, removal in enumerate(measured.importance.removals, start=1):
         run.log_metrics(
             {
                 "cut layer": removal.layer,

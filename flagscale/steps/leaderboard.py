@@ -87,6 +87,7 @@ def rank_variants(
         figures |= {"winner": float(board.winner.number), "variants": float(len(board.rows))}
         figures |= {"failed": float(len(failed))}
         run.log_headline(figures)
+        run.describe((staging.path / SUMMARY).read_text(encoding="utf-8"), pipeline=True)
         for name in (REPORT, LEADERBOARD, TABLE):
             run.log_artifact(staging.path / name)
     log_variants(board.as_json())

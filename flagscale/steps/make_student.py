@@ -48,6 +48,7 @@ def make_student(
     dataset: Path,
     args: Arguments,
     stored: torch.dtype,
+    importance: Path | None = None,
 ) -> Made:
     """This rank's part of the student, with weights that lose nothing when they are stored.
 
@@ -60,10 +61,11 @@ def make_student(
         dataset: the artifact that what is measured is measured on.
         args: of the student.
         stored: dtype that the weights are to be stored in.
+        importance: see `choose_layers`.
     """
     shape, teacher_shape = args.shape, ModelShape.load(teacher)
     build = partial(build_model, shape, args.seq_length, args.parallelism, args.params_dtype)
-    choice = choose_layers(student, teacher, dataset, args)
+    choice = choose_layers(student, teacher, dataset, args, importance)
     if student.init == "scratch":
         made = Made(with_random_weights(build, student.seed), choice)
     elif source is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from flagscale import tracking
 from flagscale.evaluation.forecast import CONFIDENCE, curve_of, decisive_loss
+from flagscale.evaluation.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.trainjob.status import TrainJobStatus
+from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingState
-from flagscale.train.loop import Observer
 from flagscale.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -19,21 +21,28 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def observer(
-    run: tracking.StepRun, state: TrainingState, last_step: int, rates: Sequence[float]
-) -> Iterator[Observer]:
+    run: tracking.StepRun,
+    state: TrainingState,
+    training: TrainingRecipe,
+    last_step: int,
+    validation: tracking.Split | None = None,
+) -> Iterator[_Observers | _Silence]:
     """Who is told, while the body trains: on the first rank everybody, elsewhere nobody.
 
     Args:
         run: the step's run in MLflow.
         state: where training goes on.
-        last_step: steps in all, of this attempt.
-        rates: learning rate of each step of the whole training.
+        training: the recipe's section.
+        last_step: after which this process ends.
+        validation: what is validated on.
     """
     if not launch.is_first_rank():
         yield _Silence()
         return
+    told = tracking.TrackedTraining(run, training, validation)
+    told.begin(state.step, state.training, state.validation)
     with Progress(state.step, last_step) as progress, TrainJobStatus() as status:
-        yield _Observers(progress, status, last_step, run, state, rates)
+        yield _Observers(progress, status, last_step, told, state, learning_rates(training))
 
 
 class _Observers:
@@ -44,29 +53,22 @@ class _Observers:
         progress: Progress,
         status: TrainJobStatus,
         last_step: int,
-        run: tracking.StepRun,
+        tracked: tracking.TrackedTraining,
         state: TrainingState,
         rates: Sequence[float],
     ) -> None:
-        """Give MLflow the curve up to here first, so that a resumed run shows all of it."""
-        self._progress, self._run = progress, run
+        self._progress, self._tracked = progress, tracked
         self._status, self._last_step = status, last_step
         self._state, self._rates = state, rates
-        if state.step:
-            run.mark_resumed()
-        for record in state.training:
-            self._log("train", record)
-        for record in state.validation:
-            self._log("validation", record)
 
     def trained(self, record: dict[str, float]) -> None:
         self._progress.trained(record)
-        self._log("train", record)
+        self._tracked.trained(record)
         self._tell("train", record)
 
     def validated(self, record: dict[str, float]) -> None:
         self._progress.validated(record)
-        self._log("validation", record)
+        self._tracked.validated(record)
         if 0 < record["step"] < len(self._rates):
             self._forecast()
         self._tell("validation", record)
@@ -87,9 +89,12 @@ class _Observers:
         left = self._progress.left_seconds
         self._status.tell(int(record["step"]), self._last_step, left, figures)
 
-    def _log(self, prefix: str, record: dict[str, float]) -> None:
-        metrics = {f"{prefix}/{name}": value for name, value in record.items() if name != "step"}
-        self._run.log_metrics(metrics, step=int(record["step"]))
+    def kept(self, checkpoints: Sequence[Path]) -> None:
+        self._tracked.kept(checkpoints)
+
+    def validation_of(self, step: int) -> Sequence[tracking.Point]:
+        """The step's validation figures, as MLflow has them."""
+        return self._tracked.validation_of(step)
 
 
 class _Silence:
@@ -100,3 +105,9 @@ class _Silence:
 
     def validated(self, record: dict[str, float]) -> None:
         pass
+
+    def kept(self, checkpoints: Sequence[Path]) -> None:
+        pass
+
+    def validation_of(self, step: int) -> Sequence[tracking.Point]:
+        return ()

@@ -47,7 +47,7 @@ def tracked(
         parents: see there.
     """
     if not is_first_rank():
-        yield tracking.StepRun(None, None)
+        yield tracking.StepRun(None)
         return
     with tracking.step_run(step, recipe, training, parents) as run:
         note_run(run.run_id)

@@ -74,6 +74,9 @@ def prepare_data(data: DataRecipe, output: Path) -> dict[str, float]:
         _report(facts)
         metrics = _metrics(facts, seconds)
         run.log_metrics(metrics)
+        if staging.manifest is not None:
+            splits = [tracking.Split.of(staging.manifest, name) for name in SPLITS]
+            run.log_inputs(splits, [f"prepared for {name}" for name in SPLITS])
     return metrics
 
 

@@ -103,6 +103,7 @@ def rank_candidates(
         (staging.path / SUMMARY).write_text(summary_markdown(board), encoding="utf-8")
         figures = _figures(board)
         run.log_headline(figures)
+        run.describe((staging.path / SUMMARY).read_text(encoding="utf-8"), pipeline=True)
         for name in (REPORT, SEARCH):
             run.log_artifact(staging.path / name)
     dropped = [one.checkpoints for one in board.candidates if one.status == "dropped"]

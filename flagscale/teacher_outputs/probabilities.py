@@ -87,7 +87,7 @@ def _rows(at: slice, logits_nv: torch.Tensor, tokens: int, group: dist.ProcessGr
     logits_nv[:, tokens:] = -torch.inf
     largest_n = side_by_side(logits_nv.amax(-1, keepdim=True), group).amax(-1)
     shifted_nv = (logits_nv - largest_n[:, None]).clamp_(min=_NOTHING)
-    shifted_nbc = _blocks(shifted_nv)
+    shifted_nbc = blocks(shifted_nv, _NOTHING)
     weights_nbc = shifted_nbc.exp()
     own = torch.stack([weights_nbc.sum(-1), (weights_nbc * shifted_nbc).sum(-1)], -1)
     sums_nb2 = side_by_side(own.double().flatten(1), group).unflatten(1, (-1, 2))
@@ -105,7 +105,10 @@ def _rows(at: slice, logits_nv: torch.Tensor, tokens: int, group: dist.ProcessGr
     )
 
 
-def _blocks(shifted_nv: torch.Tensor) -> torch.Tensor:
-    missing = -shifted_nv.size(1) % BLOCK
-    padded = torch.nn.functional.pad(shifted_nv, (0, missing), value=_NOTHING)
+def blocks(values_nv: torch.Tensor, filler: float) -> torch.Tensor:
+    """[n, B, 128], the last block filled up."""
+    missing = -values_nv.size(1) % BLOCK
+    padded = (
+        torch.nn.functional.pad(values_nv, (0, missing), value=filler) if missing else values_nv
+    )
     return padded.unflatten(1, (-1, BLOCK))

@@ -16,8 +16,12 @@ Everything goes through `MlflowClient` with explicit run ids: the fluent API wou
 finish, the injected run.
 """
 
+from flagscale.tracking.curves import MOST_POINTS
 from flagscale.tracking.ended import close_ended
 from flagscale.tracking.failed import keep_files, step_failed
+from flagscale.tracking.inputs import Split
+from flagscale.tracking.letters import Point
+from flagscale.tracking.models import Model
 from flagscale.tracking.names import (
     CACHED_TAG,
     KFP_RUN_TAG,
@@ -32,22 +36,31 @@ from flagscale.tracking.pipeline import PipelineRun, pipeline_run, recipe_yaml
 from flagscale.tracking.record import Reported, record_run
 from flagscale.tracking.run import StepRun
 from flagscale.tracking.server import DEFAULT_EXPERIMENT, connect
-from flagscale.tracking.step import note_run_of_ranks, run_id_of_process, step_run
+from flagscale.tracking.step import attached, note_run_of_ranks, run_id_of_process, step_run
+from flagscale.tracking.system_metrics import is_nodes_first_rank, system_metrics
+from flagscale.tracking.training import TrackedTraining
 
 __all__ = [
     "CACHED_TAG",
     "DEFAULT_EXPERIMENT",
     "KFP_RUN_TAG",
+    "MOST_POINTS",
     "PARENT_TAG",
     "PROCESS_TAG",
     "RESUMED_TAG",
     "TRAINING_TAG",
+    "Model",
     "PipelineRun",
+    "Point",
     "Reported",
+    "Split",
     "StepRun",
+    "TrackedTraining",
+    "attached",
     "close_ended",
     "connect",
     "flatten",
+    "is_nodes_first_rank",
     "keep_files",
     "note_run_of_ranks",
     "own_kfp_run",
@@ -57,4 +70,5 @@ __all__ = [
     "run_id_of_process",
     "step_failed",
     "step_run",
+    "system_metrics",
 ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SYSTEM = "system/"  # how MLflow's pages know figures of machines
 _EARLIER_LOOKED_AT = 50  # runs of the same training
 
 
@@ -77,7 +78,15 @@ def reopen(client: MlflowClient, run: Any, place: Place) -> dict[str, set[int]]:
     return {
         name: {point.step for point in client.get_metric_history(run_id, name)}
         for name in run.data.metrics
+        if not name.startswith(SYSTEM)
     }
+
+
+def samples_of(run: Any) -> int:  # noqa: ANN401 - mlflow's Run
+    """How many samples of its machines a run has."""
+    # MLflow's own sampler reads the last steps from there: the whole history may be large.
+    steps = [point.step for point in run.data._metric_objs if point.key.startswith(SYSTEM)]
+    return max(steps, default=-1) + 1
 
 
 def end_lost(client: MlflowClient, earlier: Sequence[Any]) -> None:

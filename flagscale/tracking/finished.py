@@ -10,7 +10,7 @@ from typing import Any
 
 from flagscale.errors import UserError
 from flagscale.secrets import hide_in_urls
-from flagscale.tracking.names import CACHED_TAG, PARENT_TAG
+from flagscale.tracking.names import CACHED_TAG, PARENT_TAG, PROCESS_TAG
 from flagscale.tracking.server import (
     children_of,
     find_run,
@@ -37,6 +37,7 @@ class Evaluated:
         params: `section.field` -> value, as the pipeline's steps logged them: of the sections that
             all its students share.
         figures: what other steps found of this student: step -> figure -> value.
+        steps: other steps that worked on this student: step -> id of the run that did the work.
     """
 
     run_id: str
@@ -45,6 +46,17 @@ class Evaluated:
     started: int
     params: dict[str, str]
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Family:
+    """What a pipeline's run and its steps say of all its students, or of its only one."""
+
+    name: str
+    params: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
 
 
 class History:
@@ -87,7 +99,7 @@ class History:
             )
         query = f"attributes.run_name = '{EVALUATE}' and attributes.status = 'FINISHED'"
         steps = self._search(experiment.experiment_id, query)
-        found = self._evaluated(steps)
+        found = self._evaluated([run for run in steps if _is_step(run)])
         if not found:
             raise UserError(f"experiment {name!r} at {self.place}: no run of it was evaluated yet")
         return found
@@ -133,15 +145,10 @@ class History:
         run = self._ask(find_run, self._client, run_id)
         if run is None:
             raise UserError(f"run {run_id}: there is none at {self.place}")
-        if run.info.run_name == EVALUATE:
-            (found,) = self._evaluated([run])
-            return found
-        children = self._ask(children_of, self._client, run.info.experiment_id, run_id)
-        steps = [
-            child
-            for child in children
-            if child.info.run_name == EVALUATE and child.info.status == "FINISHED"
-        ]
+        steps = [run]
+        if not _is_step(run):
+            children = self._ask(children_of, self._client, run.info.experiment_id, run_id)
+            steps = [child for child in children if _is_step(child)]
         found = self._evaluated(steps)
         if len(found) != 1:
             ids = ", ".join(one.run_id for one in found)
@@ -153,7 +160,7 @@ class History:
 
     def _evaluated(self, steps: Sequence[Any]) -> list[Evaluated]:
         found: dict[str, Evaluated] = {}
-        families: dict[str, tuple[str, dict[str, str], dict[str, dict[str, float]]]] = {}
+        families: dict[str, _Family] = {"": _Family(EVALUATE)}
         for step in sorted(steps, key=lambda run: (run.info.start_time, run.info.run_id)):
             original = step
             if CACHED_TAG in step.data.tags:
@@ -161,40 +168,42 @@ class History:
                 if original is None:
                     continue  # its figures are here, its documents are not
             parent = self._pipeline(step)
-            if parent and parent not in families:
+            if parent not in families:
                 families[parent] = self._family(step.info.experiment_id, parent)
-            name, params, figures = families.get(parent, (EVALUATE, {}, {}))
+            family = families[parent]
             known = found.get(original.info.run_id)
             if known is not None:
                 known.pipelines.append(parent)
                 continue
             found[original.info.run_id] = Evaluated(
                 run_id=original.info.run_id,
-                name=name,
+                name=family.name,
                 pipelines=[parent] if parent else [],
                 started=int(original.info.start_time),
-                params={**params, **_shared(original.data.params)},
-                figures=figures,
+                params={**family.params, **_shared(original.data.params)},
+                figures=family.figures,
+                steps=family.steps,
             )
         return list(found.values())
 
-    def _family(
-        self, experiment_id: str, parent: str
-    ) -> tuple[str, dict[str, str], dict[str, dict[str, float]]]:
-        """A pipeline run's name, its shared parameters, and its steps' figures.
+    def _family(self, experiment_id: str, parent: str) -> _Family:
+        """Of a pipeline's run.
 
         A step on a cluster logs its own sections; the run itself has none there.
         """
         run = self._ask(find_run, self._client, parent)
         children = self._ask(children_of, self._client, experiment_id, parent)
         params = _shared(run.data.params) if run is not None else {}
-        figures: dict[str, dict[str, float]] = {}
-        for child in (one for one in children if one.info.status == "FINISHED"):
+        family = _Family(run.info.run_name if run is not None else parent, params)
+        finished = [child for child in children if child.info.status == "FINISHED"]
+        is_only_one = sum(map(_is_step, finished)) == 1
+        for child in finished:
             params |= _shared(child.data.params)
-            figures[child.info.run_name] = dict(child.data.metrics)
-        if [child.info.run_name for child in children].count(EVALUATE) > 1:
-            figures = {}  # of which student they are is not said
-        return run.info.run_name if run is not None else parent, params, figures
+            if is_only_one:  # else it is not said whose they are
+                family.figures[child.info.run_name] = dict(child.data.metrics)
+                original = child.data.tags.get(CACHED_TAG, child.info.run_id)
+                family.steps[child.info.run_name] = original
+        return family
 
     def _pipeline(self, step: Any) -> str:  # noqa: ANN401 - mlflow's Run
         """Id of the run at the top: below KFP's plugin a step is two levels down."""
@@ -227,6 +236,12 @@ class History:
                 return call(*arguments)
         except Exception as error:  # MLflow and its databases raise many kinds
             raise unusable(self._uri, error) from error
+
+
+def _is_step(run: Any) -> bool:  # noqa: ANN401 - mlflow's Run
+    """Whether it is of a step that has evaluated, and not KFP's plugin's run of the same name."""
+    ours = PROCESS_TAG in run.data.tags or CACHED_TAG in run.data.tags
+    return bool(ours and (run.info.run_name, run.info.status) == (EVALUATE, "FINISHED"))
 
 
 def _shared(params: Mapping[str, str]) -> dict[str, str]:

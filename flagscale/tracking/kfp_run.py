@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale import variables
 from flagscale.tracking.names import (
     KFP_RUN_TAG,
+    NOTE_TAG,
     PARENT_TAG,
     STARTED_TAG,
     WORK_TAG,
@@ -23,7 +24,6 @@ from flagscale.tracking.names import (
     own_kfp_run,
     tag,
 )
-from flagscale.tracking.run import StepRun
 from flagscale.tracking.server import children_of, find_run
 
 if TYPE_CHECKING:
@@ -110,35 +110,14 @@ class KfpRun:
         end_open(self.client, self.children(), "FINISHED")
         self.show("FINISHED")
 
+    def describe(self, text: str) -> None:
+        """Set the description, Markdown."""
+        self.client.set_tag(self.run_id, NOTE_TAG, tag(text))
+
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         """Show the figures that pipeline runs are compared by."""
         for name, value in metrics.items():
             self.client.log_metric(self.run_id, metric_name(name), float(value))
-
-
-class KfpStep(StepRun):
-    """A step's run below a `KfpRun`, which is kept up to date with it."""
-
-    def __init__(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        parent: KfpRun,
-        known: Mapping[str, set[int]] | None = None,
-    ) -> None:
-        super().__init__(client, run_id, known)
-        self._parent = parent
-        self._call("the pipeline's status", lambda _: parent.show_children())
-
-    def log_headline(self, metrics: Mapping[str, float]) -> None:
-        """See `StepRun`; the pipeline's run shows the last figures that any step gave it."""
-        self.log_metrics(metrics)
-        self._call("headline figures", lambda _: self._parent.log_headline(metrics))
-
-    def finish(self, status: str) -> None:
-        """See `StepRun`."""
-        super().finish(status)
-        self._call("the pipeline's status", lambda _: self._parent.settle(self._id))
 
 
 def overall_status(children: Sequence[Any]) -> str:

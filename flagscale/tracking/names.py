@@ -14,6 +14,10 @@ from flagscale.processes import this_process
 from flagscale.secrets import mask
 
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"  # the description
+KIND_TAG = "mlflow.experimentKind"
+MISSING_TAG = "flagscale.missing"  # what could not be stored with the run, and why
+ATTEMPT_TAG = "flagscale.attempt"  # of one call that makes a run, for its further attempts
 PROCESS_TAG = "flagscale.process"  # `<host>:<process>` that works on the run
 CACHED_TAG = "flagscale.cached_from"  # the run that did the work
 CACHED_KFP_TAG = "flagscale.cached_from_kfp_run"  # the KFP run that it was done in

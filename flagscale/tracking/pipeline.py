@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 from flagscale.processes import is_alive
 from flagscale.secrets import hide_in_urls
 from flagscale.tracking.copies import copy_run
+from flagscale.tracking.letters import Begun
 from flagscale.tracking.names import PARENT_TAG, PROCESS_TAG, here
+from flagscale.tracking.outbox import outbox_of
 from flagscale.tracking.run import StepRun, truthful_status
 from flagscale.tracking.server import children_of, connect, unusable
 
@@ -45,11 +48,20 @@ class PipelineRun(StepRun):
         experiment_id: MLflow's id of the experiment.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, uri: str) -> None:
-        super().__init__(client, run_id)
+    def __init__(self, client: MlflowClient, begun: Begun, uri: str) -> None:
+        super().__init__(outbox_of(client, begun))
         self.uri = hide_in_urls(uri)
-        self.experiment_id = experiment_id
-        self._whole_uri = uri
+        self.experiment_id = begun.experiment_id
+        self._id, self._whole_uri = begun.run_id, uri
+
+    @property
+    def page(self) -> str:
+        """Of the experiment in MLflow's pages, below the server's address.
+
+        MLflow 3.17 shows every experiment as one of GenAI, whatever its kind, unless the link asks
+        for the other view.
+        """
+        return f"/#/experiments/{self.experiment_id}?workflowType=machine_learning"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,15 +74,12 @@ class PipelineRun(StepRun):
 
     def newest_child(self, name: str) -> str | None:
         """Id of the step's run, None if it has none."""
-        found: list[str] = []
-
-        def search(client: MlflowClient) -> None:
-            query = f"tags.`{PARENT_TAG}` = '{self._id}' and attributes.run_name = '{name}'"
-            runs = client.search_runs([self.experiment_id], query, max_results=1)
-            found.extend(run.info.run_id for run in runs)
-
-        self._call("a search", search)
-        return found[0] if found else None
+        query = f"tags.`{PARENT_TAG}` = '{self._id}' and attributes.run_name = '{name}'"
+        found = self._now(
+            "a search",
+            lambda client, _: client.search_runs([self.experiment_id], query, max_results=1),
+        )
+        return found[0].info.run_id if found else None
 
     def reuse(self, name: str, original_run_id: str | None, metrics: Mapping[str, float]) -> None:
         """Add a child for a step whose result came from the cache, so that runs compare.
@@ -81,23 +90,23 @@ class PipelineRun(StepRun):
                 are repeated here.
             metrics: figures to show when that run is unknown or gone.
         """
-        self._call(
-            "a reused step",
-            lambda client: copy_run(
-                client, self.experiment_id, self._id, name, original_run_id, metrics
-            ),
-        )
+        attempt = uuid.uuid4().hex
+
+        def copy(client: MlflowClient, begun: Begun) -> None:
+            place = (begun.experiment_id, begun.run_id)
+            copy_run(client, *place, name, original_run_id, metrics, attempt=attempt)
+
+        self._tell("a reused step", copy)
 
     def finish(self, status: str) -> None:
         """Also end children that could not do so themselves (killed with -9, server away)."""
 
-        def end_children(client: MlflowClient) -> None:
-            for run in children_of(client, self.experiment_id, self._id):
+        def end_children(client: MlflowClient, begun: Begun) -> None:
+            for run in children_of(client, begun.experiment_id, begun.run_id):
                 if run.info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, status)
 
-        self._paused_until = 0.0
-        self._call("children's status", end_children)
+        self._tell("children's status", end_children)
         super().finish(status)
 
 
@@ -119,7 +128,7 @@ def _start(recipe: Recipe, runs: Path) -> PipelineRun:
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags=tags).info.run_id
     except Exception as error:  # MLflow and its databases raise many kinds
         raise unusable(uri, error) from error
-    run = PipelineRun(client, run_id, experiment_id, uri)
+    run = PipelineRun(client, Begun(run_id, experiment_id), uri)
     run.log_params(recipe.model_dump(mode="json"))
     run.log_text(recipe_yaml(recipe), "recipe.yaml")
     return run

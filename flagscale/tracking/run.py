@@ -4,105 +4,113 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale.errors import Interrupted
 from flagscale.secrets import mask
-from flagscale.tracking.names import RESUMED_TAG, first_line, flatten, metric_name, parameter, tag
-from flagscale.tracking.server import (
-    UPLOAD_TIMEOUT,
-    environment,
-    send_metrics,
+from flagscale.tracking.delivery import Patience
+from flagscale.tracking.inputs import Split, send_inputs
+from flagscale.tracking.letters import Begun, Point
+from flagscale.tracking.models import (
+    Model,
+    model_of_artifact,
+    register,
+    send_figures,
+    send_kept,
     send_model,
-    send_params,
 )
+from flagscale.tracking.names import (
+    MISSING_TAG,
+    NOTE_TAG,
+    RESUMED_TAG,
+    flatten,
+    metric_name,
+    parameter,
+    tag,
+)
+from flagscale.tracking.outbox import Outbox
+from flagscale.tracking.server import UPLOAD_TIMEOUT, environment, send_params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from flagscale.tracking.kfp_run import KfpRun
+
 logger = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 1.0
-_PAUSE_SECONDS = 60.0  # after a failure: leave a broken server alone, and do not stall the step
-_MOST_BUFFERED = 100_000
-_METRICS_A_BATCH = 500
+_LEAST_SECONDS = 2.0  # that a server which serves is given
+_LAST_SECONDS = {"FAILED": 30.0, "KILLED": 10.0}  # twice; a pod that is stopped has 30
 
 
 class StepRun:
     """One run in MLflow, or nothing at all when tracking is off. No method raises for MLflow.
 
+    Nor does one keep the work waiting for longer than a second, but the uploads, which go on until
+    they succeed or the process's patience with the server is spent (`delivery.Patience`), and
+    `finish`. What was given up is told in the run's tag `flagscale.missing` and its description.
+
     Attributes:
-        run_id: MLflow's id; None when tracking is off.
-        resumes: the run that did the first part of this work; None where there is none.
         status: RUNNING until `finish`.
     """
 
-    def __init__(
-        self,
-        client: MlflowClient | None,
-        run_id: str | None,
-        known: Mapping[str, set[int]] | None = None,
-    ) -> None:
+    def __init__(self, outbox: Outbox | None) -> None:
         """Take hold of a run.
 
         Args:
-            client: None when tracking is off.
-            run_id: None when tracking is off.
-            known: name of a metric -> steps that the run has already, which are not sent again.
+            outbox: None when tracking is off.
         """
-        self.run_id = run_id
-        self.resumes: str | None = None
         self.status = "RUNNING"
-        self._client = client
-        self._known = known or {}
-        self._buffer: list[tuple[str, float, int, int]] = []
-        self._lock = threading.Lock()
-        self._warned: set[str] = set()
-        self._paused_until = 0.0
-        self._closing = threading.Event()
-        self._flusher: threading.Thread | None = None
+        self._outbox = outbox
+        self._description = ""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record figures. Returns at once: they are sent about once a second.
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id; None when tracking is off, or the server has not made the run yet."""
+        return self.begun.run_id if self.begun else None
+
+    @property
+    def begun(self) -> Begun | None:
+        """What the server said when it made the run; None where `run_id` is."""
+        return None if self._outbox is None else self._outbox.begun
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether there is somebody to tell, now or later."""
+        return self._outbox is not None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> list[Point]:
+        """Record figures. Returns at once: they are sent every few seconds.
 
         Args:
             metrics: name -> value; characters that MLflow refuses in names are replaced.
-            step: optimiser step; None for figures that describe the whole run.
-        """
-        if self._client is None:
-            return
-        now = int(time.time() * 1000)
-        named = {metric_name(name): float(value) for name, value in metrics.items()}
-        with self._lock:
-            for name, value in named.items():
-                if step is None or step not in self._known.get(name, ()):
-                    self._buffer.append((name, value, now, step or 0))
-            too_many = len(self._buffer) > _MOST_BUFFERED
-            del self._buffer[:-_MOST_BUFFERED]
-        if too_many and "too many" not in self._warned:
-            self._warned.add("too many")
-            logger.warning("MLflow is behind by %d figures: the oldest are dropped", _MOST_BUFFERED)
-        if self._flusher is None:
-            self._flusher = threading.Thread(target=self._flush_often, daemon=True)
-            self._flusher.start()
+            step: optimiser step, of which a run keeps one value; None for figures that describe
+                the whole run.
 
-    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        Returns:
+            The figures as they are told; those of a model are told once more, of the model.
+        """
+        points = _points(metrics, step)
+        if self._outbox is not None:
+            self._outbox.put_points(points)
+        return points
+
+    def log_headline(self, metrics: Mapping[str, float]) -> list[Point]:
         """Record the figures that pipeline runs are compared by, with the pipeline's run too.
 
-        Where somebody else made that run (the runner, KFP), it is for them to show them there.
+        That shows the last that any step gave it. Where somebody else made it, it is for them.
         """
-        self.log_metrics(metrics)
+        points = self.log_metrics(metrics)
+        self._of_parent(lambda parent, _: parent.log_headline(metrics))
+        return points
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; nested ones are flattened to `a.b.c`, long values are cut."""
         flat = {metric_name(name): parameter(value) for name, value in flatten(params).items()}
-        self._call("parameters", lambda client: send_params(client, self._id, flat))
+        self._tell("parameters", lambda client, begun: send_params(client, begun.run_id, flat))
 
     def log_manifest(self, path: Path) -> None:
         """Upload an artifact's manifest; the most memory that a process held becomes a figure.
@@ -119,102 +127,163 @@ class StepRun:
         """Store a file, or a folder's content, with the run (below `artifact_path`)."""
         path = Path(path)
 
-        def send(client: MlflowClient) -> None:
+        def send(client: MlflowClient, begun: Begun) -> None:
             with environment(UPLOAD_TIMEOUT):
                 if path.is_dir():
-                    client.log_artifacts(self._id, str(path), artifact_path)
+                    client.log_artifacts(begun.run_id, str(path), artifact_path)
                 else:
-                    client.log_artifact(self._id, str(path), artifact_path)
+                    client.log_artifact(begun.run_id, str(path), artifact_path)
 
-        self._call("artifacts", send)
+        self._now(path.name, send)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Store a text as the file `artifact_file` with the run."""
         shown = mask(text)
-        self._call("artifacts", lambda client: client.log_text(self._id, shown, artifact_file))
+        self._now(
+            artifact_file,
+            lambda client, begun: client.log_text(begun.run_id, shown, artifact_file),
+        )
 
     def set_tag(self, key: str, value: object) -> None:
         """Set a tag."""
-        self._call("tags", lambda client: client.set_tag(self._id, key, tag(value)))
+        text = tag(value)
+        self._tell("tags", lambda client, begun: client.set_tag(begun.run_id, key, text))
 
-    def mark_resumed(self) -> None:
-        """Say which run did the first part of the work, if another one did."""
-        if self.resumes is not None:
-            self.set_tag(RESUMED_TAG, self.resumes)
+    def describe(self, text: str, *, pipeline: bool = False) -> None:
+        """Set the run's description, which MLflow shows above everything else.
 
-    def log_model(self, folder: str | Path, registered_model_name: str) -> str | None:
-        """Store a Hugging Face folder as a model and register a new version of it.
+        Args:
+            text: Markdown; empty: none.
+            pipeline: it is that of the pipeline's run too, unless somebody else made that.
+        """
+        if not text:
+            return
+        self._description = text
+        self.set_tag(NOTE_TAG, text)
+        if pipeline:
+            self._of_parent(lambda parent, _: parent.describe(text))
+
+    def log_inputs(self, splits: Sequence[Split], contexts: Sequence[str]) -> None:
+        """Say which splits the work reads.
+
+        Args:
+            splits: which.
+            contexts: for what, one for each: e.g. training.
+        """
+        self._tell(
+            "inputs", lambda client, begun: send_inputs(client, begun.run_id, splits, contexts)
+        )
+
+    def log_weights(self, model: Model) -> None:
+        """Record weights that the work has made, and leave them where they are."""
+        self._tell("a model", lambda client, begun: send_model(client, begun, model))
+
+    def keep_checkpoints(self, checkpoints: Sequence[Model]) -> None:
+        """Record which checkpoints of a training there are now. Returns at once."""
+        self._tell(
+            "checkpoints", lambda client, begun: send_kept(client, begun, checkpoints), glance=False
+        )
+
+    def log_figures_of(
+        self, digest: str, points: Sequence[Point], split: Split | None = None
+    ) -> None:
+        """Say which model figures of this run are of; nothing if no run has recorded the model.
+
+        Args:
+            digest: of the artifact that the model is.
+            points: of `log_metrics`.
+            split: what they were measured on; None if that is no split.
+        """
+
+        def send(client: MlflowClient, begun: Begun) -> None:
+            model_id = model_of_artifact(client, begun.experiment_id, digest)
+            if model_id is not None:
+                send_figures(client, begun, model_id, points, split)
+
+        self._tell("figures of a model", send)
+
+    def log_model(
+        self, folder: str | Path, registered_model_name: str, model: Model | None = None
+    ) -> str | None:
+        """Store a Hugging Face folder as a model, register it, and make it the candidate.
+
+        Weights of more than 1 GB stay where they are; the model says where.
 
         Args:
             folder: what `AutoModelForCausalLM.from_pretrained` loads.
             registered_model_name: name in the model registry.
+            model: what MLflow shows of it.
 
         Returns:
             `models:/<name>/<version>`; `mlflow.artifacts.download_artifacts` of it gives the folder
             back. None when tracking is off or failed.
         """
-        uris: list[str] = []
+        folder = Path(folder)
+        shown = model or Model("exported", 0, str(folder.absolute()))
 
-        def send(client: MlflowClient) -> None:
+        def send(client: MlflowClient, begun: Begun) -> str:
             with environment(UPLOAD_TIMEOUT):
-                uris.append(send_model(client, self._id, Path(folder), registered_model_name))
+                return register(client, begun, folder, registered_model_name, shown)
 
-        if self._client is not None:  # it was asked for by name: wait until the server may be back
-            time.sleep(max(0.0, self._paused_until - time.monotonic()))
-        self._call("the model", send)
-        return uris[0] if uris else None
+        uri: str | None = self._now("the model", send)
+        return uri
+
+    def mark_resumed(self) -> None:
+        """Say which run did the first part of the work, if another one did."""
+
+        def send(client: MlflowClient, begun: Begun) -> None:
+            if begun.resumes is not None:
+                client.set_tag(begun.run_id, RESUMED_TAG, begun.resumes)
+
+        self._tell("tags", send)
 
     def finish(self, status: str) -> None:
-        """Send what is left and set the final status: FINISHED, FAILED or KILLED."""
+        """Send what is left and set the final status: FINISHED, FAILED or KILLED.
+
+        Waits for a server that is away as long as the process has patience; after a failure or a
+        signal for seconds.
+        """
         self.status = status
-        self._closing.set()
-        if self._flusher is not None:
-            self._flusher.join(timeout=60)
-        self._paused_until = 0.0
-        self._flush()
-        if self._buffer:  # the last chance: a moment's trouble costs no figures
-            time.sleep(_FLUSH_SECONDS)
-            self._paused_until = 0.0
-            self._flush()
-        self._call("the status", lambda client: client.set_terminated(self._id, status))
+        if self._outbox is None:
+            return
+        seconds = min(Patience.left, _LAST_SECONDS.get(status, Patience.left))
+        seconds = max(seconds, _LEAST_SECONDS)
+        self._outbox.drain(seconds)  # first: who reads FINISHED finds all figures
+        lost = self._outbox.lost
+        if lost:
+            self.set_tag(MISSING_TAG, lost)
+            note = f"{self._description}\n\n**Missing here**, MLflow did not take it: {lost}"
+            self.set_tag(NOTE_TAG, note.strip())
+        self._tell("the status", lambda client, begun: client.set_terminated(begun.run_id, status))
+        self._of_parent(lambda parent, run_id: parent.settle(run_id))
+        if not self._outbox.drain(seconds):
+            logger.error("MLflow was not told, and never will be: %s", self._outbox.left)
+            self._outbox.give_up()
 
-    @property
-    def _id(self) -> str:
-        assert self.run_id is not None
-        return self.run_id
+    def _tell(
+        self, kind: str, send: Callable[[MlflowClient, Begun], object], *, glance: bool = True
+    ) -> None:
+        """Tell the server something small, when it serves; in the order of the calls."""
+        if self._outbox is not None:
+            self._outbox.put(kind, send, glance=glance)
 
-    def _flush_often(self) -> None:
-        while not self._closing.wait(_FLUSH_SECONDS):
-            self._flush()
+    def _of_parent(self, tell: Callable[[KfpRun, str], object]) -> None:
+        """Tell the run above, which is given this one's id; not where somebody else made it."""
 
-    def _flush(self) -> None:
-        while self._buffer and time.monotonic() >= self._paused_until:
-            with self._lock:
-                batch = self._buffer[:_METRICS_A_BATCH]
-            if not self._call("metrics", partial(send_metrics, run_id=self._id, batch=batch)):
-                return  # kept, and sent again after the pause
-            with self._lock:
-                del self._buffer[: len(batch)]
+        def send(_: MlflowClient, begun: Begun) -> None:
+            if begun.parent is not None:
+                tell(begun.parent, begun.run_id)
 
-    def _call(self, kind: str, send: Callable[[MlflowClient], object]) -> bool:
-        """Talk to the server; on failure warn once a kind, then leave it alone for a while."""
-        if self._client is None:
-            return False
-        if time.monotonic() < self._paused_until:  # figures wait, all else is lost: say so
-            self._warn(kind, "it did not answer a moment ago")
-            return False
-        try:
-            send(self._client)
-        except Exception as error:  # whatever MLflow raises: training goes on
-            self._paused_until = time.monotonic() + _PAUSE_SECONDS
-            self._warn(kind, first_line(error))
-            return False
-        return True
+        self._tell("the pipeline's run", send)
 
-    def _warn(self, kind: str, why: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("MLflow did not take %s, going on: %s", kind, why)
+    def _now(self, kind: str, send: Callable[[MlflowClient, Begun], Any]) -> Any:  # noqa: ANN401
+        """Tell, or ask, the server something that cannot wait; None where that was given up."""
+        return None if self._outbox is None else self._outbox.attempt(kind, send)
+
+
+def _points(metrics: Mapping[str, float], step: int | None) -> list[Point]:
+    now = int(time.time() * 1000)
+    return [Point(metric_name(name), float(value), now, step) for name, value in metrics.items()]
 
 
 @contextmanager

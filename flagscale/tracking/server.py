@@ -16,7 +16,7 @@ from flagscale import variables
 from flagscale.errors import UserError
 from flagscale.imports import uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
-from flagscale.tracking.names import first_line
+from flagscale.tracking.names import ATTEMPT_TAG, KIND_TAG, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "flagscale-distillation"
 
+_KIND = {KIND_TAG: "custom_model_development"}  # "Machine learning"
 _PARAMS_A_BATCH = 100
 _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -105,7 +106,7 @@ def make_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
-    mlflow = _import_mlflow()
+    mlflow = import_mlflow()
     for noisy in ("mlflow.store.db.utils", "alembic"):  # a new database tells of its tables
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
@@ -113,7 +114,8 @@ def make_client(uri: str) -> MlflowClient:
         return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def _import_mlflow() -> ModuleType:
+def import_mlflow() -> ModuleType:
+    """The library, without what it takes along where it is there."""
     if "mlflow" not in sys.modules:
         # MLflow takes pandas along where it is there, for data sets that we do not log.
         with without("pandas"), uncollected():
@@ -124,6 +126,8 @@ def _import_mlflow() -> ModuleType:
 def find_experiment(client: MlflowClient, name: str, store: Path | None = None) -> str:
     """Id of the experiment, which is made if there is none.
 
+    It is marked as one of training: MLflow's pages show experiments of other kinds otherwise.
+
     Raises:
         UserError: it was deleted.
     """
@@ -131,10 +135,10 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        location = store.as_uri() if store else None
         try:
-            return client.create_experiment(
-                name, artifact_location=store.as_uri() if store else None
-            )
+            made = client.create_experiment(name, artifact_location=location, tags=_KIND)
+            return str(made)
         except MlflowException:  # another run has just made it
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -143,7 +147,10 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
         raise UserError(
             f"tracking.experiment={name!r} was deleted in MLflow: restore it there, or name another"
         )
-    return found.experiment_id
+    for key, value in _KIND.items():
+        if key not in found.tags:
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 - mlflow's Run
@@ -156,6 +163,12 @@ def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 -
         return client.get_run(run_id)
     except MlflowException:  # another server, or deleted
         return None
+
+
+def run_of_attempt(client: MlflowClient, experiment_id: str, attempt: str) -> str | None:
+    """Id of the run that carries this mark: the server made it, and its answer got lost."""
+    found = client.search_runs([experiment_id], f"tags.`{ATTEMPT_TAG}` = '{attempt}'")
+    return str(found[0].info.run_id) if found else None
 
 
 def children_of(client: MlflowClient, experiment_id: str, parent: str) -> list[Any]:
@@ -192,20 +205,6 @@ def send_metrics(
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(*point) for point in batch])
-
-
-def send_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
-    """Store a folder as the next version of a registered model; gives its `models:/` URI."""
-    from mlflow.exceptions import MlflowException
-
-    client.log_artifacts(run_id, str(folder), "model")
-    try:
-        client.create_registered_model(name)
-    except MlflowException:  # there is one: this becomes its next version
-        client.get_registered_model(name)
-    source = f"runs:/{run_id}/model"
-    version = client.create_model_version(name, source, run_id, await_creation_for=0).version
-    return f"models:/{name}/{version}"
 
 
 def quick_to_give_up() -> AbstractContextManager[None]:

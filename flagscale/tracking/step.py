@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -15,10 +16,13 @@ from flagscale.tracking.attempts import (
     end_lost,
     reopen,
     same_attempt,
+    samples_of,
     short_digest,
 )
-from flagscale.tracking.kfp_run import KfpStep
+from flagscale.tracking.delivery import Patience
+from flagscale.tracking.letters import Begun
 from flagscale.tracking.names import (
+    ATTEMPT_TAG,
     OF_KFP_RUN_TAG,
     PARENT_TAG,
     PROCESS_TAG,
@@ -29,10 +33,18 @@ from flagscale.tracking.names import (
     here,
     metric_name,
     own_kfp_run,
+    parameter,
 )
+from flagscale.tracking.outbox import Outbox
 from flagscale.tracking.place import Place, find_place
 from flagscale.tracking.run import StepRun, truthful_status
-from flagscale.tracking.server import make_client, tracking_uri
+from flagscale.tracking.server import (
+    import_mlflow,
+    make_client,
+    run_of_attempt,
+    send_params,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +53,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_PAUSES_ON_A_CLUSTER = (5, 20)  # seconds
+_START_SECONDS = 30.0  # for which a step waits for its run, if the server seems to serve
+_PAUSES_ON_A_CLUSTER = (5, 20, 60, 120, 150)  # seconds
 
 
 class _Process:
@@ -76,7 +89,7 @@ def step_run(
     """Track a step: a child of the run in `MLFLOW_RUN_ID`, else of the KFP run's, else on its own.
 
     The status tells the truth: FINISHED, FAILED when the body raises, KILLED when it raises
-    `Interrupted` or `KeyboardInterrupt`.
+    `Interrupted` or `KeyboardInterrupt`. A server that is away is told when it is back.
 
     Args:
         name: of the step, e.g. `distil-student`.
@@ -90,11 +103,27 @@ def step_run(
             params, training and inputs is another attempt, and makes a failed one good.
     """
     work = _Work(name, params, training, parents or {})
-    run = on_server(lambda client: _track(client, work), f"{name} is not tracked")
-    run = run or StepRun(None, None)
+    run = StepRun(_outbox(work))
     _Process.run = _Process.run or run
     with truthful_status(run):
         yield run
+
+
+@contextmanager
+def attached(run_id: str | None) -> Iterator[StepRun]:
+    """Tell of another process's run what only this process knows; its status is not ours.
+
+    Args:
+        run_id: MLflow's; None: nobody is told.
+    """
+    uri = tracking_uri()
+    if not uri or run_id is None:
+        yield StepRun(None)
+        return
+    import_mlflow()
+    outbox = Outbox(lambda: make_client(uri), lambda _: Begun(run_id, ""))
+    yield StepRun(outbox)
+    outbox.drain(Patience.left)
 
 
 def run_of_process() -> StepRun | None:
@@ -138,36 +167,45 @@ def on_server(do: Callable[[MlflowClient], T], otherwise: str) -> T | None:
     return None
 
 
-def _track(client: MlflowClient, work: _Work) -> StepRun:
+def _outbox(work: _Work) -> Outbox | None:
+    """Of the step's run; a server that is away makes it when it is back."""
+    uri = tracking_uri()
+    if not uri:
+        return None
+    import_mlflow()  # not in a thread: it hides a library from everybody's imports
+    attempt = uuid.uuid4().hex
+    outbox = Outbox(lambda: make_client(uri), lambda client: _begin(client, work, attempt))
+    if not outbox.begins_within(_START_SECONDS) and outbox.refused is None:
+        logger.warning("%s is tracked once MLflow at %s serves", work.name, hide_in_urls(uri))
+    return outbox
+
+
+def _begin(client: MlflowClient, work: _Work, attempt: str) -> Begun:
+    """Find or make the run; of several calls with the same `attempt` one makes it."""
     place = find_place(client, work.name)
+    made = run_of_attempt(client, place.experiment_id, attempt)
     earlier = earlier_runs(client, place.experiment_id, work.training)
+    earlier = [run for run in earlier if run.info.run_id != made]
     end_lost(client, earlier)
-    same = same_attempt(earlier, place)
+    same = None if made else same_attempt(earlier, place)
+    params = {metric_name(k): parameter(v) for k, v in flatten(work.params).items()}
+    known: Mapping[str, set[int]] = {}
+    samples = 0
     if same is not None:
-        run = _hold(client, same.info.run_id, place, reopen(client, same, place))
-        there = same.data.params
-        params = flatten(work.params)
-        run.log_params({k: v for k, v in params.items() if metric_name(k) not in there})
-        return run
-    run = _hold(client, _make(client, place, work), place)
-    run.resumes = earlier[0].info.run_id if earlier else None
-    run.log_params(work.params)
-    return run
-
-
-def _hold(
-    client: MlflowClient,
-    run_id: str,
-    place: Place,
-    known: Mapping[str, set[int]] | None = None,
-) -> StepRun:
+        run_id, resumes = same.info.run_id, None
+        known, samples = reopen(client, same, place), samples_of(same)
+        params = {name: v for name, v in params.items() if name not in same.data.params}
+    else:
+        run_id = made or _make(client, place, work, attempt)
+        resumes = earlier[0].info.run_id if earlier else None
+    send_params(client, run_id, params)
     if place.kfp_run is not None:
-        return KfpStep(client, run_id, place.kfp_run, known)
-    return StepRun(client, run_id, known)
+        place.kfp_run.show_children()
+    return Begun(run_id, place.experiment_id, known, resumes, place.kfp_run, samples)
 
 
-def _make(client: MlflowClient, place: Place, work: _Work) -> str:
-    tags = {PROCESS_TAG: here()}
+def _make(client: MlflowClient, place: Place, work: _Work, attempt: str) -> str:
+    tags = {PROCESS_TAG: here(), ATTEMPT_TAG: attempt}
     if place.parent is not None:
         tags[PARENT_TAG] = place.parent
     if work.training is not None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -46,6 +47,9 @@ class Observer(Protocol):
 
     def validated(self, record: dict[str, float]) -> None:
         """A validation is done: its losses, after how many steps."""
+
+    def kept(self, checkpoints: Sequence[Path]) -> None:
+        """These checkpoints are kept; called again and again, mostly with the same."""
 
 
 class SuspiciousResultError(RuntimeError):
@@ -101,6 +105,10 @@ def train(
         with trainer.whole_parameters():
             checkpoints.save(state, trainer)
 
+    def wait() -> None:
+        checkpoints.wait()
+        observer.kept(checkpoints.kept)
+
     if state.step == 0:
         validate()
     last = min(until_step or training.train_iters, training.train_iters)
@@ -109,12 +117,13 @@ def train(
             record = train_step(trainer, train_batches, partial(audit.look, state.step + 1))
         except (SuspiciousResultError, AuditError):
             save()
-            checkpoints.wait()
+            wait()
             raise
         state.step += 1
         state.training.append({"step": state.step, **record})
         observer.trained(state.training[-1])
         checkpoints.poll()
+        observer.kept(checkpoints.kept)
         finished = state.step == training.train_iters
         if finished or state.step % training.eval_interval == 0:
             validate()
@@ -123,9 +132,9 @@ def train(
             timer.restart()
             save()
         if stop and state.step < last:
-            checkpoints.wait()
+            wait()
             raise Interrupted(f"stopped after step {state.step} of {training.train_iters}")
-    checkpoints.wait()
+    wait()
 
 
 def train_step(

@@ -33,7 +33,7 @@ from pipelines.local.containers import Containers
 from pipelines.local.output import quiet_kfp
 from pipelines.local.preflight import SourceCheck, with_fingerprints
 from pipelines.local.step_cache import kfp_local
-from pipelines.local.steps import Plan, RunResult, Steps, read_scalars
+from pipelines.local.steps import Plan, RunResult, Steps, read_scalars, read_summary
 from pipelines.local.stopping import Stopper
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def run_pipeline(
         stopper.handling(),
         tracking.pipeline_run(recipe, runs) as run,
     ):
-        result = RunResult(folder, run.uri)
+        result = RunResult(folder, run.uri, run.page)
         steps = Steps(result, run, stopper, Plan(pipeline, arguments))
         environment = {**run.environment, RUNNER_VARIABLE: this_process(), "PYTHONUNBUFFERED": "1"}
         watch = containers.watch(pipeline, steps, stopper) if containers else nullcontext(steps)
@@ -219,6 +219,7 @@ def run_pipeline(
         for name in ("evaluate", "leaderboard"):
             if name in result.steps:  # so that runs compare without opening their children
                 run.log_metrics(read_scalars(result.steps[name].outputs))
+                run.describe(read_summary(result.steps[name].outputs))
     return result
 
 

@@ -50,12 +50,14 @@ class RunResult:
     Attributes:
         folder: of the run.
         tracking_uri: where MLflow has it.
+        tracking_page: of its experiment there, below the server's address.
         seconds: wall time of everything.
         steps: in the order in which they ran; those of a sweep's second variant as `evaluate-2`.
     """
 
     folder: Path
     tracking_uri: str
+    tracking_page: str = ""
     seconds: float = 0.0
     steps: dict[str, StepResult] = field(default_factory=dict)
 
@@ -273,6 +275,14 @@ def _read_note(outputs: Mapping[str, Path]) -> dict[str, Any]:
         if note.exists():
             return json.loads(note.read_text(encoding="utf-8"))
     return {}
+
+
+def read_summary(outputs: Mapping[str, Path]) -> str:
+    """The Markdown that a step sums its result up with; empty where it does not."""
+    from flagscale.evaluation import SUMMARY
+
+    found = [path / SUMMARY for path in outputs.values() if (path / SUMMARY).is_file()]
+    return found[0].read_text(encoding="utf-8") if found else ""
 
 
 def read_scalars(outputs: Mapping[str, Path]) -> dict[str, float]:

@@ -21,6 +21,7 @@ _FIGURES = {  # name in metrics.json -> heading, decimals
 }
 _DECISIVE = {**_FIGURES, "accuracy": ("token accuracy", 3)}
 _LONG = 1e5
+_MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` says that it is
 
 
 def summary(result: RunResult) -> str:
@@ -178,8 +179,9 @@ def _places(result: RunResult) -> str:
     if result.tracking_uri.startswith("sqlite:"):
         uri = quote(result.tracking_uri)
         text.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {uri}")
+        text.append(f"         then {_MLFLOW_UI}{result.tracking_page}")
     else:
-        text.append(f"MLflow   {result.tracking_uri}")
+        text.append(f"MLflow   {result.tracking_uri.rstrip('/')}{result.tracking_page}")
     return "\n".join(text)
 
 

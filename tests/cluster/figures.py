@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 
 from flagscale.tracking import KFP_RUN_TAG, PARENT_TAG
@@ -108,7 +109,10 @@ class Tracking:
         newest = max(versions, key=lambda v: int(v.version))
         with TemporaryDirectory() as folder:
             with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
-                client.download_artifacts(newest.run_id, "model", folder)
+                mlflow.set_tracking_uri(self.uri)  # a model is looked up in the process' own
+                mlflow.artifacts.download_artifacts(
+                    f"models:/{model}/{newest.version}", dst_path=folder
+                )
             files = sorted(Path(folder).rglob("*.safetensors"))
             if not files:
                 raise Failed(f"model {model}: no weights in it")

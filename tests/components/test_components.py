@@ -25,17 +25,18 @@ def test_there_is_a_component_for_each_step() -> None:
         "distil_student",
         "distil_student_on_nodes",
         "evaluate",
+        "evaluate_tasks",
         "export_student",
         "export_winner",
         "leaderboard",
+        "measure_layers",
         "pick_candidate",
         "prepare_data",
         "prepare_teacher",
         "promote",
         "rank_candidates",
+        "record_many",
         "record_run",
-        "record_search",
-        "record_sweep",
     ]
 
 

@@ -1,10 +1,11 @@
-"""Runs of the tiny recipe, as processes and in containers, and what was seen of them."""
+"""Runs of tiny recipes, as processes and in containers, and what was seen of them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +20,17 @@ TRAINED = "distil-student"
 
 @dataclass
 class Runs:
-    """`python -m pipelines run` of the tiny recipe, in one folder of runs."""
+    """`python -m pipelines run` of a recipe, in one folder of runs."""
 
     folder: Path
     sets: tuple[str, ...]
     environment: dict[str, str]
     image: str | None = None
+    recipe: str = "recipes/tiny.yaml"
     outputs: list[str] = field(default_factory=list)
 
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pipelines", "run", "recipes/tiny.yaml"]
+        command = [sys.executable, "-m", "pipelines", "run", self.recipe]
         command += ["--runs", str(self.folder), *(f"--set={text}" for text in self.sets)]
         if self.image is not None:
             command += ["--image", self.image]
@@ -43,24 +45,35 @@ class Runs:
         )
 
     def end(self, process: subprocess.Popen[str]) -> int:
-        output, _ = process.communicate(timeout=540)
+        output, _ = process.communicate(timeout=1500)
         self.outputs.append(output)
         return process.returncode
 
-    def wait_for_checkpoint(self, process: subprocess.Popen[str]) -> psutil.Process:
+    def wait_for_checkpoint(
+        self, process: subprocess.Popen[str], step: str = TRAINED
+    ) -> psutil.Process:
         """The training's process, once it has saved a checkpoint."""
-        notes, begin = self.folder / "latest" / "steps" / TRAINED, time.time()
-        deadline = time.monotonic() + 300
-        while True:
-            found = list((self.folder / "checkpoints").glob("*/*/latest.json"))
-            if any(path.stat().st_mtime > begin for path in found):
-                break
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
+        notes, begin = self.folder / "latest" / "steps" / step, time.time()
+        # `latest` may be the run before, still.
+        began = self._wait(process, begin, lambda: [notes / "process.json"])
+        checkpoints = self.folder / "checkpoints"
+        self._wait(process, began, lambda: checkpoints.glob("*/*/latest.json"))
         noted = read_process(notes)
         assert noted
         return psutil.Process(int(noted.split(":")[0]))
+
+    def _wait(
+        self, process: subprocess.Popen[str], since: float, files: Callable[[], Iterable[Path]]
+    ) -> float:
+        """Until one of the files has been written since a time; gives back when."""
+        deadline = time.monotonic() + 900
+        while True:
+            written = [path.stat().st_mtime for path in files() if path.exists()]
+            if max(written, default=0.0) > since:
+                return max(written)
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
 
     def output(self, name: str) -> Path:
         return (self.folder / "latest" / name).resolve()

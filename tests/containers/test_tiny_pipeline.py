@@ -32,7 +32,8 @@ ARTIFACTS = (
     "exported_student",
 )
 # Two runs of the same code differ in these, in containers or not: speeds, and the random name
-# that torch gives each save. The digests of parents follow from them.
+# that torch gives each save. The digests of parents and
+# ancestors follow from them.
 SPEEDS = re.compile("tokens.per.second")
 OF_ITS_TIME = {"weights/.metadata", "training.jsonl", "report.html", "report.json"}
 
@@ -47,6 +48,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     found = without_speed(json.loads((folder / "manifest.json").read_text()))
     found["files"] = {k: v for k, v in found["files"].items() if k not in OF_ITS_TIME}
     found["parents"] = sorted(found["parents"])
+    found["ancestors"] = sorted(one["kind"] for one in found["ancestors"].values())
     assert found.pop("peak_memory")["host"]  # of the process, which is another
     found.pop("energy")  # ditto
     return found

@@ -9,11 +9,8 @@ import glob
 import json
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -23,18 +20,9 @@ from pathlib import Path
 
 import pytest
 from manifests import DEPLOY, Manifest, build, containers, documents, environment, of_kind, pod
+from postgres_server import free_port, needs_postgres, postgres
 
-_PROGRAMS = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
-pytestmark = pytest.mark.skipif(
-    not _PROGRAMS and os.environ.get("CI") != "true",  # there it must be
-    reason="needs PostgreSQL (Debian: postgresql)",
-)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+pytestmark = needs_postgres
 
 
 @pytest.fixture(scope="module")
@@ -45,34 +33,8 @@ def password() -> str:
 @pytest.fixture(scope="module")
 def database(password: str) -> Iterator[int]:
     """A PostgreSQL server's port; its user `mlflow` has the password."""
-    assert _PROGRAMS, "PostgreSQL is not installed (Debian: postgresql)"
-    programs = Path(_PROGRAMS[-1])
-    as_postgres = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    folder = Path(tempfile.mkdtemp(prefix="mlflow-database-"))  # pytest's own are root's alone
-    try:
-        note = folder / "password"
-        note.write_text(password)
-        if as_postgres:
-            shutil.chown(folder, "postgres")
-            shutil.chown(note, "postgres")
-        data, port = folder / "data", _free_port()
-        rules = ["--auth=scram-sha-256", f"--pwfile={note}", "--username=mlflow", "--no-sync"]
-        subprocess.run(
-            [*as_postgres, programs / "initdb", *rules, "-D", data], check=True, capture_output=True
-        )
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        control = [*as_postgres, programs / "pg_ctl", "-D", data, "-w"]
-        log = ["-l", folder / "log"]
-        subprocess.run([*control, *log, "-o", options, "start"], check=True, capture_output=True)
-        try:
-            createdb = [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
-            known = {**os.environ, "PGPASSWORD": password}
-            subprocess.run([*createdb, "mlflow"], env=known, check=True)
-            yield port
-        finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
-    finally:
-        shutil.rmtree(folder)
+    with postgres(password) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +85,7 @@ def server(
         command = [*first["command"], *first["args"]]
         subprocess.run(command, env=variables(first), cwd=folder, check=True, timeout=300)
 
-    port = _free_port()
+    port = free_port()
     changes = {
         "--host=0.0.0.0": "--host=127.0.0.1",
         "--port=5000": f"--port={port}",

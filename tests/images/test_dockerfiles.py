@@ -303,3 +303,9 @@ def test_the_pins_hold_for_what_builds_packages_too(file: Path) -> None:
     pins = re.findall(r"PIP_CONSTRAINT=(\S+)", text)
     assert pins
     assert re.findall(r"PIP_BUILD_CONSTRAINT=(\S+)", text) == pins
+
+
+def test_a_layer_of_its_own_has_what_the_environment_lacks() -> None:
+    report = {"install": [{"metadata": {"name": name, "version": "1.0"}} for name in ("b", "a")]}
+    assert load("missing").pins(report) == ["a==1.0", "b==1.0"]
+    assert load("missing").pins({"install": []}) == []

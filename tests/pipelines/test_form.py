@@ -66,6 +66,7 @@ def test_what_belongs_together_stands_together_and_the_platform_comes_last(
         "models",
         "student",
         "student_num_layers",
+        "tasks",
         "teacher",
         "teacher_outputs",
         "tracking_experiment",
@@ -84,6 +85,7 @@ def test_what_belongs_together_stands_together_and_the_platform_comes_last(
         "models",
         "sweep_metric",
         "sweep_variants",
+        "tasks",
         "teacher",
         "teacher_outputs",
         "tracking_experiment",
@@ -148,5 +150,5 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "training_metrics",
     }
     assert single == sorted(shared)
-    more = {"leaderboard", "leaderboard_metrics", "leaderboard_report", "winners_evaluation"}
+    more = {"leaderboard", "ranking_metrics", "leaderboard_report", "winners_evaluation"}
     assert sweep == sorted(shared | more)

@@ -22,7 +22,7 @@ from pipelines.pods import Pods
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 PLATFORMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SMALL = ("check-recipe", "record-run", "record-sweep", "record-search", "pick-candidate")
+SMALL = ("check-recipe", "record-run", "record-many", "pick-candidate")
 KINDS = {
     **dict.fromkeys(("prepare-data", "leaderboard", "rank-candidates", *SMALL), "data"),
     "distil-student": "training",

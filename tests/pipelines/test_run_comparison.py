@@ -12,9 +12,10 @@ import pytest
 
 from flagscale import tracking
 from flagscale.artifacts import MANIFEST, Manifest, new_artifact, write_json
-from flagscale.evaluation import METRICS, PER_DOCUMENT
+from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT_DATA
 from flagscale.evaluation.fidelity import FIGURES, Fidelity
 from flagscale.evaluation.figures import summarise
+from flagscale.evaluation.task_scores import PER_EXAMPLE, TASKS, TaskScores, save_scores
 from pipelines.__main__ import main
 
 EXPERIMENT = "side by side"
@@ -44,8 +45,9 @@ def evaluation(folder: Path, kl: float, temperature: float, documents: int = 12)
         write_json(staging.path / METRICS, metrics)
         lines = [json.dumps(row) + "\n" for row in fidelity.rows()]
         (staging.path / PER_DOCUMENT).write_text("".join(lines))
-        rate = {"steps": 10.0, "median tokens per second": 64.0}
-        staging.facts = {"measured": {"recipe": recipe, "training": rate}}
+        costs = {"seconds": 20.0, "processes": 2, "price": None}
+        write_json(staging.path / REPORT_DATA, {"costs": costs if temperature < 4 else None})
+        staging.facts = {"measured": {"recipe": recipe}}
     return folder
 
 
@@ -72,9 +74,21 @@ class Store:
             self.client.log_param(run_id, field, value)
 
     def evaluated(self, key: str, parent: str, folder: Path | None) -> None:
-        run_id = self.run(key, "evaluate", parent)
-        for name in (MANIFEST, METRICS, PER_DOCUMENT) if folder else ():
+        run_id = self.run(key, "evaluate", parent, **{tracking.PROCESS_TAG: "host:1"})
+        for name in (MANIFEST, METRICS, PER_DOCUMENT, REPORT_DATA) if folder else ():
             self.client.log_artifact(run_id, str(folder / name))  # type: ignore[operator]
+
+    def asked(self, key: str, parent: str, speed: float, right: int) -> None:
+        run_id = self.run(key, "evaluate-tasks", parent)
+        self.client.log_metric(run_id, "distilled/decode_tokens_per_second", speed)
+        values = {"teacher": np.ones(10), "distilled": (np.arange(10) < right) * 1.0}
+        reported = {model: (float(v.mean()), None) for model, v in values.items()}
+        folder = self.runs / key
+        folder.mkdir(parents=True)
+        examples = tuple(map(str, range(10)))
+        save_scores(folder, [TaskScores("arc_easy", "acc", True, examples, values, reported)])
+        for name in (TASKS, PER_EXAMPLE):
+            self.client.log_artifact(run_id, str(folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +97,24 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     made = Store(folder)
     made.pipeline("one", "tiny", source="corpus A")
     made.evaluated("one/evaluate", "one", evaluation(folder / "1", 0.5, 1.0))
-    speed = made.run("one/tasks", "evaluate-tasks", "one")
-    made.client.log_metric(speed, "distilled/decode_tokens_per_second", 40.0)
+    made.asked("one/tasks", "one", 40.0, right=9)
     made.pipeline("again", "tiny", source="corpus A")  # all from the cache
     made.run("again/e", "evaluate", "again", **{tracking.CACHED_TAG: made.ids["one/evaluate"]})
     made.pipeline("sweep", "swept", source="corpus B")
     for number, kl in enumerate((0.4, 0.6), start=1):
         measured = evaluation(folder / f"sweep {number}", kl, 2.0 * number)
         made.evaluated(f"sweep/{number}", "sweep", measured)
-    of_winner = made.run("sweep/tasks", "evaluate-tasks", "sweep")
-    made.client.log_metric(of_winner, "distilled/decode_tokens_per_second", 99.0)
+    made.asked("sweep/tasks", "sweep", 99.0, right=8)
+    made.pipeline("two", "tiny", source="corpus A")
+    made.evaluated("two/evaluate", "two", evaluation(folder / "3", 0.7, 3.0))
+    made.asked("two/tasks", "two", 50.0, right=2)
     made.pipeline("other", "elsewhere")
     made.evaluated("other/evaluate", "other", evaluation(folder / "2", 0.1, 1.0, documents=13))
     made.pipeline("lost", "lost")
     made.evaluated("lost/evaluate", "lost", None)
+    made.run("one/task", "evaluate", "one")  # KFP's plugin makes one of its own
     made.pipeline("failed", "failed")
-    made.run("failed/evaluate", "evaluate", "failed")
+    made.run("failed/evaluate", "evaluate", "failed", **{tracking.PROCESS_TAG: "host:1"})
     made.client.update_run(made.ids["failed/evaluate"], status="FAILED")
     return made
 
@@ -123,7 +139,8 @@ def test_an_experiment_is_one_leaderboard_a_set_of_documents(
     first, second = (f"swept {store.ids[f'sweep/{number}'][:8]}" for number in (1, 2))
     one = f"tiny {store.ids['one'][:8]}"
     order = [line.split("|")[2].strip() for line in text.splitlines() if line.count("|") > 7]
-    assert order[2:5] == [first, one, second]  # by KL; the cached run is the same student
+    two = f"tiny {store.ids['two'][:8]}"
+    assert order[2:6] == [first, one, second, two]  # by KL; the cached run is the same student
     assert f"elsewhere {store.ids['other'][:8]}: KL to the teacher" in text
     assert f"Left out: lost {store.ids['lost'][:8]}, whose evaluation is not in MLflow." in text
     assert "failed" not in text
@@ -132,16 +149,18 @@ def test_an_experiment_is_one_leaderboard_a_set_of_documents(
         "corpus B",
         "corpus A",
         "corpus B",
+        "corpus A",
     ]
     assert [cell.strip() for cell in rows["distillation.temperature"].split("|")[2:-1]] == [
         "2.0",
         "1.0",
         "4.0",
+        "3.0",
     ]
     assert not any("fingerprint" in row for row in rows)
-    # 10 steps of 8 samples of 16 tokens, 64 a second; which variant the winner is, is not said.
-    assert "20 s" in rows[first]
-    assert "tokens/s" not in text
+    # Of one variant it is not known what its training cost, nor which of the two was asked tasks.
+    assert "| Size, parameters | Pareto front" in text
+    assert "not asked" in rows[first]
     assert f"page     {page}" in text
     assert EXPERIMENT in page.read_text()
 
@@ -153,6 +172,14 @@ def test_two_runs_by_id(store: Store, capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 0
     assert f"tiny {store.ids['again'][:8]}: KL to the teacher" in text
     assert "the best of 2 students" in text
+    code, text = compare(store, capsys, "--run-ids", store.ids["one"], store.ids["two"])
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    one, two = (f"tiny {store.ids[key][:8]}" for key in ("one", "two"))
+    assert "Speed of generation, tokens/s | Training, rank-seconds" in text
+    assert {row.split("|")[1].strip(): row.split("|")[4].strip() for row in rows[:2]} == {
+        one: "40",
+        two: "50",
+    }
     assert (store.runs / "comparison.html").exists()
 
 

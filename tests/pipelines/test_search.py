@@ -12,7 +12,7 @@ from references import unresolved
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
-from flagscale.run_values import check_run
+from flagscale.run_values import MEASURED, check_run
 from pipelines import form
 from pipelines.compiling import compile_recipe
 from pipelines.platform import load_platform
@@ -68,6 +68,19 @@ def test_rungs_are_loops_over_as_many_slots_as_the_recipe_leaves(compiled: dict[
     ]
 
 
+def test_layers_are_measured_once_for_all_candidates(compiled: dict[str, Any]) -> None:
+    spec = compiled["gke-h100"][0]
+    tasks = spec["root"]["dag"]["tasks"]
+    asked = tasks["measure-layers"]["inputs"]["parameters"]["students"]
+    checked = {"producerTask": "check-recipe", "outputParameterKey": "measured"}
+    assert asked == {"taskOutputParameter": checked}
+    (loop,) = (task for task in tasks.values() if task["taskInfo"]["name"] == "rung 1")
+    body = spec["components"][loop["componentRef"]["name"]]["dag"]["tasks"]["convert-student"]
+    given = body["inputs"]["artifacts"]["layer_importance"]["componentInputArtifact"]
+    made = loop["inputs"]["artifacts"][given]["taskOutputArtifact"]
+    assert made["producerTask"] == "measure-layers"
+
+
 def test_each_ranking_knows_the_one_before_and_how_many_go_on(compiled: dict[str, Any]) -> None:
     tasks = compiled["gke-h100"][0]["root"]["dag"]["tasks"]
     names = ["rank-candidates", "rank-candidates-2", "rank-candidates-3"]
@@ -78,7 +91,7 @@ def test_each_ranking_knows_the_one_before_and_how_many_go_on(compiled: dict[str
     for earlier, later in pairwise(names):
         before = tasks[later]["inputs"]["artifacts"]["before"]["taskOutputArtifact"]
         assert before["producerTask"] == earlier
-    assert {"evaluate", "export-student", "record-search"} <= set(tasks)
+    assert {"evaluate", "export-student", "record-many"} <= set(tasks)
 
 
 def test_only_steps_of_one_of_many_record_their_failures(compiled: dict[str, Any]) -> None:
@@ -97,6 +110,7 @@ def test_only_steps_of_one_of_many_record_their_failures(compiled: dict[str, Any
             of_many = given["of_many"]["runtimeValue"]["constant"]
             records[name] = of_many.get("record_failure", False)
     assert records == {
+        "measure-layers": True,
         "convert-student": True,
         "distil-student": True,
         "distil-student-2": True,
@@ -120,8 +134,10 @@ def test_a_run_may_change_candidates_but_not_have_more(recipe: Recipe) -> None:
     values |= {"search_candidates": candidates, "search_metric": "lm_loss"}
     checked = check_run(made, values)
     assert [one["name"] for one in checked["search_candidates"]] == [c["name"] for c in candidates]
+    assert [one["layer_importance"] for one in checked[MEASURED]] == ["kl", "block_influence"]
     fewer = check_run(made, values | {"search_candidates": candidates[:2]})
     assert len(fewer["search_candidates"]) == 2
+    assert [one["layer_importance"] for one in fewer[MEASURED]] == ["kl"]
     more = [*candidates, {"name": "more", "student": {"num_layers": 3}}]
     for change, message in (
         ({"search_candidates": more}, "has 7 candidates, and the pipeline was made for 6"),

@@ -118,7 +118,7 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
         "for-loop-1",
         "leaderboard",
         "export-winner",
-        "record-sweep",
+        "record-many",
     }
     loop = tasks["for-loop-1"]
     assert loop["iteratorPolicy"] == {"parallelismLimit": 2}
@@ -126,7 +126,7 @@ def test_data_and_teacher_are_made_once_students_in_a_bounded_loop(
     for name in ("leaderboard", "export-winner"):
         results = tasks[name]["inputs"]["artifacts"]["evaluations"]["taskOutputArtifact"]
         assert results["producerTask"] == "for-loop-1"
-    recorded = tasks["record-sweep"]
+    recorded = tasks["record-many"]
     assert recorded["cachingOptions"] == {}
     of_variants = {
         name: given["taskOutputArtifact"]["producerTask"]
@@ -159,8 +159,8 @@ def test_the_loop_is_over_the_checked_variants(compiled: dict[str, Compiled]) ->
     assert loop["inputs"]["parameters"][items] == {"taskOutputParameter": checked}
     ranked = tasks["leaderboard"]["inputs"]["parameters"]
     assert ranked["variants"] == {"taskOutputParameter": checked}
-    assert set(tasks["record-sweep"]["dependentTasks"]) >= {"leaderboard", "export-winner"}
-    between = {n: t for n, t in tasks.items() if n not in ("check-recipe", "record-sweep")}
+    assert set(tasks["record-many"]["dependentTasks"]) >= {"leaderboard", "export-winner"}
+    between = {n: t for n, t in tasks.items() if n not in ("check-recipe", "record-many")}
     assert all("check-recipe" in task["dependentTasks"] for task in between.values())
 
 

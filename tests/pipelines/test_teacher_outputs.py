@@ -144,6 +144,6 @@ def test_the_step_is_there_where_it_is_needed(platform: str | None, sweep: list[
             tasks |= {**component.dag.tasks}
         read = tasks["distil-student"].inputs.artifacts
         assert ("teacher_outputs" in read) is there
-        recorder = tasks.get("record-run") or tasks.get("record-sweep")
+        recorder = tasks.get("record-run") or tasks.get("record-many")
         if recorder:
             assert ("outputs_metrics" in recorder.inputs.artifacts) is there

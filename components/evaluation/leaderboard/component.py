@@ -15,7 +15,7 @@ def leaderboard(
     leaderboard: dsl.Output[dsl.Artifact],
     leaderboard_report: dsl.Output[dsl.HTML],
     leaderboard_summary: dsl.Output[dsl.Markdown],
-    leaderboard_metrics: dsl.Output[dsl.Metrics],
+    ranking_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Rank the variants of a sweep, and show them in MLflow as children of the sweep's run.
 
@@ -29,7 +29,7 @@ def leaderboard(
             CSV, and the report.
         leaderboard_report: the table and a chart in one page that needs no network.
         leaderboard_summary: the table in short.
-        leaderboard_metrics: the winner's headline figures.
+        ranking_metrics: the winner's headline figures.
     """
     from flagscale.execution.step_process import step_process
 
@@ -46,4 +46,4 @@ def leaderboard(
         )
         step.copy(Path(leaderboard.path) / "report.html", leaderboard_report.path)
         step.copy(Path(leaderboard.path) / "summary.md", leaderboard_summary.path)
-        step.report(figures, leaderboard_metrics)
+        step.report(figures, ranking_metrics)

@@ -17,7 +17,7 @@ def rank_candidates(
     search: dsl.Output[dsl.Artifact],
     search_report: dsl.Output[dsl.HTML],
     search_summary: dsl.Output[dsl.Markdown],
-    search_metrics: dsl.Output[dsl.Metrics],
+    ranking_metrics: dsl.Output[dsl.Metrics],
     before: dsl.Input[dsl.Artifact] = None,
 ) -> None:
     """Rank the candidates of a rung on the samples that all were measured on; say who goes on.
@@ -34,7 +34,7 @@ def rank_candidates(
         search: every candidate with its losses, intervals, sizes and cost, and what became of it.
         search_report: the same as one page that needs no network.
         search_summary: the table in short.
-        search_metrics: how many go on, and the best loss.
+        ranking_metrics: how many go on, and the best loss.
         before: from rank-candidates, of the rung before; none after the first one.
     """
     from flagscale.execution.step_process import step_process
@@ -56,4 +56,4 @@ def rank_candidates(
         )
         step.copy(Path(search.path) / "report.html", search_report.path)
         step.copy(Path(search.path) / "summary.md", search_summary.path)
-        step.report(figures, search_metrics)
+        step.report(figures, ranking_metrics)

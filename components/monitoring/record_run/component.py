@@ -15,6 +15,7 @@ def record_run(
     evaluation_metrics: dsl.Input[dsl.Metrics],
     export_metrics: dsl.Input[dsl.Metrics],
     outputs_metrics: dsl.Input[dsl.Metrics] = None,
+    task_metrics: dsl.Input[dsl.Metrics] = None,
 ) -> None:
     """Show in MLflow the steps that the cache served, which could not do so; end the run there.
 
@@ -27,6 +28,7 @@ def record_run(
         evaluation_metrics: from evaluate.
         export_metrics: from export-student.
         outputs_metrics: from cache-teacher, where there is one.
+        task_metrics: from evaluate-tasks, where there is one.
     """
     from flagscale.execution.step_process import step_process
 
@@ -44,5 +46,6 @@ def record_run(
                 "distil-student": [Path(training_metrics.path)],
                 "evaluate": [Path(evaluation_metrics.path)],
                 "export-student": [Path(export_metrics.path)],
+                "evaluate-tasks": [Path(task_metrics.path)] if task_metrics else [],
             }
         )

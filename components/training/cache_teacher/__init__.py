@@ -1,4 +1,4 @@
-"""Teacher, student before and student after, compared."""
+"""The teacher asked once, for all trainings."""
 
 from components.training.cache_teacher.component import cache_teacher
 

@@ -15,6 +15,7 @@ def check_recipe(
     teacher: dict,
     evaluation: dict,
     export: dict,
+    tasks: dict,
     models: dict,
     data_max_documents: str,
     tracking_experiment: str,
@@ -59,10 +60,12 @@ def check_recipe(
         ("training", dict),
         ("evaluation", dict),
         ("export", dict),
+        ("tasks", dict),
         ("models", dict),
         ("promote", dict),
         ("sweep_variants", list),
         ("search_candidates", list),
+        ("measured", list),
         ("met", dict),
     ],
 ):
@@ -74,6 +77,7 @@ def check_recipe(
         teacher: the recipe's section `teacher`.
         evaluation: the recipe's section `evaluation`.
         export: the recipe's section `export`.
+        tasks: the recipe's section `tasks`.
         models: the recipe's section `models`.
         data_max_documents: sets `data.max_documents`; empty: the section's.
         tracking_experiment: MLflow's, unless KFP's plugin or the runner has chosen one.

@@ -19,6 +19,7 @@ def convert_student(
     student_report: dsl.Output[dsl.HTML],
     audit: dsl.Output[dsl.HTML],
     student_metrics: dsl.Output[dsl.Metrics],
+    layer_importance: dsl.Input[dsl.Artifact] = None,
 ) -> None:
     """Make the student from the teacher and prove that it can be distilled.
 
@@ -36,6 +37,7 @@ def convert_student(
         student_report: which layers went and what that costs, sizes and proofs, as one page.
         audit: every check of the conversion with figure and tolerance, as one page.
         student_metrics: figures of the proofs, parameters of the student.
+        layer_importance: from measure-layers, where several students ask for it.
     """
     from flagscale.execution.step_process import step_process
 
@@ -48,13 +50,14 @@ def convert_student(
         from flagscale.recipe import ModelsRecipe, StudentRecipe
         from flagscale.steps.convert_student import convert_student
 
-        folder = step.output(student.path)
+        folder, measured = step.output(student.path), layer_importance
         figures = convert_student(
             step.section(StudentRecipe, student_recipe),
             teacher=step.input("teacher", teacher),
             dataset=step.input("dataset", dataset),
             output=folder,
             models=step.section(ModelsRecipe, models_recipe),
+            importance=step.input_or_absent("layer_importance", measured) if measured else None,
         )
         for name, page in (("report.html", student_report), ("audit.html", audit)):
             step.copy(folder / name, page.path)

@@ -6,6 +6,6 @@ when it is whole, and only then becomes the latest: a kill at any point leaves t
 """
 
 from flagscale.train.checkpoints.training_checkpoints import TrainingCheckpoints
-from flagscale.train.checkpoints.training_state import TrainingState
+from flagscale.train.checkpoints.training_state import CURVES, TrainingState
 
-__all__ = ["TrainingCheckpoints", "TrainingState"]
+__all__ = ["CURVES", "TrainingCheckpoints", "TrainingState"]

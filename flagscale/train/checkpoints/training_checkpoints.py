@@ -35,7 +35,11 @@ _READING, _WRITING = "cannot be read", "could not be written"
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one training run, in one folder. All ranks call every method."""
+    """The checkpoints of one training run, in one folder. All ranks call every method.
+
+    Attributes:
+        kept: on the first rank those that are there since the last one was written.
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class TrainingCheckpoints:
         self._partial: Path | None = None
         self._cost: SaveCost | None = None
         self._published: Path | None = None  # on the first rank, until its cost is told
+        self.kept: list[Path] = []
 
     def save(self, state: TrainingState, trainer: Trainer) -> None:
         """Write a checkpoint; when it is complete, make it the latest and delete old ones.
@@ -162,10 +167,10 @@ class TrainingCheckpoints:
         self._partial = None
 
     def _make_latest(self, partial: Path) -> None:
-        kept = self._folders.publish(partial)
-        self._published = kept[-1]
+        self.kept = self._folders.publish(partial)
+        self._published = self.kept[-1]
         if self._mirror is not None:
-            self._mirror.upload(kept)
+            self._mirror.upload(self.kept)
 
     def _finish(self, blocking: bool) -> None:
         if self._cost is not None and self._calls.get_num_unfinalized_calls():

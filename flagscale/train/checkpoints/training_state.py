@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CURVES = ("training.jsonl", "validation.jsonl")
 _RNG = "rng_state"
 
 
@@ -61,9 +62,9 @@ class TrainingState:
 
     def write(self, folder: Path) -> None:
         """Write the curves, a line a record: training.jsonl and validation.jsonl."""
-        for name, records in (("training", self.training), ("validation", self.validation)):
+        for name, records in zip(CURVES, (self.training, self.validation), strict=True):
             lines = [json.dumps(record) + "\n" for record in records]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / name).write_text("".join(lines), encoding="utf-8")
 
 
 def layout() -> dict[str, int]:

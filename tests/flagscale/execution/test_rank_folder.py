@@ -1,4 +1,5 @@
 import os
+from typing import Any, cast
 
 import pytest
 
@@ -7,6 +8,8 @@ from flagscale.errors import Interrupted, UserError
 from flagscale.execution.notes import note_error
 from flagscale.execution.rank_folder import LostError, RankFolder
 from flagscale.tracking import StepRun, step
+from flagscale.tracking.letters import Begun
+from flagscale.tracking.outbox import outbox_of
 
 
 @pytest.fixture
@@ -23,7 +26,8 @@ def ended(ranks: RankFolder, rank: int, code: int, message: str) -> None:
 
 
 def test_the_first_ranks_run_in_mlflow_is_the_steps(ranks, monkeypatch):
-    monkeypatch.setattr(step._Process, "run", StepRun(None, "run of the rank"))
+    outbox = outbox_of(cast(Any, None), Begun("run of the rank", "0"))
+    monkeypatch.setattr(step._Process, "run", StepRun(outbox))
     ranks.note_result({"loss": 2.5})
     monkeypatch.setattr(step._Process, "run", None)  # the launcher, which tracks nothing itself
     monkeypatch.setattr(step._Process, "run_of_ranks", None)

@@ -21,6 +21,8 @@ from flagscale.execution.step_process import keep_exclusive, step_process
 from flagscale.recipe import StudentRecipe, TrainingRecipe
 from flagscale.recipe.data import CorpusRecipe
 from flagscale.stop import deferred_stop, stop_requested
+from flagscale.tracking.letters import Begun
+from flagscale.tracking.outbox import outbox_of
 from flagscale.tracking.run import StepRun, truthful_status
 
 
@@ -104,7 +106,7 @@ def test_what_goes_on_after_any_failure_does_not_go_on_after_a_signal(
     told: list[str] = []
     fsspec.register_implementation("stopped", Stopped, clobber=True)
     corpus = CorpusRecipe(name="c", source="stopped://bucket/a.jsonl")
-    run = StepRun(cast(Any, Client()), "run")
+    run = StepRun(outbox_of(cast(Any, Client()), Begun("run", "0")))
     for work in (
         lambda: run.log_artifact(tmp_path / "report.html"),
         lambda: next(documents(corpus)),
@@ -124,11 +126,11 @@ def test_a_signal_while_a_run_is_finished_is_seen_in_its_status() -> None:
             told.append(status)
 
     told: list[str] = []
-    run = StepRun(cast(Any, Client()), "run")
+    run = StepRun(outbox_of(cast(Any, Client()), Begun("run", "0")))
     with pytest.raises(SystemExit) as end, step_process("evaluate"), truthful_status(run):
         pass
     assert end.value.code == 143
-    assert told == ["KILLED"]
+    assert told == ["FINISHED", "KILLED"]  # the last one counts
 
 
 def test_a_signal_while_the_end_is_told_changes_nothing(

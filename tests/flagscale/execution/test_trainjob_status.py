@@ -11,6 +11,7 @@ from kubeflow_trainer_api import models
 
 from flagscale.execution.trainjob import status
 from flagscale.execution.trainjob.status import TrainJobStatus
+from flagscale.recipe import TrainingRecipe
 from flagscale.steps.observers import observer
 from flagscale.tracking import StepRun
 from flagscale.train.checkpoints import TrainingState
@@ -81,7 +82,8 @@ def controller(monkeypatch, tmp_path) -> Iterator[Controller]:
 
 def train(steps: int, first: int = 0) -> None:
     state = TrainingState(step=first)
-    with observer(StepRun(None, None), state, steps, [1e-3] * steps) as told:
+    training = TrainingRecipe(train_iters=steps, lr=0.1)
+    with observer(StepRun(None), state, training, steps) as told:
         for step in range(first + 1, steps + 1):
             told.trained({"step": step, **RECORD, "lm loss": 3.0 - step / 10})
         told.validated({"step": steps, "lm loss": 2.5})

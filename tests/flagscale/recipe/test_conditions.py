@@ -8,7 +8,7 @@ import pytest
 
 from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import TEACHER
-from flagscale.evaluation.figures import AFTER, BEFORE, SHOWN
+from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN
 from flagscale.recipe import PromoteRecipe, Recipe, parse_section
 from flagscale.recipe import promote as section
 from flagscale.recipe.conditions import parse_condition
@@ -110,6 +110,29 @@ def test_what_no_run_could_show_is_refused_with_the_recipe(condition: str, said:
     assert repr(condition) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ("heldout_cloze", None),
+        ("heldout_cloze:perplexity", None),
+        ("heldout_cloze:f1", "no metric 'f1' of heldout_cloze; it has acc, perplexity"),
+        ("mmlu", None),
+        ("mmlu_anatomy:acc", None),  # of the group
+        ("mine", None),
+        ("arc_easy", "tasks are heldout_cloze, mmlu, mine"),
+        ("heldout_cloze_2", "will not be measured"),
+    ],
+)
+def test_tasks_that_are_asked_are_figures(figure: str, said: str | None) -> None:
+    tasks = {"names": ["heldout_cloze", "mmlu"], "own": ["task: mine\ndataset_path: json\n"]}
+    condition = f"distilled/{figure} >= 0.9 * teacher/{figure}"
+    if said is None:
+        assert asking(condition, tasks=tasks).promote is not None
+    else:
+        with pytest.raises(UserError, match=re.escape(said)):
+            asking(condition, tasks=tasks)
+
+
 def test_the_usual_interval_must_be_one_that_can_be_told() -> None:
     few = {"bootstrap_samples": 150}
     with pytest.raises(UserError, match="set it to 200 or more"):
@@ -146,4 +169,4 @@ def test_the_section_comes_back_as_it_was() -> None:
 
 def test_names_are_the_evaluations() -> None:
     assert (section.TEACHER, section.STUDENT, section.DISTILLED) == (TEACHER, BEFORE, AFTER)
-    assert {*section.FIGURES} == {*SHOWN}
+    assert {*section.FIGURES} == {*SHOWN, *DETAILS}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -191,6 +194,29 @@ def test_stopped_and_begun_again(
     whole = cached(tmp_path / "whole", teacher, dataset, met=SEVERAL_PASSES)
     assert torch.equal(found.read("train", there).hidden_bsh, whole.read("train", there).hidden_bsh)
     assert not work.exists()
+
+
+def test_killed_and_begun_again(
+    teacher: Path,
+    dataset: Path,
+    tmp_path: Path,
+    torchrun: Callable[..., object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With -9, while it writes: nobody had a chance to put anything in order."""
+    worker = Path(__file__).with_name("killed_cache_worker.py")
+    with pytest.raises(subprocess.CalledProcessError):
+        torchrun(1, worker, tmp_path / "work", tmp_path / "outputs", teacher, dataset)
+    assert not (tmp_path / "outputs").exists()
+    with caplog.at_level("INFO"):
+        found = cached(tmp_path, teacher, dataset, met=SEVERAL_PASSES)
+    there, of = re.findall(r"going on: (\d+) of (\d+) samples are there", caplog.text)[0]
+    assert 0 < int(there) < int(of) == 40
+    numbers = NumberedSamples(dataset, tmp_path, "train").first(40, 1)
+    whole = cached(tmp_path / "whole", teacher, dataset, met=SEVERAL_PASSES)
+    ours, theirs = (one.read("train", numbers).hidden_bsh for one in (found, whole))
+    assert torch.equal(ours, theirs)
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
 def files(folder: Path) -> dict[str, bytes]:

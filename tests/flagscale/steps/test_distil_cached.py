@@ -8,12 +8,22 @@ import torch
 
 from flagscale.artifacts import MANIFEST, open_artifact
 from flagscale.errors import Interrupted, UserError
+from flagscale.execution.step_process import step_process
 from flagscale.megatron import platform
 from flagscale.models.megatron import load_model, logits
-from flagscale.recipe import DistillationRecipe, MetRecipe, TeacherOutputsRecipe, TrainingRecipe
+from flagscale.recipe import (
+    DistillationRecipe,
+    LayoutRecipe,
+    MetRecipe,
+    ModelsRecipe,
+    TeacherOutputsRecipe,
+    TrainingRecipe,
+)
+from flagscale.shared import Pointer
 from flagscale.steps import distil_student as step
 from flagscale.steps.cache_teacher import cache_teacher
 from flagscale.steps.outputs_check import check_outputs, outputs_to_read
+from flagscale.steps.rung import SAMPLE_LOSSES, Rung
 
 TRAINING = TrainingRecipe(
     train_iters=4,
@@ -38,12 +48,21 @@ def outputs(teacher, dataset, tmp_path_factory):
 
 @pytest.fixture
 def distil(teacher, student, dataset, tmp_path):
-    def distil(name, outputs, distillation=CACHED, training=TRAINING):
-        where = tmp_path / "checkpoints", tmp_path / name
-        step.distil_student(distillation, training, teacher, student, dataset, *where, outputs)
+    def distil(name, outputs, distillation=CACHED, training=TRAINING, rung=None):
+        inputs, where = (teacher, student, dataset), (tmp_path / "checkpoints", tmp_path / name)
+        step.distil_student(distillation, training, *inputs, *where, outputs, rung)
         return tmp_path / name
 
     return distil
+
+
+@pytest.fixture(scope="module")
+def live(teacher, student, dataset, tmp_path_factory):
+    """The training with the live teacher."""
+    folder = tmp_path_factory.mktemp("live")
+    where = folder / "checkpoints", folder / "live"
+    step.distil_student(LIVE, TRAINING, teacher, student, dataset, *where)
+    return folder / "live"
 
 
 def records(artifact, name="training"):
@@ -54,7 +73,7 @@ def records(artifact, name="training"):
 
 
 def test_it_is_the_live_training_and_goes_on_where_it_was_stopped(
-    distil, outputs, monkeypatch, caplog
+    distil, outputs, live, monkeypatch, caplog
 ):
     asked = []
     monkeypatch.setattr(step, "stop_requested", lambda: len(asked.append(1) or asked) == 2)
@@ -65,7 +84,6 @@ def test_it_is_the_live_training_and_goes_on_where_it_was_stopped(
         cached = distil("cached", outputs)
     assert "resuming after step 2" in caplog.text
     assert "in fp32): asked again, in fp32, it answers the same: hidden states" in caplog.text
-    live = distil("live", outputs, LIVE)
     for name in ("training", "validation"):
         for ours, theirs in zip(records(cached, name), records(live, name), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)
@@ -77,6 +95,48 @@ def test_it_is_the_live_training_and_goes_on_where_it_was_stopped(
     manifests = [open_artifact(path, "distilled-student") for path in (cached, live)]
     kept = open_artifact(outputs, "teacher-outputs").digest
     assert [m.parents.get("teacher-outputs") for m in manifests] == [kept, None]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(teacher, dataset, tmp_path_factory):
+    """What two ranks wrote, each with a half of the teacher."""
+    folder = tmp_path_factory.mktemp("of-two-ranks")
+    models = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
+    where = folder / "work", folder / "kept"
+    cache_teacher(TeacherOutputsRecipe(), MET, teacher, dataset, *where, models)
+    return folder / "kept"
+
+
+def test_two_ranks_wrote_it_and_an_object_store_has_it(
+    distil, of_two_ranks, live, bucket, tmp_path, monkeypatch
+):
+    """One process then trains from it, as with the live teacher; no file of it is fetched whole."""
+    monkeypatch.setenv("FLAGSCALE_SHARED", f"{bucket}/shared")
+    with step_process("cache-teacher") as running:
+        shutil.copytree(of_two_ranks, running.output(str(tmp_path / "pointer")))
+    monkeypatch.delenv("FLAGSCALE_SHARED")
+    shutil.rmtree(of_two_ranks)
+    cached = distil("cached", tmp_path / "pointer")
+    for name in ("training", "validation"):
+        for ours, theirs in zip(records(cached, name), records(live, name), strict=True):
+            # Two ranks add up the teacher's sums in another order.
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_searchs_candidate_is_measured_as_with_the_live_teacher(distil, outputs, student):
+    at = Pointer("student", open_artifact(student, "student").digest, str(student), 1)
+    stop = Rung(until_step=2, samples=4, student=at)
+    found = []
+    for name, how in (("cached", CACHED), ("live", LIVE)):
+        candidate = distil(f"{name} candidate", outputs, how, rung=stop)
+        open_artifact(candidate, "candidate")
+        found.append(json.loads((candidate / SAMPLE_LOSSES).read_text()))
+    ours, theirs = found
+    assert set(ours) == set(theirs) >= {"logits distillation loss", "lm loss"}
+    for name, samples in ours.items():
+        assert len(samples) == 4
+        for sample, loss in samples.items():
+            assert loss == pytest.approx(theirs[name][sample], rel=1e-6)
 
 
 @pytest.fixture

@@ -3,17 +3,20 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluated_students import write_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale.artifacts import new_artifact, open_artifact
 from flagscale.evaluation.task_scores import load_scores
-from flagscale.recipe import TasksRecipe
+from flagscale.recipe import EvaluationRecipe, LayoutRecipe, ModelsRecipe, TasksRecipe
+from flagscale.steps.evaluate import evaluate
 from flagscale.steps.evaluate_tasks import evaluate_tasks
 
 LIMIT = 12
@@ -34,15 +37,18 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def evaluation(teacher: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "evaluation"
-    parents = {
-        "teacher": open_artifact(teacher, "teacher"),
-        "dataset": open_artifact(dataset, "dataset"),
-    }
-    with new_artifact(folder, "evaluation", {}, parents):
-        pass
-    return folder
+def evaluation(student: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_student(folder / "distilled", artifacts, keep=(0, 3))
+    evaluate(
+        EvaluationRecipe(max_documents=3, max_document_tokens=32, bootstrap_samples=100),
+        artifacts / "teacher",
+        student,
+        folder / "distilled",
+        artifacts / "dataset",
+        folder / "evaluation",
+    )
+    return folder / "evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +156,50 @@ def test_every_example_has_a_value_whose_mean_is_the_figure(output: Path) -> Non
             )
             assert np.isclose(values_e.mean(), score.reported[model][0])
     assert {model for score in scores for model in score.reported} == {"teacher", "distilled"}
+
+
+def test_the_report_is_rendered_again_with_the_tasks(output: Path) -> None:
+    page, short = ((output / name).read_text() for name in ("report.html", "summary.md"))
+    assert "heldout_multiple_choice:acc_norm" in page
+    assert "The student writes" in page
+    assert "heldout\\_cloze" in short
+
+
+def test_speed_and_memory_are_of_each_model(output: Path) -> None:
+    found = json.loads((output / "generation.json").read_text())
+    for model in ("teacher", "distilled"):
+        (speed,) = found[model]
+        assert (speed["engine"], speed["device"], speed["dtype"]) == (
+            "transformers",
+            "cpu",
+            "float32",
+        )
+        assert speed["prefill_tokens_per_second"] > 0
+        assert speed["decode_tokens_per_second"] > 0
+        assert speed["peak_memory"] > 1e7
+    held = open_artifact(output, "task-evaluation").peak_memory["host"][0]
+    assert held >= max(found[model][0]["peak_memory"] for model in found)
+
+
+def test_a_student_in_megatrons_format_is_asked_by_megatron_core(
+    tasks: TasksRecipe, teacher: Path, dataset: Path, evaluation: Path, output: Path
+) -> None:
+    """The teacher itself, on two ranks: its answers are those that transformers gives."""
+    parents = {"evaluation": open_artifact(evaluation, "evaluation")}
+    folder = evaluation.parent / "megatron"
+    with new_artifact(folder, "export", {}, parents) as staging:
+        shutil.copytree(teacher, staging.path, dirs_exist_ok=True)
+        (staging.path / "manifest.json").unlink()
+        staging.facts = {"format": "megatron"}
+    models = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))
+    again = evaluation.parent / "tasks of megatron"
+
+    evaluate_tasks(tasks, teacher, dataset, evaluation, folder, again, models)
+
+    for expected, found in zip(load_scores(output), load_scores(again), strict=True):
+        assert found.examples == expected.examples
+        value, _ = expected.reported["teacher"]
+        assert found.reported["distilled"][0] == pytest.approx(value, rel=1e-4)
+        assert found.reported["distilled"] == found.reported["teacher"]
+        for values_e in found.values.values():
+            assert values_e.tolist() == expected.values["teacher"].tolist()

@@ -106,7 +106,13 @@ def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Exported:
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             patch.delenv(name, raising=False)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        figures = export_student(export, run.distilled, run.evaluation, folder / "export")
+        figures = export_student(
+            export,
+            run.distilled,
+            run.evaluation,
+            folder / "export",
+            lineage=folder / "shown" / "lineage",
+        )
     return Exported(folder / "export", figures, uri)
 
 
@@ -222,6 +228,22 @@ def test_model_card(run: Run, exported: Exported) -> None:
         assert f"{figures[model]['lm_loss']['value']:.3f}" in text
     assert "| `training.lr` | 0.001 |" in text
     assert "| `distillation.temperature` | 1.0 |" in text
+
+
+def test_the_lineage_page_goes_back_to_the_data(exported: Exported, run: Run) -> None:
+    """By the manifests of real artifacts; the same page is in MLflow."""
+    page = (exported.folder.parent / "shown" / "lineage").read_text()
+    manifest = open_artifact(exported.folder, "export")
+    evaluated = open_artifact(run.evaluation, "evaluation")
+    assert {"dataset", "teacher", "student", "distilled"} == set(evaluated.parents)
+    for digest in (manifest.digest, *manifest.parents.values(), *evaluated.parents.values()):
+        assert digest in page
+    assert str(run.student.parent / "source") in page, "which teacher"
+    assert str(run.student.parent / "text") in page, "which data"
+    client = mlflow.MlflowClient(tracking_uri=exported.tracking_uri)
+    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    kept = client.download_artifacts(found.info.run_id, "lineage.html")
+    assert Path(kept).read_text() == page
 
 
 def test_mlflow_registers_what_transformers_loads(exported: Exported) -> None:

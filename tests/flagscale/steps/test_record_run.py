@@ -9,8 +9,8 @@ import pytest
 
 from flagscale.artifacts import new_artifact, write_json
 from flagscale.execution.metrics_file import read_metrics, write_metrics
+from flagscale.steps.record_many import record_many
 from flagscale.steps.record_run import record_run
-from flagscale.steps.record_sweep import record_sweep
 from flagscale.tracking import CACHED_TAG, kfp_run
 from flagscale.tracking import step as tracking_step
 from tests.flagscale.tracking.kfp_plugin import below, pod, roots, tree
@@ -104,10 +104,28 @@ def test_a_cached_leaderboards_variants_are_shown_in_this_run(
     ]
     with new_artifact(tmp_path / "board", "leaderboard", {}) as staging:
         (staging.path / "leaderboard.json").write_text(json.dumps({"rows": rows}))
-    record_sweep({"leaderboard": [reported(tmp_path / "m", made_in)]}, tmp_path / "board")
+    record_many({}, reported(tmp_path / "m", made_in), tmp_path / "board")
     (root,) = roots(client)
     expected = "second FINISHED\n"
     if variants:
         expected += "  warm FINISHED\n  cold FINISHED\n  leaderboard FINISHED  from the cache\n"
     assert tree(client, root) == expected
     assert root.data.metrics == {"kl": 0.5}
+
+
+def test_a_cached_searchs_candidates_are_shown_in_this_run(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    points = [{"step": step, "loss": {"value": 1 / step}} for step in (2, 4)]
+    costs = {"tokens": 64.0, "rank_seconds": 1.0, "tokens_per_second": 64.0}
+    rest = {"changes": {}, "student": None, "status": "dropped", "why": "", "made": {}, **costs}
+    with new_artifact(tmp_path / "board", "search", {}) as staging:
+        candidates = [{"name": "even", "points": points, **rest}]
+        write_json(staging.path / "search.json", {"candidates": candidates})
+    record_many({}, reported(tmp_path / "m", "first"), tmp_path / "board")
+    (root,) = roots(client)
+    even, _ = below(client, root.info.run_id)
+    assert even.data.tags["flagscale.candidate_status"] == "dropped"
+    assert even.data.metrics == {"held-out loss": 0.25, "rank": 1.0, **costs}
+    expected = "second FINISHED\n  even FINISHED\n  rank-candidates FINISHED  from the cache\n"
+    assert tree(client, root) == expected

@@ -57,6 +57,17 @@ def test_among_equally_likely_tokens_the_first_ones_are_kept() -> None:
     assert found.tokens_bsk[0, 0].tolist() == [250, *range(15)]
 
 
+def test_ties_over_the_whole_vocabulary_fall_to_the_first_tokens() -> None:
+    """Of a vocabulary of far more blocks than are looked into, with few different logits."""
+    of = facts(CODECS["topk"] | {"temperature": 1.0}, vocab_size=5000)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randint(0, 9, (1, S, 5000), generator=generator).float()
+    found = codec_of(of).decode(codec_of(of).encode(logits, "train", [0]))
+    assert isinstance(found, SparseTargets)
+    in_order = logits.sort(dim=-1, descending=True, stable=True).indices
+    assert found.tokens_bsk.equal(in_order[..., :16])
+
+
 def test_padding_of_the_vocabulary_is_never_kept() -> None:
     logits = torch.zeros(1, S, V + 84)
     logits[..., V:] = 9.0

@@ -2,17 +2,15 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow_server import served
+from postgres_server import free_port
+
+from flagscale.tracking import delivery, outbox, step
 
 _OURS = ("MLFLOW_", "KFP_", "FLAGSCALE_")
 
@@ -21,6 +19,17 @@ _OURS = ("MLFLOW_", "KFP_", "FLAGSCALE_")
 def no_inherited_tracking(nothing_left_behind: None) -> None:
     for name in [name for name in os.environ if name.startswith(_OURS)]:
         del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little pauses; but what is told arrives before it is looked for, on a busy machine too."""
+    monkeypatch.setattr(delivery, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(delivery, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(delivery.Patience, "left", 300.0)
+    monkeypatch.setattr(outbox, "_BATCH_SECONDS", 0.2)
+    monkeypatch.setattr(outbox, "_GLANCE_SECONDS", 60.0)
+    monkeypatch.setattr(step, "_START_SECONDS", 120.0)
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +64,6 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(server_folder: Path) -> Iterator[str]:
     """A real tracking server, with all that it keeps in `server_folder`."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    command = [sys.executable, "-m", "mlflow", "server", "--port", uri.rsplit(":", 1)[1]]
-    command += ["--backend-store-uri", f"sqlite:///{server_folder}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(server_folder / "artifacts")]
-    quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(command, env=quick, stdout=null, stderr=null)
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-            break
-        except (urllib.error.URLError, OSError):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-    yield uri
-    process.terminate()
-    process.wait(timeout=120)
+    store = f"sqlite:///{server_folder}/mlflow.db"
+    with served(store, server_folder, free_port()) as process:
+        yield process.uri

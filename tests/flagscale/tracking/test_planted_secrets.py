@@ -169,6 +169,6 @@ def test_credentials_of_the_url_reach_the_server_and_nobody_else(
         pass
     assert run.run_id is None
     assert seen == ["Basic " + base64.b64encode(b"me:" + PASSWORD.encode()).decode()]
-    assert "evaluate is not tracked" in caplog.text
+    assert "nothing is tracked" in caplog.text
     assert_clean(caplog.text, "the log")
     assert os.environ["MLFLOW_TRACKING_URI"] == f"http://{address}"

@@ -10,10 +10,12 @@ import pytest
 
 from flagscale import tracking
 from flagscale.errors import Interrupted
+from flagscale.recipe import TrainingRecipe
 from flagscale.steps.observers import observer
 from flagscale.tracking import kfp_run
 from flagscale.train.checkpoints import TrainingState
 
+TRAINING = TrainingRecipe(train_iters=6, lr=0.1, eval_interval=2, lr_warmup_iters=0)
 PARAMS = {"training": {"lr": 0.1, "betas": [0.9, 0.95]}}
 _NUMBERS = count()
 
@@ -58,7 +60,7 @@ def state(steps: int) -> TrainingState:
 def train(first: int, last: int, training: str, stop: bool = False) -> tracking.StepRun:
     """Restored after step `first`, trained up to `last`, then stopped or ended."""
     with suppress(Interrupted), tracking.step_run("distil-student", PARAMS, training) as run:
-        with observer(run, state(first), 6, [1e-3] * 6) as told:
+        with observer(run, state(first), TRAINING, 6) as told:
             for record in state(last).training[first:]:
                 told.trained({**record, "tokens per second": 1.0})
         if stop:

@@ -14,11 +14,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from flagscale import tracking
 from flagscale.errors import Interrupted, UserError
 from flagscale.recipe import Recipe
+from flagscale.tracking import delivery, outbox
 
 RECIPE = Recipe.model_validate(
     {
@@ -142,7 +142,6 @@ def test_a_step_that_could_not_end_its_run_gets_the_parents_status(
                 parent.experiment_id, tags={tracking.PARENT_TAG: str(parent.run_id)}
             )
             children.append(child.info.run_id)
-            parent.log_artifact("/nowhere")  # refused: it leaves the server alone for a while
             raise RuntimeError
 
     children: list[str] = []
@@ -236,7 +235,9 @@ def test_a_real_server(server: str, tmp_path: Path) -> None:
     client = mlflow.MlflowClient(server)
     found = client.get_run(str(step.run_id))
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"kl": 0.5})
-    assert {f.path for f in client.list_artifacts(str(step.run_id))} == {"model", "report.html"}
+    assert [f.path for f in client.list_artifacts(str(step.run_id))] == ["report.html"]
+    [output] = found.outputs.model_outputs
+    assert {f.path for f in client.list_logged_model_artifacts(output.model_id)} == {"report.html"}
     assert not (tmp_path / "unused").exists()
 
 
@@ -286,82 +287,83 @@ def test_a_silent_server_is_refused_within_seconds(
     assert time.monotonic() - begin < 300  # the server would keep it waiting for longer
 
 
-def test_a_server_that_goes_away_does_not_stop_a_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_stays_away_does_not_stop_a_step(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.Patience, "left", 0.3)
+    (tmp_path / "report.html").write_text("<p>")
     os.environ |= {
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    client = mlflow.MlflowClient("http://127.0.0.1:9")
-    run = tracking.StepRun(client, "0" * 32)
-    for i in range(3):
-        run.log_metrics({"loss": 1.0}, step=i)
+    with tracking.step_run("evaluate", {}) as run:
+        for i in range(3):
+            run.log_metrics({"loss": 1.0}, step=i)
+            run.log_artifact(tmp_path / "report.html")
+            run.set_tag("a", "b")
+        assert run.log_model(tmp_path, "m") is None
+    assert run.run_id is None
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert "never will be: 3 figures, tags, tags, tags, " in errors[0]
+    assert caplog.text.count("is asked again") == 1
+
+
+def test_a_server_that_refuses_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = "nonsense://x"
+    with tracking.step_run("evaluate", {}) as run:
+        run.log_metrics({"loss": 1.0})
         run.log_text("x", "x.txt")
         run.set_tag("a", "b")
-    run.finish("FINISHED")
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == len(set(warnings)) <= 4
-    assert all("going on" in warning for warning in warnings)
-    for lost in ("artifacts", "tags", "the status"):  # what is not even tried, is told as well
-        assert any(lost in warning for warning in warnings), lost
-
-    with tracking.step_run("evaluate", {}) as lost:
-        lost.log_metrics({"loss": 1.0})
-    assert lost.run_id is None
-    assert "evaluate is not tracked" in caplog.text
+    assert run.run_id is None
+    assert "nothing is tracked: " in caplog.text
+    assert "ERROR" not in caplog.text
 
 
-def test_a_model_waits_for_a_server_that_comes_back(
-    runs: Path, client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_missing_is_seen_on_the_run(
+    runs: Path, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracking.run, "_PAUSE_SECONDS", 0.5)
-    (tmp_path / "config.json").write_text("{}")
     with tracking.pipeline_run(RECIPE, runs) as parent:
         os.environ.update(parent.environment)
-        with tracking.step_run("export-student", {}) as step:
-            step.log_artifact(tmp_path / "not-there")  # the pause begins
-            assert step.log_model(tmp_path, "waited-for") == "models:/waited-for/1"
+        with tracking.step_run("evaluate", {}) as step:
+            step.describe("Two **students**.")
+            step.log_artifact(tmp_path / "report.html")  # there is none
+            step.log_metrics({"x" * 250: 1.0, "y": 2.0})
+            step.log_metrics({"": 3.0})  # MLflow takes no such name
+        child = child_of(client, parent, "evaluate")
+    assert child.info.status == "FINISHED"
+    missing = child.data.tags["flagscale.missing"]
+    assert missing.startswith("report.html: ")
+    assert "; metrics: " in missing
+    assert child.data.tags["mlflow.note.content"] == (
+        f"Two **students**.\n\n**Missing here**, MLflow did not take it: {missing}"
+    )
+    assert child.data.metrics == {"x" * 250: 1.0, "y": 2.0}
 
 
-def test_figures_wait_for_a_server_that_comes_back(
-    runs: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+def test_an_upload_is_tried_again(
+    runs: Path, client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking.run, "_PAUSE_SECONDS", 0.1)
+    """A store that fails while the database serves: four times is no trouble, five times is."""
+    (tmp_path / "report.html").write_text("<p>")
+    monkeypatch.setattr(delivery, "_STRIKES", 5)
+    sent, fail = mlflow.MlflowClient.log_artifact, [4]
+
+    def unsteady(*args: object) -> None:
+        fail[0] -= 1
+        if fail[0] >= 0:
+            raise OSError("busy")
+        sent(*args)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", unsteady)
     with tracking.pipeline_run(RECIPE, runs) as run:
-        sent, fail = client.log_batch, [True]
-
-        def unsteady(*args: object, **options: object) -> None:
-            if fail.pop() if fail else False:
-                raise MlflowException("busy")
-            sent(*args, **options)
-
-        monkeypatch.setattr(run._client, "log_batch", unsteady)
-        run.log_metrics({"loss": 1.0}, step=1)
-        deadline = time.monotonic() + 300
-        while fail and time.monotonic() < deadline:
-            time.sleep(0.02)
-        run.log_metrics({"loss": 2.0}, step=2)
-    history = client.get_metric_history(str(run.run_id), "loss")
-    assert [m.value for m in history] == [1.0, 2.0]
-
-
-def test_trouble_at_the_end_costs_no_figures(
-    runs: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with tracking.pipeline_run(RECIPE, runs) as run:
-        monkeypatch.setattr(run, "_flush_often", lambda: None)
-        sent, fail = run._client.log_batch, [True]
-
-        def unsteady(*args: object, **options: object) -> None:
-            if fail:
-                fail.clear()
-                raise MlflowException("busy")
-            sent(*args, **options)
-
-        monkeypatch.setattr(run._client, "log_batch", unsteady)
-        run.log_metrics({"loss": 1.0}, step=1)
-    assert not fail
-    (point,) = client.get_metric_history(str(run.run_id), "loss")
-    assert point.value == 1.0
+        run.log_artifact(tmp_path / "report.html")
+        fail[0] = 5
+        run.log_artifact(tmp_path / "report.html", "again")
+    found = client.get_run(str(run.run_id))
+    stored = {file.path for file in client.list_artifacts(str(run.run_id))}
+    assert stored == {"recipe.yaml", "report.html"}
+    assert found.data.tags["flagscale.missing"] == "report.html: busy"
 
 
 def test_flatten() -> None:
@@ -370,11 +372,16 @@ def test_flatten() -> None:
 
 
 def test_figures_that_do_not_fit_are_spoken_of(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    runs: Path,
+    client: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking.run, "_MOST_BUFFERED", 3)
-    monkeypatch.setattr(tracking.run, "_FLUSH_SECONDS", 60.0)
+    monkeypatch.setattr(outbox, "_MOST_POINTS", 3)
+    monkeypatch.setattr(outbox, "_BATCH_SECONDS", 60.0)
     with tracking.pipeline_run(RECIPE, runs) as run:
         for i in range(5):
             run.log_metrics({"loss": 1.0}, step=i)
-    assert caplog.text.count("MLflow is behind by 3 figures") == 1
+    assert caplog.text.count("MLflow was behind by 3 figures") == 1
+    kept = client.get_metric_history(str(run.run_id), "loss")
+    assert [point.step for point in kept] == [2, 3, 4]

@@ -60,6 +60,9 @@ class Records:
     def validated(self, record):
         self.validation.append(record)
 
+    def kept(self, checkpoints):
+        pass
+
     def stop_requested(self):
         return self.training[-1]["step"] == self.stop_after
 

@@ -165,3 +165,6 @@ class Silent:
 
     def validated(self, record):
         pass
+
+    def kept(self, checkpoints):
+        pass

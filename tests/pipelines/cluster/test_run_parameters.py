@@ -196,7 +196,7 @@ def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_pat
     spec["components"]["comp-loop"] = inner
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump_all([spec, platforms]), encoding="utf-8")
-    written = str(Package(path, "name", "version", "").without_cache())
+    written = str(Package(path, "name", "version", "", {}).without_cache())
     assert "enableCache" not in written
     assert written.count("'cachingOptions': {}") == 1 + len(spec["root"]["dag"]["tasks"])
 

@@ -142,9 +142,9 @@ def test_the_plan_counts_the_rungs_of_a_search() -> None:
     names = [variant.name for variant in recipe.variants]
     slots = recipe.search.slots_of(len(names))
     assert slots == (6, 3, 2)
-    # check, data, teacher; a conversion and a training each; a pick and a training a slot; three
-    # rankings; pick, training, evaluation and export of the winner.
-    assert plan.total == 3 + 2 * 6 + 2 * (3 + 2) + 3 + 4
+    # check, data, teacher, layers; a conversion and a training each; a pick and a training a slot;
+    # three rankings; pick, training, evaluation and export of the winner.
+    assert plan.total == 4 + 2 * 6 + 2 * (3 + 2) + 3 + 4
     first = turns(plan, "distil-student", 6)
     assert first[1] == ("distil-student-2", f"rung 1, {names[1]}")
     assert turns(plan, "distil-student-2", 3)[2] == ("distil-student-9", "rung 2, slot 3")

@@ -23,7 +23,7 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     }
     metrics = {"models": models, "documents": 12, "tokens": 3456, "confidence": 0.95}
     (results / "metrics.json").write_text(json.dumps({**metrics, "kl_reduction": 0.8125}))
-    result = RunResult(tmp_path, "sqlite:////x/mlflow.db", seconds=200.4)
+    result = RunResult(tmp_path, "sqlite:////x/mlflow.db", "/#/experiments/1", 200.4)
     result.steps["prepare-data"] = StepResult(3.0, reused=True, outputs={})
     report = tmp_path / "report"
     result.steps["evaluate"] = StepResult(
@@ -45,6 +45,7 @@ def test_the_summary_shows_figures_times_and_places(tmp_path: Path) -> None:
     assert "evaluate         1 min 01 s" in text
     assert f"report   {tmp_path}/evaluation/report.html" in text
     assert "mlflow ui --backend-store-uri sqlite:////x/mlflow.db" in text
+    assert "then http://127.0.0.1:5000/#/experiments/1" in text
     facts = json.loads((tmp_path / "summary.json").read_text())
     assert facts["steps"]["prepare-data"]["reused"] is True
     assert facts["metrics"]["kl_reduction"] == 0.8125
@@ -105,6 +106,7 @@ def test_the_summary_of_a_sweep_ends_with_its_leaderboard(tmp_path: Path) -> Non
     assert "evaluate-2 1 min 01 s temperature=2.0" in lines
     assert f"report {tmp_path}/leaderboard/report.html" in lines
     assert f"student {tmp_path}/exported_student" in lines
+    assert "then http://127.0.0.1:5000/#/experiments/1" in text
     facts = json.loads((tmp_path / "summary.json").read_text())
     assert facts["leaderboard"] == board
     assert facts["steps"]["evaluate-2"]["variant"] == "temperature=2.0"
