@@ -27,7 +27,7 @@ A candidate that fails does not end the run (`flagscale.execution.absent`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
@@ -36,8 +36,8 @@ from components.deployment.export_student.component import export_student
 from components.evaluation.rank_candidates.component import rank_candidates
 from components.monitoring.record_many.component import record_many
 from components.training.pick_candidate.component import pick_candidate
-from flagscale.recipe import Recipe
-from flagscale.recipe.search import Ranking, RankingRecipe, SearchRecipe
+from flagscale.recipe import Recipe, TasksRecipe
+from flagscale.recipe.search import RankingRecipe, SearchRecipe, ranking_metrics, ranking_tasks
 from pipelines import form, placement
 from pipelines.parameters import Parameter, make_pipeline
 from pipelines.placement import Placement
@@ -88,7 +88,7 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
         more=[
             Parameter("search_candidates", candidates, "each a name and a section student"),
             Parameter(
-                "search_metric", search.metric, "held-out loss that ranks", get_args(Ranking)
+                "search_metric", search.metric, "held-out loss that ranks", ranking_metrics(search)
             ),
         ],
     )
@@ -99,7 +99,8 @@ def build_search(recipe: Recipe, platform: Platform | None, code_version: str) -
         placed = Placement(platform, recipe, values)
         checked = check(values, placed, made)
         # As in a sweep: the local runner loops over no step's output that has a name.
-        _Wiring(search, checked, checked if platform else values, placed).wire()
+        tasks = ranking_tasks(search, recipe.tasks)
+        _Wiring(search, tasks, checked, checked if platform else values, placed).wire()
 
     return make_pipeline(
         name="distillation-search",
@@ -117,12 +118,15 @@ class _Wiring:
     def __init__(
         self,
         search: SearchRecipe,
+        tasks: TasksRecipe,
         values: Mapping[str, Any],
         looped: Mapping[str, Any],
         placed: Placement,
     ) -> None:
         self._search, self._values, self._looped = search, values, looped
         self._placed = placed
+        asked = tasks.model_dump(mode="json", exclude_defaults=True) if tasks.is_asked else {}
+        self._tasks = asked
         self._slots = search.slots_of(search.count)
         self._parallelism = search.parallelism if placed.on_a_cluster else _AT_A_TIME_HERE
         self._figures: dict[str, Channel] = {}
@@ -214,4 +218,4 @@ class _Wiring:
         return self._placed.place(ranked, "data", title).outputs["search"]
 
     def _rung_of(self, number: int) -> Rung:
-        return Rung(self._search.rungs[number - 1].steps, self._search.samples)
+        return Rung(self._search.rungs[number - 1].steps, self._search.samples, self._tasks)

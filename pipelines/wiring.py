@@ -90,10 +90,16 @@ def prepare(values: Mapping[str, Any], placed: Placement) -> tuple[Channel, Chan
 
 
 class Rung(NamedTuple):
-    """Where a candidate's training stops for now, and on how many samples it is measured."""
+    """Where a candidate's training stops for now, on how many samples and tasks it is measured."""
 
     until_step: int
     samples: int
+    tasks: Mapping[str, Any]
+
+    def given(self) -> dict[str, Any]:
+        """To the training; without tasks where a loss ranks."""
+        found = self._asdict()
+        return carried({key: value for key, value in found.items() if value})
 
 
 def cache(
@@ -270,7 +276,7 @@ def train(
     given = {f"{name}_recipe": values[name] for name in ("distillation", "training")}
     given["checkpoints"] = values["training_checkpoints"]
     of_many: dict[str, Any] = {"record_failure": True} if record_failure or rung else {}
-    given["of_many"] = of_many | (rung._asdict() if rung else {})
+    given["of_many"] = of_many | (rung.given() if rung else {})
     given |= {"student": student, **read}
     if not placed.uses_trainjob:
         trained = distil_student(**given, **always(values, "training"))

@@ -57,20 +57,21 @@ def words(text: str) -> list[str]:
 
 
 def heldout_passages(
-    dataset: Path, tokenizer: PreTrainedTokenizerFast, count: int
+    dataset: Path, tokenizer: PreTrainedTokenizerFast, count: int, split: str = "test"
 ) -> list[Passage]:
-    """Passages of the test split, always the same, spread over its documents.
+    """Passages of a split, always the same, spread over its documents.
 
     Args:
         dataset: a `dataset` artifact.
         tokenizer: the dataset's.
         count: at most so many.
+        split: `test`, or `validation` where students are chosen by them.
 
     Returns:
         First one of each document, then a second one of each that has two, and so on, in an order
         by hashes: so the first n, for every n, are spread too.
     """
-    parts = parts_of(read_manifest(dataset)["facts"], "test")
+    parts = parts_of(read_manifest(dataset)["facts"], split)
     texts: list[str] = []
     conversations: list[tuple[str, str]] = []
     for part in parts:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from flagscale.evaluation.learning_curve import Forecast
 from flagscale.evaluation.ranking import Place
+from flagscale.recipe.search import LOSSES
 
 Status = Literal["goes on", "dropped", "failed"]
 _ORDER: dict[Status, int] = {"goes on": 0, "dropped": 1, "failed": 2}
@@ -21,7 +22,7 @@ class Point:
         rung: from 1.
         step: optimiser steps of its training.
         place: among the rung's candidates, from 1.
-        loss: held out, nats a token: value, low, high.
+        loss: held out, nats a token; of a task what is missing of its score: value, low, high.
         difference: to the rung's best, paired: value, low, high.
         chance: share of the resamples in which it is better than the best.
         forecasts: of the loss on the same samples, of what was known then: at the end of the next
@@ -78,7 +79,7 @@ class SearchBoard:
 
     Attributes:
         rung: from 1.
-        metric: which held-out loss ranks.
+        metric: which held-out loss or task ranks.
         confidence: mass of the intervals.
         samples: how many were measured on.
         candidates: those that go on, best first; then those that were dropped, the last to go
@@ -90,6 +91,13 @@ class SearchBoard:
     confidence: float
     samples: int
     candidates: tuple[Candidate, ...]
+
+    @property
+    def measure(self) -> str:
+        """What ranks, for people: the less of it the better."""
+        if self.metric in LOSSES:
+            return "held-out loss, nats a token"
+        return f"1 - {self.metric}"
 
     @property
     def going_on(self) -> tuple[Candidate, ...]:

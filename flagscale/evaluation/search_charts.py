@@ -27,14 +27,14 @@ def rungs(board: SearchBoard) -> Chart:
                 str(one.number), (steps[-1], losses[-1]), (6, -2), textcoords="offset points",
                 fontsize=7,
             )  # fmt: skip
-        axes.set_ylabel("held-out loss, nats a token")
+        axes.set_ylabel(board.measure)
         axes.margins(x=0.08)
 
     text = "; ".join(
         f"{one.name} " + ", ".join(f"{p.loss['value']:.3g} at step {p.step}" for p in one.points)
         for one in ranked
     )
-    return chart("rungs", "Held-out loss at the end of each rung", f"{text}.", draw, _WIDE)
+    return chart("rungs", "What ranks, at the end of each rung", f"{text}.", draw, _WIDE)
 
 
 def training(board: SearchBoard) -> Chart:
@@ -79,7 +79,7 @@ def front(
             axes.plot(*point, "o", color=ROLES[role], markersize=5)
             axes.annotate(str(one.number), point, (5, 4), textcoords="offset points", fontsize=7)
         axes.set_xlabel(label)
-        axes.set_ylabel("held-out loss, last rung of each")
+        axes.set_ylabel(f"{board.measure}, last rung of each")
         axes.margins(0.12)
 
     text = "; ".join(

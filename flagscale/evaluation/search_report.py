@@ -57,8 +57,8 @@ def summary_markdown(board: SearchBoard) -> str:
         losses = [_in_short(cell) for cell in row["cells"]]
         rows.append([f"{place}. {one.name}", one.status + why, row["size"], row["cost"], *losses])
     note = (
-        f"Held-out loss in nats a token, and the difference to the best of the rung with its "
-        f"{100 * board.confidence:g}% interval, paired by sample."
+        f"{board.measure[0].upper()}{board.measure[1:]}, and the difference to the best of the "
+        f"rung with its {100 * board.confidence:g}% interval, paired by sample."
     )
     parts = [f"**{escaped(headline(board))}**", escaped(_subtitle(board)), table(columns, rows)]
     return "\n\n".join([*parts, note]) + "\n"
@@ -67,7 +67,8 @@ def summary_markdown(board: SearchBoard) -> str:
 def headline(board: SearchBoard) -> str:
     """The outcome in one sentence, which claims no more than the intervals allow."""
     best = board.candidates[0]
-    said = f"{best.name}: held-out loss {best.points[-1].loss['value']:.3f} after rung {board.rung}"
+    value, what = best.points[-1].loss["value"], board.measure.partition(",")[0]
+    said = f"{best.name}: {what} {value:.3f} after rung {board.rung}"
     close = [
         one
         for one in board.candidates[1:]

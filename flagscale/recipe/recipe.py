@@ -115,7 +115,9 @@ class Recipe(Section):
             )
         if self.search is not None:
             count, seq_length = self.search.count, self.data.seq_length
-            check_search(self.search, count, self.distillation, self.training, seq_length)
+            check_search(
+                self.search, count, self.distillation, self.training, seq_length, self.tasks
+            )
         met_by(self.trainings, self.teacher_outputs)
         return self
 

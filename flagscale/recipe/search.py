@@ -8,7 +8,7 @@ rate schedule, `training`, which is stopped at the end of each rung and goes on 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -24,12 +24,15 @@ from flagscale.recipe.section import (
     Section,
 )
 from flagscale.recipe.sweep import check_vary
+from flagscale.recipe.tasks import HELDOUT_TASKS, TasksRecipe, task_name
 from flagscale.recipe.training import TrainingRecipe
 
 MOST_CANDIDATES = 64
+_OF_NO_EXAMPLE = {"perplexity"}
 _MOST_RUNGS = 8
 
-Ranking = Literal["distillation_loss", "lm_loss"]
+LOSSES = {"distillation_loss": "logits distillation loss", "lm_loss": "lm loss"}  # as reported
+Metric = Annotated[str, Field(max_length=200, pattern=r"^[^\s*?\[\]/]+$")]
 
 
 class CandidatesRecipe(Section):
@@ -64,13 +67,17 @@ class RungsRecipe(Section):
     """How candidates, whichever they are, are narrowed down to one."""
 
     rungs: tuple[RungRecipe, ...] = Field(description="Of rising steps; after the last one is left")
-    metric: Ranking = Field(
+    metric: Metric = Field(
         "distillation_loss",
-        description="Held-out loss that ranks: distillation_loss: the recipe's divergence from the "
-        "teacher, by default the KL; lm_loss: of the text",
+        description="What ranks, held out: distillation_loss: the recipe's divergence from the "
+        "teacher, by default the KL; lm_loss: of the text; or a task of tasks.names, as TASK or "
+        "TASK:METRIC, which heldout tasks ask of the validation split",
+        examples=["heldout_multiple_choice"],
     )
     samples: Annotated[PositiveInt, Field(ge=2)] = Field(
-        64, description="Samples of the validation split that candidates are ranked on"
+        64,
+        description="Samples of the validation split that candidates are ranked on; a task has its "
+        "own examples, tasks.limit of them",
     )
     bootstrap_samples: Annotated[PositiveInt, Field(ge=100, le=10**6)] = Field(
         1000, description="Resamples of them for the intervals"
@@ -90,6 +97,11 @@ class RungsRecipe(Section):
     budget_gpu_hours: Positive | None = Field(
         None, description="Most hours of accelerators, by the planner's estimate; default: no limit"
     )
+
+    @property
+    def task(self) -> str | None:
+        """The task that ranks; None where a loss does."""
+        return None if self.metric in LOSSES else self.metric.partition(":")[0]
 
     def slots_of(self, count: int) -> tuple[int, ...]:
         """How many of so many candidates each rung trains, at most."""
@@ -164,6 +176,9 @@ class OfManyRecipe(Section):
     )
     until_step: NonNegativeInt = Field(0, description="Of a search: its rung's end; 0: train_iters")
     samples: NonNegativeInt = Field(0, description="Of a search: held-out ones to measure on")
+    tasks: TasksRecipe = Field(
+        TasksRecipe(), description="Of a search that a task ranks: what is asked at a rung's end"
+    )
 
 
 def check_search(
@@ -172,6 +187,7 @@ def check_search(
     distillation: DistillationRecipe,
     training: TrainingRecipe,
     seq_length: int,
+    tasks: TasksRecipe,
 ) -> None:
     """Refuse a search that its training could not hold.
 
@@ -181,6 +197,7 @@ def check_search(
         distillation: the recipe's section.
         training: the recipe's section.
         seq_length: tokens a sample.
+        tasks: the recipe's section.
 
     Raises:
         ValueError: both values, and what would be right.
@@ -196,6 +213,8 @@ def check_search(
             "search.metric=distillation_loss with distillation.loss=none: nothing is distilled; "
             "set search.metric=lm_loss"
         )
+    if search.task is not None:
+        _check_task(search, tasks, training)
     shares = training.global_batch_size // training.micro_batch_size
     if search.samples % shares:
         raise ValueError(
@@ -209,4 +228,48 @@ def check_search(
             f"search.budget_tokens={search.budget_tokens:g}, but rungs of {slots} "
             f"candidates, and the winner's training to train_iters={training.train_iters}, are "
             f"{tokens:,} tokens; lower search.rungs' steps or keep, or have fewer candidates"
+        )
+
+
+def ranking_metrics(search: RungsRecipe) -> tuple[str, ...]:
+    """What its candidates are measured by, whichever of them ranks."""
+    return tuple(dict.fromkeys((*LOSSES, search.metric)))
+
+
+def ranking_tasks(search: RungsRecipe, tasks: TasksRecipe) -> TasksRecipe:
+    """What is asked at the end of a rung: the task that ranks, as the recipe asks it.
+
+    Args:
+        search: the recipe's section.
+        tasks: the recipe's section.
+    """
+    if search.task is None:
+        return TasksRecipe()
+    own = tuple(text for text in tasks.own if task_name(text) == search.task)
+    names = () if own else (search.task,)
+    folder = tasks.include_path if set(names) - HELDOUT_TASKS.keys() else None
+    return tasks.model_copy(update={"names": names, "own": own, "include_path": folder})
+
+
+def _check_task(search: RungsRecipe, tasks: TasksRecipe, training: TrainingRecipe) -> None:
+    """Refuse a task that is not the recipe's, or that the training's ranks cannot be asked."""
+    known = [*tasks.names, *map(task_name, tasks.own)]
+    if search.task not in known:
+        raise ValueError(
+            f"search.metric={search.metric}: must be {', '.join(LOSSES)}, or a task of "
+            f"tasks.names or tasks.own, which are {[*map(str, known)]}"
+        )
+    own = search.metric.partition(":")[2]
+    wanted = HELDOUT_TASKS.get(search.task)
+    if wanted is not None and own and own not in {*wanted} - _OF_NO_EXAMPLE:
+        raise ValueError(
+            f"search.metric={search.metric}: its metrics are {', '.join(wanted)}, and of "
+            f"{', '.join(_OF_NO_EXAMPLE)} there is no value for each example to rank by"
+        )
+    sizes = training.parallelism
+    if sizes.context_parallel_size > 1 or sizes.virtual_pipeline_model_parallel_size:
+        raise ValueError(
+            f"search.metric={search.metric}: a task is asked on the training's ranks, and with "
+            "training.parallelism.context_parallel_size or virtual_pipeline_model_parallel_size it "
+            "cannot be; rank by distillation_loss, or leave these out"
         )

@@ -21,7 +21,7 @@ from flagscale.recipe import (
     TeacherRecipe,
     parse_section,
 )
-from flagscale.recipe.search import check_search
+from flagscale.recipe.search import check_search, ranking_metrics
 from flagscale.recipe.sweep import VARIED
 from flagscale.recipe.teacher_outputs import decided, met_by, reads_outputs
 from flagscale.recipe.variants import check_distinct
@@ -93,7 +93,7 @@ def check_run(made: Made, values: Mapping[str, Any]) -> dict[str, Any]:
         )
         recipes = _variants(made, several, values[several], whole)
         if made.rungs is not None:
-            _check_rungs(made, list(recipes.values()))
+            _check_rungs(made, list(recipes.values()), values["search_metric"])
     else:
         recipes = {_WHOLE: _read(made, whole, _WHOLE)}
     _check_accelerators(recipes, values)
@@ -168,9 +168,15 @@ def _variants(
     return found
 
 
-def _check_rungs(made: Made, candidates: list[Recipe]) -> None:
+def _check_rungs(made: Made, candidates: list[Recipe], metric: str) -> None:
     """The rungs are the pipeline's; the candidates, and how long they train, are the run's."""
     assert made.rungs is not None
+    measured = ranking_metrics(made.rungs)
+    if metric not in measured:
+        raise UserError(
+            f"parameter search_metric={metric}: must be one of {', '.join(measured)}; a task ranks "
+            "in a pipeline that is made of a recipe that says so"
+        )
     first, count = candidates[0], len(candidates)
     if count > made.most_candidates:
         raise UserError(
@@ -178,7 +184,14 @@ def _check_rungs(made: Made, candidates: list[Recipe]) -> None:
             f"{made.most_candidates}; make it anew from a recipe with more"
         )
     try:
-        check_search(made.rungs, count, first.distillation, first.training, first.data.seq_length)
+        check_search(
+            made.rungs,
+            count,
+            first.distillation,
+            first.training,
+            first.data.seq_length,
+            first.tasks,
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 

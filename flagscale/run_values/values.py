@@ -14,7 +14,6 @@ from flagscale.errors import UserError
 from flagscale.recipe import parse_section
 from flagscale.recipe.explaining import message, shown
 from flagscale.recipe.results import ExperimentName
-from flagscale.recipe.search import Ranking
 from flagscale.recipe.section import Line, Source
 from flagscale.recipe.sweep import Metric
 from flagscale.run_values.buckets import check_bucket_url
@@ -26,7 +25,7 @@ from flagscale.secrets import has_credentials, hide_in_urls
 
 _MAY_BE_EMPTY = {"tracking_experiment", *(field.name for field in FIELDS)}
 _TEXTS: dict[str, Any] = {"tracking_experiment": ExperimentName, "training_checkpoints": Source}
-_CHOICES = {"sweep_metric": get_args(Metric), "search_metric": get_args(Ranking)}
+_CHOICES = {"sweep_metric": get_args(Metric)}
 _OF_PODS: dict[str, Any] = {
     "_volume_claim": ClaimName,
     "_mlflow_secret": Name,

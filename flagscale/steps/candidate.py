@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from flagscale.artifacts import Manifest, Staging, write_json
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron.arguments import Arguments
+from flagscale.steps.candidate_tasks import task_losses
 from flagscale.steps.rung import SAMPLE_LOSSES, Rung
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.sample_losses import SampleLosses, sample_losses
@@ -38,6 +39,7 @@ def write_candidate(
     dataset: Path,
     index: Path,
     student: Manifest,
+    student_folder: Path,
     checkpoints: str,
     staging: Staging,
 ) -> dict[str, float]:
@@ -53,6 +55,7 @@ def write_candidate(
         dataset: a `dataset` artifact.
         index: folder of the samples' index.
         student: the manifest of what it started from.
+        student_folder: where that lies.
         checkpoints: name of its training.
         staging: of the `candidate` artifact.
 
@@ -61,6 +64,8 @@ def write_candidate(
     """
     losses = sample_losses(chunks, args, dataset, index, rung.samples)
     measured = len(next(iter(losses.values())))
+    if rung.tasks.is_asked:
+        losses |= task_losses(rung.tasks, chunks, args, dataset, student_folder, staging.path)
     figures = {f"held-out {name}": _mean(losses, name) for name in losses}
     figures |= {"steps": float(state.step), "samples": float(measured)}
     if state.median_speed is not None:
@@ -79,6 +84,7 @@ def write_candidate(
         "checkpoints": checkpoints,
         "student": asdict(rung.student),
         "student recipe": student.recipe["student"],
+        "tasks": rung.tasks.model_dump(mode="json", exclude_defaults=True),
         "made": {name: student.facts[name] for name in _OF_THE_STUDENT if name in student.facts},
     }
     return figures

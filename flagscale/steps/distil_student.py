@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
+from flagscale.evaluation.tasks import check_installed
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform
@@ -102,6 +103,8 @@ def distil_student(
         UserError: an input is missing, damaged, or does not fit the others.
         Interrupted: it was asked to stop, and has saved a checkpoint.
     """
+    if rung is not None and rung.tasks.is_asked:
+        check_installed()  # before a step is trained
     processes = platform.processes(training.parallelism)
     outputs = outputs_to_read(distillation, teacher_outputs)
     paths = Paths(teacher, student, dataset, str(checkpoints), output, outputs)
@@ -196,7 +199,8 @@ def distil_on_rank(
         if rung is not None:
             inputs = (trainer.chunks, args, state, paths.dataset, folder / "data")
             with written(paths.output, "candidate", recipe, parents, run) as staging:
-                return write_candidate(rung, *inputs, parents["student"], folder.name, staging)
+                origin = (parents["student"], paths.student)
+                return write_candidate(rung, *inputs, *origin, folder.name, staging)
         keeps_best = trains and training.keep_weights == "best"
         step = saved.restore_best(trainer) if keeps_best else state.step
         figures = _figures(state, step)

@@ -23,15 +23,13 @@ from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.execution.exclusive import delete_unless_held
 from flagscale.execution.step_process import when_published
 from flagscale.recipe import StudentRecipe, TrainingRecipe, parse_section
-from flagscale.recipe.search import RankingRecipe
+from flagscale.recipe.search import LOSSES, RankingRecipe
 from flagscale.shared.store import ObjectStore, is_url
 from flagscale.steps.leaderboard import changes
 from flagscale.steps.rung import SAMPLE_LOSSES
 from flagscale.tracking.candidates import log_candidates
 
 logger = logging.getLogger(__name__)
-
-LOSSES = {"distillation_loss": "logits distillation loss", "lm_loss": "lm loss"}
 
 
 def rank_candidates(
@@ -47,7 +45,7 @@ def rank_candidates(
 
     Args:
         ranking: which rung, and what decides.
-        metric: one of `LOSSES`.
+        metric: one of `LOSSES`, or a task that the candidates were asked.
         candidates: all of the search: of each its `name` and its section `student`.
         results: of the rung: `candidate` artifacts, or absent ones, in any order.
         before: the `search` artifact of the rung before; None at the end of the first one.
@@ -60,8 +58,6 @@ def rank_candidates(
     Raises:
         UserError: every candidate failed, or they cannot be compared.
     """
-    if metric not in LOSSES:
-        raise UserError(f"metric={metric!r}: must be one of {', '.join(LOSSES)}")
     known = _standing(candidates, before)
     given = _by_number(results, known)
     found = dict(known.by_number)
@@ -192,6 +188,8 @@ def _with_facts(one: Candidate, path: Path, manifest: Manifest) -> Candidate:
 
 def _with_forecasts(one: Candidate, path: Path, metric: str, next_step: int) -> Candidate:
     """With what its losses so far say of the next rung's end and of the training's."""
+    if metric not in LOSSES:
+        return one  # a score is no loss that falls along a curve
     given = open_artifact(path, "candidate", check_files=False).recipe["training"]
     rates = learning_rates(TrainingRecipe.model_validate(given))
     *before, last = one.points
@@ -218,9 +216,10 @@ def _read_log(path: Path) -> list[dict[str, float]]:
 
 def _losses(path: Path, metric: str) -> Losses:
     found = json.loads((path / SAMPLE_LOSSES).read_text(encoding="utf-8"))
-    if LOSSES[metric] not in found:
-        raise UserError(f"{path}: has no {LOSSES[metric]!r} to rank by; it has {', '.join(found)}")
-    pairs = found[LOSSES[metric]]
+    key = LOSSES.get(metric, metric)
+    if key not in found:
+        raise UserError(f"{path}: has no {key!r} to rank by; it has {', '.join(found)}")
+    pairs = found[key]
     return {int(number): (pairs[number][0], pairs[number][1]) for number in sorted(pairs, key=int)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flagscale.recipe import TasksRecipe
 from flagscale.recipe.search import OfManyRecipe
 from flagscale.shared import Pointer
 
@@ -17,13 +18,17 @@ class Rung(NamedTuple):
         until_step: optimiser steps since the beginning of the training.
         samples: of the validation split that it is measured on.
         student: where the `student` artifact lies, for those that go on with it.
+        tasks: that it is asked; none where a loss ranks.
     """
 
     until_step: int
     samples: int
     student: Pointer
+    tasks: TasksRecipe = TasksRecipe()
 
     @classmethod
     def of(cls, given: OfManyRecipe, student: Pointer) -> Rung | None:
         """The rung that a training is of; None where it goes on to its end."""
-        return cls(given.until_step, given.samples, student) if given.until_step else None
+        if not given.until_step:
+            return None
+        return cls(given.until_step, given.samples, student, given.tasks)

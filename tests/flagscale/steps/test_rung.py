@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flagscale.artifacts import open_artifact
-from flagscale.recipe import DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe, TasksRecipe, TrainingRecipe
 from flagscale.shared import Pointer
 from flagscale.steps.distil_student import distil_student
 from flagscale.steps.rung import SAMPLE_LOSSES, Rung
@@ -147,3 +147,46 @@ def test_two_ranks_measure_the_same_samples_as_one(
         assert list(found[name]) == list(expected[name])
         for sample, (total, tokens) in expected[name].items():
             assert found[name][sample] == pytest.approx((total, tokens), rel=1e-3)
+
+
+def test_a_task_ranks_by_the_very_weights_of_the_candidate(
+    folder: Path, inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """After all steps they are those of the whole training, which transformers is asked about."""
+    from flagscale.evaluation.harness import ask, scores
+    from flagscale.evaluation.heldout_passages import heldout_passages
+    from flagscale.evaluation.heldout_tasks import write_heldout_tasks
+    from flagscale.evaluation.language_models import of_folder
+    from flagscale.evaluation.tasks import load_tasks
+    from flagscale.models.hf_artifact import write_hf_folder
+    from flagscale.models.tokenizers import load_tokenizer
+
+    tasks = TasksRecipe(names=("heldout_multiple_choice",), limit=40)
+    stop = rung(inputs[1], 6)._replace(tasks=tasks)
+    output = tmp_path / "candidate"
+    distil_student(
+        DistillationRecipe(), TRAINING, *inputs, tmp_path / "checkpoints", output, rung=stop
+    )
+    found = losses(output)
+    assert not (output / "asked").exists()
+    assert found["heldout_multiple_choice"] == found["heldout_multiple_choice:acc"]
+
+    heldout, exported = tmp_path / "heldout", tmp_path / "hf"
+    heldout.mkdir()
+    exported.mkdir()
+    tokenizer = load_tokenizer(inputs[2] / "tokenizer")
+    write_heldout_tasks(heldout_passages(inputs[2], tokenizer, 500, "validation"), heldout)
+    write_hf_folder(folder / "straight", exported)
+    asked = load_tasks(tasks, None, heldout)
+    result = ask(of_folder(exported, tasks.batch_size), asked, tasks)
+    for score, name in zip(
+        scores(asked, {"x": result}),
+        ("heldout_multiple_choice:acc", "heldout_multiple_choice:acc_norm"),
+        strict=True,
+    ):
+        assert len(score.values["x"]) > 8
+        wanted = {str(n): [1 - value, 1.0] for n, value in enumerate(score.values["x"])}
+        assert found[name] == wanted
+        assert open_artifact(output, "candidate").facts[f"held-out {name}"] == pytest.approx(
+            1 - score.reported["x"][0]
+        )
