@@ -70,6 +70,7 @@ def test_each_step_sees_only_what_it_depends_on(recipe: Recipe, tmp_path: Path) 
         "distil-student": {"distillation_recipe", "training_recipe"},
         "evaluate": {"models_recipe", "evaluation_recipe"},
         "export-student": {"models_recipe", "export_recipe"},
+        "evaluate-tasks": {"models_recipe", "tasks_recipe"},
         "record-run": set(),
     }
     depends = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}

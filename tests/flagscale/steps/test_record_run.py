@@ -116,7 +116,7 @@ def test_a_cached_leaderboards_variants_are_shown_in_this_run(
 def test_a_cached_searchs_candidates_are_shown_in_this_run(
     client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
-    points = [{"step": step, "loss": {"value": 1 / step}} for step in (2, 4)]
+    points = [{"step": n, "loss": {"value": 1 / n}, "forecasts": []} for n in (2, 4)]
     costs = {"tokens": 64.0, "rank_seconds": 1.0, "tokens_per_second": 64.0}
     rest = {"changes": {}, "student": None, "status": "dropped", "why": "", "made": {}, **costs}
     with new_artifact(tmp_path / "board", "search", {}) as staging:
