@@ -141,6 +141,7 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "evaluation_summary",
         "export_metrics",
         "exported_student",
+        "lineage",
         "report",
         "student",
         "student_metrics",
@@ -150,5 +151,6 @@ def test_artifacts_have_names_that_tell_and_each_its_own(specs: list[Any]) -> No
         "training_metrics",
     }
     assert single == sorted(shared)
-    more = {"leaderboard", "ranking_metrics", "leaderboard_report", "winners_evaluation"}
+    more = {"leaderboard", "ranking_metrics", "leaderboard_report", "leaderboard_summary"}
+    more |= {"winners_evaluation"}
     assert sweep == sorted(shared | more)

@@ -79,10 +79,13 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(params=PAIRS, ids="-on-".join)
-def pair(request: pytest.FixtureRequest) -> tuple[Recipe, Platform]:
-    recipe, platform = request.param
-    return load_recipe(RECIPES[recipe]), load_platform(platform)
+@pytest.fixture(params=PAIRS, ids="-on-".join, scope="module")
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Platform, Compiled]:
+    """What is compiled takes seconds: once for all tests, which only read."""
+    recipe, platform = load_recipe(RECIPES[request.param[0]]), load_platform(request.param[1])
+    return recipe, platform, compiled(recipe, platform, tmp_path_factory.mktemp("pair"))
 
 
 def test_every_platform_holds_the_default_recipe_and_every_recipe_has_a_platform() -> None:
@@ -90,8 +93,8 @@ def test_every_platform_holds_the_default_recipe_and_every_recipe_has_a_platform
     assert {recipe for recipe, _ in PAIRS} == set(RECIPES)
 
 
-def test_both_documents_parse_strictly(pair: tuple[Recipe, Platform], tmp_path: Path) -> None:
-    found = compiled(*pair, tmp_path)
+def test_both_documents_parse_strictly(pair: tuple[Recipe, Platform, Compiled]) -> None:
+    _, _, found = pair
     parsed = json_format.ParseDict(found.spec, pipeline_spec_pb2.PipelineSpec())
     json_format.ParseDict(
         json_format.MessageToDict(parsed.deployment_spec),
@@ -102,11 +105,8 @@ def test_both_documents_parse_strictly(pair: tuple[Recipe, Platform], tmp_path: 
         json_format.ParseDict(executor, KubernetesExecutorConfig())
 
 
-def test_each_step_gets_what_the_platform_says(
-    pair: tuple[Recipe, Platform], tmp_path: Path
-) -> None:
-    recipe, platform = pair
-    found = compiled(recipe, platform, tmp_path)
+def test_each_step_gets_what_the_platform_says(pair: tuple[Recipe, Platform, Compiled]) -> None:
+    recipe, platform, found = pair
     steps = {k for k in found.executors if "createpvc" not in k}
     assert {"exec-prepare-data", "exec-prepare-teacher", "exec-evaluate"} <= steps
     for name in steps:
@@ -222,9 +222,8 @@ def check_volume(found: Compiled, pod: dict[str, Any], platform: Platform) -> No
         assert mount["pvcNameParameter"] in ({"taskOutputParameter": made}, in_a_loop)
 
 
-def test_retries_are_the_platforms(pair: tuple[Recipe, Platform], tmp_path: Path) -> None:
-    recipe, platform = pair
-    found = compiled(recipe, platform, tmp_path)
+def test_retries_are_the_platforms(pair: tuple[Recipe, Platform, Compiled]) -> None:
+    _, platform, found = pair
     dags = [found.spec["root"], *found.spec["components"].values()]
     tasks = {n: t for dag in dags for n, t in dag.get("dag", {}).get("tasks", {}).items()}
     checked = 0

@@ -40,7 +40,7 @@ def sweep() -> Run:
 def test_the_defaults_are_right_and_stay_what_they_are(run: Run) -> None:
     made, defaults = run
     checked = check_run(made, defaults)
-    assert checked == {name: defaults[name] for name in SECTIONS}
+    assert checked == {name: defaults[name] for name in SECTIONS if name != "promote"}
     assert check_run(made, {**defaults, **checked}) == checked
 
 
