@@ -50,6 +50,7 @@ def result(folder: Path, number: int, rung: int, kl: float) -> Path:
             {
                 "logits distillation loss": losses,
                 "lm loss": {k: (v[0] * 2, v[1]) for k, v in losses.items()},
+                "heldout_cloze": {str(n): (float(n % 5 < number), 1.0) for n in range(20)},
             },
         )
         record = {"step": 1, "logits distillation loss": kl, "lm loss": 2 * kl}
@@ -209,3 +210,30 @@ def test_mlflow_has_a_child_for_each_candidate_with_its_losses(
         }
         assert run.data.params == one["changes"]
         assert run.data.tags["flagscale.candidate_status"].startswith(one["status"])
+
+
+def test_a_task_ranks_by_what_is_missing_of_its_score_and_is_not_forecast(tmp_path: Path) -> None:
+    """Candidate 1 misses one question of five, candidate 4 four; by the losses it is the last."""
+    results = [result(tmp_path, number, 1, kl) for number, kl in KL.items()]
+    where, output = str(tmp_path / "checkpoints"), tmp_path / "by task"
+    rank_candidates(ranking(1, 2), "heldout_cloze", CANDIDATES, results, None, where, output)
+    board = search(output)
+    assert [one["number"] for one in board["candidates"]] == [1, 2, 3, 4]
+    assert [one["points"][0]["loss"]["value"] for one in board["candidates"]] == [
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+    ]
+    assert all(one["points"][0]["forecasts"] == [] for one in board["candidates"])
+    assert "1 - heldout_cloze" in (output / "report.html").read_text()
+    with pytest.raises(UserError, match="has no 'arc_easy' to rank by; it has"):
+        rank_candidates(ranking(1, 2), "arc_easy", CANDIDATES, results, None, where, tmp_path / "x")
+
+
+def test_the_next_rung_and_the_end_are_forecast(first: Path) -> None:
+    one = search(first)["candidates"][0]
+    (made,) = one["points"][0]["forecasts"]  # the last rung: of the end alone
+    assert (made["made_at"], made["step"]) == (4, 20)
+    assert made["low"] < made["value"] < made["high"]
+    assert "What was forecast, and what came" in (first / "report.html").read_text()
