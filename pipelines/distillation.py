@@ -78,7 +78,8 @@ def build_preparation(recipe: Recipe, code_version: str) -> BaseComponent:
     """
 
     def wire(values: Mapping[str, Any], placed: Placement) -> None:
-        convert(values, placed, *prepare(values, placed))
+        dataset, teacher = prepare(values, placed)
+        convert(values, placed, dataset, teacher, measured={})
 
     return _build(recipe, None, code_version, wire)
 

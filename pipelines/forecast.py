@@ -152,11 +152,11 @@ def _check_training(recipe: Recipe, trained: Trained, run: Path) -> None:
     theirs = {"distillation": trained.distillation, "training": trained.training}
     mine, theirs = decisive(mine), decisive(theirs)
     for section in mine:
-        kept = [
+        kept, made = (
             {key: value for key, value in one[section].items() if key not in _LENGTH}
             for one in (mine, theirs)
-        ]
-        _refuse(section, *kept, run)
+        )
+        _refuse(section, kept, made, run)
 
 
 def _refuse(section: str, mine: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:

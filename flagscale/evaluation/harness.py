@@ -214,6 +214,8 @@ def _values(
 def _reported(
     result: Mapping[str, Any], metric: str, filter_name: str
 ) -> tuple[float, float | None]:
-    stderr = result.get(f"{metric}_stderr,{filter_name}")
-    known = isinstance(stderr, int | float | np.number) and math.isfinite(stderr)
-    return float(result[f"{metric},{filter_name}"]), float(stderr) if known else None
+    value, stderr = float(result[f"{metric},{filter_name}"]), None
+    told = result.get(f"{metric}_stderr,{filter_name}")  # "N/A" where there is none
+    if isinstance(told, int | float | np.number) and math.isfinite(told):
+        stderr = float(told)
+    return value, stderr

@@ -259,8 +259,8 @@ def _check_task(search: RungsRecipe, tasks: TasksRecipe, training: TrainingRecip
             f"search.metric={search.metric}: must be {', '.join(LOSSES)}, or a task of "
             f"tasks.names or tasks.own, which are {[*map(str, known)]}"
         )
-    own = search.metric.partition(":")[2]
-    wanted = HELDOUT_TASKS.get(search.task)
+    task, _, own = search.metric.partition(":")
+    wanted = HELDOUT_TASKS.get(task)
     if wanted is not None and own and own not in {*wanted} - _OF_NO_EXAMPLE:
         raise ValueError(
             f"search.metric={search.metric}: its metrics are {', '.join(wanted)}, and of "

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flagscale.tracking.delivery import Patience, answers, delivered, is_refusal
@@ -218,10 +219,7 @@ class Outbox:
         batch = self._flying
         lost = self._told("metrics", lambda client, begun: _send(client, begun, batch))
         if lost is not None and len(batch) > 1:  # perhaps because of one of them
-            each = [
-                self._told("metrics", lambda client, begun, one=one: _send(client, begun, [one]))
-                for one in batch
-            ]
+            each = [self._told("metrics", partial(_send, points=[one])) for one in batch]
             lost = next((why for why in each if why is not None), None)
         if lost is not None:
             self._lose("metrics", lost)
