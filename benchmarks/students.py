@@ -26,7 +26,7 @@ from flagscale.sizes.use import parameters_in_use
 
 RECIPE = Path(__file__).parent.parent / "recipes/smollm2-135m-to-22-layers.yaml"
 _BFLOAT16 = 2
-_QUANTISED = ("fp8", "int8", "int8_sq", "int4_awq_64")
+_QUANTISED = ("fp8", "int8", "int4_awq_64")
 _STUDENTS = (
     "student",
     "layers x hidden x MLP",
