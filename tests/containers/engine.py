@@ -145,7 +145,11 @@ class Engine:
             "BASE_IMAGE": BASE,
             "BUILD_OPTIONS": shlex.join(self._build_options()),
         }
-        subprocess.run([ROOT / "images/build.sh", *kinds], env=environment, check=True)
+        command = [ROOT / "images/build.sh", *kinds]
+        # On a busy machine runc may fail to start ("sealing memfd copy: Device or resource busy");
+        # layers that were built stay, so another attempt is short, and a true mistake fails again.
+        if subprocess.run(command, env=environment).returncode:
+            subprocess.run(command, env=environment, check=True)
         from components.image import VERSION
 
         return {kind: f"flagscale-distillation:{VERSION}-{kind}" for kind in kinds}
