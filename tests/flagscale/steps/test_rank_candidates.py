@@ -164,7 +164,7 @@ def test_what_cannot_be_ranked_is_refused(first: Path, tmp_path: Path) -> None:
             "distillation_loss",
             "no candidate is left:\n  layers=1",
         ),
-        ([one], "speed", "metric='speed': must be one of"),
+        ([one], "speed", "has no 'speed' to rank by; it has"),
         ([one, one], "lm_loss", "are both of candidate 'layers=1'"),
     ):
         with pytest.raises(UserError, match=message):
