@@ -64,6 +64,8 @@ if __name__ == "__main__":
     from torch.distributed.run import main
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):  # what the ranks say passes through here: at once
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         main([*_TORCHS_SIGNALS, *_logs(), *sys.argv[1:]])
     except ChildFailedError:

@@ -6,13 +6,18 @@ ARGUMENTS is JSON: parameters as they are, artifacts as `{"artifact": path}`.
 import importlib
 import json
 import sys
+from pathlib import Path
 
 from kfp import dsl
+
+import components
 
 
 def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
-    component = getattr(importlib.import_module(f"components.{name}.component"), name)
+    (file,) = Path(components.__path__[0]).glob(f"*/{name}/component.py")
+    module = importlib.import_module(f"components.{file.parents[1].name}.{name}.component")
+    component = getattr(module, name)
     component.python_func(
         **{
             key: dsl.Artifact(uri=value["artifact"])

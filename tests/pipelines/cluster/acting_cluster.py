@@ -17,7 +17,6 @@ from mlflow import MlflowClient
 
 from flagscale.tracking import KFP_RUN_TAG, PARENT_TAG
 from flagscale.tracking.names import OF_KFP_RUN_TAG
-from flagscale.tracking.server import send_model
 from tests.cluster.runs import FIRST, STEPS
 from tests.pipelines.cluster.kfp_api import CLIENT, Refused, Request
 from tests.pipelines.cluster.kfp_server import KfpServer
@@ -139,7 +138,10 @@ class ActingKfp(KfpServer):
             (self.folder / model).mkdir()
             text = self.acts.weights.get(what, "the weights")
             (self.folder / model / "model.safetensors").write_text(text)
-            send_model(client, parent, self.folder / model, model)
+            client.log_artifacts(parent, str(self.folder / model), "model")
+            client.create_registered_model(model)
+            source = f"runs:/{parent}/model"
+            client.create_model_version(model, source, parent, await_creation_for=0)
 
 
 def write_runs(
