@@ -213,7 +213,7 @@ def run_pipeline(
                 else:
                     pipeline(**given)
             except RuntimeError as error:  # KFP's, which does not say why
-                raise steps.failure() from error
+                raise steps.failure(error) from error
         result.seconds = time.monotonic() - begin
         run.log_metrics({f"seconds/{name}": step.seconds for name, step in result.steps.items()})
         for name in ("evaluate", "leaderboard"):

@@ -223,12 +223,18 @@ class Steps:
         _show_students(outputs)
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
-    def failure(self) -> BaseException:
-        """The error to raise after KFP has said that a step failed."""
+    def failure(self, error: RuntimeError) -> BaseException:
+        """The error to raise after KFP has said that a step failed.
+
+        Args:
+            error: KFP's, which says more than nothing where no step was at work.
+        """
         notes, self._stopper.step_folder = self._stopper.step_folder, None
         if self._stopper.signal is not None:
             return Stopped(self._stopper.signal, self._current)
-        message = notes and read_error(notes)
+        if notes is None:  # whoever ended last has ended well
+            return StepFailed(f"the run ended after {self._current or 'no step'}: {error}")
+        message = read_error(notes)
         return StepFailed(
             f"{self._current} failed: "
             + (message or "it ended without a word: killed, perhaps for want of memory")
