@@ -60,11 +60,13 @@ class Browser:
             wide = self.value("document.documentElement.scrollWidth")
             assert wide <= width, f"{wide} px of {width} in {media}"
             ground = self.value("getComputedStyle(document.body).color")
-            assert (ground == "rgb(232, 237, 243)") == ((media, scheme) == ("screen", "dark"))
+            is_dark = ground == "rgb(232, 237, 243)"
+            assert is_dark == ((media, scheme) == ("screen", "dark")), f"{ground} in {media}"
         asked = {event["params"]["request"]["url"] for event in self._named("requestWillBeSent")}
-        assert asked == {page.as_uri()}
+        assert asked == {page.as_uri()}, asked
         complaints = ("consoleAPICalled", "exceptionThrown", "entryAdded")
-        assert [event for name in complaints for event in self._named(name)] == []
+        found = [event for name in complaints for event in self._named(name)]
+        assert found == [], found
 
     def value(self, expression: str) -> Any:
         """Of JavaScript, in the page."""
