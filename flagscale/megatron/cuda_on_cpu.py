@@ -53,7 +53,7 @@ def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     the rounding of fp32.
     """
     return (
-        torch.is_inference_mode_enabled()
+        not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()
         and weight.dim() == 2
         and weight.stride(0) == 1  # a transposed weight, whose rows lie one after the other
@@ -91,10 +91,26 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
+class _GradientAccumulation:
+    """Apex' products that add to a weight's gradient: one buffer and two passes over it less."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        input_nk: torch.Tensor, grad_nm: torch.Tensor, main_grad_mk: torch.Tensor
+    ) -> None:
+        if input_nk.dtype == main_grad_mk.dtype:
+            main_grad_mk.addmm_(grad_nm.t(), input_nk)
+        else:
+            main_grad_mk += grad_nm.t() @ input_nk
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Map what Megatron-Core wants of CUDA to the CPU; afterwards all is as it was."""
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -122,6 +138,11 @@ def cuda_on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(torch.cuda, cuda))
         stack.enter_context(_replaced(mcore_random, rng))
+        accumulation = {
+            "fused_weight_gradient_mlp_cuda": _GradientAccumulation,
+            "_grad_accum_fusion_available": True,
+        }
+        stack.enter_context(_replaced(layers, accumulation))
         dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
         stack.enter_context(_replaced(torch.distributed, dispatch))
         if not hasattr(moe_utils, "te_general_gemm"):

@@ -83,9 +83,9 @@ def resolved(
         "gradient_accumulation_fusion": _switch(
             training,
             "gradient_accumulation_fusion",
-            on=plain and (engine or platform.has_apex_gradient_accumulation()),
+            on=plain and (engine or platform.has_gradient_accumulation()),
             needs={
-                layers: engine or platform.has_apex_gradient_accumulation(),
+                layers: engine or platform.has_gradient_accumulation(),
                 "a student that is not quantised": plain,
             },
         ),

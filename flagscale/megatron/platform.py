@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -99,13 +99,36 @@ def use_distributed_optimizer(choice: bool | None) -> bool:
     return HAS_GPU if choice is None else choice
 
 
-def has_apex_gradient_accumulation() -> bool:
-    """Whether Apex's kernel that adds a weight's gradient to the one before can be used."""
-    return HAS_GPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+def has_gradient_accumulation() -> bool:
+    """Whether Megatron-Core's own layers can add a weight's gradient to the one before.
+
+    On a GPU that takes Apex' kernel; on a CPU it is `addmm_` (`flagscale.megatron.cuda_on_cpu`).
+    """
+    return not HAS_GPU or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _scale(
+    _: object,
+    __: object,
+    tensor_lists: Sequence[Sequence[torch.Tensor]],
+    scale: torch.Tensor | float,
+) -> None:
+    """Does what `local_multi_tensor_scale` does, without a buffer in between."""
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def tune_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Make torch's AdamW, taken where there is no transformer-engine's, one pass over memory."""
+    """Fewer passes over memory where there is neither transformer-engine nor Apex.
+
+    torch's AdamW is fused, and gradients are clipped in place: Megatron-Core's own way makes a
+    scaled copy of each and copies it back.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW):
             for group in one.param_groups:
