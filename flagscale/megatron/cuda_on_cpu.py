@@ -33,8 +33,10 @@ class _CudaToCpu(TorchFunctionMode):
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
         if func is torch.matmul and not kwargs and _is_onednns(*args):
-            inputs, weight = args
-            return torch.ops.mkldnn._linear_pointwise(inputs, weight.t(), None, "none", [], "")
+            return _by_onednn(*args)
+        if func is torch.nn.functional.embedding and _has_main_grad(*args):
+            # A batch's tokens are few rows of the vocabulary: the rest of its gradient is zeros.
+            kwargs = {**kwargs, "sparse": True}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -45,8 +47,19 @@ class _CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows = inputs.flatten(0, -2)
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight.t(), None, "none", [], "")
+    # As `torch.matmul` does it: a view that a custom Function returns could not be written to.
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view(product, [*inputs.shape[:-1], -1])
+    return shaped
+
+
 def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is a layer's product in fp32 where models are only run, not trained.
+    """Whether this is a layer's product in fp32 of which autograd need not know.
+
+    That is where models are only run, and in the forward pass of Megatron-Core's own linear layers,
+    which make their gradients themselves.
 
     torch gives these to MKL, which on AMD's processors takes 1.1 times as long as oneDNN for a
     layer, 1.4 times for an output layer, and 3 times for that of a few tokens. Both are exact to
@@ -63,6 +76,11 @@ def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and inputs.device == weight.device == _CPU
         and inputs.dtype == weight.dtype == torch.float32
     )
+
+
+def _has_main_grad(_: torch.Tensor, weight: torch.Tensor, *__: object) -> bool:
+    """Whether Megatron-Core's wrapper adds this weight's gradient to a buffer of its own."""
+    return hasattr(weight, "main_grad")
 
 
 def _is_cuda(value: object) -> bool:

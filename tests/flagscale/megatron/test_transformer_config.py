@@ -223,12 +223,6 @@ def test_what_cannot_be_honoured_is_refused(values, message):
         transformer_config(args)
 
 
-@needs_no_gpu
-def test_gradient_accumulation_fusion_needs_a_gpu():
-    training = training_arguments(SHAPE, 64, TrainingRecipe(train_iters=1, lr=1e-3))
-    assert not transformer_config(training).gradient_accumulation_fusion
-
-
 def test_gradient_accumulation_fusion_is_for_training_alone(monkeypatch):
     monkeypatch.setattr(platform, "has_gradient_accumulation", lambda: True)
     training = training_arguments(SHAPE, 64, TrainingRecipe(train_iters=1, lr=1e-3))
