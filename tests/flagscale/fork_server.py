@@ -6,7 +6,7 @@ hear signals, gloo between ranks, an exit code. The start of Python and torchrun
 `tests/flagscale/execution` and in the pipelines' tests.
 
     python fork_server.py serve SOCKET
-    python fork_server.py SOCKET RANKS SCRIPT.py ARGUMENT...
+    python fork_server.py SOCKET RANKS [-I] SCRIPT.py ARGUMENT...
     python fork_server.py SOCKET RANKS -m MODULE ARGUMENT...
     python fork_server.py SOCKET RANKS -c CODE ARGUMENT...
 
@@ -31,6 +31,7 @@ PRELOADED = (
     "flagscale.steps.distil_student",
     "flagscale.steps.evaluate",
     "flagscale.steps.export_student",
+    "mlflow.store.tracking.sqlalchemy_store",
     "transformers.models.llama.modeling_llama",
 )
 _PATIENCE = 30  # seconds that torchrun gives ranks after SIGTERM when one of them has failed
@@ -194,16 +195,18 @@ def _run(environment: dict[str, str], request: dict) -> None:
     sys.path[:0] = [path for path in added if path and path not in sys.path]
     code = 0
     try:
-        if request["what"][0] == "-m":
-            sys.argv = request["what"][1:]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        elif request["what"][0] == "-c":
-            sys.argv = ["-c", *request["what"][2:]]
+        kind, *others = request["what"]
+        if kind == "-m":
+            sys.argv = others
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            sys.argv = [kind, *others[1:]]
             main = sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(request["what"][1], vars(main))  # as Python does
+            exec(others[0], vars(main))  # as Python does
         else:
-            sys.argv = request["what"]
-            sys.path.insert(0, str(Path(sys.argv[0]).parent))
+            sys.argv = others if kind == "-I" else [kind, *others]
+            if kind != "-I":
+                sys.path.insert(0, str(Path(kind).parent))
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
