@@ -202,13 +202,22 @@ def runtime(
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=int(_TIMEOUT.total_seconds() / 60),
         )
-        stack.callback(parallel_state.destroy_model_parallel)
+        stack.callback(_destroy_model_parallel)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         with _silent("megatron.core.rerun_state_machine"):  # it announces itself as a warning
             initialize_rerun_state_machine(mode=RerunMode(rerun_mode))
         stack.callback(destroy_rerun_state_machine)
         yield
+
+
+def _destroy_model_parallel() -> None:
+    """Of every group: Megatron-Core's own function forgets two, each of which has threads."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
 
 
 @contextlib.contextmanager
