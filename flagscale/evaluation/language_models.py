@@ -19,7 +19,7 @@ from flagscale.models.megatron import logits
 from flagscale.models.reload_hf import is_quantized, whole
 
 
-def of_folder(folder: Path, batch_size: int) -> HFLM:
+def of_folder(folder: Path, batch_size: int) -> ScoringLM:
     """A Hugging Face folder, as lm-eval's `--model hf` takes it.
 
     One in ModelOpt's FP8 computes what a server does: weights and inputs rounded to FP8. Where
@@ -50,10 +50,10 @@ def of_folder(folder: Path, batch_size: int) -> HFLM:
             raise RuntimeError(f"{folder}: weights are missing, left over or misshapen: {wrong}")
         model = model if several else model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return ScoringLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-class MegatronLM(HFLM):
+class MegatronLM(ScoringLM):
     """A Megatron-Core model, on any layout; all ranks ask the same.
 
     Everything but the model is `HFLM`'s, so that its figures are too: how texts are encoded, cut

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flagscale.megatron.onednn import is_onednns, product
+
 _CPU = torch.device("cpu")
 
 
@@ -32,9 +34,10 @@ class _CudaToCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "device": _CPU}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.matmul and not kwargs and _is_onednns(*args):
-            inputs, weight = args
-            return torch.ops.mkldnn._linear_pointwise(inputs, weight.t(), None, "none", [], "")
+        if func is torch.matmul and not kwargs and args[1].dim() == 2:
+            inputs, weight_io = args  # Megatron-Core's layers hand a weight's transpose
+            if is_onednns(inputs, weight_io.t()):
+                return product(inputs, weight_io.t())
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -43,26 +46,6 @@ class _CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
-
-
-def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is a layer's product in fp32 where models are only run, not trained.
-
-    torch gives these to MKL, which on AMD's processors takes 1.1 times as long as oneDNN for a
-    layer, 1.4 times for an output layer, and 3 times for that of a few tokens. Both are exact to
-    the rounding of fp32.
-    """
-    return (
-        torch.is_inference_mode_enabled()
-        and torch.backends.mkldnn.is_available()
-        and weight.dim() == 2
-        and weight.stride(0) == 1  # a transposed weight, whose rows lie one after the other
-        and weight.stride(1) == weight.size(0)
-        and inputs.dim() > 1
-        and inputs.numel() > 0
-        and inputs.device == weight.device == _CPU
-        and inputs.dtype == weight.dtype == torch.float32
-    )
 
 
 def _is_cuda(value: object) -> bool:
