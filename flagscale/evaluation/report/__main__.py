@@ -1,6 +1,6 @@
 """Renders a report again, with scores on tasks and beside other runs of the same documents.
 
-    python -m flagscale.evaluation.report EVALUATION --tasks TASK_EVALUATION \
+python -m flagscale.evaluation.report EVALUATION --tasks TASK_EVALUATION \
         --beside baseline=ANOTHER_EVALUATION --output report.html
 """
 
