@@ -21,6 +21,7 @@ from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.combinations import check_width_pruning
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.teacher_outputs import decided
+from flagscale.sizes.asking import ASK_STEP, ask_step
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
@@ -200,11 +201,14 @@ def _plan(job: Job, name: str | None, choice: Choice, trainings: list[Recipe]) -
     steps.insert(2, training_step(job))
     if job.reads_outputs:  # the plan of each variant has the steps that it shares with others
         steps.insert(1, cache_step(job, sizes, trainings))
+    if job.recipe.tasks.is_asked:
+        steps.append(ask_step(job, sizes))
     return Plan(job, sizes, tuple(steps), choice, name)
 
 
 def _model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
-    return cache_step(job, sizes) if step == CACHE_STEP else model_step(job, step, sizes)
+    others = {CACHE_STEP: cache_step, ASK_STEP: ask_step}
+    return others[step](job, sizes) if step in others else model_step(job, step, sizes)
 
 
 def _student(recipe: Recipe, teacher: Teacher) -> tuple[ModelShape, Teacher | None]:
@@ -236,7 +240,8 @@ def choose(job: Job) -> ParallelismRecipe | None:
             _check_quantized(job, sizes, calibrates=True)
         except (ValueError, UserError):
             return False
-        steps = [*MODEL_STEPS, CACHE_STEP] if job.reads_outputs else [*MODEL_STEPS]
+        steps = [*MODEL_STEPS, *[CACHE_STEP] * job.reads_outputs]
+        steps += [ASK_STEP] * job.recipe.tasks.is_asked
         return all(_model_step(job, step, sizes).lacks is None for step in steps)
 
     shapes = (job.teacher.shape, job.student)

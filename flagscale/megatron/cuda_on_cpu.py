@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flagscale.megatron.onednn import is_onednns, product
+
 _CPU = torch.device("cpu")
 
 
@@ -32,8 +34,10 @@ class _CudaToCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "device": _CPU}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.matmul and not kwargs and _is_onednns(*args):
-            return _by_onednn(*args)
+        if func is torch.matmul and not kwargs and args[1].dim() == 2:
+            inputs, weight_io = args  # Megatron-Core's layers hand a weight's transpose
+            if is_onednns(inputs, weight_io.t()):
+                return product(inputs, weight_io.t())
         if func is torch.nn.functional.embedding and _has_main_grad(*args):
             # A batch's tokens are few rows of the vocabulary: the rest of its gradient is zeros.
             kwargs = {**kwargs, "sparse": True}
@@ -45,37 +49,6 @@ class _CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
-
-
-def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    rows = inputs.flatten(0, -2)
-    product = torch.ops.mkldnn._linear_pointwise(rows, weight.t(), None, "none", [], "")
-    # As `torch.matmul` does it: a view that a custom Function returns could not be written to.
-    shaped: torch.Tensor = torch.ops.aten._unsafe_view(product, [*inputs.shape[:-1], -1])
-    return shaped
-
-
-def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is a layer's product in fp32 of which autograd need not know.
-
-    That is where models are only run, and in the forward pass of Megatron-Core's own linear layers,
-    which make their gradients themselves.
-
-    torch gives these to MKL, which on AMD's processors takes 1.1 times as long as oneDNN for a
-    layer, 1.4 times for an output layer, and 3 times for that of a few tokens. Both are exact to
-    the rounding of fp32.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and torch.backends.mkldnn.is_available()
-        and weight.dim() == 2
-        and weight.stride(0) == 1  # a transposed weight, whose rows lie one after the other
-        and weight.stride(1) == weight.size(0)
-        and inputs.dim() > 1
-        and inputs.numel() > 0
-        and inputs.device == weight.device == _CPU
-        and inputs.dtype == weight.dtype == torch.float32
-    )
 
 
 def _has_main_grad(_: torch.Tensor, weight: torch.Tensor, *__: object) -> bool:
