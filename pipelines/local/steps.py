@@ -223,18 +223,20 @@ class Steps:
         _show_students(outputs)
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
-    def failure(self, error: RuntimeError) -> BaseException:
+    def failure(self, error: RuntimeError, exceptions: Sequence[str]) -> BaseException:
         """The error to raise after KFP has said that a step failed.
 
         Args:
-            error: KFP's, which says more than nothing where no step was at work.
+            error: KFP's, which does not say why.
+            exceptions: what KFP has met in loops' tasks, and does not raise.
         """
         notes, self._stopper.step_folder = self._stopper.step_folder, None
         if self._stopper.signal is not None:
             return Stopped(self._stopper.signal, self._current)
+        told = "; ".join(exceptions)
         if notes is None:  # whoever ended last has ended well
-            return StepFailed(f"the run ended after {self._current or 'no step'}: {error}")
-        message = read_error(notes)
+            return StepFailed(f"the run ended after {self._current or 'no step'}: {told or error}")
+        message = read_error(notes) or told
         return StepFailed(
             f"{self._current} failed: "
             + (message or "it ended without a word: killed, perhaps for want of memory")
