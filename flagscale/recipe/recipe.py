@@ -115,7 +115,7 @@ class Recipe(Section):
             )
         if self.search is not None:
             seq_length, batch = self.data.seq_length, self.training.global_batch_size
-            # A recipe is frozen from here on: what is written down, and all that follows, has steps.
+            # A recipe is frozen by now; what is written down, and all that follows, has steps.
             object.__setattr__(self, "search", self.search.in_steps(batch * seq_length))
             check_search(
                 self.search,
