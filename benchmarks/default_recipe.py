@@ -28,9 +28,9 @@ from flagscale.data.calibration import calibration
 from flagscale.data.layout import read_manifest
 from flagscale.data.loader import split_documents
 from flagscale.evaluation.fidelity import FIGURES
-from flagscale.evaluation.measuring import keep, measure
-from flagscale.evaluation.teacher import KeptTeacher
-from flagscale.evaluation.windows import batches
+from flagscale.evaluation.measure.measuring import keep, measure
+from flagscale.evaluation.measure.teacher import KeptTeacher
+from flagscale.evaluation.measure.windows import batches
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flagscale.evaluation.forecast import CONFIDENCE, KD_LOSS, accounts, curve_of
-from flagscale.evaluation.learning_curve import DRIFT, DRIFT_FREEDOM, Curves
+from flagscale.evaluation.forecast.accounts import CONFIDENCE, KD_LOSS, accounts, curve_of
+from flagscale.evaluation.forecast.learning_curve import DRIFT, DRIFT_FREEDOM, Curves
 
 _STEPS = (60, 200, 1000)
 _CUTS = (0.25, 0.5, 0.75)
@@ -45,7 +45,7 @@ class Simulated:
 def prior(
     generator: np.random.Generator, length: float, x_t: np.ndarray, h_t: np.ndarray
 ) -> np.ndarray:
-    """A curve as `flagscale.evaluation.learning_curve` believes it."""
+    """A curve as `flagscale.evaluation.forecast.learning_curve` believes it."""
     curves = Curves(generator.standard_normal((1, Curves.PARAMETERS)), length)
     own = generator.standard_normal(len(x_t)) * curves.noise_k[0]
     log_loss: np.ndarray = curves.log_shape(x_t, h_t)[0] + own

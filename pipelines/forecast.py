@@ -24,7 +24,7 @@ from pipelines.plan_text import indented
 from pipelines.planning import Plan
 
 if TYPE_CHECKING:
-    from flagscale.evaluation.learning_curve import Forecast, LearningCurve
+    from flagscale.evaluation.forecast.learning_curve import Forecast, LearningCurve
     from flagscale.megatron.shape import ModelShape
 
 _TRAINED = ("distilled-student", "candidate")
@@ -65,8 +65,8 @@ class Trained:
         Raises:
             ValueError: there is too little to fit.
         """
-        from flagscale.evaluation.forecast import curve_of
-        from flagscale.evaluation.learning_rates import learning_rates
+        from flagscale.evaluation.forecast.accounts import curve_of
+        from flagscale.evaluation.forecast.learning_rates import learning_rates
 
         rates = learning_rates(TrainingRecipe.model_validate(self.training))
         return curve_of(*self.logs, rates, key, samples=self.samples.get(key))
@@ -101,7 +101,7 @@ def forecasts(recipe: Recipe, after: Path, baseline: Path | None = None) -> list
         UserError: there is no training of this student there, another kind of one, or too little
             of it to forecast from.
     """
-    from flagscale.evaluation.forecast import LM_LOSS, decisive_loss
+    from flagscale.evaluation.forecast.accounts import LM_LOSS, decisive_loss
 
     trained = find(recipe, after)
     main = decisive_loss(trained.logs[0])
@@ -220,8 +220,8 @@ def _curve(trained: Trained, key: str, run: Path) -> LearningCurve:
 def _row(
     recipe: Recipe, times: float, curves: Mapping[str, LearningCurve], other: LearningCurve | None
 ) -> Row:
-    from flagscale.evaluation.forecast import CONFIDENCE, LM_LOSS
-    from flagscale.evaluation.learning_rates import learning_rates
+    from flagscale.evaluation.forecast.accounts import CONFIDENCE, LM_LOSS
+    from flagscale.evaluation.forecast.learning_rates import learning_rates
 
     training = stretched(recipe.training, times)
     rates, steps = learning_rates(training), training.train_iters
@@ -252,7 +252,7 @@ def _ahead(
 ) -> dict[str, float]:
     import numpy as np
 
-    from flagscale.evaluation.forecast import CONFIDENCE
+    from flagscale.evaluation.forecast.accounts import CONFIDENCE
 
     mine = np.exp(distilled.log_losses(steps, rates))
     # Each curve has the same stream of random numbers; in another order they are independent.
@@ -313,7 +313,7 @@ def law(plan: Plan) -> str:
 
     Nothing where it is not known how long the teacher was trained, or models have experts.
     """
-    from flagscale.evaluation.scaling_law import MOST_TOKENS, overtaken, text_alone
+    from flagscale.evaluation.forecast.scaling_law import MOST_TOKENS, overtaken, text_alone
 
     job = plan.job
     known = known_models().get(job.recipe.teacher.source, {}).get("trained_tokens")

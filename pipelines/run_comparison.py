@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flagscale.errors import UserError
 
 if TYPE_CHECKING:
-    from flagscale.evaluation.run_board import Student
-    from flagscale.evaluation.task_scores import TaskScores
+    from flagscale.evaluation.boards.run_board import Student
+    from flagscale.evaluation.tasks.scores import TaskScores
     from flagscale.tracking.finished import Evaluated, History
 
 PAGE = "comparison.html"
@@ -82,8 +82,8 @@ def _compare(
     page: Path,
     check: Any = None,  # noqa: ANN401 - of the students, or nothing
 ) -> str:
-    from flagscale.evaluation.run_board import boards
-    from flagscale.evaluation.run_board_report import markdown, render
+    from flagscale.evaluation.boards.run_board import boards
+    from flagscale.evaluation.boards.run_board_page import markdown, render
 
     names = _names(found)
     students: list[Student] = []
@@ -125,8 +125,8 @@ def _student(history: History, one: Evaluated, name: str, folder: Path) -> Stude
     """What the run has measured; None where it has not kept its evaluation."""
     from flagscale.artifacts import MANIFEST, digest
     from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT_DATA
+    from flagscale.evaluation.boards.run_board import Student
     from flagscale.evaluation.fidelity import read_rows
-    from flagscale.evaluation.run_board import Student
     from flagscale.tracking import flatten
 
     files = history.download(one.run_id, (MANIFEST, METRICS, PER_DOCUMENT, REPORT_DATA), folder)
@@ -156,7 +156,7 @@ def _student(history: History, one: Evaluated, name: str, folder: Path) -> Stude
 
 def _tasks(history: History, one: Evaluated, folder: Path) -> tuple[TaskScores, ...]:
     """What it scored on tasks; nothing where it was not asked any."""
-    from flagscale.evaluation.task_scores import PER_EXAMPLE, TASKS, read_scores
+    from flagscale.evaluation.tasks.scores import PER_EXAMPLE, TASKS, read_scores
 
     if "evaluate-tasks" not in one.steps:
         return ()
@@ -173,7 +173,8 @@ def _axes(
 
     Args:
         metrics: of its evaluation.
-        costs: as the report has them (`flagscale.evaluation.costs`); empty where nothing is known.
+        costs: as the report has them (`flagscale.evaluation.report.costs`); empty where nothing
+            is known.
         figures: of other steps.
     """
     known = {

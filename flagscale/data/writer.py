@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from flagscale.cores import available_cores
 from flagscale.data.counts import Counts
 from flagscale.data.encoder import Encode, EncodedDocument
 from flagscale.data.indexed import IndexedWriter
@@ -66,12 +67,12 @@ def write_splits(
     Args:
         corpora: written one after the other, in this order.
         folder: exists; holds a temporary file of 8 bytes a document meanwhile.
-        workers: threads; default: the cores this process may use.
+        workers: threads; default: the cores this process may keep busy.
 
     Returns:
         Counts of each corpus; repeats of another corpus' documents count for the later one.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or max(1, int(available_cores()))
     counts = [Counts() for _ in corpora]
     progress = _Progress(counts)
     hashes = folder / "hashes.partial"

@@ -19,8 +19,8 @@ from flagscale.errors import UserError
 from flagscale.evaluation.bootstrap import Estimate
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, estimates
-from flagscale.evaluation.task_estimates import task_estimates
-from flagscale.evaluation.task_scores import TaskScores, figure_names
+from flagscale.evaluation.tasks.estimates import task_estimates
+from flagscale.evaluation.tasks.scores import TaskScores, figure_names
 from flagscale.recipe.conditions import Condition
 
 

@@ -26,6 +26,7 @@ import psutil
 from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
+from flagscale.cores import available_cores
 from flagscale.execution import heartbeat
 from flagscale.execution.notes import REQUEST_VARIABLE, note_log, read_process
 from flagscale.execution.rank_folder import RankFolder
@@ -173,7 +174,7 @@ def _note_log() -> None:
 def _environment(folder: Path, processes: int) -> dict[str, str]:
     """Of the ranks of this machine: they end when this process does."""
     return {
-        **rank_environment(len(os.sched_getaffinity(0)), processes),
+        **rank_environment(available_cores(), processes),
         **os.environ,
         REQUEST_VARIABLE: str(folder),
         RUNNER_VARIABLE: this_process(),

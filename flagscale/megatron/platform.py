@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flagscale.cores import available_cores
 from flagscale.errors import UserError
 from flagscale.megatron import energy
 from flagscale.megatron.accelerators import check_accelerators, has_transformer_engine
@@ -137,6 +138,7 @@ def runtime(
         stack.enter_context(plain_fp32())
         if not HAS_GPU:
             stack.enter_context(cuda_on_cpu())
+        _share_cores()
         _start_process_group()
         stack.callback(torch.distributed.destroy_process_group)
         from megatron.core import parallel_state, tensor_parallel
@@ -180,6 +182,13 @@ def _silent(name: str) -> Iterator[None]:
         yield
     finally:
         named.setLevel(level)
+
+
+def _share_cores() -> None:
+    """No more threads than the pod's limit feeds; whoever sets OMP_NUM_THREADS knows better."""
+    threads = max(1, int(available_cores()))
+    if "OMP_NUM_THREADS" not in os.environ and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def _start_process_group() -> None:

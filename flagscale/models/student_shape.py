@@ -30,7 +30,7 @@ def layers_to_keep(teacher_layers: int, student: StudentRecipe) -> tuple[int, ..
     """Which of the teacher's layers, counted from 0, the student starts from; all for `same`.
 
     Those of `keep_layers`, else spread evenly, first and last included. Not where they are measured
-    (`flagscale.evaluation.layer_importance`).
+    (`flagscale.evaluation.measure.layer_importance`).
 
     Raises:
         UserError: more layers than the teacher has, or a layer that it does not have.

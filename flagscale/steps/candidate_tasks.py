@@ -12,11 +12,11 @@ from megatron.core.models.gpt import GPTModel
 
 from flagscale.checkpoint import save_weights
 from flagscale.errors import UserError
-from flagscale.evaluation.harness import ask, scores
-from flagscale.evaluation.heldout_passages import heldout_passages
-from flagscale.evaluation.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
-from flagscale.evaluation.task_scores import TaskScores, figure_names
-from flagscale.evaluation.tasks import Tasks, load_tasks, tasks_folder
+from flagscale.evaluation.tasks.finding import Tasks, load_tasks, tasks_folder
+from flagscale.evaluation.tasks.harness import ask, scores
+from flagscale.evaluation.tasks.heldout_passages import heldout_passages
+from flagscale.evaluation.tasks.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
+from flagscale.evaluation.tasks.scores import TaskScores, figure_names
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron.arguments import Arguments
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape
@@ -98,7 +98,7 @@ def _load(tasks: TasksRecipe, dataset: Path, scratch: Path) -> Tasks:
 
 
 def _language_model(tasks: TasksRecipe, artifact: Path, args: Arguments, dataset: Path) -> LM:
-    from flagscale.evaluation.language_models import MegatronLM
+    from flagscale.evaluation.tasks.language_models import MegatronLM
 
     shape = ModelShape.load(artifact)
     return MegatronLM(

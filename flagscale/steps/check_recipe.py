@@ -55,7 +55,7 @@ def _check_tasks(tasks: TasksRecipe) -> None:
     Raises:
         UserError: lm-eval is not installed, a task is not known, or its data cannot be had.
     """
-    from flagscale.evaluation.tasks import check_installed, load_tasks, tasks_folder
+    from flagscale.evaluation.tasks.finding import check_installed, load_tasks, tasks_folder
 
     check_installed()
     if tasks.needs_lm_eval_tasks:

@@ -11,7 +11,7 @@ import torch
 
 from flagscale.artifacts import Staging
 from flagscale.errors import UserError
-from flagscale.evaluation.audit_report import AUDIT, render
+from flagscale.evaluation.pages.audit import AUDIT, render
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
-from flagscale.evaluation.tasks import check_installed
+from flagscale.evaluation.tasks.finding import check_installed
 from flagscale.execution import launch
 from flagscale.execution.step_process import keep_exclusive, when_published
 from flagscale.megatron import platform

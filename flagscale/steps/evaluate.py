@@ -20,12 +20,12 @@ from flagscale.errors import UserError
 from flagscale.evaluation import SUMMARY
 from flagscale.evaluation.fidelity import ALL_FIGURES, TEACHER, Fidelity, document_hash
 from flagscale.evaluation.figures import AFTER, BEFORE, scalars
-from flagscale.evaluation.generate import continuations
-from flagscale.evaluation.measuring import keep, measure_closely
-from flagscale.evaluation.prompts import encode_prompts
-from flagscale.evaluation.teacher import KeptTeacher, check_room
-from flagscale.evaluation.verdict import verdict
-from flagscale.evaluation.windows import batches
+from flagscale.evaluation.generation.generate import continuations
+from flagscale.evaluation.generation.prompts import encode_prompts
+from flagscale.evaluation.measure.measuring import keep, measure_closely
+from flagscale.evaluation.measure.teacher import KeptTeacher, check_room
+from flagscale.evaluation.measure.windows import batches
+from flagscale.evaluation.report.verdict import verdict
 from flagscale.execution import launch
 from flagscale.megatron import platform
 from flagscale.megatron.shape import ModelShape

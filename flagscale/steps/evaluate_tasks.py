@@ -24,24 +24,24 @@ from flagscale.errors import UserError
 from flagscale.evaluation import REPORT, SUMMARY
 from flagscale.evaluation.fidelity import TEACHER
 from flagscale.evaluation.figures import AFTER
-from flagscale.evaluation.harness import scores
-from flagscale.evaluation.heldout_passages import heldout_passages
-from flagscale.evaluation.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
-from flagscale.evaluation.report import render
-from flagscale.evaluation.report_data import ReportData
-from flagscale.evaluation.speed import Speed
-from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.task_figures import score_figures, speed_figures
-from flagscale.evaluation.task_models import Questions, ask_folder, ask_megatron
-from flagscale.evaluation.task_scores import (
+from flagscale.evaluation.generation.speed import Speed
+from flagscale.evaluation.report.data import ReportData
+from flagscale.evaluation.report.page import render
+from flagscale.evaluation.report.summary import summary_markdown
+from flagscale.evaluation.report.verdict import verdict
+from flagscale.evaluation.tasks.figures import score_figures, speed_figures
+from flagscale.evaluation.tasks.finding import Tasks, check_installed, load_tasks, tasks_folder
+from flagscale.evaluation.tasks.harness import scores
+from flagscale.evaluation.tasks.heldout_passages import heldout_passages
+from flagscale.evaluation.tasks.heldout_tasks import MOST_QUESTIONS, write_heldout_tasks
+from flagscale.evaluation.tasks.models import Questions, ask_folder, ask_megatron
+from flagscale.evaluation.tasks.scores import (
     KIND,
     PER_EXAMPLE,
     TASKS,
     TaskScores,
     save_scores,
 )
-from flagscale.evaluation.tasks import Tasks, check_installed, load_tasks, tasks_folder
-from flagscale.evaluation.verdict import verdict
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.peak_memory import own_peak_memory
@@ -97,7 +97,7 @@ def evaluate_tasks(
         evaluation: the `evaluation` artifact of the student.
         exported: the `export` artifact of it.
         output: folder of the `task-evaluation` artifact: tasks.json and per_example.jsonl, which
-            `flagscale.evaluation.task_scores.load_scores` reads, generation.json, evaluate's
+            `flagscale.evaluation.tasks.scores.load_scores` reads, generation.json, evaluate's
             report with all that, and `heldout/`, which lm-eval's own command line can ask too.
         models: how the model steps are spread over processes.
 

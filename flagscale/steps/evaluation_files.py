@@ -14,15 +14,15 @@ from flagscale.artifacts import Manifest, write_json
 from flagscale.checkpoint import count_parameters
 from flagscale.data.loader import token_counts
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT, REPORT_DATA, SUMMARY
-from flagscale.evaluation.costs import Costs
 from flagscale.evaluation.fidelity import TEACHER, Fidelity
 from flagscale.evaluation.figures import AFTER, BEFORE, summarise
-from flagscale.evaluation.forecast_section import told
-from flagscale.evaluation.report import render
-from flagscale.evaluation.report_data import ReportData
-from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.token_analysis import Draws, find
-from flagscale.evaluation.token_findings import TokenFindings, TokenTable
+from flagscale.evaluation.forecast.section import told
+from flagscale.evaluation.report.costs import Costs
+from flagscale.evaluation.report.data import ReportData
+from flagscale.evaluation.report.page import render
+from flagscale.evaluation.report.summary import summary_markdown
+from flagscale.evaluation.report.token_analysis import Draws, find
+from flagscale.evaluation.report.token_findings import TokenFindings, TokenTable
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.megatron import WEIGHTS
 from flagscale.models.tokenizers import load_tokenizer

@@ -22,7 +22,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation import LINEAGE, METRICS
 from flagscale.evaluation.card import model_card
 from flagscale.evaluation.figures import scalars
-from flagscale.evaluation.lineage import render as render_lineage
+from flagscale.evaluation.pages.lineage import render as render_lineage
 from flagscale.execution.launch import call_on_ranks, is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.shape import MODEL_JSON, QUANTIZERS, ModelShape

@@ -17,7 +17,7 @@ from flagscale import tracking
 from flagscale.artifacts import Staging, write_json
 from flagscale.data.calibration import Calibration, calibration
 from flagscale.errors import UserError
-from flagscale.evaluation.student_report import render
+from flagscale.evaluation.pages.student import render
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments
@@ -163,7 +163,7 @@ def record(
 
     Args:
         choice: of its layers.
-        widths: see `flagscale.evaluation.student_report.render`.
+        widths: see `flagscale.evaluation.pages.student.render`.
         shape: of the student.
         staging: its artifact.
         run: the step's.

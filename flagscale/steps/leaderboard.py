@@ -11,11 +11,11 @@ from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.evaluation import LEADERBOARD, REPORT, SUMMARY, TABLE
+from flagscale.evaluation.boards.leaderboard import Candidate, Failed, Leaderboard, rank
+from flagscale.evaluation.boards.leaderboard_page import headline, render, summary_markdown
 from flagscale.evaluation.compare import read_evaluation
 from flagscale.evaluation.fidelity import FIGURES
 from flagscale.evaluation.figures import scalars
-from flagscale.evaluation.leaderboard import Candidate, Failed, Leaderboard, rank
-from flagscale.evaluation.leaderboard_report import headline, render, summary_markdown
 from flagscale.execution.absent import KIND as ABSENT
 from flagscale.execution.absent import absent, reason
 from flagscale.recipe import parse_section

@@ -21,7 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from flagscale.artifacts import open_artifact, read_manifest
 from flagscale.data.calibration import Calibration
 from flagscale.errors import UserError
-from flagscale.evaluation.layer_importance import (
+from flagscale.evaluation.measure.layer_importance import (
     LayerImportance,
     Measured,
     Removal,

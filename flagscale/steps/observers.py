@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale import tracking
-from flagscale.evaluation.forecast import CONFIDENCE, curve_of, decisive_loss
-from flagscale.evaluation.learning_rates import learning_rates
+from flagscale.evaluation.forecast.accounts import CONFIDENCE, curve_of, decisive_loss
+from flagscale.evaluation.forecast.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.trainjob.status import TrainJobStatus
 from flagscale.recipe import TrainingRecipe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flagscale.artifacts import open_artifact
 from flagscale.evaluation import SEARCH
-from flagscale.evaluation.search_board import SearchBoard
+from flagscale.evaluation.search.board import SearchBoard
 from flagscale.execution.absent import write_absent
 from flagscale.shared import Pointer, write_pointer
 

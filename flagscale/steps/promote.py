@@ -12,8 +12,8 @@ from flagscale.errors import UserError
 from flagscale.evaluation import GATE, GATE_TABLE
 from flagscale.evaluation.compare import read_evaluation
 from flagscale.evaluation.gate import Judgement, judge, markdown
-from flagscale.evaluation.task_scores import KIND as TASK_EVALUATION
-from flagscale.evaluation.task_scores import load_scores
+from flagscale.evaluation.tasks.scores import KIND as TASK_EVALUATION
+from flagscale.evaluation.tasks.scores import load_scores
 from flagscale.execution.metrics_file import read_metrics
 from flagscale.recipe import PromoteRecipe
 from flagscale.tracking import aliases

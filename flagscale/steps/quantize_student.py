@@ -25,15 +25,15 @@ from flagscale.checkpoint.agreement import same_outcome
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import FIGURES, Fidelity, document_hash
-from flagscale.evaluation.measuring import keep, measure
+from flagscale.evaluation.measure.measuring import keep, measure
+from flagscale.evaluation.measure.teacher import KeptTeacher
+from flagscale.evaluation.measure.windows import Batch, batches
 from flagscale.evaluation.quantized import (
     DECISIVE,
     QUANTIZED,
     UNQUANTIZED,
     cost_of_quantization,
 )
-from flagscale.evaluation.teacher import KeptTeacher
-from flagscale.evaluation.windows import Batch, batches
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron import platform
 from flagscale.megatron.arguments import Arguments

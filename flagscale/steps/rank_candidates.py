@@ -13,12 +13,12 @@ from flagscale import tracking
 from flagscale.artifacts import Manifest, digest, new_artifact, open_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.evaluation import REPORT, SEARCH, SUMMARY
-from flagscale.evaluation.forecast import CONFIDENCE, curve_of
-from flagscale.evaluation.learning_curve import Forecast
-from flagscale.evaluation.learning_rates import learning_rates
-from flagscale.evaluation.ranking import Losses, places
-from flagscale.evaluation.search_board import Candidate, SearchBoard, after_rung
-from flagscale.evaluation.search_report import render, summary_markdown
+from flagscale.evaluation.forecast.accounts import CONFIDENCE, curve_of
+from flagscale.evaluation.forecast.learning_curve import Forecast
+from flagscale.evaluation.forecast.learning_rates import learning_rates
+from flagscale.evaluation.search.board import Candidate, SearchBoard, after_rung
+from flagscale.evaluation.search.page import render, summary_markdown
+from flagscale.evaluation.search.ranking import Losses, places
 from flagscale.execution.absent import absent, is_empty, reason
 from flagscale.execution.exclusive import delete_unless_held
 from flagscale.execution.step_process import when_published

@@ -48,7 +48,7 @@ def work(arguments: argparse.Namespace) -> str:
     configure_logging()  # as a step's process does, and before Megatron warns of what is missing
     logging.getLogger("flagscale").setLevel(logging.WARNING)
     # Only now: the runner holds no torch while the steps work.
-    from flagscale.evaluation.audit_report import AUDIT, render
+    from flagscale.evaluation.pages.audit import AUDIT, render
     from flagscale.post_training.findings import as_text, failures
     from flagscale.steps.doctor import Paths, doctor
 

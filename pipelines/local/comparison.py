@@ -33,9 +33,9 @@ def compare_with_baseline(recipe: Recipe, runs: Path) -> str:
         UserError: one of the runs is missing or unfinished, or they are not comparable.
     """
     from flagscale.evaluation.compare import compare
-    from flagscale.evaluation.other_runs import with_others
-    from flagscale.evaluation.report import render
-    from flagscale.evaluation.report_data import ReportData
+    from flagscale.evaluation.report.data import ReportData
+    from flagscale.evaluation.report.other_runs import with_others
+    from flagscale.evaluation.report.page import render
 
     distilled = _newest(recipe, runs, baseline=False)
     baseline = _newest(recipe, runs, baseline=True)

@@ -11,7 +11,7 @@ import yaml
 
 from flagscale.artifacts import new_artifact, write_json
 from flagscale.errors import UserError
-from flagscale.evaluation.learning_rates import learning_rates
+from flagscale.evaluation.forecast.learning_rates import learning_rates
 from flagscale.recipe import Recipe, load_recipe
 from flagscale.steps.rung import SAMPLE_LOSSES
 from pipelines.__main__ import main

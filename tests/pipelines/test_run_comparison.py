@@ -15,7 +15,7 @@ from flagscale.artifacts import MANIFEST, Manifest, new_artifact, write_json
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT_DATA
 from flagscale.evaluation.fidelity import FIGURES, Fidelity
 from flagscale.evaluation.figures import summarise
-from flagscale.evaluation.task_scores import PER_EXAMPLE, TASKS, TaskScores, save_scores
+from flagscale.evaluation.tasks.scores import PER_EXAMPLE, TASKS, TaskScores, save_scores
 from pipelines.__main__ import main
 
 EXPERIMENT = "side by side"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flagscale.evaluation.layer_importance import measure_importance
+from flagscale.evaluation.measure.layer_importance import measure_importance
 from flagscale.megatron import platform
 from flagscale.models.megatron import load_model
 from flagscale.recipe import ModelsRecipe

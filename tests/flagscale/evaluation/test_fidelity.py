@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flagscale.errors import UserError
-from flagscale.evaluation import measuring
 from flagscale.evaluation.fidelity import FIGURES, TEACHER, Fidelity, document_hash, read_rows
-from flagscale.evaluation.teacher import KeptTeacher
-from flagscale.evaluation.windows import batches
+from flagscale.evaluation.measure import measuring
+from flagscale.evaluation.measure.teacher import KeptTeacher
+from flagscale.evaluation.measure.windows import batches
 
 VOCAB = 101
 

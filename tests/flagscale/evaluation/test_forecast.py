@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flagscale.evaluation.forecast import KD_LOSS, LM_LOSS, accounts, curve_of, decisive_loss
-from flagscale.evaluation.forecast_section import section, told
+from flagscale.evaluation.forecast.accounts import (
+    KD_LOSS,
+    LM_LOSS,
+    accounts,
+    curve_of,
+    decisive_loss,
+)
+from flagscale.evaluation.forecast.section import section, told
 
 END = 40
 

@@ -13,7 +13,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import summarise
 from flagscale.evaluation.gate import Judgement, judge, markdown
-from flagscale.evaluation.task_scores import TaskScores
+from flagscale.evaluation.tasks.scores import TaskScores
 from flagscale.recipe.conditions import parse_condition
 
 SAMPLES = 8_000

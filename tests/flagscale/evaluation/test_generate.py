@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from flagscale.evaluation.generate import continuations
+from flagscale.evaluation.generation.generate import continuations
 
 
 @pytest.fixture(scope="module")

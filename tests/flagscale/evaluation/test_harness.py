@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from flagscale.errors import UserError
-from flagscale.evaluation.harness import ask, scores
-from flagscale.evaluation.task_scores import TaskScores, figure_names
-from flagscale.evaluation.tasks import load_tasks, tasks_folder
+from flagscale.evaluation.tasks.finding import load_tasks, tasks_folder
+from flagscale.evaluation.tasks.harness import ask, scores
+from flagscale.evaluation.tasks.scores import TaskScores, figure_names
 from flagscale.recipe import TasksRecipe
 
 CHOICE = """

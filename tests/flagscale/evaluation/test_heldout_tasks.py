@@ -9,8 +9,8 @@ import yaml
 
 from flagscale.data.loader import split_documents
 from flagscale.errors import UserError
-from flagscale.evaluation.heldout_passages import Passage, heldout_passages, words
-from flagscale.evaluation.heldout_tasks import write_heldout_tasks
+from flagscale.evaluation.tasks.heldout_passages import Passage, heldout_passages, words
+from flagscale.evaluation.tasks.heldout_tasks import write_heldout_tasks
 from flagscale.models.tokenizers import load_tokenizer
 
 

@@ -9,8 +9,12 @@ import torch
 from importance_worker import importance_on_rank
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from flagscale.evaluation.layer_importance import LayerImportance, Removal, measure_importance
-from flagscale.evaluation.student_report import render
+from flagscale.evaluation.measure.layer_importance import (
+    LayerImportance,
+    Removal,
+    measure_importance,
+)
+from flagscale.evaluation.pages.student import render
 from flagscale.execution.launch import call_on_ranks
 from flagscale.megatron import platform
 from flagscale.models.megatron import load_model

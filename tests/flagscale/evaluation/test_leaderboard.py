@@ -19,10 +19,10 @@ from markdown_it import MarkdownIt
 from scipy.stats import norm, t
 
 from flagscale.errors import UserError
+from flagscale.evaluation.boards.leaderboard import Candidate, Failed, rank
+from flagscale.evaluation.boards.leaderboard_page import headline, render, summary_markdown
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import SHOWN, summarise
-from flagscale.evaluation.leaderboard import Candidate, Failed, rank
-from flagscale.evaluation.leaderboard_report import headline, render, summary_markdown
 
 FidelityOf = Callable[..., Fidelity]
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.forecast import Simulated, coverage
-from flagscale.evaluation.importance_sampling import posterior
-from flagscale.evaluation.learning_curve import LearningCurve, Schedule, Series
+from flagscale.evaluation.forecast.importance_sampling import posterior
+from flagscale.evaluation.forecast.learning_curve import LearningCurve, Schedule, Series
 
 RATES = [0.25, 0.5, 0.75, *[1.0] * 40, *np.linspace(1, 0, 17)]
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flagscale.evaluation.learning_rates import learning_rates
+from flagscale.evaluation.forecast.learning_rates import learning_rates
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.setup import _scheduler
 

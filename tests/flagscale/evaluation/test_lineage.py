@@ -10,7 +10,7 @@ import pytest
 
 from flagscale.artifacts import Manifest, new_artifact, open_artifact
 from flagscale.code_version import code_version
-from flagscale.evaluation.lineage import lineage, render
+from flagscale.evaluation.pages.lineage import lineage, render
 
 
 def make(folder: Path, kind: str, facts: dict | None = None, **parents: Manifest) -> Manifest:

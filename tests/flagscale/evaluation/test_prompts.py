@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from flagscale.errors import UserError
-from flagscale.evaluation.prompts import encode_prompts
+from flagscale.evaluation.generation.prompts import encode_prompts
 from flagscale.models.tokenizers import load_tokenizer
 
 

@@ -13,8 +13,8 @@ import pytest
 from flagscale.artifacts import Manifest
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import summarise
-from flagscale.evaluation.report import headline, render
-from flagscale.evaluation.report_data import ReportData
+from flagscale.evaluation.report.data import ReportData
+from flagscale.evaluation.report.page import headline, render
 
 HOSTILE = "</p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}

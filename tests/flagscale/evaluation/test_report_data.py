@@ -18,14 +18,15 @@ from test_verdict import RIGHT, scores
 from flagscale.artifacts import new_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT, REPORT_DATA
-from flagscale.evaluation.costs import Costs
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import summarise
-from flagscale.evaluation.other_runs import named_folders, with_others
-from flagscale.evaluation.report import main, render
-from flagscale.evaluation.report_data import Other, ReportData
-from flagscale.evaluation.speed import Speed
-from flagscale.evaluation.token_analysis import find
+from flagscale.evaluation.generation.speed import Speed
+from flagscale.evaluation.report.__main__ import main
+from flagscale.evaluation.report.costs import Costs
+from flagscale.evaluation.report.data import Other, ReportData
+from flagscale.evaluation.report.other_runs import named_folders, with_others
+from flagscale.evaluation.report.page import render
+from flagscale.evaluation.report.token_analysis import find
 
 COSTS = Costs(
     tokens=15_360,

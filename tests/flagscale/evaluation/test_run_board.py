@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from flagscale.evaluation.boards.pareto import dominated_by
+from flagscale.evaluation.boards.run_board import QUALITY, Student, boards
+from flagscale.evaluation.boards.run_board_page import markdown, render
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.figures import summarise
-from flagscale.evaluation.pareto import dominated_by
-from flagscale.evaluation.run_board import QUALITY, Student, boards
-from flagscale.evaluation.run_board_report import markdown, render
-from flagscale.evaluation.task_scores import TaskScores
+from flagscale.evaluation.tasks.scores import TaskScores
 
 LOWER = {"a": True, "b": False, "c": True}
 POINTS = st.lists(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from flagscale.evaluation.scaling_law import distilled, overtaken, text_alone
+from flagscale.evaluation.forecast.scaling_law import distilled, overtaken, text_alone
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(143e6, 2.86e9), (1e9, 2e10), (7.75e9, 5.12e11)])

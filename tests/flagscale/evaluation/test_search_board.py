@@ -9,10 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from flagscale.errors import UserError
-from flagscale.evaluation.ranking import Losses, places
-from flagscale.evaluation.search_board import Candidate, SearchBoard, after_rung
-from flagscale.evaluation.search_charts import pareto
-from flagscale.evaluation.search_report import headline, render, summary_markdown
+from flagscale.evaluation.search.board import Candidate, SearchBoard, after_rung
+from flagscale.evaluation.search.charts import pareto
+from flagscale.evaluation.search.page import headline, render, summary_markdown
+from flagscale.evaluation.search.ranking import Losses, places
 
 SAMPLES = 48
 

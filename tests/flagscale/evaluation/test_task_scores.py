@@ -7,7 +7,7 @@ import pytest
 
 from flagscale.artifacts import MANIFEST, hash_files, new_artifact
 from flagscale.errors import UserError
-from flagscale.evaluation.task_scores import (
+from flagscale.evaluation.tasks.scores import (
     KIND,
     PER_EXAMPLE,
     TASKS,

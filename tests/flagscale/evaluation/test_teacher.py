@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flagscale.errors import UserError
-from flagscale.evaluation.teacher import check_room
+from flagscale.evaluation.measure.teacher import check_room
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:

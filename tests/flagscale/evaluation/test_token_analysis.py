@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from flagscale.evaluation.token_analysis import Draws, calibration, find
-from flagscale.evaluation.token_findings import CALIBRATION_BINS, TokenFindings, TokenTable
+from flagscale.evaluation.report.token_analysis import Draws, calibration, find
+from flagscale.evaluation.report.token_findings import CALIBRATION_BINS, TokenFindings, TokenTable
 
 VOCAB = 50
 DRAWS = Draws(documents=6, samples=200, confidence=0.95, seed=0)

@@ -9,8 +9,8 @@ import scipy.stats
 import torch
 
 from flagscale.evaluation.fidelity import ALL_FIGURES
-from flagscale.evaluation.token_closeness import DETAILS, token_closeness
-from flagscale.evaluation.token_figures import largest, token_figures
+from flagscale.evaluation.measure.token_closeness import DETAILS, token_closeness
+from flagscale.evaluation.measure.token_figures import largest, token_figures
 
 N = 24
 ROWS = {name: len(ALL_FIGURES) + i for i, name in enumerate(ALL_FIGURES)} | {

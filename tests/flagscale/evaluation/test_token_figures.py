@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagscale.evaluation.fidelity import FIGURES
-from flagscale.evaluation.token_figures import merge, slice_sums, token_figures
+from flagscale.evaluation.measure.token_figures import merge, slice_sums, token_figures
 
 N = 64
 

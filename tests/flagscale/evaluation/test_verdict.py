@@ -10,10 +10,10 @@ import pytest
 from test_report import make_data
 
 from flagscale.evaluation.fidelity import Fidelity
-from flagscale.evaluation.report_data import Other, ReportData
-from flagscale.evaluation.summary import summary_markdown
-from flagscale.evaluation.task_scores import TaskScores
-from flagscale.evaluation.verdict import kept, percent, seeds_spread, verdict
+from flagscale.evaluation.report.data import Other, ReportData
+from flagscale.evaluation.report.summary import summary_markdown
+from flagscale.evaluation.report.verdict import kept, percent, seeds_spread, verdict
+from flagscale.evaluation.tasks.scores import TaskScores
 
 
 @pytest.fixture

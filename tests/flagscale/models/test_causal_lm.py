@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flagscale.evaluation.generate import continuations
+from flagscale.evaluation.generation.generate import continuations
 from flagscale.megatron.shape import ModelShape
 from flagscale.models.causal_lm import CausalLM
 from flagscale.models.megatron import build_model, logits

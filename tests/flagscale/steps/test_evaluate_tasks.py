@@ -14,7 +14,7 @@ from evaluated_students import write_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flagscale.artifacts import new_artifact, open_artifact
-from flagscale.evaluation.task_scores import load_scores
+from flagscale.evaluation.tasks.scores import load_scores
 from flagscale.recipe import EvaluationRecipe, LayoutRecipe, ModelsRecipe, TasksRecipe
 from flagscale.steps.evaluate import evaluate
 from flagscale.steps.evaluate_tasks import evaluate_tasks

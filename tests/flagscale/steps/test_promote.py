@@ -18,7 +18,7 @@ from flagscale.errors import UserError
 from flagscale.evaluation import METRICS, PER_DOCUMENT
 from flagscale.evaluation.fidelity import FIGURES, Fidelity
 from flagscale.evaluation.figures import summarise
-from flagscale.evaluation.task_scores import KIND, TaskScores, save_scores
+from flagscale.evaluation.tasks.scores import KIND, TaskScores, save_scores
 from flagscale.execution.metrics_file import write_metrics
 from flagscale.recipe import PromoteRecipe
 from flagscale.steps.promote import promote

@@ -153,11 +153,11 @@ def test_a_task_ranks_by_the_very_weights_of_the_candidate(
     folder: Path, inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     """After all steps they are those of the whole training, which transformers is asked about."""
-    from flagscale.evaluation.harness import ask, scores
-    from flagscale.evaluation.heldout_passages import heldout_passages
-    from flagscale.evaluation.heldout_tasks import write_heldout_tasks
-    from flagscale.evaluation.language_models import of_folder
-    from flagscale.evaluation.tasks import load_tasks
+    from flagscale.evaluation.tasks.finding import load_tasks
+    from flagscale.evaluation.tasks.harness import ask, scores
+    from flagscale.evaluation.tasks.heldout_passages import heldout_passages
+    from flagscale.evaluation.tasks.heldout_tasks import write_heldout_tasks
+    from flagscale.evaluation.tasks.language_models import of_folder
     from flagscale.models.hf_artifact import write_hf_folder
     from flagscale.models.tokenizers import load_tokenizer
 

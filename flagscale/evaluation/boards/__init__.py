@@ -1,0 +1,1 @@
+"""Many students side by side: of a sweep, of many runs."""

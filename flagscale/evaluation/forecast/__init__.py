@@ -1,0 +1,1 @@
+"""How a loss will go on, from how it went so far."""

@@ -1,0 +1,1 @@
+"""Pages of one artifact, and what all pages are made of."""

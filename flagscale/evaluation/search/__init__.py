@@ -1,0 +1,1 @@
+"""Candidates of a search: their ranking, their board and its page."""
