@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale import variables
 from flagscale.errors import UserError
-from flagscale.imports import uncollected, without
+from flagscale.imports import late, uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
 from flagscale.tracking.names import ATTEMPT_TAG, KIND_TAG, first_line
 
@@ -27,6 +27,10 @@ DEFAULT_EXPERIMENT = "flagscale-distillation"
 
 _KIND = {KIND_TAG: "custom_model_development"}  # "Machine learning"
 _PARAMS_A_BATCH = 100
+_LATE = {
+    "fastapi": ("HTTPException",),  # of its gateway, for its judges
+    "pyarrow.fs": ("FileSelector", "FileType", "HadoopFileSystem"),  # of artifacts on HDFS
+}
 _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -118,8 +122,8 @@ def make_client(uri: str) -> MlflowClient:
 def import_mlflow() -> ModuleType:
     """The library, without what it takes along where it is there."""
     if "mlflow" not in sys.modules:
-        # MLflow takes pandas along where it is there, for data sets that we do not log.
-        with without("pandas"), uncollected():
+        # pandas is for data sets that we do not log, chardet for answers in unknown encodings.
+        with without("pandas", "chardet"), late(_LATE), uncollected():
             importlib.import_module("mlflow")
     return sys.modules["mlflow"]
 
