@@ -41,6 +41,7 @@ from flagscale.steps.student.make import make_student
 from flagscale.steps.student.narrowing import check_pruning, record_narrowing
 from flagscale.steps.student.pretrained import check_pretrained, open_student, pretrained_folder
 from flagscale.steps.student.quantize import check_quantization, quantization_figures, quantize
+from flagscale.tracking import Split
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def convert_on_rank(
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
+        splits = [Split.of(parents["dataset"], name) for name in ("train", "validation")]
+        run.log_inputs(splits, ["calibration", "validation"])
         batch, unigram = audited_batch(dataset, shape.vocab_size)
         made = make_student(student, source, teacher, dataset, args, stored, importance)
         figures = {"layers": _check_layers(made.model, shape)}
