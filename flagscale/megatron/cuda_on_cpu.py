@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -91,6 +95,25 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
+class _OnOneDevice(ProcessGroupGloo):
+    """A group on the gloo device that all groups of a process share.
+
+    Each group otherwise makes its own, with a thread that wakes up 100 times a second and takes
+    10 ms to end; Megatron-Core makes 21 groups.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices = [_gloo_device(os.getpid())]  # of a fork another: threads stay behind
+        options._timeout = timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_device(_process: int) -> ProcessGroupGloo.Device:
+    return ProcessGroupGloo.create_default_device()
+
+
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Map what Megatron-Core wants of CUDA to the CPU; afterwards all is as it was."""
@@ -124,6 +147,7 @@ def cuda_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(mcore_random, rng))
         dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
         stack.enter_context(_replaced(torch.distributed, dispatch))
+        stack.enter_context(_replaced(distributed_c10d, {"ProcessGroupGloo": _OnOneDevice}))
         if not hasattr(moe_utils, "te_general_gemm"):
             # Megatron-Core 0.16.1 names it without transformer-engine too.
             stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
