@@ -175,9 +175,9 @@ def test_what_cannot_be_ranked_is_refused(first: Path, tmp_path: Path) -> None:
 
 
 def test_mlflow_has_a_child_for_each_candidate_with_its_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{empty_store}"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
     parent = client.create_run(experiment, run_name="r").info.run_id
