@@ -21,6 +21,7 @@ from flagscale.recipe import ParallelismRecipe, Recipe
 from flagscale.recipe.combinations import check_width_pruning
 from flagscale.recipe.model_steps import LayoutRecipe, ModelsRecipe
 from flagscale.recipe.teacher_outputs import decided
+from flagscale.sizes.asking import ASK_STEP, ask_step
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
 from flagscale.sizes.layers import MEASURE_STEP, measure_step
@@ -207,13 +208,16 @@ def _plan(job: Job, name: str | None, choice: Choice, jobs: list[Job]) -> Plan:
         steps.insert(1, measure_step(jobs, sizes))
     if job.reads_outputs:
         steps.insert(1, cache_step(job, sizes, [one.recipe for one in jobs]))
+    if job.recipe.tasks.is_asked:
+        steps.append(ask_step(job, sizes))
     return Plan(job, sizes, tuple(steps), choice, name)
 
 
 def _model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
     if step == MEASURE_STEP:
         return measure_step([job], sizes)
-    return cache_step(job, sizes) if step == CACHE_STEP else model_step(job, step, sizes)
+    others = {CACHE_STEP: cache_step, ASK_STEP: ask_step}
+    return others[step](job, sizes) if step in others else model_step(job, step, sizes)
 
 
 def _student(recipe: Recipe, teacher: Teacher) -> tuple[ModelShape, Teacher | None]:
@@ -245,7 +249,8 @@ def choose(job: Job) -> ParallelismRecipe | None:
             _check_quantized(job, sizes, calibrates=True)
         except (ValueError, UserError):
             return False
-        steps = [*MODEL_STEPS, *([CACHE_STEP] if job.reads_outputs else [])]
+        steps = [*MODEL_STEPS, *[CACHE_STEP] * job.reads_outputs]
+        steps += [ASK_STEP] * job.recipe.tasks.is_asked
         if job.layers_measured and job.recipe.student.measures_layers:
             steps.append(MEASURE_STEP)
         return all(_model_step(job, step, sizes).lacks is None for step in steps)

@@ -8,10 +8,11 @@ from typing import Any
 
 from flagscale.evaluation import bootstrap
 from flagscale.evaluation.bootstrap import Estimate
-from flagscale.evaluation.fidelity import ALL_FIGURES, Fidelity
+from flagscale.evaluation.fidelity import ALL_FIGURES, TEACHER, Fidelity
 
 BEFORE = "student"
 AFTER = "distilled"
+LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 PERPLEXITY = "perplexity"
 
 

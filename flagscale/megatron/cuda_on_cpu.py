@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flagscale.megatron.onednn import is_onednns, product
+
 _CPU = torch.device("cpu")
 
 
@@ -32,9 +34,13 @@ class _CudaToCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "device": _CPU}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.matmul and not kwargs and _is_onednns(*args):
-            inputs, weight = args
-            return torch.ops.mkldnn._linear_pointwise(inputs, weight.t(), None, "none", [], "")
+        if func is torch.matmul and not kwargs and args[1].dim() == 2:
+            inputs, weight_io = args  # Megatron-Core's layers hand a weight's transpose
+            if is_onednns(inputs, weight_io.t()):
+                return product(inputs, weight_io.t())
+        if func is torch.nn.functional.embedding and _has_main_grad(*args):
+            # A batch's tokens are few rows of the vocabulary: the rest of its gradient is zeros.
+            kwargs = {**kwargs, "sparse": True}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -45,24 +51,9 @@ class _CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_onednns(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is a layer's product in fp32 where models are only run, not trained.
-
-    torch gives these to MKL, which on AMD's processors takes 1.1 times as long as oneDNN for a
-    layer, 1.4 times for an output layer, and 3 times for that of a few tokens. Both are exact to
-    the rounding of fp32.
-    """
-    return (
-        torch.is_inference_mode_enabled()
-        and torch.backends.mkldnn.is_available()
-        and weight.dim() == 2
-        and weight.stride(0) == 1  # a transposed weight, whose rows lie one after the other
-        and weight.stride(1) == weight.size(0)
-        and inputs.dim() > 1
-        and inputs.numel() > 0
-        and inputs.device == weight.device == _CPU
-        and inputs.dtype == weight.dtype == torch.float32
-    )
+def _has_main_grad(_: torch.Tensor, weight: torch.Tensor, *__: object) -> bool:
+    """Whether Megatron-Core's wrapper adds this weight's gradient to a buffer of its own."""
+    return hasattr(weight, "main_grad")
 
 
 def _is_cuda(value: object) -> bool:
@@ -91,10 +82,26 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
+class _GradientAccumulation:
+    """Apex' products that add to a weight's gradient: one buffer and two passes over it less."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        input_nk: torch.Tensor, grad_nm: torch.Tensor, main_grad_mk: torch.Tensor
+    ) -> None:
+        if input_nk.dtype == main_grad_mk.dtype:
+            main_grad_mk.addmm_(grad_nm.t(), input_nk)
+        else:
+            main_grad_mk += grad_nm.t() @ input_nk
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Map what Megatron-Core wants of CUDA to the CPU; afterwards all is as it was."""
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -122,6 +129,11 @@ def cuda_on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(torch.cuda, cuda))
         stack.enter_context(_replaced(mcore_random, rng))
+        accumulation = {
+            "fused_weight_gradient_mlp_cuda": _GradientAccumulation,
+            "_grad_accum_fusion_available": True,
+        }
+        stack.enter_context(_replaced(layers, accumulation))
         dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
         stack.enter_context(_replaced(torch.distributed, dispatch))
         if not hasattr(moe_utils, "te_general_gemm"):

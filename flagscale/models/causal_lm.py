@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_last_stage
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from flagscale.megatron import platform
 from flagscale.models.megatron import from_last_stage, hidden_states
@@ -65,6 +66,7 @@ class CausalLM:
         """
         self._model = model
         self._can_cache = can_cache
+        self._vocab_size: int = model.unpadded_vocab_size
         self.output_layer = OutputLayer(model) if is_pipeline_last_stage() else None
 
     def hidden_states(self, tokens_bs: torch.Tensor) -> torch.Tensor | None:
@@ -74,6 +76,26 @@ class CausalLM:
         """
         hidden_sbh = hidden_states(self._model, tokens_bs)
         return None if hidden_sbh is None else hidden_sbh.transpose(0, 1)
+
+    def logits(self, tokens_bs: torch.Tensor, count: int) -> torch.Tensor:
+        """What the model predicts after each text's last positions. All ranks call it.
+
+        Args:
+            tokens_bs: int64, the same on every rank.
+            count: of positions, from the end.
+
+        Returns:
+            float32 [b, count, vocabulary], whole and on every rank, without padded columns.
+        """
+        hidden_bsh = self.hidden_states(tokens_bs)
+        shape = (tokens_bs.size(0), count, self._vocab_size)
+        if hidden_bsh is not None and self.output_layer is not None:
+            part_nv = self.output_layer(hidden_bsh[:, -count:].flatten(0, 1))
+            whole_nv = gather_from_tensor_model_parallel_region(part_nv)
+            logits_bkv = whole_nv[:, : self._vocab_size].float().view(shape)
+        else:
+            logits_bkv = torch.empty(shape, device=platform.device())
+        return from_last_stage(logits_bkv)
 
     def new_cache(self, batch_size: int, length: int) -> StaticInferenceContext | None:
         """Room for keys and values, for `next_tokens`; None where the model cannot use it.

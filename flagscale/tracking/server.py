@@ -108,6 +108,7 @@ def unusable(uri: str, error: Exception) -> UserError:
 def make_client(uri: str) -> MlflowClient:
     """A client that gives up on a silent server within half a minute."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # see `page_of`
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     mlflow = import_mlflow()
@@ -155,6 +156,16 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
         if key not in found.tags:
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
+
+
+def page_of(experiment_id: str, run_id: str | None = None) -> str:
+    """Of an experiment, or one of its runs, in MLflow's pages, below the server's address.
+
+    MLflow 3.17 shows every experiment as one of GenAI, whatever its kind, unless the link asks for
+    the other view; the links that its client prints do not.
+    """
+    run = f"/runs/{run_id}" if run_id else ""
+    return f"/#/experiments/{experiment_id}{run}?workflowType=machine_learning"
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 - mlflow's Run

@@ -22,6 +22,7 @@ from flagscale.megatron import platform
 from flagscale.megatron.peak_memory import measure_peak_anew, peak_since
 
 _REPEATS = 3
+_WARM_UP_TOKENS = 3
 
 
 class TransformersModel:
@@ -59,7 +60,7 @@ class TransformersModel:
 def measure_generation(
     model: Model, engine: str, dtype: torch.dtype, prompt: Sequence[int], new_tokens: int
 ) -> Speed:
-    """Write on from a prompt, once to warm up and then some times: the median counts.
+    """Write on from a prompt, a little to warm up and then some times: the median counts.
 
     All ranks call it. One text at a time, as one who waits for an answer has it.
 
@@ -71,7 +72,8 @@ def measure_generation(
         new_tokens: to write, at least 2.
     """
     measure_peak_anew()
-    seconds = [_once(model, prompt, new_tokens) for _ in range(_REPEATS + 1)][1:]
+    _once(model, prompt, min(_WARM_UP_TOKENS, new_tokens))
+    seconds = [_once(model, prompt, new_tokens) for _ in range(_REPEATS)]
     prefill, decode = (statistics.median(times) for times in zip(*seconds, strict=True))
     return Speed(
         engine=engine,

@@ -10,7 +10,7 @@ import numpy as np
 
 from flagscale.artifacts import Manifest
 from flagscale.evaluation.fidelity import TEACHER
-from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
+from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, LABELS, SHOWN, verdict
 from flagscale.evaluation.forecast import section as forecast_section
 from flagscale.evaluation.pages import charts
 from flagscale.evaluation.pages.audit import headline as audit_headline
@@ -21,8 +21,6 @@ from flagscale.evaluation.report.data import ReportData
 from flagscale.evaluation.report.verdict import kept, percent
 from flagscale.evaluation.report.verdict import verdict as whole_verdict
 from flagscale.evaluation.tasks.scores import TaskScores
-
-LABELS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
 def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flagscale.evaluation import bootstrap
 from flagscale.evaluation.fidelity import TEACHER
-from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN, verdict
+from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, LABELS, SHOWN, verdict
 from flagscale.evaluation.pages.charts import Chart
 from flagscale.evaluation.report import token_charts
 from flagscale.evaluation.report.costs import Costs
@@ -16,9 +16,14 @@ from flagscale.evaluation.report.data import ReportData
 from flagscale.evaluation.report.token_findings import TokenFindings
 from flagscale.evaluation.report.verdict import others_figures, percent, seeds_spread
 from flagscale.evaluation.tasks.scores import TaskScores
-from flagscale.evaluation.tasks.table import task_rows
+from flagscale.evaluation.tasks.table import decimals, task_rows
 
 _MODELS = (TEACHER, BEFORE, AFTER)
+# A model, what the student less it is called, and where a task's row has that.
+_COMPARED = {
+    TEACHER: ("After - teacher", "difference"),
+    BEFORE: ("After - before", "against_before"),
+}
 
 
 def details(data: ReportData) -> dict[str, Any] | None:
@@ -69,23 +74,22 @@ def token_pictures(findings: TokenFindings | None) -> list[Chart]:
     return [*drawn, token_charts.reliability(findings.calibration)]
 
 
-def tasks_shown(data: ReportData, tasks: Sequence[TaskScores]) -> list[dict[str, Any]]:
-    """A row a metric, with the paired differences."""
-    rows = []
-    for row in task_rows(tasks, data.metrics["bootstrap_samples"], data.metrics["confidence"]):
-        rows.append(
-            {
-                "name": row.name,
-                "metric": f"{row.metric}, {row.examples:,} examples, "
-                f"{'higher' if row.higher_is_better else 'lower'} is better",
-                "cells": [row.text(model) or "not asked" for model in _MODELS],
-                "differences": [
-                    _difference(one, row.higher_is_better)
-                    for one in (row.difference, row.against_before)
-                ],
-            }
-        )
-    return rows
+def tasks_shown(data: ReportData, tasks: Sequence[TaskScores]) -> dict[str, Any] | None:
+    """A row a metric, with the paired differences to those that were asked; None without tasks."""
+    rows = task_rows(tasks, data.metrics["bootstrap_samples"], data.metrics["confidence"])
+    if not rows:
+        return None
+    models = [model for model in LABELS if any(model in row.reported for row in rows)]
+    compared = [_COMPARED[model] for model in models if model in _COMPARED]
+    shown = []
+    for row in rows:
+        cells = [{"value": row.text(m) or "not asked", "interval": "", "class": ""} for m in models]
+        cells += [_difference(getattr(row, name), row.higher_is_better) for _, name in compared]
+        direction = "higher" if row.higher_is_better else "lower"
+        about = f"{row.metric}, {row.examples:,} examples, {direction} is better"
+        shown.append({"name": row.name, "metric": about, "cells": cells})
+    columns = [*(LABELS[model] for model in models), *(label for label, _ in compared)]
+    return {"columns": columns, "rows": shown}
 
 
 def _difference(interval: bootstrap.Interval | None, higher_is_better: bool) -> dict[str, str]:
@@ -93,9 +97,11 @@ def _difference(interval: bootstrap.Interval | None, higher_is_better: bool) -> 
         return {"value": "no value for each example", "interval": "", "class": ""}
     clear = interval.low > 0 or interval.high < 0
     better = (interval.value > 0) == higher_is_better
+    digits = decimals((interval.high - interval.low) / 4)  # about a standard error
+    value, low, high = (f"{x:+.{digits}f}" for x in (interval.value, interval.low, interval.high))
     return {
-        "value": f"{interval.value:+.4g}",
-        "interval": f"{interval.low:+.3g} to {interval.high:+.3g}",
+        "value": value,
+        "interval": "" if low == high else f"{low} to {high}",
         "class": ("better" if better else "worse") if clear else "",
     }
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flagscale.evaluation.fidelity import TEACHER
-from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN
+from flagscale.evaluation.figures import AFTER, DETAILS, LABELS, SHOWN
 from flagscale.evaluation.pages.markdown import escaped, table
 from flagscale.evaluation.report.data import ReportData
 from flagscale.evaluation.report.verdict import verdict
 from flagscale.evaluation.tasks.scores import TaskScores
 from flagscale.evaluation.tasks.table import task_rows
-
-_COLUMNS = {TEACHER: "Teacher", BEFORE: "Student before", AFTER: "Student after"}
 
 
 def summary_markdown(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
@@ -26,15 +23,17 @@ def summary_markdown(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
     metrics = data.metrics
     found = metrics["models"]
     rows = [
-        [shown.label, *(_cell(key, shown, found[model]) for model in _COLUMNS)]
+        [shown.label, *(_cell(key, shown, found[model]) for model in LABELS)]
         for key, shown in {**SHOWN, **DETAILS}.items()
         if key in found[AFTER]
     ]
     parts = [f"**{escaped(verdict(data, tasks))}.**"]
     if tasks:
-        scores = [[row.name, *(row.text(model) for model in _COLUMNS)] for row in task_rows(tasks)]
-        parts.append(table(["Task", *_COLUMNS.values()], scores))
-    parts.append(table(["", *_COLUMNS.values()], rows))
+        asked = task_rows(tasks)
+        models = [model for model in LABELS if any(model in row.reported for row in asked)]
+        scores = [[row.name, *(row.text(model) for model in models)] for row in asked]
+        parts.append(table(["Task", *(LABELS[model] for model in models)], scores))
+    parts.append(table(["", *LABELS.values()], rows))
     parts.append(
         f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens; "
         f"{100 * metrics['confidence']:g}% intervals, bootstrapped over documents."

@@ -7,19 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flagscale.errors import UserError
 from flagscale.evaluation.generation.generate import continuations
+from flagscale.evaluation.tasks.scoring import ScoringLM
 from flagscale.megatron import platform
 from flagscale.models.causal_lm import CausalLM
-from flagscale.models.megatron import logits
 from flagscale.models.reload_hf import is_quantized, whole
 
 
-def of_folder(folder: Path, batch_size: int) -> HFLM:
+def of_folder(folder: Path, batch_size: int) -> ScoringLM:
     """A Hugging Face folder, as lm-eval's `--model hf` takes it.
 
     One in ModelOpt's FP8 computes what a server does: weights and inputs rounded to FP8. Where
@@ -50,14 +49,14 @@ def of_folder(folder: Path, batch_size: int) -> HFLM:
             raise RuntimeError(f"{folder}: weights are missing, left over or misshapen: {wrong}")
         model = model if several else model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return ScoringLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-class MegatronLM(HFLM):
+class MegatronLM(ScoringLM):
     """A Megatron-Core model, on any layout; all ranks ask the same.
 
-    Everything but the model is `HFLM`'s, so that its figures are too: how texts are encoded, cut
-    and put together.
+    Everything but the model is lm-eval's `HFLM`, and so its figures are too: how texts are encoded,
+    cut and put together.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class MegatronLM(HFLM):
             batch_size: sequences a forward pass.
             can_cache: see `CausalLM`.
         """
-        self._gpt, self.causal_lm = model, CausalLM(model, can_cache=can_cache)
+        self.causal_lm = CausalLM(model, can_cache=can_cache)
         # HFLM asks a model where it is and what its configuration says.
         described = SimpleNamespace(device=platform.device(), config=SimpleNamespace())
         super().__init__(
@@ -89,15 +88,13 @@ class MegatronLM(HFLM):
             batch_size=batch_size,
         )
 
-    def _model_call(
-        self,
-        inps: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits [b, s, vocabulary] of right-padded tokens [b, s]."""
-        del attn_mask, labels  # of encoders
-        return logits(self._gpt, inps)
+    def _last_logits(self, tokens_bs: torch.Tensor, count: int) -> torch.Tensor:
+        """Logits [b, count, vocabulary] behind the last of right-padded tokens [b, s]."""
+        return self.causal_lm.logits(tokens_bs, count)
+
+    def _can_share(self) -> bool:
+        """Megatron-Core's cache has one length for all texts of a batch."""
+        return False
 
     def _model_generate(
         self,

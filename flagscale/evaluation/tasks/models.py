@@ -65,7 +65,6 @@ def ask_folder(questions: Questions, folder: Path) -> Answers:
     """
     from flagscale.evaluation.tasks.language_models import of_folder
 
-    _make_room()
     settings, prompt = questions.settings, questions.prompt
     lm = of_folder(folder, settings.batch_size)
     answers = ask(lm, questions.tasks, settings)
@@ -89,7 +88,6 @@ def ask_megatron(questions: Questions, artifact: Path, sizes: ParallelismRecipe)
     """
     from flagscale.evaluation.tasks.language_models import MegatronLM
 
-    _make_room()
     shape = ModelShape.load(artifact)
     longest, dtype = shape.max_position_embeddings, platform.training_dtype("auto")
     lm = MegatronLM(
@@ -103,10 +101,12 @@ def ask_megatron(questions: Questions, artifact: Path, sizes: ParallelismRecipe)
     answers = ask(lm, questions.tasks, questions.settings)
     new_tokens = questions.settings.new_tokens
     speed = measure_generation(lm.causal_lm, "megatron", dtype, questions.prompt, new_tokens)
+    del lm
+    _make_room()
     return answers, [speed]
 
 
 def _make_room() -> None:
-    gc.collect()  # modules refer to each other: the model before goes only now
+    gc.collect()  # modules refer to each other: a model goes only now
     if platform.HAS_GPU:
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,10 @@ class TaskRow:
         if model not in self.reported:
             return ""
         value, error = self.reported[model]
-        return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+        if not error:
+            return f"{value:,.4g}"
+        digits = decimals(error)
+        return f"{value:,.{digits}f} ± {round(error, 1 - _exponent(error)):,.{digits}f}"
 
 
 def task_rows(
@@ -67,6 +71,15 @@ def task_rows(
         )
         for name, task in zip(figure_names(tasks), tasks, strict=True)
     ]
+
+
+def decimals(error: float) -> int:
+    """Behind the point, of a figure whose error is shown with two digits that count."""
+    return max(0, 1 - _exponent(error)) if error else 3
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
 
 
 def _difference(task: TaskScores, other: str, samples: int, confidence: float) -> Interval | None:
