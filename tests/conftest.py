@@ -11,11 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
 from tests.flagscale.fork_server import ForkServer
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 # Threads of tiny models wait for each other longer than they work, above all on a busy machine.
 # Before torch is imported; child processes inherit it.
@@ -81,6 +85,16 @@ def nothing_left_behind() -> Iterator[None]:
         sys.modules["mlflow"].set_tracking_uri(None)
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    from browser import PROGRAM, browsed
+
+    if PROGRAM is None and os.environ.get("CI") != "true":  # there it must be
+        pytest.skip("needs Chromium (Debian: chromium)")
+    with browsed(tmp_path_factory.mktemp("browser")) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

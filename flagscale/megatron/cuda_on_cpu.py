@@ -94,15 +94,19 @@ class _OnOneDevice(ProcessGroupGloo):
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = ProcessGroupGloo._Options()
-        options._devices = [_gloo_device(os.getpid())]  # of a fork another: threads stay behind
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = _gloo_devices(os.getpid())  # of a fork others: threads stay behind
         options._timeout = timeout
         super().__init__(store, rank, size, options)
 
 
 @functools.cache
-def _gloo_device(_process: int) -> ProcessGroupGloo.Device:
-    return ProcessGroupGloo.create_default_device()
+def _gloo_devices(_process: int) -> list[ProcessGroupGloo.Device]:
+    """As torch itself chooses them."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    if names is None:
+        return [ProcessGroupGloo.create_default_device()]
+    return [ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
 
 
 class _GradientAccumulation:

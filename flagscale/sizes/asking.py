@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from flagscale.megatron.shape import ModelShape
 from flagscale.recipe import ParallelismRecipe
-from flagscale.sizes.activations import Computation, forward_transient
+from flagscale.sizes.activations import FLOAT32, Computation, forward_transient
 from flagscale.sizes.job import Job
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import PROCESS
-from flagscale.sizes.parameters import parameters, stage_layers
+from flagscale.sizes.parameters import has_experts, parameters, stage_layers
 from flagscale.sizes.steps import FORWARD_EFFICIENCY, StepPlan
 from flagscale.sizes.training import Parts
 from flagscale.sizes.use import exported, weight_bytes
@@ -38,6 +38,7 @@ class Asked:
         batch_size: texts of a forward pass.
         tokens: of a text.
         scored: of them, those that are predicted.
+        on_ranks: Megatron-Core's model; else transformers'.
     """
 
     shape: ModelShape
@@ -46,6 +47,12 @@ class Asked:
     batch_size: int
     tokens: int = QUESTION_TOKENS
     scored: int = ANSWER_TOKENS
+    on_ranks: bool = False
+
+    @property
+    def read(self) -> int:
+        """Tokens of a forward pass."""
+        return self.batch_size * self.tokens
 
 
 def ask_rank(asked: Asked, layout: Layout, stage: int) -> Parts:
@@ -59,18 +66,41 @@ def ask_rank(asked: Asked, layout: Layout, stage: int) -> Parts:
     shape, size = asked.shape, asked.dtype_bytes
     count = parameters(shape, layout, stage)
     held = {"weights": size * count.total}
-    read = asked.batch_size * asked.tokens
-    running = max(
-        forward_transient(shape, index, layout, Computation(size), read)
-        for index in stage_layers(shape, layout, stage)
+    running = max(_layer(asked, index, layout) for index in stage_layers(shape, layout, stage))
+    return max(
+        (
+            held | {"save": asked.source_bytes * count.table},
+            held | {"activations": running},
+            held | _predicting(asked, layout, stage),
+        ),
+        key=lambda parts: sum(parts.values()),
     )
-    phases = [held | {"save": asked.source_bytes * count.table}, held | {"activations": running}]
+
+
+def _layer(asked: Asked, index: int, layout: Layout) -> int:
+    shape, computation = asked.shape, Computation(asked.dtype_bytes)
+    if asked.on_ranks or has_experts(shape, index):
+        return forward_transient(shape, index, layout, computation, asked.read)
+    # Residual, its sum, a norm's input and output; the MLP's gates, values, and products.
+    return asked.read * asked.dtype_bytes * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size)
+
+
+def _predicting(asked: Asked, layout: Layout, stage: int) -> Parts:
+    """Logits of all texts, log-probabilities of two; and what the texts' beginnings have left."""
+    shape, size = asked.shape, asked.dtype_bytes
+    rows = asked.batch_size * asked.scored
+    if not asked.on_ranks:
+        kept = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * size
+        logits = size * (rows + 2 * asked.scored) * shape.vocab_size
+        return {"activations": asked.read * kept, "logits": logits}
+    whole = FLOAT32 * (rows + 2 * asked.scored) * shape.vocab_size  # on every rank
+    hidden = part = 0
     if stage == layout.pipeline - 1:
-        rows = asked.batch_size * asked.scored
-        # Of all texts together, and of one its log-probabilities.
-        logits = size * (rows + asked.scored) * shape.padded_vocab_size
-        phases.append(held | {"activations": size * read * shape.hidden_size, "logits": logits})
-    return max(phases, key=lambda parts: sum(parts.values()))
+        hidden = asked.read * size * shape.hidden_size
+        gathered = shape.padded_vocab_size // layout.tensor if layout.tensor > 1 else 0
+        widened = shape.padded_vocab_size if size != FLOAT32 else 0
+        part = size * rows * (gathered + widened)
+    return {"activations": hidden, "logits": whole + part}
 
 
 def ask_step(job: Job, sizes: ParallelismRecipe) -> StepPlan:
@@ -91,7 +121,7 @@ def ask_step(job: Job, sizes: ParallelismRecipe) -> StepPlan:
         (exported(job.student), job.model_steps.export_bytes, job.exported_bytes),
     ]
     ranks = [
-        ask_rank(Asked(shape, size, source, tasks.batch_size), layout, stage)
+        ask_rank(Asked(shape, size, source, tasks.batch_size, on_ranks=on_ranks), layout, stage)
         for shape, source, _ in models
         for stage in range(layout.pipeline)
     ]

@@ -31,9 +31,10 @@ from flagscale.models.outputs_bias import SAMPLES, STUDENT, measured_bias
 from flagscale.models.token_progress import TokenProgress
 from flagscale.recipe import MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_facts import DTYPES, check_room, outputs_facts
-from flagscale.steps.outputs_mirror import OutputsMirror
+from flagscale.steps.outputs.facts import DTYPES, check_room, outputs_facts
+from flagscale.steps.outputs.mirror import OutputsMirror
 from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
+from flagscale.tracking import Split
 from flagscale.train.checkpoints import mirror
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ def cache_on_rank(
         on_first_rank(folder, "cannot be fetched", remote.download)
         writer = OutputsWriter(folder / "outputs", facts, rank)
         asked = {} if met.is_empty else _asked(met, paths, folder / "data", facts)
+        splits = [Split.of(parents["dataset"], name) for name in asked]
+        run.log_inputs(splits, ["teacher outputs"] * len(splits))
         missing = _missing(writer, asked)
         tokens = facts.seq_length * sum(map(len, missing.values()))
         room = partial(check_room, outputs, facts, paths.teacher, folder, tokens)

@@ -33,14 +33,15 @@ from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.quantization import FORMATS
-from flagscale.steps.conversion_audit import prove, record_audit
-from flagscale.steps.describe_student import describe_student
-from flagscale.steps.layer_choice import needs, record
-from flagscale.steps.make_student import make_student
-from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
-from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
+from flagscale.steps.student.audit import prove, record_audit
+from flagscale.steps.student.describe import describe_student
+from flagscale.steps.student.layer_choice import needs, record
+from flagscale.steps.student.make import make_student
+from flagscale.steps.student.narrowing import check_pruning, record_narrowing
+from flagscale.steps.student.pretrained import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.student.quantize import check_quantization, quantization_figures, quantize
+from flagscale.tracking import Split
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def convert_on_rank(
         use_args(with_teacher(args, teacher, PROOF_LOSS)),
         written(output, "student", recipe, parents, run) as staging,
     ):
+        splits = [Split.of(parents["dataset"], name) for name in ("train", "validation")]
+        run.log_inputs(splits, ["calibration", "validation"])
         batch, unigram = audited_batch(dataset, shape.vocab_size)
         made = make_student(student, source, teacher, dataset, args, stored, importance)
         figures = {"layers": _check_layers(made.model, shape)}

@@ -53,7 +53,7 @@ from flagscale.recipe import ModelsRecipe, ParallelismRecipe, TasksRecipe
 from flagscale.recipe.tasks import HELDOUT_TASKS
 from flagscale.steps.on_ranks import tracked, written
 from flagscale.steps.recording import show_models
-from flagscale.tracking import StepRun
+from flagscale.tracking import Split, StepRun
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ def evaluate_tasks_on_rank(
         tracked("evaluate-tasks", recipe, parents=parents) as run,
         _written(paths.output, recipe, parents, run, sizes) as staging,
     ):
+        if set(tasks.names) & HELDOUT_TASKS.keys():
+            run.log_inputs([Split.of(parents["dataset"], "test")], ["tasks"])
         asked = _load(tasks, paths)
         found, speeds = _ask_models(tasks, asked, paths, sizes)
         if is_first_rank():

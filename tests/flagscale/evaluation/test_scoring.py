@@ -51,11 +51,9 @@ MODELS = {"llama": (llama, True), "gpt2": (gpt2, True), "a sliding window": (sli
 def lms(model: torch.nn.Module) -> tuple[HFLM, ScoringLM]:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
-    both = [kind(pretrained=model.eval(), tokenizer=tokenizer, batch_size=3) for kind in KINDS]
-    return both[0], both[1]
-
-
-KINDS = (HFLM, ScoringLM)
+    given = {"pretrained": model.eval(), "tokenizer": tokenizer, "batch_size": 3}
+    # lm-eval's cache of logits is wrong about one text that is asked of twice, cut at two places.
+    return HFLM(**given, logits_cache=False), ScoringLM(**given)
 
 
 def questions() -> list[tuple[tuple[str, str], list[int], list[int]]]:
@@ -68,7 +66,9 @@ def questions() -> list[tuple[tuple[str, str], list[int], list[int]]]:
             length = 1 if number % 3 == 0 else random.randint(1, 6)
             continuation = random.choices(range(3, WORDS), k=length)
             asked.append(((f"{number}", f"{answer}"), context, continuation))
-    return [*asked, asked[0]]  # the same question twice
+    text = list(range(3, 15))
+    cut = [(("cut", str(place)), text[:place], text[place:]) for place in (6, 11)]
+    return [*asked, *cut, asked[0]]  # the same question twice
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from allocations import Allocations
 
+from flagscale.evaluation.tasks.language_models import MegatronLM, of_folder
+from flagscale.megatron import platform
+from flagscale.models.megatron import load_model
+from flagscale.models.tokenizers import load_tokenizer
 from flagscale.recipe import (
     DistillationRecipe,
     EvaluationRecipe,
@@ -91,7 +95,40 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
         "export-student": lambda: export_student.export_on_rank(
             ExportRecipe(dtype="bfloat16"), distilled, evaluation, folder / "export", models
         ),
+        "evaluate-tasks": lambda: ask_megatron(teacher, dataset, models),
     }  # fmt: skip
+
+
+BATCH, TOKENS, SCORED = 4, 96, 48  # of questions: predictions hold more than a layer
+
+
+def ask(lm: Any) -> None:
+    """One batch of texts that have nothing in common, and one of answers to a question."""
+    answers = [[4 + number] * SCORED for number in range(BATCH)]
+    apart = [(None, [3 + n] * (TOKENS - SCORED + 1), answer) for n, answer in enumerate(answers)]
+    together = [(None, [3] * (TOKENS - SCORED + 1), answer) for answer in answers]
+    for requests in (apart, together):
+        lm._loglikelihood_tokens(requests, disable_tqdm=True)
+
+
+def ask_megatron(teacher: Path, dataset: Path, models: ModelsRecipe) -> None:
+    with platform.runtime(parallelism=models.sizes):
+        ask(
+            MegatronLM(
+                load_model(teacher, TOKENS, models.sizes, torch.float32),
+                load_tokenizer(dataset / "tokenizer"),
+                max_length=TOKENS,
+                batch_size=BATCH,
+                can_cache=True,
+            )
+        )
+
+
+def ask_transformers(source: Path) -> int:
+    """Bytes that reading takes beside the weights, which transformers' threads load unseen."""
+    lm = of_folder(source, BATCH)
+    weights = sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
+    return weights + peak(lambda: ask(lm))
 
 
 def peak(step: Callable[[], object]) -> int:

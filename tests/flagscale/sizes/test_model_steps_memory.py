@@ -10,11 +10,13 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from document import renew
+from model_steps_worker import BATCH, SCORED, TOKENS, ask_transformers
 from shapes import STUDENT, TEACHER
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flagscale.models.parity import fixed_tokens
 from flagscale.recipe import DataRecipe, ParallelismRecipe
+from flagscale.sizes.asking import ASK_STEP, Asked, ask_rank
 from flagscale.sizes.layers import MEASURE_STEP
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.models import ModelSteps, measure_layers
@@ -31,7 +33,8 @@ LAYOUTS = {
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
 }
 
-STEPS = [*MODEL_STEPS, MEASURE_STEP, "cache-teacher, hidden", "cache-teacher, topk"]
+STEPS = [*MODEL_STEPS, MEASURE_STEP, "cache-teacher, hidden", "cache-teacher, topk", ASK_STEP]
+ASKED = Asked(TEACHER, 4, 2, BATCH, TOKENS, SCORED)
 STAGES = [("one process", 0), ("TP2", 0), ("PP2", 0), ("PP2", 1)]
 
 
@@ -55,6 +58,7 @@ def measured(tmp_path_factory, torchrun, tiny_teacher):
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     for processes in (1, 2):
         torchrun(processes, WORKER, folder, env=environment, cwd=folder)
+    (folder / "asked.json").write_text(json.dumps(ask_transformers(folder / "source")))
     renew("model steps", rows(folder))
     return folder
 
@@ -64,6 +68,8 @@ def rows(folder: Path) -> Iterator[tuple[str, int, int]]:
         for name, stage in STAGES:
             what = f"{step}, {name}" + f", stage {stage}" * (name == "PP2")
             yield what, held(folder, step, name, stage), estimated(folder, step, name, stage)
+    asked = json.loads((folder / "asked.json").read_text())
+    yield f"{ASK_STEP}, transformers", asked, sum(ask_rank(ASKED, Layout(), 0).values())
 
 
 def make_source(folder: Path, tokenizer: Path) -> None:
@@ -96,6 +102,11 @@ def test_estimate(measured, step, name, stage):
     assert estimated(measured, step, name, stage) == pytest.approx(found, rel=WITHIN)
 
 
+def test_estimate_of_transformers_that_are_asked(measured):
+    found = json.loads((measured / "asked.json").read_text())
+    assert sum(ask_rank(ASKED, Layout(), 0).values()) == pytest.approx(found, rel=WITHIN)
+
+
 def held(folder: Path, step: str, name: str, stage: int) -> int:
     """Bytes of the fullest rank of a stage."""
     processes, sizes = LAYOUTS[name]
@@ -120,4 +131,6 @@ def estimated(folder: Path, step: str, name: str, stage: int) -> int:
     if step == MEASURE_STEP:
         measuring = replace(setup, measured_tokens=MEASURED_TOKENS)
         return sum(measure_layers(measuring, layout, stage).values())
+    if step == ASK_STEP:
+        return sum(ask_rank(replace(ASKED, on_ranks=True), layout, stage).values())
     return sum(MODEL_STEPS[step](setup, layout, stage).values())

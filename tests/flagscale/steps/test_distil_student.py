@@ -137,7 +137,7 @@ def wait_for(condition, process):
 
 def test_another_recipe_does_not_resume(inputs, tmp_path):
     """Only checkpoints of the very same training count."""
-    from flagscale.steps.fingerprint import fingerprint
+    from flagscale.steps.training.fingerprint import fingerprint
 
     parents = {"teacher": open_artifact(inputs[0], "teacher")}
 

@@ -17,7 +17,7 @@ from flagscale.recipe.search import RankingRecipe
 from flagscale.shared import Pointer, fetch, read_pointer
 from flagscale.steps.pick_candidate import pick_candidate
 from flagscale.steps.rank_candidates import rank_candidates
-from flagscale.steps.rung import SAMPLE_LOSSES
+from flagscale.steps.search.rung import SAMPLE_LOSSES
 
 KL = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.9}
 CANDIDATES = [
