@@ -98,7 +98,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
 
 
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what is made once, whatever the number of workers: nobody changes it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -121,7 +121,7 @@ def made_once(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_store(artifacts: Path) -> Path:
+def made_store(of_all_workers: Path) -> Path:
     """A database with MLflow's tables, which take a second to make, and nothing in it."""
 
     def make(path: Path) -> None:
@@ -129,7 +129,7 @@ def made_store(artifacts: Path) -> Path:
 
         mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
 
-    return made_once(artifacts / "empty.db", make)
+    return made_once(of_all_workers / "empty.db", make)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def python(fork_server: ForkServer) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(artifacts: Path) -> Path:
+def tiny_teacher(of_all_workers: Path) -> Path:
     """Folder of a tiny trained Llama and its tokenizer."""
 
     def make(folder: Path) -> None:
@@ -164,7 +164,13 @@ def tiny_teacher(artifacts: Path) -> Path:
         spec.loader.exec_module(module)
         module.make_teacher(folder)
 
-    return made_once(artifacts / "tiny-teacher", make)
+    return made_once(of_all_workers / "tiny-teacher", make)
+
+
+@pytest.fixture(scope="session")
+def artifacts(of_all_workers: Path) -> Path:
+    """Where `dataset`, `teacher` and `student` lie."""
+    return of_all_workers
 
 
 @pytest.fixture(scope="session")
