@@ -232,6 +232,7 @@ def ours_set_up(recipe: Recipe, folder: Path, codec: str | None = None) -> Itera
     with platform.runtime(training.seed, training.parallelism), use_args(args):
         chunks = build_model_chunks(args)
         load_weights(chunks, folder / "student" / "weights")
+        platform.keep_heap()
         trainer = setup_training(chunks, args, training)
         for chunk in trainer.chunks:
             chunk.train()

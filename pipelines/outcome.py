@@ -1,5 +1,7 @@
 """What became of a run's steps, here or on a cluster, in the same words."""
 
+WITHOUT_A_WORD = "it ended without a word: killed, perhaps for want of memory"
+
 
 class StepFailed(Exception):  # noqa: N818 - it reports what happened to a step
     """A step ended with an error; the message is the step's own, after its name."""

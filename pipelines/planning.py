@@ -24,6 +24,7 @@ from flagscale.recipe.teacher_outputs import decided
 from flagscale.sizes.asking import ASK_STEP, ask_step
 from flagscale.sizes.fitting import layouts, smallest_layout
 from flagscale.sizes.job import Job
+from flagscale.sizes.layers import MEASURE_STEP, measure_step
 from flagscale.sizes.layout import Layout
 from flagscale.sizes.machine import ACCELERATORS, Accelerator, Machine
 from flagscale.sizes.outputs import CACHE_STEP, cache_step
@@ -99,11 +100,14 @@ def plans(recipe: Recipe, platform: Platform | None, on_cpu: bool = False) -> li
             jobs[variant.name] = job_of(variant.recipe)
         except UserError as error:
             raise UserError(f"{recipe.varied} {variant.name!r}: {error}") from error
+    if recipe.measures_layers_once:
+        jobs = {name: replace(job, layers_measured=True) for name, job in jobs.items()}
     choice = chosen(recipe, list(jobs.values()), choose)
-    trainings = [decided(job.recipe, choice.cached) for job in jobs.values()]
+    decided_jobs = [
+        replace(job, recipe=decided(job.recipe, choice.cached)) for job in jobs.values()
+    ]
     return [
-        _plan(replace(job, recipe=one), name, choice, trainings)
-        for (name, job), one in zip(jobs.items(), trainings, strict=True)
+        _plan(job, name, choice, decided_jobs) for name, job in zip(jobs, decided_jobs, strict=True)
     ]
 
 
@@ -195,18 +199,23 @@ def _job(recipe: Recipe, teacher: Teacher, machines: tuple[Machine, Machine]) ->
     return Job(recipe, teacher, student, *machines, student_source)
 
 
-def _plan(job: Job, name: str | None, choice: Choice, trainings: list[Recipe]) -> Plan:
+def _plan(job: Job, name: str | None, choice: Choice, jobs: list[Job]) -> Plan:
     sizes = job.model_sizes(choose(job))
     steps = [model_step(job, step, sizes) for step in MODEL_STEPS]
     steps.insert(2, training_step(job))
-    if job.reads_outputs:  # the plan of each variant has the steps that it shares with others
-        steps.insert(1, cache_step(job, sizes, trainings))
+    # The plan of each variant has the steps that it shares with others.
+    if job.layers_measured:
+        steps.insert(1, measure_step(jobs, sizes))
+    if job.reads_outputs:
+        steps.insert(1, cache_step(job, sizes, [one.recipe for one in jobs]))
     if job.recipe.tasks.is_asked:
         steps.append(ask_step(job, sizes))
     return Plan(job, sizes, tuple(steps), choice, name)
 
 
 def _model_step(job: Job, step: str, sizes: ParallelismRecipe) -> StepPlan:
+    if step == MEASURE_STEP:
+        return measure_step([job], sizes)
     others = {CACHE_STEP: cache_step, ASK_STEP: ask_step}
     return others[step](job, sizes) if step in others else model_step(job, step, sizes)
 
@@ -242,6 +251,8 @@ def choose(job: Job) -> ParallelismRecipe | None:
             return False
         steps = [*MODEL_STEPS, *[CACHE_STEP] * job.reads_outputs]
         steps += [ASK_STEP] * job.recipe.tasks.is_asked
+        if job.layers_measured and job.recipe.student.measures_layers:
+            steps.append(MEASURE_STEP)
         return all(_model_step(job, step, sizes).lacks is None for step in steps)
 
     shapes = (job.teacher.shape, job.student)

@@ -197,7 +197,7 @@ class _Wiring:
     def _rank(self, number: int, results: Channel, before: Channel | None) -> Channel:
         search, values = self._search, self._values
         following = [*self._slots[1:], 1]
-        ends = [rung.steps for rung in search.rungs]
+        ends = [rung.end for rung in search.rungs]
         ranked = rank_candidates(
             candidates=values["search_candidates"],
             ranking_recipe=RankingRecipe(
@@ -218,4 +218,4 @@ class _Wiring:
         return self._placed.place(ranked, "data", title).outputs["search"]
 
     def _rung_of(self, number: int) -> Rung:
-        return Rung(self._search.rungs[number - 1].steps, self._search.samples, self._tasks)
+        return Rung(self._search.rungs[number - 1].end, self._search.samples, self._tasks)

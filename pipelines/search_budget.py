@@ -59,8 +59,8 @@ def search_cost(recipe: Recipe, plans: Sequence[Sequence[StepPlan]]) -> SearchCo
     dearest = sorted(trainings, reverse=True)
     hours, before = others, 0
     for count, rung in zip(slots, search.rungs, strict=True):
-        hours += sum(dearest[:count]) * (rung.steps - before)
-        before = rung.steps
+        hours += sum(dearest[:count]) * (rung.end - before)
+        before = rung.end
     return SearchCost(tokens, hours + dearest[0] * (training.train_iters - before), slots)
 
 

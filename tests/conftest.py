@@ -1,12 +1,14 @@
 """A tiny teacher and the artifacts of a tiny run, made once by the real steps."""
 
+import fcntl
 import importlib.util
 import inspect
 import json
 import os
 import pydoc_data.topics
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +43,32 @@ if is_installed("kfp"):
     kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0))
 
 SEQ_LENGTH = 64
+# What takes longest begins first, or one worker ends long after the others. Longest first.
+LONGEST = (
+    "pipelines/local/test_end_to_end.py",
+    "pipelines/local/test_sweep_end_to_end.py",
+    "pipelines/local/test_local_loops.py",
+    "pipelines/local/test_local.py",
+    "flagscale/execution/test_trainjob.py",
+    "flagscale/sizes/test_model_steps_memory.py",
+    "flagscale/train/test_layouts.py",
+    "flagscale/sizes/test_training_memory.py",
+    "flagscale/execution/test_launch.py",
+    "flagscale/execution/test_trainjob_training.py",
+    "flagscale/steps/test_family_on_ranks.py",
+    "flagscale/train/checkpoints/test_resume_layouts.py",
+    "flagscale/train/test_divergences_on_layouts.py",
+    "flagscale/train/test_cached_teacher.py",
+    "flagscale/steps/test_export_student.py",
+    "flagscale/steps/test_pods.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of workers alone: what somebody runs by hand keeps its order."""
+    if hasattr(config, "workerinput"):
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -55,49 +83,71 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny trained Llama and its tokenizer."""
-    path = Path(__file__).with_name("tiny_teacher.py")
-    spec = importlib.util.spec_from_file_location("tiny_teacher", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("tiny-teacher")
-    module.make_teacher(folder)
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what is made once, whatever the number of workers: nobody changes it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "artifacts"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, made by the worker that comes first; the others wait for it."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder.with_suffix(".done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            make(folder)
+            done.touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("artifacts")
+def tiny_teacher(artifacts: Path) -> Path:
+    """Folder of a tiny trained Llama and its tokenizer."""
+
+    def make(folder: Path) -> None:
+        path = Path(__file__).with_name("tiny_teacher.py")
+        spec = importlib.util.spec_from_file_location("tiny_teacher", path)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.make_teacher(folder)
+
+    return made_once(artifacts / "tiny-teacher", make)
 
 
 @pytest.fixture(scope="session")
 def dataset(artifacts: Path, tiny_teacher: Path) -> Path:
     from flagscale.steps.prepare_data import prepare_data
 
-    corpus = artifacts / "corpus.jsonl"
-    lines = [json.dumps({"text": text}) for text in pydoc_data.topics.topics.values()]
-    corpus.write_text("\n".join(lines))
-    recipe = DataRecipe(
-        source=str(corpus),
-        tokenizer=str(tiny_teacher),
-        seq_length=SEQ_LENGTH,
-        validation_fraction=0.1,
-        test_fraction=0.1,
-        workers=1,
-    )
-    prepare_data(recipe, artifacts / "dataset")
-    return artifacts / "dataset"
+    def make(folder: Path) -> None:
+        corpus = artifacts / "corpus.jsonl"
+        lines = [json.dumps({"text": text}) for text in pydoc_data.topics.topics.values()]
+        corpus.write_text("\n".join(lines))
+        recipe = DataRecipe(
+            source=str(corpus),
+            tokenizer=str(tiny_teacher),
+            seq_length=SEQ_LENGTH,
+            validation_fraction=0.1,
+            test_fraction=0.1,
+            workers=1,
+        )
+        prepare_data(recipe, folder)
+
+    return made_once(artifacts / "dataset", make)
 
 
 @pytest.fixture(scope="session")
 def teacher(artifacts: Path, dataset: Path, tiny_teacher: Path) -> Path:
     from flagscale.steps.prepare_teacher import prepare_teacher
 
-    prepare_teacher(TeacherRecipe(source=str(tiny_teacher)), dataset, artifacts / "teacher")
-    return artifacts / "teacher"
+    recipe = TeacherRecipe(source=str(tiny_teacher))
+    return made_once(artifacts / "teacher", lambda folder: prepare_teacher(recipe, dataset, folder))
 
 
 @pytest.fixture(scope="session")
@@ -106,5 +156,6 @@ def student(artifacts: Path, dataset: Path, teacher: Path) -> Path:
     from flagscale.steps.convert_student import convert_student
 
     recipe = StudentRecipe(init="depth", num_layers=2)
-    convert_student(recipe, teacher, dataset, artifacts / "student")
-    return artifacts / "student"
+    return made_once(
+        artifacts / "student", lambda folder: convert_student(recipe, teacher, dataset, folder)
+    )

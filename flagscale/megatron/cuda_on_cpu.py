@@ -38,6 +38,9 @@ class _CudaToCpu(TorchFunctionMode):
             inputs, weight_io = args  # Megatron-Core's layers hand a weight's transpose
             if is_onednns(inputs, weight_io.t()):
                 return product(inputs, weight_io.t())
+        if func is torch.nn.functional.embedding and _has_main_grad(*args):
+            # A batch's tokens are few rows of the vocabulary: the rest of its gradient is zeros.
+            kwargs = {**kwargs, "sparse": True}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -46,6 +49,11 @@ class _CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
+
+
+def _has_main_grad(_: torch.Tensor, weight: torch.Tensor, *__: object) -> bool:
+    """Whether Megatron-Core's wrapper adds this weight's gradient to a buffer of its own."""
+    return hasattr(weight, "main_grad")
 
 
 def _is_cuda(value: object) -> bool:
@@ -74,10 +82,26 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
+class _GradientAccumulation:
+    """Apex' products that add to a weight's gradient: one buffer and two passes over it less."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        input_nk: torch.Tensor, grad_nm: torch.Tensor, main_grad_mk: torch.Tensor
+    ) -> None:
+        if input_nk.dtype == main_grad_mk.dtype:
+            main_grad_mk.addmm_(grad_nm.t(), input_nk)
+        else:
+            main_grad_mk += grad_nm.t() @ input_nk
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Map what Megatron-Core wants of CUDA to the CPU; afterwards all is as it was."""
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -105,6 +129,11 @@ def cuda_on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(torch.cuda, cuda))
         stack.enter_context(_replaced(mcore_random, rng))
+        accumulation = {
+            "fused_weight_gradient_mlp_cuda": _GradientAccumulation,
+            "_grad_accum_fusion_available": True,
+        }
+        stack.enter_context(_replaced(layers, accumulation))
         dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
         stack.enter_context(_replaced(torch.distributed, dispatch))
         if not hasattr(moe_utils, "te_general_gemm"):

@@ -18,8 +18,8 @@ def resolved(
     """The section with every switch on or off.
 
     With `auto`, kernels of transformer-engine are on where its layers are used and the model allows
-    them, overlap of communication on a GPU. On a CPU all is off: there is nothing to gain, and the
-    results stay what they are to the last bit.
+    them, overlap of communication on a GPU. On a CPU gradients are accumulated in place; nothing
+    else is to be gained there.
 
     Args:
         training: the recipe's section; one that is resolved already comes back as it is.
@@ -83,9 +83,9 @@ def resolved(
         "gradient_accumulation_fusion": _switch(
             training,
             "gradient_accumulation_fusion",
-            on=plain and (engine or platform.has_apex_gradient_accumulation()),
+            on=plain and (engine or platform.has_gradient_accumulation()),
             needs={
-                layers: engine or platform.has_apex_gradient_accumulation(),
+                layers: engine or platform.has_gradient_accumulation(),
                 "a student that is not quantised": plain,
             },
         ),

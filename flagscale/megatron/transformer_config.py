@@ -117,7 +117,7 @@ def _numerics(args: Arguments) -> dict[str, Any]:
         "persist_layer_norm": False,
         # Without Apex, Megatron-Core's own layers cannot; see `gpt_builder`.
         "gradient_accumulation_fusion": args.gradient_accumulation_fusion
-        and platform.has_apex_gradient_accumulation(),
+        and platform.has_gradient_accumulation(),
         "apply_rope_fusion": args.apply_rope_fusion,
         "bias_activation_fusion": args.bias_activation_fusion,
         "bias_dropout_fusion": args.bias_dropout_fusion,

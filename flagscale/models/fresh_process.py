@@ -68,7 +68,7 @@ def reload_in_fresh_process(
         values = {"tokens": tokens.tolist(), "prompt": list(prompt), "texts": list(texts)}
         request.write_text(json.dumps(values | {"whole": is_whole}))
         done = subprocess.run(  # noqa: S603 - our own script
-            [sys.executable, "-I", reload_hf.__file__, str(folder), str(request), str(answer)],
+            [*python(), reload_hf.__file__, str(folder), str(request), str(answer)],
             env={**_loader_path(), "PATH": os.defpath, "HOME": name, "HF_HUB_OFFLINE": "1"},
             cwd=name,
             capture_output=True,
@@ -79,6 +79,11 @@ def reload_in_fresh_process(
             last_words = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"transformers cannot load the exported {folder}: {last_words}")
         return Reloaded(logits_bsv=load_file(answer)["logits"], **json.loads(done.stdout))
+
+
+def python() -> list[str]:
+    """What starts an interpreter that finds nothing of its caller's."""
+    return [sys.executable, "-I"]
 
 
 def _fits(folder: Path) -> bool:

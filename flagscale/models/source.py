@@ -30,7 +30,12 @@ from flagscale.patience import patiently
 if TYPE_CHECKING:
     from flagscale.models.gguf_file import GGUFFile
 
-_LATE = {"transformers.integrations.flash_attention": ("flash_attention_forward",)}
+_LATE = {
+    "accelerate": ("dispatch_model",),
+    "accelerate.utils": ("get_max_memory",),
+    "accelerate.utils.modeling": ("clean_device_map", "get_max_layer_size"),
+    "transformers.integrations.flash_attention": ("flash_attention_forward",),
+}
 
 
 def load_hf_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
@@ -46,7 +51,8 @@ def load_hf_config(source: str | Path, revision: str | None = None) -> PreTraine
     """
     place = locate(source, revision)
     # transformers imports most of itself only now: for the names of activations also how attention
-    # is served in batches, which decorates itself with torch's compiler, and loads it.
+    # is served in batches, which decorates itself with torch's compiler, and loads it; and how
+    # weights are spread over devices, by accelerate.
     with uncollected(), late(_LATE):
         if "gguf_file" in place.options:
             return _gguf(source, place).config

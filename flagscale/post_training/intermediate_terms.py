@@ -171,7 +171,9 @@ class IntermediateTerms(torch.nn.Module):
         )
         scales = self._distillation
         weighted = scales.intermediate_loss_scale * hidden + scales.attention_loss_scale * attention
-        reported = {"intermediate distillation loss": hidden}
+        reported = {}
+        if self._hidden:
+            reported["intermediate distillation loss"] = hidden
         if self._attention:
             reported["attention distillation loss"] = attention
         return weighted, reported | (sums if len(sums) > 1 else {})

@@ -27,9 +27,9 @@ def loss_func(
 
     Returns:
         As `flagscale.train.train_gpt.loss_func`. In training the loss is the distillation loss, in
-        evaluation the LM loss; the report has `total loss`, `logits distillation loss` and
-        `intermediate distillation loss` in both, the intermediate terms one by one if there are
-        several, `attention distillation loss` if there is one, and `lm loss` where it was computed.
+        evaluation the LM loss; the report has `total loss` and `logits distillation loss` in
+        both, `intermediate distillation loss` and `attention distillation loss` where the recipe
+        has such terms, these one by one if there are several, and `lm loss` where it was computed.
 
     Raises:
         ValueError: no model was given.

@@ -85,7 +85,7 @@ def check_total(seen: Seen, recipe: DistillationRecipe) -> Finding:
     report = {name: value for name, (value, _) in seen.report.items()}
     total = recipe.kd_loss_scale * (
         report[KD]
-        + recipe.intermediate_loss_scale * report[INTERMEDIATE]
+        + recipe.intermediate_loss_scale * report.get(INTERMEDIATE, 0.0)
         + recipe.attention_loss_scale * report.get(ATTENTION, 0.0)
     )
     if not recipe.skip_lm_loss:

@@ -2,7 +2,8 @@
 
 ModelOpt imports a plugin for every library that it finds. That for transformers pulls in its
 trainer, `datasets` and pandas: as much again as torch, and a distillation uses none of it. SciPy
-takes half as long as torch, for a search and a calibration that are not ours.
+takes half as long as torch, for a search and a calibration that are not ours; chardet, where it is
+there, is for answers in unknown encodings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LATE = {
 @contextmanager
 def lean() -> Iterator[None]:
     """Inside, ModelOpt is imported without what is not used of it."""
-    with without("transformers"), late(_LATE):
+    with without("transformers", "chardet"), late(_LATE):
         yield
 
 

@@ -14,7 +14,6 @@ from flagscale.recipe.training import TrainingRecipe
 _OF_A_GPU = (
     "apply_rope_fusion",
     "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
     "log_straggler",
     "record_memory_history",
 )

@@ -114,9 +114,16 @@ class Recipe(Section):
                 "search drops most of its candidates; leave one of the two out"
             )
         if self.search is not None:
-            count, seq_length = self.search.count, self.data.seq_length
+            seq_length, batch = self.data.seq_length, self.training.global_batch_size
+            # A recipe is frozen by now; what is written down, and all that follows, has steps.
+            object.__setattr__(self, "search", self.search.in_steps(batch * seq_length))
             check_search(
-                self.search, count, self.distillation, self.training, seq_length, self.tasks
+                self.search,
+                self.search.count,
+                self.distillation,
+                self.training,
+                seq_length,
+                self.tasks,
             )
         met_by(self.trainings, self.teacher_outputs)
         return self

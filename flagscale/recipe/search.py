@@ -8,7 +8,7 @@ rate schedule, `training`, which is stopped at the end of each rung and goes on 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -57,10 +57,31 @@ class CandidatesRecipe(Section):
 class RungRecipe(Section):
     """How long candidates are trained before they are ranked, and how many of them go on."""
 
-    steps: PositiveInt = Field(description="Optimiser steps since the beginning of the training")
+    steps: PositiveInt | None = Field(
+        None, description="Optimiser steps since the beginning of the training"
+    )
+    tokens: Annotated[Positive, Field(ge=1, le=1e15)] | None = Field(
+        None,
+        description="Instead of steps: tokens, in as many steps of training.global_batch_size x "
+        "data.seq_length as hold them",
+    )
     keep: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
         0.5, description="Share of this rung's candidates that goes on, at most; rounded up"
     )
+
+    @property
+    def end(self) -> int:
+        """The step at which it ends."""
+        assert self.steps is not None, "the recipe says tokens in steps (`in_steps`)"
+        return self.steps
+
+    @model_validator(mode="after")
+    def _check(self) -> RungRecipe:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"steps={self.steps} and tokens={self.tokens}: a rung has one of the two"
+            )
+        return self
 
 
 class RungsRecipe(Section):
@@ -110,9 +131,26 @@ class RungsRecipe(Section):
             found.append(max(1, math.ceil(round(rung.keep * found[-1], 9))))
         return tuple(found)
 
+    def in_steps(self, tokens_a_step: int) -> Self:
+        """The same with every rung's end in steps.
+
+        Args:
+            tokens_a_step: of the training.
+        """
+        if all(rung.tokens is None for rung in self.rungs):
+            return self
+        rungs = [
+            {
+                "steps": rung.steps or math.ceil((rung.tokens or 0) / tokens_a_step),
+                "keep": rung.keep,
+            }
+            for rung in self.rungs
+        ]
+        return self.model_validate({**self.model_dump(), "rungs": rungs})
+
     def steps_of(self, count: int, train_iters: int) -> int:
         """Optimiser steps of all trainings together, at most: of the rungs and of the winner."""
-        ends = [rung.steps for rung in self.rungs]
+        ends = [rung.end for rung in self.rungs]
         lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
         slots = self.slots_of(count)
         trained = sum(n * length for n, length in zip(slots, lengths, strict=True))
@@ -122,11 +160,16 @@ class RungsRecipe(Section):
     def _check_rungs(self) -> RungsRecipe:
         if not self.rungs:
             raise ValueError("rungs=[]: needs at least one")
-        steps = [rung.steps for rung in self.rungs]
-        if steps != sorted(set(steps)) or len(steps) > _MOST_RUNGS:
-            raise ValueError(
-                f"rungs: steps={steps} must rise from rung to rung, in at most {_MOST_RUNGS} rungs"
-            )
+        for unit in ("steps", "tokens"):
+            ends = [getattr(rung, unit) for rung in self.rungs]
+            given = [end for end in ends if end is not None]
+            if given and len(given) < len(ends):
+                raise ValueError(f"rungs: {unit}={ends}: all end after steps, or all after tokens")
+            if given != sorted(set(given)) or len(ends) > _MOST_RUNGS:
+                raise ValueError(
+                    f"rungs: {unit}={given} must rise from rung to rung, in at most {_MOST_RUNGS} "
+                    "rungs"
+                )
         if self.rungs[-1].keep != RungRecipe.model_fields["keep"].default:
             raise ValueError(
                 f"rungs: the last has keep={self.rungs[-1].keep}, which has no effect: one "
@@ -202,7 +245,7 @@ def check_search(
     Raises:
         ValueError: both values, and what would be right.
     """
-    last = search.rungs[-1].steps
+    last = search.rungs[-1].end
     if last >= training.train_iters:
         raise ValueError(
             f"search.rungs: the last ends after steps={last}, but training.train_iters="

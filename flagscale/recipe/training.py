@@ -138,7 +138,7 @@ class TrainingRecipe(Section):
     gradient_accumulation_fusion: Switch = Field(
         "auto",
         description="Matrix products add to a weight's gradient in place; auto: with "
-        "transformer_engine or Apex",
+        "transformer_engine or Apex, and on a CPU",
     )
     reset_attention_mask: bool = Field(
         False, description="Attention and positions start anew at each document of a sample"

@@ -30,6 +30,7 @@ class Job:
         models: a pod of the model steps.
         training: a pod of the training.
         student_source: where the student is a model of its own: what is known of it.
+        layers_measured: whether another step measures layers for its student, and for others.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class Job:
     models: Machine
     training: Machine
     student_source: Teacher | None = None
+    layers_measured: bool = False
 
     @property
     def distilled_from(self) -> ModelShape | None:
@@ -92,6 +94,7 @@ class Job:
     def model_steps(self) -> ModelSteps:
         """What decides on the model steps' memory."""
         student = self.recipe.student
+        measures = student.measures_layers and not self.layers_measured
         return ModelSteps(
             teacher=self.teacher.shape,
             student=self.student,
@@ -101,7 +104,7 @@ class Job:
             seq_length=self.recipe.data.seq_length,
             evaluated=self.recipe.evaluation.micro_batch_size,
             device=self.models.device,
-            measured_tokens=student.measured_tokens if student.measures_layers else 0,
+            measured_tokens=student.measured_tokens if measures else 0,
             fitted_tokens=student.reconstruction.tokens if student.reconstruction else 0,
         )
 

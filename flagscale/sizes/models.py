@@ -149,15 +149,7 @@ def _calibrated(steps: ModelSteps, layout: Layout, stage: int) -> list[Parts]:
     teacher = {"weights": size * parameters(steps.teacher, layout, stage).total}
     phases: list[Parts] = []
     if steps.measured_tokens:
-        tokens = steps.measured_tokens
-        states = (len(stage_layers(steps.teacher, layout, stage)) + 2) * size * tokens * hidden
-        logits = tokens * steps.teacher.padded_vocab_size // layout.tensor
-        # Of little text the teacher's logits are held (`evaluation.layer_importance`).
-        chunk = _LOGITS[steps.device]
-        buffers = size * (logits if logits <= 4 * chunk else chunk) + size * min(logits, chunk)
-        buffers += 3 * FLOAT32 * min(logits, _FIGURES[steps.device])
-        layer = _layer(steps.teacher, layout, stage, computation, tokens)
-        phases.append(teacher | {"activations": states + layer, "logits": buffers})
+        phases.append(_measured(steps, layout, stage))
     if steps.fitted_tokens:
         tokens, width = steps.fitted_tokens, steps.student.ffn_hidden_size
         targets = steps.student.num_layers * size * tokens * hidden
@@ -168,6 +160,28 @@ def _calibrated(steps: ModelSteps, layout: Layout, stage: int) -> list[Parts]:
         student = {"weights": size * parameters(steps.student, layout, stage).total}
         phases.append(student | {"activations": targets + running, "logits": fit})
     return phases
+
+
+def measure_layers(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    """The teacher as it is read; then with what goes into each of its layers, and logits of two."""
+    loaded = _loaded(steps.teacher, steps, layout, stage)
+    return _fullest([loaded, _measured(steps, layout, stage)])
+
+
+def _measured(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
+    size, tokens, hidden = steps.computed_bytes, steps.measured_tokens, steps.teacher.hidden_size
+    states = (len(stage_layers(steps.teacher, layout, stage)) + 2) * size * tokens * hidden
+    logits = tokens * steps.teacher.padded_vocab_size // layout.tensor
+    # Of little text the teacher's logits are held (`evaluation.layer_importance`).
+    chunk = _LOGITS[steps.device]
+    buffers = size * (logits if logits <= 4 * chunk else chunk) + size * min(logits, chunk)
+    buffers += 3 * FLOAT32 * min(logits, _FIGURES[steps.device])
+    layer = _layer(steps.teacher, layout, stage, Computation(size), tokens)
+    return {
+        "weights": size * parameters(steps.teacher, layout, stage).total,
+        "activations": states + layer,
+        "logits": buffers,
+    }
 
 
 def evaluate(steps: ModelSteps, layout: Layout, stage: int) -> Parts:

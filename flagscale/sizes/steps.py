@@ -249,10 +249,7 @@ def _model_work(job: Job, step: str) -> tuple[float, float, float]:
         setup = job.model_steps
         fitted = setup.fitted_tokens
         work = forward((teacher, 3 * seq_length + fitted), (student, 4 * seq_length + 2 * fitted))
-        # At most, for each layer that goes: without each of the others, half a forward pass.
-        gone = teacher.num_layers - student.num_layers
-        looked_at = gone * (teacher.num_layers + student.num_layers) // 4
-        work += forward((teacher, looked_at * setup.measured_tokens))
+        work += measuring_flops(teacher, student.num_layers, setup.measured_tokens, seq_length)
         if job.student_source is not None:  # which is imported and proven as the teacher is
             reads += 2.0 * job.student_bytes
             work += forward((student, (_VALIDATED + 1) * seq_length))
@@ -263,6 +260,21 @@ def _model_work(job: Job, step: str) -> tuple[float, float, float]:
         return reads, 0.0, forward((teacher, tokens), (student, 2 * tokens))
     work = forward((student, 2 * models.PROOF_TOKENS))
     return 2.0 * job.distilled_bytes + job.exported_bytes, float(job.exported_bytes), work
+
+
+def measuring_flops(teacher: ModelShape, kept: int, tokens: int, seq_length: int) -> float:
+    """Of the choice of layers, at most.
+
+    For each layer that goes: without each of the others, half a forward pass.
+
+    Args:
+        teacher: its shape.
+        kept: how many layers stay.
+        tokens: of the text.
+        seq_length: tokens a sequence of it.
+    """
+    looked_at = (teacher.num_layers - kept) * (teacher.num_layers + kept) // 4
+    return forward_flops(teacher, looked_at * tokens, seq_length)
 
 
 def evaluated_tokens(job: Job) -> int:

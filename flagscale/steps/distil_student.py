@@ -159,6 +159,7 @@ def distil_on_rank(
             asked = RankBatches(paths.dataset, folder / "data", args, training)
             check_met(paths.teacher_outputs, paths.dataset, folder / "data", training)
             audit_outputs(args, asked.train(0))
+        platform.keep_heap()
         trainer = _trainer(args, training, paths.student)
         saved = TrainingCheckpoints(
             folder,

@@ -16,7 +16,7 @@ from flagscale.tracking.letters import Begun
 from flagscale.tracking.names import PARENT_TAG, PROCESS_TAG, here
 from flagscale.tracking.outbox import outbox_of
 from flagscale.tracking.run import StepRun, truthful_status
-from flagscale.tracking.server import children_of, connect, unusable
+from flagscale.tracking.server import children_of, connect, page_of, unusable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,12 +56,8 @@ class PipelineRun(StepRun):
 
     @property
     def page(self) -> str:
-        """Of the experiment in MLflow's pages, below the server's address.
-
-        MLflow 3.17 shows every experiment as one of GenAI, whatever its kind, unless the link asks
-        for the other view.
-        """
-        return f"/#/experiments/{self.experiment_id}?workflowType=machine_learning"
+        """Of the experiment in MLflow's pages, below the server's address."""
+        return page_of(self.experiment_id)
 
     @property
     def environment(self) -> dict[str, str]:

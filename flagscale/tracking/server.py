@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale import variables
 from flagscale.errors import UserError
-from flagscale.imports import uncollected, without
+from flagscale.imports import late, uncollected, without
 from flagscale.secrets import hide_in_urls, split_credentials
 from flagscale.tracking.names import ATTEMPT_TAG, KIND_TAG, first_line
 
@@ -27,6 +27,10 @@ DEFAULT_EXPERIMENT = "flagscale-distillation"
 
 _KIND = {KIND_TAG: "custom_model_development"}  # "Machine learning"
 _PARAMS_A_BATCH = 100
+_LATE = {
+    "fastapi": ("HTTPException",),  # of its gateway, for its judges
+    "pyarrow.fs": ("FileSelector", "FileType", "HadoopFileSystem"),  # of artifacts on HDFS
+}
 _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -104,6 +108,7 @@ def unusable(uri: str, error: Exception) -> UserError:
 def make_client(uri: str) -> MlflowClient:
     """A client that gives up on a silent server within half a minute."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # see `page_of`
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     mlflow = import_mlflow()
@@ -117,8 +122,8 @@ def make_client(uri: str) -> MlflowClient:
 def import_mlflow() -> ModuleType:
     """The library, without what it takes along where it is there."""
     if "mlflow" not in sys.modules:
-        # MLflow takes pandas along where it is there, for data sets that we do not log.
-        with without("pandas"), uncollected():
+        # pandas is for data sets that we do not log, chardet for answers in unknown encodings.
+        with without("pandas", "chardet"), late(_LATE), uncollected():
             importlib.import_module("mlflow")
     return sys.modules["mlflow"]
 
@@ -151,6 +156,16 @@ def find_experiment(client: MlflowClient, name: str, store: Path | None = None) 
         if key not in found.tags:
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
+
+
+def page_of(experiment_id: str, run_id: str | None = None) -> str:
+    """Of an experiment, or one of its runs, in MLflow's pages, below the server's address.
+
+    MLflow 3.17 shows every experiment as one of GenAI, whatever its kind, unless the link asks for
+    the other view; the links that its client prints do not.
+    """
+    run = f"/runs/{run_id}" if run_id else ""
+    return f"/#/experiments/{experiment_id}{run}?workflowType=machine_learning"
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> Any:  # noqa: ANN401 - mlflow's Run

@@ -41,6 +41,7 @@ from flagscale.tracking.run import StepRun, truthful_status
 from flagscale.tracking.server import (
     import_mlflow,
     make_client,
+    page_of,
     run_of_attempt,
     send_params,
     tracking_uri,
@@ -201,6 +202,10 @@ def _begin(client: MlflowClient, work: _Work, attempt: str) -> Begun:
     send_params(client, run_id, params)
     if place.kfp_run is not None:
         place.kfp_run.show_children()
+    uri = hide_in_urls(tracking_uri() or "")
+    if uri.startswith(("http://", "https://")):
+        page = page_of(place.experiment_id, run_id)
+        logger.info("%s in MLflow: %s%s", work.name, uri.rstrip("/"), page)
     return Begun(run_id, place.experiment_id, known, resumes, place.kfp_run, samples)
 
 

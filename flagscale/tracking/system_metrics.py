@@ -49,19 +49,27 @@ def _sample(run: StepRun, over: threading.Event) -> None:
     except Exception as error:  # whatever a driver raises: the work goes on
         logger.warning("this machine is not watched: %s", error)
         return
+    for monitor in monitors:
+        _figures(monitor)  # how busy a processor is psutil knows from the second time on
     began, count = time.monotonic(), 0
     while not over.wait(max(_FIRST_SECONDS, (time.monotonic() - began) * _SHARE)):
         figures: dict[str, float] = {}
         for monitor in monitors:
-            try:
-                monitor.collect_metrics()
-                figures |= monitor.aggregate_metrics()
-                monitor.clear_metrics()
-            except Exception as error:  # ditto; the other monitors go on
-                logger.debug("%s: %s", type(monitor).__name__, error)
+            figures |= _figures(monitor)
         first = run.begun.samples if run.begun else 0
         run.log_metrics({f"{prefix}{name}": v for name, v in figures.items()}, step=first + count)
         count += 1
+
+
+def _figures(monitor: Any) -> dict[str, float]:  # noqa: ANN401 - one of MLflow's
+    try:
+        monitor.collect_metrics()
+        figures: dict[str, float] = monitor.aggregate_metrics()
+        monitor.clear_metrics()
+    except Exception as error:  # whatever a driver raises; the other monitors go on
+        logger.debug("%s: %s", type(monitor).__name__, error)
+        return {}
+    return figures
 
 
 def _monitors() -> list[Any]:

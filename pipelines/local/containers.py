@@ -27,6 +27,7 @@ from flagscale.recipe import Recipe
 from pipelines.local.recipe_files import check_readable, local_files
 from pipelines.local.step_cache import Observer
 from pipelines.local.stopping import Stopper
+from pipelines.outcome import WITHOUT_A_WORD
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Containers:
         self.image, self.identity = _find(self._client, image, sources)
         self._runs = runs.absolute()
         self._user = (os.getuid(), os.getgid()) if os.getuid() else _NOT_ROOT
-        self._unfinished: str | None = None
+        self._unfinished = False
         files = sorted(local_files(recipe))
         if os.getuid() == 0:
             check_readable(files, _NOT_ROOT[0])
@@ -107,7 +108,7 @@ class Containers:
         }
         self._own(Path(os.environ[FOLDER_VARIABLE]))
 
-    def note_end(self, name: str, outputs: Mapping[str, Path]) -> bool:
+    def note_end(self, outputs: Mapping[str, Path]) -> bool:
         """Whether a step that KFP takes for ended well has ended well.
 
         The engine may have removed a container before KFP asks for its exit code; KFP then
@@ -117,7 +118,7 @@ class Containers:
         folders = {path.parent for path in outputs.values()}
         if folders and all((folder / "executor_output.json").exists() for folder in folders):
             return True
-        self._unfinished = name
+        self._unfinished = True
         return False
 
     def run(self, pipeline: BaseComponent, arguments: Mapping[str, Any]) -> None:
@@ -137,8 +138,8 @@ class Containers:
         Raises:
             RuntimeError: it has not.
         """
-        if self._unfinished is not None:
-            raise RuntimeError(f"{self._unfinished} left no outputs")
+        if self._unfinished:
+            raise RuntimeError(WITHOUT_A_WORD)
 
     def kill(self) -> None:
         """Remove what is left of this runner's containers."""
@@ -194,7 +195,7 @@ class _Observing:
         self._steps.reused(name, outputs)
 
     def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
-        if gave_values or self._containers.note_end(name, outputs):
+        if gave_values or self._containers.note_end(outputs):
             self._steps.finished(name, outputs, gave_values)
 
 
@@ -236,12 +237,14 @@ def gone_is_not_found() -> Iterator[None]:
     """Inside, a container that podman is removing is one that is not there.
 
     KFP asks for the log of a container that a fast step may have ended already, and minds no 404.
-    Podman's answer is 500, with the reason in words.
+    Podman's answer is 500, with the reason in words. Then KFP asks for the exit code: of one that
+    goes meanwhile podman says -1, which KFP takes for the step's, and has the reason beside it.
     """
     from docker.api import client
     from docker.errors import APIError, NotFound
+    from docker.models.containers import Container
 
-    make_error = client.create_api_error_from_http_exception
+    make_error, wait = client.create_api_error_from_http_exception, Container.wait
 
     def make(error: Any) -> None:  # noqa: ANN401 - an HTTPError of requests
         try:
@@ -251,11 +254,17 @@ def gone_is_not_found() -> Iterator[None]:
                 raise NotFound(str(error), told.response, told.explanation) from error
             raise
 
-    client.create_api_error_from_http_exception = make
+    def wait_for(container: Container, **options: Any) -> Any:  # noqa: ANN401 - the engine's answer
+        answer = wait(container, **options)
+        if answer.get("Error"):  # the code is not the container's
+            raise NotFound(answer["Error"]["Message"])
+        return answer
+
+    client.create_api_error_from_http_exception, Container.wait = make, wait_for
     try:
         yield
     finally:
-        client.create_api_error_from_http_exception = make_error
+        client.create_api_error_from_http_exception, Container.wait = make_error, wait
 
 
 def _find(client: Any, name: str, sources: str) -> tuple[str, str]:  # noqa: ANN401

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +13,7 @@ from typing import TextIO
 from flagscale.secrets import masked
 
 _INDENT = "    "
+_EXCEPTION = " failed with exception: "
 _NOISE = re.compile(r"^-{20,}$|Wrote executor output file to|^Found image '")
 
 
@@ -51,14 +52,47 @@ class StepOutput(io.TextIOBase):
                 stream.flush()
 
 
+class _KfpFilter(logging.Filter):
+    """Keeps what KFP logs from the terminal; its warnings and errors go to a file.
+
+    Args:
+        stream: the file.
+
+    Attributes:
+        exceptions: those of loops' tasks. They are nowhere else: one ends the loop, and the
+            pipeline then says that it failed, and not of what.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.exceptions: list[str] = []
+        self._stream = stream
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is not KFP's."""
+        if "/kfp/" not in record.pathname:
+            return True
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._stream.write(f"kfp: {message}\n")
+            self._stream.flush()
+        _, of_a_task, exception = message.partition(_EXCEPTION)
+        if of_a_task:
+            self.exceptions.append(exception)
+        return False
+
+
 @contextmanager
-def quiet_kfp(log: Path) -> Iterator[None]:
+def quiet_kfp(log: Path) -> Iterator[Sequence[str]]:
     """Inside, stdout is for KFP: the steps' lines come through, its own do not.
 
     This program's log messages go to the terminal and to `log`, and so do the steps' lines.
 
     Args:
         log: a file, made anew.
+
+    Yields:
+        The exceptions that KFP has met in loops' tasks so far.
     """
     root = logging.getLogger()
     with log.open("w", encoding="utf-8") as file, warnings.catch_warnings():
@@ -72,16 +106,13 @@ def quiet_kfp(log: Path) -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"kfp\.")
         warnings.filterwarnings("ignore", message="You may be attemping to run a task")
         warnings.filterwarnings("ignore", message="Task .* have no effect in the current local")
-        root.addFilter(_is_not_kfp)
+        kfp = _KfpFilter(stream)
+        root.addFilter(kfp)
         try:
             with redirect_stdout(StepOutput(sys.stdout, stream)):
-                yield
+                yield kfp.exceptions
         finally:
-            root.removeFilter(_is_not_kfp)
+            root.removeFilter(kfp)
             for logger, old_handlers, propagate, level in before:
                 logger.handlers, logger.propagate = old_handlers, propagate
                 logger.setLevel(level)
-
-
-def _is_not_kfp(record: logging.LogRecord) -> bool:
-    return "/kfp/" not in record.pathname

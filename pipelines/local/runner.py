@@ -188,7 +188,7 @@ def run_pipeline(
     (folder / "recipe.yaml").write_text(tracking.recipe_yaml(recipe), encoding="utf-8")
     stopper = Stopper()
     with (
-        quiet_kfp(folder / "run.log"),
+        quiet_kfp(folder / "run.log") as exceptions,
         stopper.handling(),
         tracking.pipeline_run(recipe, runs) as run,
     ):
@@ -213,7 +213,7 @@ def run_pipeline(
                 else:
                     pipeline(**given)
             except RuntimeError as error:  # KFP's, which does not say why
-                raise steps.failure(error) from error
+                raise steps.failure(error, exceptions) from error
         result.seconds = time.monotonic() - begin
         run.log_metrics({f"seconds/{name}": step.seconds for name, step in result.steps.items()})
         for name in ("evaluate", "leaderboard"):

@@ -19,7 +19,7 @@ from flagscale.artifacts import write_json
 from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.run_values.literal import literal
 from pipelines.local.stopping import Stopped, Stopper
-from pipelines.outcome import StepFailed, duration
+from pipelines.outcome import WITHOUT_A_WORD, StepFailed, duration
 
 logger = logging.getLogger(__name__)
 
@@ -223,22 +223,21 @@ class Steps:
         _show_students(outputs)
         self._add(name, note.get("seconds", 0.0), outputs, reused=True)
 
-    def failure(self, error: RuntimeError) -> BaseException:
+    def failure(self, error: RuntimeError, exceptions: Sequence[str]) -> BaseException:
         """The error to raise after KFP has said that a step failed.
 
         Args:
-            error: KFP's, which says more than nothing where no step was at work.
+            error: KFP's, which does not say why.
+            exceptions: what KFP has met in loops' tasks, and does not raise.
         """
         notes, self._stopper.step_folder = self._stopper.step_folder, None
         if self._stopper.signal is not None:
             return Stopped(self._stopper.signal, self._current)
+        told = "; ".join(dict.fromkeys(exceptions))
         if notes is None:  # whoever ended last has ended well
-            return StepFailed(f"the run ended after {self._current or 'no step'}: {error}")
-        message = read_error(notes)
-        return StepFailed(
-            f"{self._current} failed: "
-            + (message or "it ended without a word: killed, perhaps for want of memory")
-        )
+            return StepFailed(f"the run ended after {self._current or 'no step'}: {told or error}")
+        message = read_error(notes) or told or WITHOUT_A_WORD
+        return StepFailed(f"{self._current} failed: {message}")
 
     def _check(self) -> None:
         self._stopper.check()

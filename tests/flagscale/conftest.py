@@ -3,6 +3,7 @@ with troubles."""
 
 import logging
 import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +22,14 @@ def runtime() -> Iterator[None]:
 
     with platform.runtime():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_gloo_device() -> None:
+    if "torch" in sys.modules:  # or no test of this session needs it
+        from tests.flagscale import gloo_device
+
+        gloo_device.share()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +59,12 @@ def torchrun(fork_server: ForkServer) -> Callable[..., object]:
         return subprocess.run(fork_server.command(processes, *what), check=True, **more)
 
     return run
+
+
+@pytest.fixture
+def python(fork_server: ForkServer) -> Callable[..., list[str]]:
+    """The command of a Python that has imported what steps import: `python("-c", CODE, ...)`."""
+    return fork_server.python
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from flagscale.evaluation.boards.run_board import AXES, QUALITY, SCALES, Board
 from flagscale.evaluation.figures import SHOWN
@@ -51,6 +52,9 @@ def _against(board: Board, axis: str, page_id: str) -> Chart:
                 )
         if x.min() > 0 and x.max() / x.min() > _SPREAD:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_xlabel(AXES[axis].label)
         axes.set_ylabel(metric.label + (", %" if metric.percent else ", nats a token"))
         axes.margins(x=0.12, y=0.12)
@@ -60,5 +64,6 @@ def _against(board: Board, axis: str, page_id: str) -> Chart:
         + (", on the front" if on_front[i] else "")
         for i, row in enumerate(rows)
     )
-    title = f"{metric.label} against {AXES[axis].label.lower()}"
+    label = AXES[axis].label
+    title = f"{metric.label} against {label[0].lower()}{label[1:]}"
     return chart(page_id, title, f"{text}.", draw)

@@ -16,10 +16,10 @@ from flagscale.evaluation.forecast.accounts import (
     accounts,
     decisive_loss,
 )
-from flagscale.evaluation.pages.charts import ROLES, Chart, chart
+from flagscale.evaluation.pages.charts import ROLES, WIDE, Chart, chart
 
 _NAMES = {KD_LOSS: "distillation loss"}
-_WIDE = (7.6, 3.0)
+_WIDE = (WIDE, 3.0)
 WITHIN = "within"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,8 @@ _LOSSES = {  # key of training.jsonl -> label and role
 _MOST_DUMBBELLS = 120
 _LONGEST_NAME = 60  # characters beside an axis
 _SIZE = (4.3, 2.7)  # inches; half the page
+WIDE = 7.6  # inches; the whole page
+_LONGEST_LABEL = 36  # characters beside an upright axis
 
 Log = Sequence[Mapping[str, float]]
 
@@ -185,7 +188,7 @@ def ranking(
         f"{name} {v:.3g} ({lo:.3g} to {hi:.3g})"
         for name, v, lo, hi in zip(names, value, low, high, strict=True)
     )
-    size = (7.6, 0.75 + 0.27 * len(names))
+    size = (WIDE, 0.75 + 0.27 * len(names))
     return chart(page_id, f"{label}, best first", f"{text}.", draw, size)
 
 
@@ -229,6 +232,7 @@ def chart(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
+        axes.set_ylabel(textwrap.fill(axes.get_ylabel(), _LONGEST_LABEL))
         if not axes.get_xlabel():
             axes.set_xlabel("optimiser step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -237,10 +241,11 @@ def chart(
             figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=1.4)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return Chart(title, _inline(stream.getvalue(), name, title, description))
+    shape = ' class="wide"' if size[0] == WIDE else ""
+    return Chart(title, _inline(stream.getvalue(), name, title, description, shape))
 
 
-def _inline(svg: str, name: str, title: str, description: str) -> Markup:
+def _inline(svg: str, name: str, title: str, description: str, shape: str) -> Markup:
     """An SVG file as an element of a page: no prologue, no sizes, no shared ids, CSS colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -252,7 +257,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> Markup:
     box = re.search(r'viewBox="[^"]+"', svg)
     assert box, "Matplotlib writes a viewBox"
     opening = (
-        f'<svg {box.group()} role="img" aria-labelledby="{name}-title {name}-text">'
+        f'<svg{shape} {box.group()} role="img" aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-text">{escape(description)}</desc>'
     )

@@ -13,6 +13,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(value, Mapping):
             rows += flat(value, f"{name}: ")
+        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            rows += flat({str(i): item for i, item in enumerate(value, 1)}, f"{name} ")
         elif isinstance(value, list | tuple):
             rows.append((name, ", ".join(_text(item) for item in value) or "none"))
         else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
-from flagscale.evaluation.pages.charts import ROLES, Chart, chart
+from flagscale.evaluation.pages.charts import ROLES, WIDE, Chart, chart
 from flagscale.evaluation.search.board import Candidate, SearchBoard
 
-_WIDE = (7.6, 3.4)
+_WIDE = (WIDE, 3.4)
 _COLOURS = {"goes on": "after", "dropped": "muted", "failed": "before"}
 
 
@@ -23,10 +24,8 @@ def rungs(board: SearchBoard) -> Chart:
             losses = [point.loss["value"] for point in one.points]
             colour = ROLES[_COLOURS[one.status]]
             axes.plot(steps, losses, "o-", color=colour, markersize=4)
-            axes.annotate(
-                str(one.number), (steps[-1], losses[-1]), (6, -2), textcoords="offset points",
-                fontsize=7,
-            )  # fmt: skip
+        ends = [(one.points[-1].step, one.points[-1].loss["value"]) for one in ranked]
+        _number(axes, ranked, ends, (6, -2))
         axes.set_ylabel(board.measure)
         axes.margins(x=0.08)
 
@@ -73,12 +72,13 @@ def front(
         line = sorted((one.made[key], one.points[-1].loss["value"]) for one in shown
                       if one.number in on_front)  # fmt: skip
         axes.plot(*zip(*line, strict=True), "-", color=ROLES["grid"], linewidth=1)
-        for one in shown:
+        points = [(one.made[key], one.points[-1].loss["value"]) for one in shown]
+        for one, point in zip(shown, points, strict=True):
             role = "after" if one.number in on_front else "muted"
-            point = (one.made[key], one.points[-1].loss["value"])
             axes.plot(*point, "o", color=ROLES[role], markersize=5)
-            axes.annotate(str(one.number), point, (5, 4), textcoords="offset points", fontsize=7)
+        _number(axes, shown, points, (5, 4))
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel(f"{board.measure}, last rung of each")
         axes.margins(0.12)
 
@@ -86,6 +86,19 @@ def front(
         f"{one.name} {one.made[key]:.3g}, {one.points[-1].loss['value']:.3g}" for one in shown
     )
     return chart(key.replace("_", "-"), title, f"{text}.", draw)
+
+
+def _number(
+    axes: Axes,
+    candidates: Sequence[Candidate],
+    points: Sequence[tuple[float, float]],
+    offset: tuple[float, float],
+) -> None:
+    """Write candidates' numbers beside their points; once where several have the same."""
+    for point in dict.fromkeys(points):
+        here = [one.number for one, own in zip(candidates, points, strict=True) if own == point]
+        text = ", ".join(map(str, sorted(here)))
+        axes.annotate(text, point, offset, textcoords="offset points", fontsize=7)
 
 
 def _smooth(curve: Collection[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser
 from markdown_it import MarkdownIt
 from scipy.stats import norm, t
 
@@ -182,7 +183,9 @@ class Balanced(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_is_whole_needs_no_network_and_escapes_names(candidate: Make) -> None:
+def test_the_page_is_whole_needs_no_network_and_escapes_names(
+    candidate: Make, browser: Browser
+) -> None:
     bad = replace(candidate(2, 2.0), name="<script>alert(1)</script>")
     page = render(rank([candidate(1, 2.5), bad], "kl"))
     parser = Balanced()
@@ -194,6 +197,7 @@ def test_the_page_is_whole_needs_no_network_and_escapes_names(candidate: Make) -
     assert "<script" not in page
     assert 'src="http' not in page
     assert "<svg" in page
+    browser.check(page)
 
 
 def test_the_summary_is_a_table_of_all_and_escapes_names(candidate: Make) -> None:

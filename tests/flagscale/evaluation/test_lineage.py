@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from browser import Browser
 
 from flagscale.artifacts import Manifest, new_artifact, open_artifact
 from flagscale.code_version import code_version
@@ -85,7 +86,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_has_every_step_and_needs_no_network(export: Manifest) -> None:
+def test_the_page_has_every_step_and_needs_no_network(export: Manifest, browser: Browser) -> None:
     text = render(export)
     page = Page(text)
     for node in lineage(export):
@@ -99,6 +100,7 @@ def test_the_page_has_every_step_and_needs_no_network(export: Manifest) -> None:
     assert "<b>docs" not in text
     assert "<script" not in text
     assert render(export) == text
+    browser.check(text)
 
 
 def test_the_drawing_leads_from_the_first_to_the_last_and_crosses_no_box(export: Manifest) -> None:

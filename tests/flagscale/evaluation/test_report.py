@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from browser import Browser
 
 from flagscale.artifacts import Manifest
 from flagscale.evaluation.fidelity import Fidelity
@@ -103,6 +104,10 @@ def test_needs_nothing_from_outside(data: ReportData) -> None:
     assert "@import" not in style.group(1)
     assert "url(" not in style.group(1)
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_fits_a_phone_and_paper(data: ReportData, browser: Browser) -> None:
+    browser.check(render(data))
 
 
 def test_hostile_text_is_only_text(data: ReportData) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -180,7 +181,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_every_board_and_loads_nothing(student: Make) -> None:
+def test_the_page_shows_every_board_and_loads_nothing(student: Make, browser: Browser) -> None:
     given = [
         student("a <b>", 2.0, 2.0, axes={"parameters": 4e6, "training_rank_seconds": 60.0}),
         student("c", 2.3),
@@ -203,6 +204,7 @@ def test_the_page_shows_every_board_and_loads_nothing(student: Make) -> None:
     assert "some student's was not measured: speed." in told
     assert "id of elsewhere" in told
     assert html == render(boards(given, "kl"), "an experiment", ["Left out: x."])
+    browser.check(html)
 
 
 def test_the_text_has_the_same(student: Make) -> None:

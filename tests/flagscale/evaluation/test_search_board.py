@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from browser import Browser
 from markdown_it import MarkdownIt
 
 from flagscale.errors import UserError
@@ -152,6 +153,10 @@ def test_the_page_shows_every_candidate_with_its_outcome_and_escapes_names() -> 
     assert headline(found).replace("'", "&#39;") in page
     assert page.count("<figure") == 4  # no figure of the work: nothing says how much it is
     assert page == render(found)
+
+
+def test_the_page_fits_a_phone_and_paper(browser: Browser) -> None:
+    browser.check(render(board()))
 
 
 def test_the_summary_has_a_row_for_every_candidate() -> None:

@@ -184,7 +184,7 @@ def records(artifact: Path, name: str) -> list[dict[str, float]]:
     ]
 
 
-def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp_path):
+def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp_path, python):
     """Stopped under TP2, finished under PP2: the curve of one process that was never stopped."""
     inputs = [teacher, student, dataset]
     distil_student(
@@ -193,7 +193,7 @@ def test_stopped_on_one_layout_goes_on_on_another(teacher, student, dataset, tmp
     paths = [*inputs, tmp_path / "checkpoints", tmp_path / "found"]
     for layout in LAYOUTS:
         training = TRAINING.model_copy(update={"parallelism": layout})
-        command = [sys.executable, "-c", STEP, training.model_dump_json(), *map(str, paths)]
+        command = python("-c", STEP, training.model_dump_json(), *paths)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         if layout is LAYOUTS[0]:
             while not list(tmp_path.glob("checkpoints/*/latest.json")):

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_is_put_back_after_an_error_too():
     assert not torch.distributed.is_initialized()
     with platform.runtime():
         pass
+
+
+def test_no_groups_threads_are_left():
+    def threads():
+        tasks = Path("/proc/self/task").iterdir()
+        return {task for task in tasks if (task / "comm").read_text().startswith("pt_gloo")}
+
+    before = threads()
+    with platform.runtime():
+        assert threads() - before
+    assert not threads() - before
 
 
 def test_seed_decides_the_random_numbers():

@@ -38,12 +38,13 @@ def test_a_configuration_takes_no_compiler_along(tiny_teacher: Path) -> None:
 import sys
 from flagscale.models.source import load_hf_config
 config = load_hf_config(sys.argv[1])
-assert "torch._dynamo" not in sys.modules
+assert not {"torch._dynamo", "accelerate"} & set(sys.modules)
 from transformers import AutoModelForCausalLM, integrations
 AutoModelForCausalLM.from_config(config)  # of real functions, not of late ones
 import transformers.modeling_utils as models
 assert models.flash_attention_forward is integrations.flash_attention.flash_attention_forward
 assert type(models.flash_attention_forward) is type(load_hf_config)
+assert integrations.accelerate.get_max_memory({0: 1, "cpu": 2})["cpu"] == 2  # accelerate's own
 """
     subprocess.run([sys.executable, "-c", code, str(tiny_teacher)], check=True)
 

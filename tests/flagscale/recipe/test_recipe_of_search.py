@@ -70,12 +70,30 @@ def test_rungs_say_how_many_candidates_they_train_and_for_how_long() -> None:
     assert third.slots_of(9) == (9, 3, 1)  # 9 / 3 is 3, however it is rounded
 
 
+def test_rungs_in_tokens_end_after_the_steps_that_hold_them() -> None:
+    """A step has 8 x 64 tokens; what the recipe then says of itself is steps, and is the same."""
+    rungs = [{"tokens": 4 * 512, "keep": 0.4}, {"tokens": 4 * 512 + 1}, {"tokens": 1e4}]
+    found = read(rungs=rungs)
+    assert found.search is not None
+    assert [(rung.end, rung.keep) for rung in found.search.rungs] == [(4, 0.4), (5, 0.5), (20, 0.5)]
+    assert found == read(rungs=[{"steps": 4, "keep": 0.4}, {"steps": 5}, {"steps": 20}])
+    again = found.model_dump(mode="json")
+    assert [rung["tokens"] for rung in again["search"]["rungs"]] == [None] * 3
+    assert parse_section(Recipe, again, where="recipe") == found
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"candidates": []}, "candidates: make 0; a search needs at least 2"),
         ({"rungs": []}, r"rungs=\[\]: needs at least one"),
         ({"rungs": [{"steps": 9}, {"steps": 9}]}, r"steps=\[9, 9\] must rise from rung to rung"),
+        ({"rungs": [{"tokens": 600}, {"tokens": 900}]}, r"steps=\[2, 2\] must rise"),
+        ({"rungs": [{"tokens": 9e3}, {"tokens": 9}]}, r"tokens=\[9000.0, 9.0\] must rise"),
+        ({"rungs": [{"steps": 9}, {"tokens": 9e3}]}, r"steps=\[9, None\]: all end after steps, or"),
+        ({"rungs": [{"steps": 9, "tokens": 9}]}, "steps=9 and tokens=9.0: a rung has one of the"),
+        ({"rungs": [{"keep": 0.4}]}, "steps=None and tokens=None: a rung has one of the two"),
+        ({"rungs": [{"tokens": 20480}]}, "ends after steps=40, but training.train_iters=40"),
         ({"rungs": [{"steps": 9, "keep": 0.3}]}, "the last has keep=0.3, which has no effect"),
         ({"rungs": [{"steps": 40}]}, "ends after steps=40, but training.train_iters=40"),
         ({"samples": 10}, "samples=10 is not a multiple of the 4 micro-batches"),

@@ -37,6 +37,7 @@ from flagscale.steps import (
     distil_student,
     evaluate,
     export_student,
+    measure_layers,
     prepare_teacher,
 )
 
@@ -65,6 +66,10 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
             )
             for codec in ("hidden", "topk")
         },
+        "measure-layers": lambda: measure_layers.measure_on_rank(
+            [StudentRecipe(num_layers=4, layer_importance="kl", calibration_tokens=512)],
+            teacher, dataset, folder / "importance", models,
+        ),
         "convert-student": lambda: convert_student.convert_on_rank(
             StudentRecipe(num_layers=4), None, teacher, dataset, student, models
         ),

@@ -17,14 +17,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from flagscale.models.parity import fixed_tokens
 from flagscale.recipe import DataRecipe, ParallelismRecipe
 from flagscale.sizes.asking import ASK_STEP, Asked, ask_rank
+from flagscale.sizes.layers import MEASURE_STEP
 from flagscale.sizes.layout import Layout
-from flagscale.sizes.models import ModelSteps
+from flagscale.sizes.models import ModelSteps, measure_layers
 from flagscale.sizes.outputs import AskedTeacher, cache_rank
 from flagscale.sizes.steps import MODEL_STEPS
 from flagscale.steps.prepare_data import prepare_data
 
 WITHIN = 0.15
-SEQ_LENGTH = 256
+SEQ_LENGTH, MEASURED_TOKENS = 256, 512
 WORKER = Path(__file__).with_name("model_steps_worker.py")
 LAYOUTS = {
     "one process": (1, {}),
@@ -32,7 +33,7 @@ LAYOUTS = {
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
 }
 
-STEPS = [*MODEL_STEPS, "cache-teacher, hidden", "cache-teacher, topk", ASK_STEP]
+STEPS = [*MODEL_STEPS, MEASURE_STEP, "cache-teacher, hidden", "cache-teacher, topk", ASK_STEP]
 ASKED = Asked(TEACHER, 4, 2, BATCH, TOKENS, SCORED)
 STAGES = [("one process", 0), ("TP2", 0), ("PP2", 0), ("PP2", 1)]
 
@@ -125,4 +126,7 @@ def estimated(folder: Path, step: str, name: str, stage: int) -> int:
         return sum(cache_rank(asked, layout, stage).values())
     if step == ASK_STEP:
         return sum(ask_rank(replace(ASKED, on_ranks=True), layout, stage).values())
+    if step == MEASURE_STEP:
+        measuring = replace(setup, measured_tokens=MEASURED_TOKENS)
+        return sum(measure_layers(measuring, layout, stage).values())
     return sum(MODEL_STEPS[step](setup, layout, stage).values())

@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import mlflow
@@ -88,13 +87,15 @@ def test_checkpoints_go_when_the_artifact_is_there(uninterrupted):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_started_again_gives_the_same_losses(inputs, uninterrupted, tmp_path, kill):
+def test_killed_and_started_again_gives_the_same_losses(
+    inputs, uninterrupted, tmp_path, python, kill
+):
     """SIGTERM as a local run and a TrainJob's pods hear it; a step in a pod of KFP never does."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "KFP_RUN_ID": "a-b", "MLFLOW_RUN_ID": ""}
     paths = [*inputs, tmp_path / "checkpoints", tmp_path / "distilled"]
     (tmp_path / "process.py").write_text(PROCESS)
-    command = [sys.executable, tmp_path / "process.py", TRAINING.model_dump_json(), *paths]
+    command = python(tmp_path / "process.py", TRAINING.model_dump_json(), *paths)
     own = {"env": env, "cwd": tmp_path, "text": True}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/latest.json")), process)

@@ -21,7 +21,7 @@ NEVER = {"datasets", "pandas", "transformers.trainer", "kfp"}
 COMPILER = {"torch._dynamo", "torch._inductor"}
 NOT_IMPORTED = {
     "prepare_teacher": {"modelopt", "matplotlib", *COMPILER, *NEVER},
-    "convert_student": {"matplotlib", *COMPILER, *NEVER},
+    "convert_student": {"matplotlib", "chardet", *COMPILER, *NEVER},
     "distil_student": {"matplotlib", "transformers.modeling_utils", *COMPILER, *NEVER},
     "evaluate": {"modelopt", *COMPILER, *NEVER},
     "export_student": {"modelopt", "matplotlib", *COMPILER, *NEVER},
@@ -60,6 +60,15 @@ def test_only_what_it_runs(step: str) -> None:
     )
     assert f"flagscale.steps.{step}" in found
     assert not found & NOT_IMPORTED[step]
+
+
+def test_tracking_takes_no_web_server_along() -> None:
+    found = modules(
+        "import json, sys; from flagscale.tracking.server import import_mlflow; import_mlflow()\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert {"mlflow.tracking.client", "requests"} <= found
+    assert not found & {"fastapi", "starlette", "pyarrow", "pandas", "chardet"}
 
 
 def with_template(tokenizer: Path, folder: Path) -> Path:

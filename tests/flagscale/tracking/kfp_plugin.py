@@ -8,8 +8,7 @@ run's end the API server ends what is open, but does not look below what has end
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlflow
@@ -43,10 +42,10 @@ def pod(environment: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def is_killed(environment: dict[str, str]) -> None:
-    """A training in a pod, whose process SIGKILL ends."""
+def is_killed(python: Callable[..., list[str]], environment: dict[str, str]) -> None:
+    """A training in a pod, whose process SIGKILL ends; `python` is the fixture."""
     with pod(environment):
-        ended = subprocess.run([sys.executable, "-c", _KILLED], timeout=300, check=False)
+        ended = subprocess.run(python("-c", _KILLED), timeout=300, check=False)
     assert ended.returncode == -9
 
 

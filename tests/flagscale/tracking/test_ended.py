@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -39,10 +39,10 @@ def finishes(environment: dict[str, str], step: str, training: str | None = None
 
 
 @pytest.fixture
-def killed(uri: str) -> str:
+def killed(uri: str, python: Callable[..., list[str]]) -> str:
     """A KFP run whose training was killed: its id."""
     finishes(pod_of(uri, "first"), "prepare-data")
-    is_killed(pod_of(uri, "first"))
+    is_killed(python, pod_of(uri, "first"))
     return "first"
 
 
@@ -84,7 +84,7 @@ def test_who_sees_kfps_end_of_a_run_ends_it_in_mlflow(
 
 
 def test_a_killed_attempt_at_what_then_succeeded_stays_killed(
-    uri: str, client: mlflow.MlflowClient
+    uri: str, client: mlflow.MlflowClient, python: Callable[..., list[str]]
 ) -> None:
     environment = pod_of(uri, "tried-again")
     lost = """
@@ -94,7 +94,7 @@ with tracking.step_run("evaluate", {"lr": 1}):
     os.kill(os.getpid(), 9)
 """
     with pod(environment):
-        subprocess.run([sys.executable, "-c", lost], timeout=300, check=False)
+        subprocess.run(python("-c", lost), timeout=300, check=False)
     (root,) = roots(client)
     assert tree(client, root) == "tried-again RUNNING\n  evaluate RUNNING\n"
     finishes(environment, "evaluate")
@@ -105,11 +105,11 @@ with tracking.step_run("evaluate", {"lr": 1}):
 
 
 def test_a_run_below_an_ended_task_of_kfps_plugin_is_found(
-    uri: str, client: mlflow.MlflowClient
+    uri: str, client: mlflow.MlflowClient, python: Callable[..., list[str]]
 ) -> None:
     """The launcher ends its task's run; the API server looks only below those that are open."""
     plugin = Plugin("with-plugin", uri, "of KFP", injects=True)
-    is_killed(plugin.starts("distil-student"))
+    is_killed(python, plugin.starts("distil-student"))
     plugin.ends("distil-student", {}, "FAILED")
     plugin.finishes("FAILED")
     os.environ["MLFLOW_TRACKING_URI"] = uri
@@ -121,11 +121,11 @@ def test_a_run_below_an_ended_task_of_kfps_plugin_is_found(
 
 @pytest.mark.parametrize("injects", [True, False])
 def test_the_step_itself_ends_its_killed_rank_below_kfps_plugin(
-    uri: str, client: mlflow.MlflowClient, injects: bool
+    uri: str, client: mlflow.MlflowClient, python: Callable[..., list[str]], injects: bool
 ) -> None:
     plugin = Plugin("ranks", uri, "of KFP", injects)
     environment = {**plugin.starts("distil-student"), "FLAGSCALE_MLFLOW_TRACKING_URI": uri}
-    is_killed(environment)
+    is_killed(python, environment)
     with pod(environment):
         tracking.step_failed("distil-student", "FAILED")
     (task,) = below(client, plugin.parent)

@@ -3,8 +3,8 @@
 import logging
 import os
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -157,24 +157,24 @@ with tracking.step_run(name, {}) as run:
 
 
 def test_steps_that_come_at_once_have_one_parent(
-    pod: str, remote: mlflow.MlflowClient, tmp_path: Path
+    pod: str, remote: mlflow.MlflowClient, tmp_path: Path, python: Callable[..., list[str]]
 ) -> None:
     for attempt in range(5):
         os.environ["KFP_RUN_ID"] = f"{pod}-{attempt}"
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        if race(f"{pod}-{attempt}", remote, folder):
+        if race(f"{pod}-{attempt}", remote, folder, python):
             return
     pytest.fail("they never came at once, which shows nothing")
 
 
-def race(pod: str, remote: mlflow.MlflowClient, folder: Path) -> bool:
+def race(
+    pod: str, remote: mlflow.MlflowClient, folder: Path, python: Callable[..., list[str]]
+) -> bool:
     """Whether several made a parent, of which one is left."""
     names = [f"step-{i}" for i in range(3)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACER, name, str(folder)], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(python("-c", RACER, name, folder), stdout=subprocess.PIPE, text=True)
         for name in names
     ]
     deadline = time.monotonic() + 300
@@ -249,10 +249,10 @@ def test_an_early_end_after_nothing_but_cached_steps_is_told(
 
 
 def test_the_run_of_a_rank_that_was_killed_is_ended_by_its_launcher(
-    pod: str, remote: mlflow.MlflowClient
+    pod: str, remote: mlflow.MlflowClient, python: Callable[..., list[str]]
 ) -> None:
     code = "import os\nfrom flagscale import tracking\nwith tracking.step_run('distil', {}):\n"
-    subprocess.run([sys.executable, "-c", f"{code}    os.kill(os.getpid(), 9)"], timeout=300)
+    subprocess.run(python("-c", f"{code}    os.kill(os.getpid(), 9)"), timeout=300)
     assert parent(remote, pod).info.status == "RUNNING"
     tracking.step_failed("distil", "FAILED")
     tracking.step_failed("distil", "FAILED")  # as often as one likes
@@ -265,7 +265,7 @@ def test_the_run_of_a_rank_that_was_killed_is_ended_by_its_launcher(
 
 
 def test_a_step_that_is_refused_its_inputs_fails_the_pipelines_run(
-    pod: str, remote: mlflow.MlflowClient
+    pod: str, remote: mlflow.MlflowClient, python: Callable[..., list[str]]
 ) -> None:
     do("prepare-data")
     code = f"""
@@ -275,9 +275,7 @@ with step_process("evaluate", experiment="{EXPERIMENT}"):
     raise UserError("no dataset here")
 """
     del os.environ["MLFLOW_EXPERIMENT_NAME"]  # the component's argument names it
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
-    )
+    ended = subprocess.run(python("-c", code), capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert ended.stdout.splitlines()[0].endswith("evaluate: no dataset here")
     assert parent(remote, pod).info.status == "FAILED"

@@ -223,23 +223,32 @@ def test_a_server_that_comes_after_the_training_has_all_of_it(
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
-@needs_postgres
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=needs_postgres)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A database that outlives its server, and what the server is given to open it."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/mlflow.db", {}
+        return
+    password = secrets.token_hex(8)
+    with postgres(password) as port:
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow", {"PGPASSWORD": password}
+
+
 def test_a_server_that_is_killed_and_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the training too, while the server is away: it goes on from a checkpoint."""
     monkeypatch.setattr(tracking.run, "_LAST_SECONDS", {"KILLED": 0.1})
-    password, port = secrets.token_hex(8), free_port()
+    (database, variables), port = store, free_port()
     os.environ |= {
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "KFP_RUN_ID": "killed",
     }
-    with postgres(password) as database, ExitStack() as servers:
-        store = f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/mlflow"
+    with ExitStack() as servers:
 
         def serve() -> Server:
-            return servers.enter_context(served(store, tmp_path, port, PGPASSWORD=password))
+            return servers.enter_context(served(database, tmp_path, port, **variables))
 
         server = serve()
         with suppress(Interrupted):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -77,7 +77,9 @@ def assert_clean_files(*folders: Path) -> list[Path]:
     return files
 
 
-def test_a_step_tells_none(with_credentials: str, server_folder: Path, tmp_path: Path) -> None:
+def test_a_step_tells_none(
+    with_credentials: str, server_folder: Path, tmp_path: Path, python: Callable[..., list[str]]
+) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()
     environment = {
@@ -88,9 +90,8 @@ def test_a_step_tells_none(with_credentials: str, server_folder: Path, tmp_path:
         "FLAGSCALE_STEP_FOLDER": str(notes),
     }
     output = tmp_path / "output"
-    ended = subprocess.run(
-        [sys.executable, "-c", STEP, str(output)], env=environment, capture_output=True, timeout=300
-    )
+    command = python("-c", STEP, output)
+    ended = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     text = (ended.stdout + ended.stderr).decode()
     assert ended.returncode == 1
     assert_clean(text, "the log")

@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import docker
 import docker.errors
@@ -113,16 +116,16 @@ def test_what_the_steps_user_cannot_read_is_refused(tmp_path: Path) -> None:
 def test_a_step_without_outputs_has_not_ended_well(tmp_path: Path) -> None:
     """Whatever exit code KFP supposes of a container that is gone."""
     containers = Containers.__new__(Containers)  # the engine is not asked
-    containers._unfinished = None
+    containers._unfinished = False
     folder = tmp_path / "evaluate"
     folder.mkdir()
     (folder / "executor_output.json").write_text("{}")
-    assert containers.note_end("evaluate", {"results": folder / "results"})
+    assert containers.note_end({"results": folder / "results"})
     containers.check()
-    assert not containers.note_end("train", {"model": tmp_path / "train" / "model"})
-    with pytest.raises(RuntimeError, match="train left no outputs"):
+    assert not containers.note_end({"model": tmp_path / "train" / "model"})
+    with pytest.raises(RuntimeError, match="ended without a word"):
         containers.check()
-    assert not containers.note_end("train", {})
+    assert not containers.note_end({})
 
 
 @pytest.mark.parametrize(
@@ -136,21 +139,50 @@ def test_a_container_that_podman_is_removing_is_not_found(
     message: str, expected: type[docker.errors.APIError]
 ) -> None:
     """A real server's 500 through Docker's own client; KFP minds no 404."""
+    with (
+        answering(500, {"message": message}) as client,
+        gone_is_not_found(),
+        pytest.raises(docker.errors.APIError) as raised,
+    ):
+        client.api.inspect_container("12ab")
+    assert type(raised.value) is expected
+    assert raised.value.explanation == message
+
+
+@pytest.mark.parametrize("code", [0, 3, 137])
+def test_an_exit_code_is_the_containers(code: int) -> None:
+    with answering(200, {"StatusCode": code}) as client, gone_is_not_found():
+        container = client.containers.prepare_model({"Id": "12ab"})
+        assert container.wait()["StatusCode"] == code
+
+
+def test_the_code_of_a_container_that_goes_while_it_is_waited_for_is_not_the_steps() -> None:
+    """Podman's own answer: KFP would take the -1 for the step's, which may have ended well."""
+    message = "container has already been removed"
+    with answering(200, {"StatusCode": -1, "Error": {"Message": message}}) as client:
+        container = client.containers.prepare_model({"Id": "12ab"})
+        with gone_is_not_found(), pytest.raises(docker.errors.NotFound, match=message):
+            container.wait()
+        assert container.wait()["StatusCode"] == -1  # outside, Docker's client is its own
+
+
+@contextmanager
+def answering(status: int, values: dict[str, Any]) -> Iterator[docker.DockerClient]:
+    """A client of an engine that has one answer."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"message": message}).encode()
-            self.send_response(500)
+            body = json.dumps(values).encode()
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            self.do_GET()
+
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = docker.APIClient(f"tcp://127.0.0.1:{server.server_port}", version="1.41")
-        with gone_is_not_found(), pytest.raises(docker.errors.APIError) as raised:
-            client.inspect_container("12ab")
+        yield docker.DockerClient(f"tcp://127.0.0.1:{server.server_port}", version="1.41")
         server.shutdown()
-    assert type(raised.value) is expected
-    assert raised.value.explanation == message

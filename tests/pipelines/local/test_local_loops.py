@@ -4,16 +4,21 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
-from toy import toy, toy_sweep
+from toy import make, toy, toy_sweep
 
 from flagscale.recipe import load_recipe
 from pipelines.distillation import build_pipeline
-from pipelines.local.steps import Plan
+from pipelines.local.output import quiet_kfp
+from pipelines.local.step_cache import kfp_local
+from pipelines.local.steps import Plan, RunResult, Steps
+from pipelines.local.stopping import Stopper
 
 TOY = Path(__file__).with_name("toy.py")
 QUICK = {"steps": 2, "seconds": 0.01}
@@ -102,6 +107,40 @@ def test_a_signal_in_a_loop_stops_the_sweep_and_the_next_run_goes_on(runs: Path)
     assert code == 0, lines
     assert "[2/4] train (one) reused from cache" in told(lines)
     assert any(line.endswith(f" from step {step}") for line in lines)
+
+
+class Full:
+    """An observer who has no room for a note."""
+
+    def started(self, name: str) -> None:
+        raise OSError(f"no room for {name}")
+
+    def reused(self, name: str, outputs: Mapping[str, Path]) -> None:
+        raise AssertionError
+
+    def finished(self, name: str, outputs: Mapping[str, Path], gave_values: bool) -> None:
+        raise AssertionError
+
+
+def test_what_is_raised_in_a_loop_is_told(tmp_path: Path) -> None:
+    """KFP only logs it, and raises that the pipeline has failed."""
+    pipeline = dsl.pipeline(name="loop")(loop)
+    log = tmp_path / "run.log"
+    with (
+        quiet_kfp(log) as exceptions,
+        kfp_local(tmp_path / "artifacts", tmp_path / "cache", Full(), reuse=True),
+        pytest.raises(RuntimeError) as failed,
+    ):
+        pipeline()
+    steps = Steps(RunResult(tmp_path, ""), None, Stopper(), Plan(pipeline, {}))
+    told = str(steps.failure(failed.value, exceptions))
+    assert told == "the run ended after no step: no room for make"
+    assert "no room for make" in log.read_text()
+
+
+def loop() -> None:
+    with dsl.ParallelFor([{"fail": ""}, {"fail": "user"}], parallelism=1) as item:
+        make(fail=item.fail)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +186,7 @@ def workers(tmp_path_factory, fork_server):
     faults, kills = folders = [tmp_path_factory.mktemp(name) for name in names]
     processes = (
         start(faults, *fork_server.command(2, HERE / "fault_worker.py")),
-        start(kills, sys.executable, "-W", "ignore", HERE / "kill_worker.py"),
+        start(kills, *fork_server.python(HERE / "kill_worker.py")),
     )
     yield dict(zip(names, zip(folders, processes, strict=True), strict=True))
     for process in processes:
