@@ -100,9 +100,10 @@ sizes: $(VENV)/.test  ## measure what ranks hold, renew the tables of docs/sizes
 	RENEW_TABLE=1 $(BIN)/python -m pytest tests/flagscale/sizes
 	$(BIN)/python -m pipelines.sizes_document
 
-bench: $(VENV)/.run  ## measure side by side what docs/benchmarks.md reports
+bench: $(VENV)/.run build/peers/.installed  ## measure side by side what docs/benchmarks.md reports, and what others take for it
 	$(BIN)/python benchmarks/kd_loss.py
-	$(BIN)/python benchmarks/output_layer.py
+	$(BIN)/python benchmarks/output_layer.py --peers build/peers
+	$(BIN)/python benchmarks/training_step.py build/training-step --peers build/peers
 	$(BIN)/python benchmarks/intermediate_terms.py
 	$(BIN)/python benchmarks/data_loader.py
 	$(BIN)/python benchmarks/teacher_outputs.py
@@ -113,6 +114,11 @@ lock: $(VENV)/.test  ## renew constraints.txt from what is installed
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) $(RUNS) build
+
+# TRL and Liger, which only benchmarks import: not in the environment.
+build/peers/.installed: benchmarks/peers-requirements.txt | $(VENV)/.run
+	$(PIP) install -qq --no-deps --upgrade --target $(@D) --requirement $<
+	touch $@
 
 build/tiny-teacher/config.json: tests/tiny_teacher.py | $(VENV)/.run
 	$(BIN)/python tests/tiny_teacher.py build/tiny-teacher

@@ -1,6 +1,6 @@
 """A step of the whole training loop against TRL's `GKDTrainer` and a plain transformers loop.
 
-    python benchmarks/training_step.py FOLDER [--recipe R] [--steps 20] [--trl FOLDER_WITH_TRL]
+    python benchmarks/training_step.py FOLDER [--recipe R] [--steps 20] [--peers FOLDER_WITH_TRL]
     python benchmarks/training_step.py FOLDER --cases ours hidden sampled
 
 All train the recipe's student on the same batches, from the same weights, with the forward KL to
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=DEFAULT)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trl", type=Path, help="folder with trl, made by pip install --target")
+    parser.add_argument("--peers", type=Path, help="folder with TRL, made by pip install --target")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES[:4])
     parser.add_argument("--case", choices=("prepare", *CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([*command(options, "prepare")], check=True, stdout=sys.stderr)  # noqa: S603 - our own
-    cases = [case for case in options.cases if case != "trl" or options.trl]
+    cases = [case for case in options.cases if case != "trl" or options.peers]
     workers = {case: Worker(case, options) for case in cases}
     found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for step in range(options.steps + 1):
@@ -95,7 +95,7 @@ class Worker:
     def __init__(self, case: str, options: argparse.Namespace) -> None:
         paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         if case == "trl":
-            paths.append(str(options.trl))
+            paths.append(str(options.peers))
         # Threads that wait for their next share of work would take the cores from the others.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -368,7 +368,21 @@ def products(recipe: Recipe, folder: Path) -> Iterator[float]:
         return [m.weight for m in linear]
 
     inputs = {width: torch.randn(rows, width) for width in _widths(student) | _widths(teacher)}
+    config = teacher.config
+    heads, width = config.num_attention_heads, config.head_dim
+    queries_hnd = torch.randn(heads, rows, width)
+    keys_hnd = torch.randn(heads, rows // 2, width)  # on average as many as causality leaves
+    scores_hnn = torch.randn(heads, rows, rows // 2)
+    layers = teacher.config.num_hidden_layers + student.config.num_hidden_layers
     while True:
+        for _ in range(layers):
+            queries_hnd @ keys_hnd.mT
+            scores_hnn @ keys_hnd
+        for _ in range(student.config.num_hidden_layers):  # gradients: of scores and of all three
+            queries_hnd @ keys_hnd.mT
+            scores_hnn @ keys_hnd
+            scores_hnn.mT @ queries_hnd
+            scores_hnn.mT @ queries_hnd
         for weight in shapes(teacher):
             inputs[weight.shape[1]] @ weight.T
         for weight in shapes(student):

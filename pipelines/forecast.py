@@ -195,7 +195,7 @@ def _trainings(run: Path) -> Iterator[tuple[str, Trained]]:
 
 
 def _samples(folder: Path, steps: int) -> dict[str, dict[float, float]]:
-    from flagscale.steps.rung import SAMPLE_LOSSES
+    from flagscale.steps.search.rung import SAMPLE_LOSSES
 
     if not (folder / SAMPLE_LOSSES).is_file():
         return {}

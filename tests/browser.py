@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,15 +63,40 @@ class Browser:
             ground = self.value("getComputedStyle(document.body).color")
             is_dark = ground == "rgb(232, 237, 243)"
             assert is_dark == ((media, scheme) == ("screen", "dark")), f"{ground} in {media}"
-        asked = {event["params"]["request"]["url"] for event in self._named("requestWillBeSent")}
-        assert asked == {page.as_uri()}, asked
-        complaints = ("consoleAPICalled", "exceptionThrown", "entryAdded")
-        found = [event for name in complaints for event in self._named(name)]
-        assert found == [], found
+        assert self.asked == {page.as_uri()}, self.asked
+        assert self.complaints == [], self.complaints
+
+    def open(self, url: str, until: str) -> None:
+        """Show a page of somebody else's on a desk.
+
+        Args:
+            url: of the page.
+            until: what is true in it when it is there, in JavaScript.
+        """
+        self._events.clear()
+        shape = {"width": _DESK, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        self._do("Emulation.setDeviceMetricsOverride", **shape)
+        self._do("Page.navigate", url="about:blank")  # or only what follows the # would change
+        self._do("Page.navigate", url=url)
+        deadline = time.monotonic() + 300
+        while not self.value(until):
+            assert time.monotonic() < deadline, self.value("document.body.innerText")
+            time.sleep(0.2)
+
+    @property
+    def asked(self) -> set[str]:
+        """URLs of all that the page has loaded."""
+        return {event["params"]["request"]["url"] for event in self._named("requestWillBeSent")}
+
+    @property
+    def complaints(self) -> list[dict[str, Any]]:
+        """What the console and the log say."""
+        names = ("consoleAPICalled", "exceptionThrown", "entryAdded")
+        return [event["params"] for name in names for event in self._named(name)]
 
     def value(self, expression: str) -> Any:
-        """Of JavaScript, in the page."""
-        return self._do("Runtime.evaluate", expression=expression)["result"]["value"]
+        """Of JavaScript, in the page; None where it raises."""
+        return self._do("Runtime.evaluate", expression=expression)["result"].get("value")
 
     def _named(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self._events if event["method"].endswith(f".{name}")]

@@ -11,10 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from flagscale.recipe import DataRecipe, StudentRecipe, TeacherRecipe
+from tests.flagscale.fork_server import ForkServer
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 # Threads of tiny models wait for each other longer than they work, above all on a busy machine.
 # Before torch is imported; child processes inherit it.
@@ -83,6 +88,16 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    from browser import PROGRAM, browsed
+
+    if PROGRAM is None and os.environ.get("CI") != "true":  # there it must be
+        pytest.skip("needs Chromium (Debian: chromium)")
+    with browsed(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what is made once, whatever the number of workers: nobody changes it."""
     base = tmp_path_factory.getbasetemp()
@@ -93,16 +108,47 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """The folder, made by the worker that comes first; the others wait for it."""
-    with folder.with_suffix(".lock").open("w") as lock:
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """A folder or file, made by the worker that comes first; the others wait for it."""
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder.with_suffix(".done")
+        done = path.with_suffix(".done")
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
-            make(folder)
+            shutil.rmtree(path, ignore_errors=True)  # of a worker that failed
+            make(path)
             done.touch()
-    return folder
+    return path
+
+
+@pytest.fixture(scope="session")
+def made_store(artifacts: Path) -> Path:
+    """A database with MLflow's tables, which take a second to make, and nothing in it."""
+
+    def make(path: Path) -> None:
+        import mlflow
+
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+
+    return made_once(artifacts / "empty.db", make)
+
+
+@pytest.fixture
+def empty_store(made_store: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(made_store, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("fork-server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def python(fork_server: ForkServer) -> Callable[..., list[str]]:
+    """The command of a Python that has imported what steps import: `python("-c", CODE, ...)`."""
+    return fork_server.python
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from flagscale.megatron.onednn import is_onednns, product
@@ -82,6 +86,29 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
+class _OnOneDevice(ProcessGroupGloo):
+    """A group on the gloo device that all groups of a process share.
+
+    Each group otherwise makes its own, with a thread that wakes up 100 times a second and takes
+    10 ms to end; Megatron-Core makes 21 groups.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = _gloo_devices(os.getpid())  # of a fork others: threads stay behind
+        options._timeout = timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_devices(_process: int) -> list[ProcessGroupGloo.Device]:
+    """As torch itself chooses them."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    if names is None:
+        return [ProcessGroupGloo.create_default_device()]
+    return [ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+
+
 class _GradientAccumulation:
     """Apex' products that add to a weight's gradient: one buffer and two passes over it less."""
 
@@ -136,6 +163,7 @@ def cuda_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(layers, accumulation))
         dispatch = {"all_to_all_single": _with_lists(torch.distributed.all_to_all_single)}
         stack.enter_context(_replaced(torch.distributed, dispatch))
+        stack.enter_context(_replaced(distributed_c10d, {"ProcessGroupGloo": _OnOneDevice}))
         if not hasattr(moe_utils, "te_general_gemm"):
             # Megatron-Core 0.16.1 names it without transformer-engine too.
             stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))

@@ -31,8 +31,8 @@ from flagscale.models.outputs_bias import SAMPLES, STUDENT, measured_bias
 from flagscale.models.token_progress import TokenProgress
 from flagscale.recipe import MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_facts import DTYPES, check_room, outputs_facts
-from flagscale.steps.outputs_mirror import OutputsMirror
+from flagscale.steps.outputs.facts import DTYPES, check_room, outputs_facts
+from flagscale.steps.outputs.mirror import OutputsMirror
 from flagscale.teacher_outputs import KIND, OutputsFacts, OutputsWriter, codec_of
 from flagscale.tracking import Split
 from flagscale.train.checkpoints import mirror

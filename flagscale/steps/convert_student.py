@@ -33,14 +33,14 @@ from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.quantization import FORMATS
-from flagscale.steps.conversion_audit import prove, record_audit
-from flagscale.steps.describe_student import describe_student
-from flagscale.steps.layer_choice import needs, record
-from flagscale.steps.make_student import make_student
-from flagscale.steps.narrowing import check_pruning, record_narrowing
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.pretrained_student import check_pretrained, open_student, pretrained_folder
-from flagscale.steps.quantize_student import check_quantization, quantization_figures, quantize
+from flagscale.steps.student.audit import prove, record_audit
+from flagscale.steps.student.describe import describe_student
+from flagscale.steps.student.layer_choice import needs, record
+from flagscale.steps.student.make import make_student
+from flagscale.steps.student.narrowing import check_pruning, record_narrowing
+from flagscale.steps.student.pretrained import check_pretrained, open_student, pretrained_folder
+from flagscale.steps.student.quantize import check_quantization, quantization_figures, quantize
 from flagscale.tracking import Split
 
 logger = logging.getLogger(__name__)

@@ -26,16 +26,16 @@ from flagscale.megatron.user_buffers import user_buffers
 from flagscale.models.megatron import WEIGHTS
 from flagscale.post_training.export import plain_student
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.steps.candidate import write_candidate
-from flagscale.steps.file_check import files_checked
-from flagscale.steps.fingerprint import fingerprint, sections
-from flagscale.steps.observers import observer
 from flagscale.steps.on_ranks import tracked, written
-from flagscale.steps.outputs_check import check_outputs, outputs_to_read
+from flagscale.steps.outputs.check import check_outputs, outputs_to_read
 from flagscale.steps.recording import record_distilled, watched
-from flagscale.steps.rung import Rung
-from flagscale.steps.samples_check import check_met
-from flagscale.steps.training_check import check_training
+from flagscale.steps.search.candidate import write_candidate
+from flagscale.steps.search.rung import Rung
+from flagscale.steps.training.checks import check_training
+from flagscale.steps.training.file_check import files_checked
+from flagscale.steps.training.fingerprint import fingerprint, sections
+from flagscale.steps.training.observers import observer
+from flagscale.steps.training.samples_check import check_met
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.teacher_outputs import KIND, TeacherOutputs
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState, mirror

@@ -14,10 +14,10 @@ from flagscale.execution.trainjob.manifest import Nodes
 from flagscale.execution.trainjob.nodes import NodePods, processes_per_node, shared_folder
 from flagscale.execution.trainjob.run import job_name, run_on_nodes
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.steps.fingerprint import fingerprint, sections
-from flagscale.steps.outputs_check import check_outputs, outputs_to_read
-from flagscale.steps.rung import Rung
-from flagscale.steps.training_check import check_training
+from flagscale.steps.outputs.check import check_outputs, outputs_to_read
+from flagscale.steps.search.rung import Rung
+from flagscale.steps.training.checks import check_training
+from flagscale.steps.training.fingerprint import fingerprint, sections
 from flagscale.teacher_outputs import KIND, TeacherOutputs
 
 _STEP = "distil-student"

@@ -23,9 +23,9 @@ from flagscale.models.megatron import load_model
 from flagscale.models.student_shape import num_layers
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import ModelsRecipe, StudentRecipe
-from flagscale.steps.layer_choice import calibration_text
-from flagscale.steps.measured_layers import FILE, KIND, as_file, asked_by, measure
 from flagscale.steps.on_ranks import tracked, written
+from flagscale.steps.student.layer_choice import calibration_text
+from flagscale.steps.student.measured_layers import FILE, KIND, as_file, asked_by, measure
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from flagscale.recipe import StudentRecipe, TrainingRecipe, parse_section
 from flagscale.recipe.search import LOSSES, RankingRecipe
 from flagscale.shared.store import ObjectStore, is_url
 from flagscale.steps.leaderboard import changes
-from flagscale.steps.rung import SAMPLE_LOSSES
+from flagscale.steps.search.rung import SAMPLE_LOSSES
 from flagscale.tracking.candidates import log_candidates
 
 logger = logging.getLogger(__name__)

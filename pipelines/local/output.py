@@ -13,7 +13,7 @@ from typing import TextIO
 from flagscale.secrets import masked
 
 _INDENT = "    "
-_EXCEPTION = " failed with exception: "
+_EXCEPTION, _STATUS = " failed with exception: ", " finished with status "
 _NOISE = re.compile(r"^-{20,}$|Wrote executor output file to|^Found image '")
 
 
@@ -59,14 +59,16 @@ class _KfpFilter(logging.Filter):
         stream: the file.
 
     Attributes:
-        exceptions: those of loops' tasks. They are nowhere else: one ends the loop, and the
-            pipeline then says that it failed, and not of what.
+        exceptions: those of loops' tasks, but for what follows from a step that failed. They are
+            nowhere else: one ends the loop, and the pipeline then says that it failed, and not of
+            what.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.exceptions: list[str] = []
         self._stream = stream
+        self._has_failed = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether it is not KFP's."""
@@ -77,8 +79,9 @@ class _KfpFilter(logging.Filter):
             self._stream.write(f"kfp: {message}\n")
             self._stream.flush()
         _, of_a_task, exception = message.partition(_EXCEPTION)
-        if of_a_task:
+        if of_a_task and not self._has_failed:
             self.exceptions.append(exception)
+        self._has_failed |= record.levelno >= logging.ERROR and _STATUS in message
         return False
 
 

@@ -56,6 +56,7 @@ class StepCache(kfp_cache.LocalCache):
         self._observer = observer
         self._reuse = reuse
         self._names: dict[str, str] = {}
+        self._unnoted: Exception | None = None
 
     def compute_key(self, component_name: str, *args: Any, **options: Any) -> str:  # noqa: ANN401
         """KFP's own key; remembers which step it belongs to."""
@@ -65,6 +66,7 @@ class StepCache(kfp_cache.LocalCache):
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Outputs of an earlier, equal step if they are still what it wrote; else None."""
+        self.check()
         name = self._names[key]
         reuse = self._reuse and name not in _NEVER_REUSED
         outputs = super().get(key) if reuse else None
@@ -82,7 +84,16 @@ class StepCache(kfp_cache.LocalCache):
         if outputs:
             super().put(key, outputs)
         paths = _paths(outputs)
-        self._observer.finished(self._names[key], paths, len(outputs) > len(paths))
+        try:
+            self._observer.finished(self._names[key], paths, len(outputs) > len(paths))
+        except Exception as error:
+            self._unnoted = error  # KFP takes it for the cache's, and goes on
+            raise
+
+    def check(self) -> None:
+        """Raise what `finished` has raised."""
+        if self._unnoted is not None:
+            raise self._unnoted
 
 
 @contextmanager
@@ -103,12 +114,14 @@ def kfp_local(
         cache_root=str(cache_root),
     )
     # KFP has no setting for the cache's class; the version is pinned and a test runs this.
-    kfp_cache._cache_singleton = StepCache(str(cache_root), observer, reuse)
+    cache = StepCache(str(cache_root), observer, reuse)
+    kfp_cache._cache_singleton = cache
     # By KFP's own spelling of the path: under another one it would use a cache of its own making,
     # and nobody would be told of any step.
     kfp_cache._cache_singleton_root = local.config.LocalExecutionConfig.instance.cache_root
     try:
         yield
+        cache.check()  # of the last step
     finally:
         kfp_cache.reset_local_cache_singleton()
         local.config.LocalExecutionConfig.instance = None

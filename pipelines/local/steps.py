@@ -24,6 +24,7 @@ from pipelines.outcome import WITHOUT_A_WORD, StepFailed, duration
 logger = logging.getLogger(__name__)
 
 _NOTE = "step.json"  # beside a step's outputs: who made them, for runs that reuse them
+_PASSES_ON = "pick-candidate"  # what it points to is another step's, and linked as that step's
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class Steps:
         key, variant = self._plan.turn(name)
         self._plan.ended(name)
         self._result.steps[key] = StepResult(seconds, reused, outputs, variant)
-        for output, path in outputs.items():
+        for output, path in outputs.items() if step_of(name) != _PASSES_ON else ():
             # `distilled_student-2` is of a sweep's second variant.
             (self._result.folder / f"{output}{key.removeprefix(step_of(name))}").symlink_to(path)
 

@@ -3,7 +3,6 @@ with troubles."""
 
 import logging
 import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,21 +21,6 @@ def runtime() -> Iterator[None]:
 
     with platform.runtime():
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_gloo_device() -> None:
-    if "torch" in sys.modules:  # or no test of this session needs it
-        from tests.flagscale import gloo_device
-
-        gloo_device.share()
-
-
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("fork-server"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,12 +43,6 @@ def torchrun(fork_server: ForkServer) -> Callable[..., object]:
         return subprocess.run(fork_server.command(processes, *what), check=True, **more)
 
     return run
-
-
-@pytest.fixture
-def python(fork_server: ForkServer) -> Callable[..., list[str]]:
-    """The command of a Python that has imported what steps import: `python("-c", CODE, ...)`."""
-    return fork_server.python
 
 
 @pytest.fixture(scope="session")

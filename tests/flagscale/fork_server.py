@@ -63,14 +63,17 @@ class ForkServer:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._process = subprocess.Popen(command, **pipes)
             assert self._process.stdout.readline() == b"ready\n"
-        client = [sys.executable, "-I", "-S", __file__, self._socket, ranks, *what]
-        return [*map(str, client)]
+        return _client(self._socket, ranks, *what)
 
     def close(self) -> None:
         """End it; its ranks end with those that wait for them."""
         if self._process is not None:
             self._process.stdin.close()
             self._process.wait()
+
+
+def _client(path: object, ranks: int, *what: object) -> list[str]:
+    return [*map(str, (sys.executable, "-I", "-S", __file__, path, ranks, *what))]
 
 
 def serve(path: str) -> None:
@@ -80,7 +83,8 @@ def serve(path: str) -> None:
 
     for name in PRELOADED:
         importlib.import_module(name)
-    importlib.import_module("gloo_device").share()
+    loader = importlib.import_module("flagscale.models.fresh_process")
+    loader.python = lambda: _client(path, 0, "-I")
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who serve
     with socket.socket(socket.AF_UNIX) as listener:

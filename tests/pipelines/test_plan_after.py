@@ -13,7 +13,7 @@ from flagscale.artifacts import new_artifact, write_json
 from flagscale.errors import UserError
 from flagscale.evaluation.forecast.learning_rates import learning_rates
 from flagscale.recipe import Recipe, load_recipe
-from flagscale.steps.rung import SAMPLE_LOSSES
+from flagscale.steps.search.rung import SAMPLE_LOSSES
 from pipelines.__main__ import main
 from pipelines.forecast import find, forecasts, stretched
 

@@ -56,7 +56,7 @@ def distil_student(
         )
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student import distil_student
-        from flagscale.steps.rung import Rung
+        from flagscale.steps.search.rung import Rung
 
         figures = distil_student(
             step.section(DistillationRecipe, distillation_recipe),

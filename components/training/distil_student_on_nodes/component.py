@@ -63,7 +63,7 @@ def distil_student_on_nodes(
         )
         from flagscale.recipe.search import OfManyRecipe
         from flagscale.steps.distil_student_on_nodes import distil_student_on_nodes
-        from flagscale.steps.rung import Rung
+        from flagscale.steps.search.rung import Rung
 
         figures = distil_student_on_nodes(
             step.section(DistillationRecipe, distillation_recipe),

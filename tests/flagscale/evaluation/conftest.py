@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import PROGRAM, Browser, browsed
 
 from flagscale.artifacts import new_artifact, write_json
 from flagscale.evaluation import METRICS, PER_DOCUMENT
@@ -49,14 +47,6 @@ def write_evaluation(folder: Path, fidelity: Fidelity, seq_length: int = 32) -> 
         lines = [json.dumps(row) + "\n" for row in fidelity.rows()]
         (staging.path / PER_DOCUMENT).write_text("".join(lines))
     return folder
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if PROGRAM is None and os.environ.get("CI") != "true":  # there it must be
-        pytest.skip("needs Chromium (Debian: chromium)")
-    with browsed(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from kubeflow_trainer_api import models
 from flagscale.execution.trainjob import status
 from flagscale.execution.trainjob.status import TrainJobStatus
 from flagscale.recipe import TrainingRecipe
-from flagscale.steps.observers import observer
+from flagscale.steps.training.observers import observer
 from flagscale.tracking import StepRun
 from flagscale.train.checkpoints import TrainingState
 

@@ -58,6 +58,18 @@ def test_no_groups_threads_are_left():
     assert not threads() - before
 
 
+def test_groups_share_a_device():
+    """One thread for what arrives, not one a group: each wakes up 100 times a second."""
+
+    def threads():
+        tasks = Path("/proc/self/task").iterdir()
+        return sum((task / "comm").read_text() == "gloo_tcp_loop\n" for task in tasks)
+
+    before = threads()
+    with platform.runtime():
+        assert threads() <= before + 1
+
+
 def test_seed_decides_the_random_numbers():
     def draw(seed):
         with platform.runtime(seed):

@@ -49,7 +49,11 @@ def steps(folder: Path, source: Path, dataset: Path, sizes: dict[str, int]) -> d
         folder / name for name in ("teacher", "student", "distilled", "evaluation")
     )
     training = TrainingRecipe(
-        train_iters=1, lr=1e-4, parallelism=models.sizes, save_interval_minutes=None
+        train_iters=1,
+        eval_iters=1,
+        lr=1e-4,
+        parallelism=models.sizes,
+        save_interval_minutes=None,
     )
     return {
         "prepare-teacher": lambda: prepare_teacher.prepare_on_rank(

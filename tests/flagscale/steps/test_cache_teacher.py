@@ -21,8 +21,8 @@ from flagscale.errors import Interrupted, UserError
 from flagscale.execution.launch import run_on_ranks
 from flagscale.recipe import LayoutRecipe, MetRecipe, ModelsRecipe, TeacherOutputsRecipe
 from flagscale.shared.store import ObjectStore
-from flagscale.steps import outputs_mirror
 from flagscale.steps.cache_teacher import Paths, cache_teacher
+from flagscale.steps.outputs import mirror as outputs_mirror
 from flagscale.teacher_outputs import Hidden, OutputsWriter, SparseTargets, TeacherOutputs
 
 MET = MetRecipe(train=((1, 9), (2, 4)), validation=3)

@@ -247,7 +247,7 @@ def test_a_student_of_other_layers_than_asked_for_is_refused(
     def shallower(shape, *where):
         return build_model(replace(shape, num_layers=shape.num_layers - 1), *where)
 
-    monkeypatch.setattr("flagscale.steps.make_student.build_model", shallower)
+    monkeypatch.setattr("flagscale.steps.student.make.build_model", shallower)
     with pytest.raises(UserError, match="has 1 layers, but must have 2"):
         convert_student(
             StudentRecipe(init="scratch", num_layers=2), teacher, dataset, tmp_path / "student"

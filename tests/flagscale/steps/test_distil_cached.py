@@ -22,8 +22,8 @@ from flagscale.recipe import (
 from flagscale.shared import Pointer
 from flagscale.steps import distil_student as step
 from flagscale.steps.cache_teacher import cache_teacher
-from flagscale.steps.outputs_check import check_outputs, outputs_to_read
-from flagscale.steps.rung import SAMPLE_LOSSES, Rung
+from flagscale.steps.outputs.check import check_outputs, outputs_to_read
+from flagscale.steps.search.rung import SAMPLE_LOSSES, Rung
 
 TRAINING = TrainingRecipe(
     train_iters=4,

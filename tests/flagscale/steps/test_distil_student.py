@@ -88,10 +88,10 @@ def test_checkpoints_go_when_the_artifact_is_there(uninterrupted):
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_started_again_gives_the_same_losses(
-    inputs, uninterrupted, tmp_path, python, kill
+    inputs, uninterrupted, empty_store, tmp_path, python, kill
 ):
     """SIGTERM as a local run and a TrainJob's pods hear it; a step in a pod of KFP never does."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{empty_store}"
     env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "KFP_RUN_ID": "a-b", "MLFLOW_RUN_ID": ""}
     paths = [*inputs, tmp_path / "checkpoints", tmp_path / "distilled"]
     (tmp_path / "process.py").write_text(PROCESS)
@@ -137,7 +137,7 @@ def wait_for(condition, process):
 
 def test_another_recipe_does_not_resume(inputs, tmp_path):
     """Only checkpoints of the very same training count."""
-    from flagscale.steps.fingerprint import fingerprint
+    from flagscale.steps.training.fingerprint import fingerprint
 
     parents = {"teacher": open_artifact(inputs[0], "teacher")}
 

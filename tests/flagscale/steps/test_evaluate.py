@@ -157,10 +157,10 @@ def test_refuses_artifacts_of_different_runs(artifacts: Path, tmp_path: Path) ->
 
 
 def test_another_students_evaluation_is_other_work(
-    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the recipe's section is the same in all variants of a sweep."""
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{empty_store}")
     experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
     injected = client.create_run(experiment).info.run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)

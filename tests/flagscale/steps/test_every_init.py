@@ -28,8 +28,8 @@ from flagscale.models.source import load_hf_config
 from flagscale.models.student_shape import student_shape
 from flagscale.models.targets import meet_targets
 from flagscale.recipe import SourceRecipe, StudentRecipe
-from flagscale.steps.describe_student import describe_student
-from flagscale.steps.make_student import make_student
+from flagscale.steps.student.describe import describe_student
+from flagscale.steps.student.make import make_student
 
 TOKENS = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(0))
 ROWS = 1040  # of every model's vocabulary; the tokenizer has 1000 tokens

@@ -73,7 +73,7 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         workers=1,
     )
     training = TrainingRecipe(train_iters=2, lr=1e-3, eval_interval=2, eval_iters=1)
-    evaluation = EvaluationRecipe(max_documents=4, bootstrap_samples=100)
+    evaluation = EvaluationRecipe(max_documents=4, max_document_tokens=128, bootstrap_samples=100)
     dataset, teacher, student, distilled, evaluated = (
         folder / name for name in ("dataset", "teacher", "student", "distilled", "evaluation")
     )
@@ -293,7 +293,7 @@ def with_experts(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     distil_student(
         DistillationRecipe(), training, teacher, made, dataset, folder / "saved", distilled
     )
-    evaluation = EvaluationRecipe(max_documents=4, bootstrap_samples=100)
+    evaluation = EvaluationRecipe(max_documents=4, max_document_tokens=128, bootstrap_samples=100)
     evaluate(evaluation, teacher, made, distilled, dataset, evaluated)
     return Run(distilled=distilled, evaluation=evaluated, student=made)
 

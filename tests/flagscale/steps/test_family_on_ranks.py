@@ -106,7 +106,12 @@ def runs(source: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
                 DistillationRecipe(), training, teacher, student, dataset, folder / "c", distilled
             ),
             "evaluation": evaluate(
-                EvaluationRecipe(max_documents=4, bootstrap_samples=100, prompts=("The",)),
+                EvaluationRecipe(
+                    max_documents=4,
+                    max_document_tokens=128,
+                    bootstrap_samples=100,
+                    prompts=("The",),
+                ),
                 *(teacher, student, distilled, dataset, folder / "evaluation"),
                 models,
             ),

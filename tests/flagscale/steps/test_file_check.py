@@ -9,9 +9,9 @@ from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
 from flagscale.megatron import platform
 from flagscale.recipe import DistillationRecipe, TrainingRecipe
-from flagscale.steps import file_check
 from flagscale.steps.distil_student import distil_student
-from flagscale.steps.file_check import files_checked
+from flagscale.steps.training import file_check
+from flagscale.steps.training.file_check import files_checked
 
 
 @pytest.fixture

@@ -134,9 +134,9 @@ def test_what_does_not_fit_together_is_refused(results: list[Path], tmp_path: Pa
 
 
 def test_mlflow_has_a_child_for_each_variant(
-    results: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results: list[Path], empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{empty_store}"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
     parent = client.create_run(experiment, run_name="r").info.run_id

@@ -9,9 +9,9 @@ from flagscale.artifacts import open_artifact
 from flagscale.errors import UserError
 from flagscale.execution.absent import write_absent
 from flagscale.recipe import ReconstructionRecipe, StudentRecipe
-from flagscale.steps import measured_layers
 from flagscale.steps.convert_student import convert_student
 from flagscale.steps.measure_layers import measure_layers
+from flagscale.steps.student import measured_layers
 
 TEXT = {"calibration_tokens": 130}
 THREE = StudentRecipe(num_layers=3, layer_importance="kl", **TEXT)

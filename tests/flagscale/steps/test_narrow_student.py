@@ -15,7 +15,7 @@ from flagscale.models.megatron import load_model
 from flagscale.recipe import LayoutRecipe, ModelsRecipe, StudentRecipe
 from flagscale.sizes.use import parameters_in_use
 from flagscale.steps.convert_student import convert_student
-from flagscale.steps.narrowing import WIDTH_IMPORTANCE
+from flagscale.steps.student.narrowing import WIDTH_IMPORTANCE
 
 PIPELINE = ModelsRecipe(parallelism=LayoutRecipe(pipeline_model_parallel_size=2))
 TENSOR = ModelsRecipe(parallelism=LayoutRecipe(tensor_model_parallel_size=2))

@@ -154,7 +154,9 @@ def test_it_is_trained_and_comes_out_in_transformers(
     lines = (distilled / "validation.jsonl").read_text().splitlines()
     losses = [json.loads(line)["logits distillation loss"] for line in lines]
     assert losses[-1] < losses[0]
-    measured = EvaluationRecipe(max_documents=4, bootstrap_samples=100, prompts=("The",))
+    measured = EvaluationRecipe(
+        max_documents=4, max_document_tokens=128, bootstrap_samples=100, prompts=("The",)
+    )
     evaluate(measured, teacher, converted, distilled, dataset, evaluation)
     figures = export_student(ExportRecipe(), distilled, evaluation, exported)
     assert figures["max_logit_difference"] <= 1e-5

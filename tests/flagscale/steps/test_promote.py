@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,19 +72,11 @@ def make(folder: Path, kl: float = 0.8) -> Student:
     return Student(folder)
 
 
-@pytest.fixture(scope="module")
-def made_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, which take seconds to make."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def registry(
-    made_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> mlflow.MlflowClient:
-    uri = f"sqlite:///{shutil.copy(made_store, tmp_path)}"
+    uri = f"sqlite:///{empty_store}"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

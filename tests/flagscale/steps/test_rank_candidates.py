@@ -17,7 +17,7 @@ from flagscale.recipe.search import RankingRecipe
 from flagscale.shared import Pointer, fetch, read_pointer
 from flagscale.steps.pick_candidate import pick_candidate
 from flagscale.steps.rank_candidates import rank_candidates
-from flagscale.steps.rung import SAMPLE_LOSSES
+from flagscale.steps.search.rung import SAMPLE_LOSSES
 
 KL = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.9}
 CANDIDATES = [
@@ -175,9 +175,9 @@ def test_what_cannot_be_ranked_is_refused(first: Path, tmp_path: Path) -> None:
 
 
 def test_mlflow_has_a_child_for_each_candidate_with_its_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{empty_store}"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=str(tmp_path / "store"))
     parent = client.create_run(experiment, run_name="r").info.run_id

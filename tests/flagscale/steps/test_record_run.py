@@ -17,10 +17,10 @@ from tests.flagscale.tracking.kfp_plugin import below, pod, roots, tree
 
 
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.MlflowClient]:
+def client(empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.MlflowClient]:
     """Of the store that the steps track to, in a pod of the KFP run `second`."""
     monkeypatch.setattr(kfp_run, "_SETTLE_SECONDS", 0.05)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{empty_store}"
     given = {"KFP_RUN_ID": "second", "FLAGSCALE_MLFLOW_TRACKING_URI": uri}
     with pod(given):
         yield mlflow.MlflowClient(uri)

@@ -9,7 +9,7 @@ from flagscale.artifacts import open_artifact
 from flagscale.recipe import DistillationRecipe, TasksRecipe, TrainingRecipe
 from flagscale.shared import Pointer
 from flagscale.steps.distil_student import distil_student
-from flagscale.steps.rung import SAMPLE_LOSSES, Rung
+from flagscale.steps.search.rung import SAMPLE_LOSSES, Rung
 
 TRAINING = TrainingRecipe(
     train_iters=6,

@@ -1,7 +1,6 @@
 """A real tracking server, and an environment without anybody's tracking."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,20 +39,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(runs: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(f"sqlite:///{runs}/mlflow.db")
-
-
-@pytest.fixture(scope="session")
-def made_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, which take seconds to make, and nothing in it."""
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def empty_store(made_store: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copy(made_store, tmp_path / "mlflow.db"))
 
 
 @pytest.fixture(scope="session")

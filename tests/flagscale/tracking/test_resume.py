@@ -11,7 +11,7 @@ import pytest
 from flagscale import tracking
 from flagscale.errors import Interrupted
 from flagscale.recipe import TrainingRecipe
-from flagscale.steps.observers import observer
+from flagscale.steps.training.observers import observer
 from flagscale.tracking import kfp_run
 from flagscale.train.checkpoints import TrainingState
 

@@ -1,5 +1,6 @@
 """`status` and `--wait` end in MLflow what a run that was killed on the cluster left open there."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,13 +23,15 @@ def no_inherited_tracking(monkeypatch: pytest.MonkeyPatch, nothing_left_behind: 
 
 
 @pytest.fixture
-def client(kfp: KfpServer, tmp_path: Path) -> mlflow.MlflowClient:
+def client(
+    kfp: KfpServer, empty_store: Path, python: Callable[..., list[str]]
+) -> mlflow.MlflowClient:
     """Of a store in which the training of KFP's run `run-1` still reads RUNNING."""
     kfp.runs["run-1"] = api.V2beta1Run(
         run_id="run-1", display_name="one", created_at=datetime.now(UTC)
     )
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    is_killed({"KFP_RUN_ID": "run-1", "FLAGSCALE_MLFLOW_TRACKING_URI": uri})
+    uri = f"sqlite:///{empty_store}"
+    is_killed(python, {"KFP_RUN_ID": "run-1", "FLAGSCALE_MLFLOW_TRACKING_URI": uri})
     return mlflow.MlflowClient(uri)
 
 

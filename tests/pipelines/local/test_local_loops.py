@@ -13,6 +13,7 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 from toy import make, toy, toy_sweep
 
+from flagscale.execution.notes import FOLDER_VARIABLE
 from flagscale.recipe import load_recipe
 from pipelines.distillation import build_pipeline
 from pipelines.local.output import quiet_kfp
@@ -192,3 +193,48 @@ def test_the_plan_counts_the_rungs_of_a_search() -> None:
     assert plan.turn("evaluate") == ("evaluate", "")
     assert turns(plan, "rank-candidates", 1) == [("rank-candidates-1", "")]
     assert plan.turn("rank-candidates-2") == ("rank-candidates-2", "")
+
+
+class Untracked:
+    """A run in MLflow of which nothing is kept."""
+
+    def reuse(self, *facts: object) -> None:
+        pass
+
+    def newest_child(self, step: str) -> None:
+        pass
+
+
+def test_a_student_that_is_picked_is_linked_as_what_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both steps have an output `student`, whether they run or are reused."""
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    plan = Plan(build_pipeline(load_recipe("recipes/tiny-search.yaml")), {})
+    result = RunResult(tmp_path / "run", "")
+    steps = Steps(result, Untracked(), Stopper(), plan)
+    converted = [tmp_path / f"convert-{number}" / "student" for number in range(6)]
+    picked = [tmp_path / f"pick-{number}" / "student" for number in range(2)]
+    for path in (result.folder, *converted, *picked):
+        path.mkdir(parents=True)
+    for path in converted:
+        steps.reused("convert-student", {"student": path})
+    steps.reused("pick-candidate", {"student": picked[0]})
+    steps.started("pick-candidate")
+    steps.finished("pick-candidate", {"student": picked[1]}, gave_values=False)
+    links = {path.name: path.resolve() for path in result.folder.iterdir() if path.is_symlink()}
+    assert links == {f"student-{number}": path for number, path in enumerate(converted, 1)}
+    assert list(result.steps)[-2:] == ["pick-candidate-1", "pick-candidate-2"]
+
+
+@pytest.mark.parametrize(("loop_ends", "told"), [(True, ["no room"]), (False, [])])
+def test_what_follows_from_a_step_that_failed_is_not_its_reason(
+    tmp_path: Path, loop_ends: bool, told: list[str]
+) -> None:
+    with quiet_kfp(tmp_path / "run.log") as exceptions:
+        code = "import logging\n" + "logging.error('Task a finished with status FAILURE')\n" * (
+            not loop_ends
+        )
+        code += "logging.error('Task loop failed with exception: no room')"
+        exec(compile(code, "/site-packages/kfp/local/some.py", "exec"))
+    assert exceptions == told

@@ -28,7 +28,7 @@ from flagscale.models.student_shape import layers_to_keep, num_layers
 from flagscale.recipe import StudentRecipe
 from flagscale.sizes.use import memory_in_use
 from flagscale.sizes.work import forward_flops
-from flagscale.steps.measured_layers import FILE, Measurement, measure, measured_before
+from flagscale.steps.student.measured_layers import FILE, Measurement, measure, measured_before
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from flagscale.artifacts import Manifest, Staging, write_json
 from flagscale.execution.launch import is_first_rank
 from flagscale.megatron.arguments import Arguments
-from flagscale.steps.candidate_tasks import task_losses
-from flagscale.steps.rung import SAMPLE_LOSSES, Rung
+from flagscale.steps.search.candidate_tasks import task_losses
+from flagscale.steps.search.rung import SAMPLE_LOSSES, Rung
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.sample_losses import SampleLosses, sample_losses
 

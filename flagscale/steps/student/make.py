@@ -18,8 +18,8 @@ from flagscale.models.megatron import WEIGHTS, build_model
 from flagscale.models.pretrained import Pretrained
 from flagscale.models.random_weights import with_random_weights
 from flagscale.recipe import StudentRecipe
-from flagscale.steps.layer_choice import LayerChoice, choose_layers, fit_layers
-from flagscale.steps.narrowing import Narrowing, narrow_student
+from flagscale.steps.student.layer_choice import LayerChoice, choose_layers, fit_layers
+from flagscale.steps.student.narrowing import Narrowing, narrow_student
 
 logger = logging.getLogger(__name__)
 

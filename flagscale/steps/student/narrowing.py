@@ -21,7 +21,7 @@ from flagscale.models.narrow import narrow_model
 from flagscale.post_training.minitron import Scores
 from flagscale.recipe import ModelsRecipe, StudentRecipe
 from flagscale.recipe.combinations import check_width_pruning
-from flagscale.steps.layer_choice import calibration_text
+from flagscale.steps.student.layer_choice import calibration_text
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The teacher's outputs: what cache-teacher writes and trainings check."""

@@ -1,0 +1,1 @@
+"""What trainings and rankings of a search's candidates share."""

@@ -1,0 +1,1 @@
+"""How convert-student and measure-layers make a student."""

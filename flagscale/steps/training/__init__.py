@@ -1,0 +1,1 @@
+"""What distil-student makes sure of and tells."""
