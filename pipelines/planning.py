@@ -250,7 +250,8 @@ def choose(job: Job) -> ParallelismRecipe | None:
         except (ValueError, UserError):
             return False
         steps = [*MODEL_STEPS, *[CACHE_STEP] * job.reads_outputs]
-        steps += [ASK_STEP] * job.recipe.tasks.is_asked
+        if job.recipe.tasks.is_asked and job.recipe.export.format == "megatron":
+            steps.append(ASK_STEP)
         if job.layers_measured and job.recipe.student.measures_layers:
             steps.append(MEASURE_STEP)
         return all(_model_step(job, step, sizes).lacks is None for step in steps)

@@ -164,8 +164,9 @@ def _times(result: RunResult) -> str:
 
 def _places(result: RunResult) -> str:
     lines = [("run", result.folder)]
-    if "evaluate" in result.steps:
-        lines.append(("report", result.folder / "evaluation" / "report.html"))
+    if "evaluate" in result.steps:  # evaluate-tasks renders it again, with the tasks
+        where = "task_evaluation" if "evaluate-tasks" in result.steps else "evaluation"
+        lines.append(("report", result.folder / where / "report.html"))
     if "leaderboard" in result.steps:
         lines.append(("report", result.folder / "leaderboard" / "report.html"))
     ranked = [name for name in result.steps if step_of(name) == "rank-candidates"]

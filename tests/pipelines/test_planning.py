@@ -9,6 +9,7 @@ import yaml
 from flagscale.errors import UserError
 from flagscale.recipe import ModelsRecipe, Recipe, load_recipe
 from flagscale.recipe.model_steps import LayoutRecipe
+from flagscale.sizes.steps import StepPlan
 from pipelines import __main__ as command
 from pipelines import sizes_document
 from pipelines.plan_text import as_json, as_text
@@ -58,6 +59,24 @@ def test_the_command_shows_every_step_and_its_parts(capsys):
     shown = capsys.readouterr().out
     for word in (*STEPS, "TP4 DP4", "optimiser", "8.19B parameters", "everything fits"):
         assert word in shown
+
+
+def test_asking_tasks_is_a_step_whose_time_follows_from_the_questions():
+    def asked(limit: int | None, accelerators: int = 1, **sections) -> StepPlan:
+        tasks = {"names": ["heldout_cloze"]} | ({} if limit is None else {"limit": limit})
+        (plan,) = plans(recipe(tasks=tasks, **sections), platform(models=accelerators))
+        assert [step.step for step in plan.steps] == [*STEPS, "evaluate-tasks"]
+        return plan.steps[-1]
+
+    few, many, unbounded = asked(100), asked(1000), asked(None)
+    assert few.rank["weights"] == 2 * 8_190_735_360  # the teacher in bf16, without padding
+    assert many.flops > 5 * few.flops
+    assert many.seconds > few.seconds
+    assert unbounded.flops == 0  # shown as `?`
+    spread = asked(100, accelerators=4)
+    assert spread.rank["weights"] == few.rank["weights"] // 4
+    assert spread.layout.ranks == 1
+    assert few.host > spread.host  # one accelerator's model is whole in the host's memory first
 
 
 def test_json_has_bytes_and_seconds(capsys):

@@ -22,7 +22,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+                continue
+            if value.layout is torch.strided:  # a sparse tensor's parts are tensors of their own
                 self._add(value.untyped_storage())
         return result
 
