@@ -93,14 +93,16 @@ def _predicting(asked: Asked, layout: Layout, stage: int) -> Parts:
         kept = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * size
         logits = size * (rows + 2 * asked.scored) * shape.vocab_size
         return {"activations": asked.read * kept, "logits": logits}
-    whole = FLOAT32 * (rows + 2 * asked.scored) * shape.vocab_size  # on every rank
-    hidden = part = 0
+    logits = FLOAT32 * (rows + 2 * asked.scored) * shape.vocab_size  # whole on every rank
+    hidden = 0
     if stage == layout.pipeline - 1:
         hidden = asked.read * size * shape.hidden_size
-        gathered = shape.padded_vocab_size // layout.tensor if layout.tensor > 1 else 0
         widened = shape.padded_vocab_size if size != FLOAT32 else 0
-        part = size * rows * (gathered + widened)
-    return {"activations": hidden, "logits": whole + part}
+        logits += size * rows * widened
+        if layout.tensor > 1:  # a slice, all slices one after the other, and side by side
+            slices = 2 * shape.padded_vocab_size + shape.padded_vocab_size // layout.tensor
+            logits = max(logits, size * rows * slices)
+    return {"activations": hidden, "logits": logits}
 
 
 def ask_step(job: Job, sizes: ParallelismRecipe) -> StepPlan:

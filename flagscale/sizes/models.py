@@ -180,7 +180,7 @@ def _measured(steps: ModelSteps, layout: Layout, stage: int) -> Parts:
     return {
         "weights": size * parameters(steps.teacher, layout, stage).total,
         "activations": states + layer,
-        "logits": buffers,
+        "logits": buffers if stage == layout.pipeline - 1 else 0,
     }
 
 
