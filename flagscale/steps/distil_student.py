@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from megatron.core import parallel_state
-
 from flagscale import tracking
 from flagscale.artifacts import Manifest, open_artifact
 from flagscale.checkpoint import load_weights, save_weights
@@ -34,7 +31,7 @@ from flagscale.steps.search.rung import Rung
 from flagscale.steps.training.checks import check_training
 from flagscale.steps.training.file_check import files_checked
 from flagscale.steps.training.fingerprint import fingerprint, sections
-from flagscale.steps.training.observers import observer
+from flagscale.steps.training.observers import observer, tell_begin
 from flagscale.steps.training.samples_check import check_met
 from flagscale.stop import deferred_stop, stop_requested
 from flagscale.teacher_outputs import KIND, TeacherOutputs
@@ -182,6 +179,7 @@ def distil_on_rank(
             deferred_stop(),
         ):
             if trains:
+                tell_begin(trainer, args)
                 train(
                     trainer,
                     training,
@@ -243,30 +241,7 @@ def _trainer(args: Arguments, training: TrainingRecipe, student: Path) -> Traine
     trainer = setup_training(chunks, args, training)
     for chunk in trainer.chunks:
         chunk.train()
-    logger.info(
-        "training %.1fM parameters in %s on %s",
-        sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad)
-        / 1e6,
-        str(args.params_dtype).removeprefix("torch."),
-        _layout_text(args),
-    )
     return trainer
-
-
-def _layout_text(args: Arguments) -> str:
-    world_size = torch.distributed.get_world_size()
-    if world_size == 1:
-        return str(platform.device())
-    sizes = args.parallelism
-    names = {
-        "tensor": sizes.tensor_model_parallel_size,
-        "pipeline": sizes.pipeline_model_parallel_size,
-        "context": sizes.context_parallel_size,
-        "expert": sizes.expert_model_parallel_size,
-        "data": parallel_state.get_data_parallel_world_size(),
-    }
-    split = " x ".join(f"{name} {size}" for name, size in names.items() if size > 1)
-    return f"this rank of {world_size} {platform.device().type} processes ({split})"
 
 
 def _restore(

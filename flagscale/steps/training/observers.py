@@ -7,14 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from megatron.core import parallel_state
+
 from flagscale import tracking
 from flagscale.evaluation.forecast.accounts import CONFIDENCE, curve_of, decisive_loss
 from flagscale.evaluation.forecast.learning_rates import learning_rates
 from flagscale.execution import launch
 from flagscale.execution.trainjob.status import TrainJobStatus
+from flagscale.megatron import platform
+from flagscale.megatron.arguments import Arguments
 from flagscale.recipe import TrainingRecipe
 from flagscale.train.checkpoints import TrainingState
 from flagscale.train.progress import Progress
+from flagscale.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -111,3 +117,33 @@ class _Silence:
 
     def validation_of(self, step: int) -> Sequence[tracking.Point]:
         return ()
+
+
+def tell_begin(trainer: Trainer, args: Arguments) -> None:
+    """What is trained, and how its ranks share it.
+
+    Told once a request to stop is heard after a step, and no longer at once.
+    """
+    logger.info(
+        "training %.1fM parameters in %s on %s",
+        sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad)
+        / 1e6,
+        str(args.params_dtype).removeprefix("torch."),
+        _layout_text(args),
+    )
+
+
+def _layout_text(args: Arguments) -> str:
+    world_size = torch.distributed.get_world_size()
+    if world_size == 1:
+        return str(platform.device())
+    sizes = args.parallelism
+    names = {
+        "tensor": sizes.tensor_model_parallel_size,
+        "pipeline": sizes.pipeline_model_parallel_size,
+        "context": sizes.context_parallel_size,
+        "expert": sizes.expert_model_parallel_size,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+    split = " x ".join(f"{name} {size}" for name, size in names.items() if size > 1)
+    return f"this rank of {world_size} {platform.device().type} processes ({split})"
