@@ -237,6 +237,8 @@ class Steps:
         told = "; ".join(dict.fromkeys(exceptions))
         if notes is None:  # whoever ended last has ended well
             return StepFailed(f"the run ended after {self._current or 'no step'}: {told or error}")
+        if str(error) == WITHOUT_A_WORD:  # its container is gone: the rest follows from that
+            told = WITHOUT_A_WORD
         message = read_error(notes) or told or WITHOUT_A_WORD
         return StepFailed(f"{self._current} failed: {message}")
 
