@@ -42,8 +42,13 @@ class _CudaToCpu(TorchFunctionMode):
             inputs, weight_io = args  # Megatron-Core's layers hand a weight's transpose
             if is_onednns(inputs, weight_io.t()):
                 return product(inputs, weight_io.t())
-        if func is torch.nn.functional.embedding and _has_main_grad(*args):
-            # A batch's tokens are few rows of the vocabulary: the rest of its gradient is zeros.
+        if (
+            func is torch.nn.functional.embedding
+            and len(args) == 2
+            and hasattr(args[1], "main_grad")
+        ):
+            # A batch's tokens are few rows of the vocabulary: the rest of the gradient, which
+            # Megatron-Core's wrapper adds to a buffer of its own, is zeros.
             kwargs = {**kwargs, "sparse": True}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -53,11 +58,6 @@ class _CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
-
-
-def _has_main_grad(_: torch.Tensor, weight: torch.Tensor, *__: object) -> bool:
-    """Whether Megatron-Core's wrapper adds this weight's gradient to a buffer of its own."""
-    return hasattr(weight, "main_grad")
 
 
 def _is_cuda(value: object) -> bool:

@@ -27,7 +27,7 @@ from flagscale.recipe import Recipe
 from pipelines.local.recipe_files import check_readable, local_files
 from pipelines.local.step_cache import Observer
 from pipelines.local.stopping import Stopper
-from pipelines.outcome import WITHOUT_A_WORD
+from pipelines.outcome import StepGone
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class Containers:
             RuntimeError: it has not.
         """
         if self._unfinished:
-            raise RuntimeError(WITHOUT_A_WORD)
+            raise StepGone
 
     def kill(self) -> None:
         """Remove what is left of this runner's containers."""

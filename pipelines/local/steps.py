@@ -19,7 +19,7 @@ from flagscale.artifacts import write_json
 from flagscale.execution.notes import FOLDER_VARIABLE, read_error
 from flagscale.run_values.literal import literal
 from pipelines.local.stopping import Stopped, Stopper
-from pipelines.outcome import WITHOUT_A_WORD, StepFailed, duration
+from pipelines.outcome import WITHOUT_A_WORD, StepFailed, StepGone, duration
 
 logger = logging.getLogger(__name__)
 
@@ -237,8 +237,8 @@ class Steps:
         told = "; ".join(dict.fromkeys(exceptions))
         if notes is None:  # whoever ended last has ended well
             return StepFailed(f"the run ended after {self._current or 'no step'}: {told or error}")
-        if str(error) == WITHOUT_A_WORD:  # its container is gone: the rest follows from that
-            told = WITHOUT_A_WORD
+        if isinstance(error, StepGone):
+            told = ""  # it follows from that
         message = read_error(notes) or told or WITHOUT_A_WORD
         return StepFailed(f"{self._current} failed: {message}")
 

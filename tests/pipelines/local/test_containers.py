@@ -21,6 +21,7 @@ from flagscale.recipe import load_recipe
 from flagscale.recipe.data import CorpusRecipe
 from pipelines.local.containers import Containers, gone_is_not_found
 from pipelines.local.recipe_files import check_readable, local_files
+from pipelines.outcome import StepGone
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
@@ -123,7 +124,7 @@ def test_a_step_without_outputs_has_not_ended_well(tmp_path: Path) -> None:
     assert containers.note_end({"results": folder / "results"})
     containers.check()
     assert not containers.note_end({"model": tmp_path / "train" / "model"})
-    with pytest.raises(RuntimeError, match="ended without a word"):
+    with pytest.raises(StepGone, match="ended without a word"):
         containers.check()
     assert not containers.note_end({})
 

@@ -20,6 +20,7 @@ from pipelines.local.output import quiet_kfp
 from pipelines.local.step_cache import kfp_local
 from pipelines.local.steps import Plan, RunResult, Steps
 from pipelines.local.stopping import Stopper
+from pipelines.outcome import WITHOUT_A_WORD, StepGone
 
 TOY = Path(__file__).with_name("toy.py")
 QUICK = {"steps": 2, "seconds": 0.01}
@@ -137,6 +138,15 @@ def test_what_is_raised_in_a_loop_is_told(tmp_path: Path) -> None:
     told = str(steps.failure(failed.value, exceptions))
     assert told == "the run ended after no step: no room for make"
     assert "no room for make" in log.read_text()
+
+
+def test_what_follows_from_a_container_that_is_gone_is_not_its_reason(tmp_path: Path) -> None:
+    stopper = Stopper()
+    steps = Steps(RunResult(tmp_path, ""), None, stopper, Plan(dsl.pipeline(name="l")(loop), {}))
+    missed = ["Tried to get output 'student' from task 'train', but task 'train' not found."]
+    for error, reason in ((StepGone(), WITHOUT_A_WORD), (RuntimeError("failed"), missed[0])):
+        stopper.step_folder = tmp_path  # of a step that has not ended well, and noted nothing
+        assert str(steps.failure(error, missed)).endswith(f" failed: {reason}")
 
 
 def loop() -> None:
