@@ -74,7 +74,7 @@ def load_tasks(tasks: TasksRecipe, folder: Path | None, heldout: Path | None = N
         manager = TaskManager(include_path=folder)  # 13,000 tasks: 15 s
     unknown = [name for name in wanted if name not in manager.all_tasks]
     if unknown:
-        raise UserError(_unknown(unknown[0], manager.all_tasks))
+        raise UserError(_unknown(unknown[0], [*HELDOUT_TASKS, *manager.all_tasks]))
     specs: dict[str, str | dict[str, Any]] = {name: name for name in wanted}
     for name in tasks.names:
         if name in HELDOUT_TASKS and heldout is not None:

@@ -123,6 +123,11 @@ def test_data_that_cannot_be_had_is_told_before_a_model_is_loaded() -> None:
         load_tasks(TasksRecipe(own=(own,)), None)
 
 
+def test_a_mistyped_task_of_ours_is_told_by_its_name() -> None:
+    with pytest.raises(UserError, match="no task 'heldout_clozee'; did you mean heldout_cloze"):
+        load_tasks(TasksRecipe(names=("heldout_clozee",)), None)
+
+
 def test_a_folder_that_steps_do_not_see_is_told(tmp_path: Path) -> None:
     tasks = TasksRecipe(names=("mine",), include_path=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such folder here"):
