@@ -72,7 +72,7 @@ endif
 gpu-bundle: $(VENV)/.test  ## sources and packages in one file, for make test-gpu on a GPU machine without a network (BUNDLE_PYTHON=3.12)
 	$(BIN)/python tests/gpu/bundle.py --python $(BUNDLE_PYTHON)
 
-test-containers: $(VENV)/.test  ## the CPU image built and the tiny pipeline run in containers; as root, with podman
+test-containers: $(VENV)/.test  ## the CPU image built, the tiny pipeline and the tiny search run in containers; as root, with podman
 	TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers $(ARGS)
 
 test-cluster: $(VENV)/.test build/tiny-teacher/config.json  ## the tiny recipe on a KFP server, as a table of checks (KFP_ENDPOINT=... PLATFORM=... TEACHER=...; docs/cluster.md)

@@ -31,6 +31,8 @@ WEIGHTS_TAG = "flagscale.weights"  # where they are
 WEIGHTS = "weights.json"  # where they are, file by file
 
 _CANDIDATE = "candidate"
+_CARD = "README.md"
+_LONGEST_DESCRIPTION = 5000  # characters, in MLflow's databases
 _MOST_BYTES_UPLOADED = 10**9
 _SMALL = 50 * 10**6  # bytes of a file that goes along with a pointer
 
@@ -161,7 +163,7 @@ def register(
     Args:
         client: of the tracking server.
         begun: the run.
-        folder: of the model's files.
+        folder: of the model's files; its model card becomes the version's description.
         registered_name: in the registry.
         model: what it says.
 
@@ -179,12 +181,28 @@ def register(
         client.create_registered_model(registered_name)
     except MlflowException:  # there is one: this becomes its next version
         client.get_registered_model(registered_name)
-    version = _version(client, begun, registered_name, made.model_id, model)
+    version = _version(client, begun, registered_name, made.model_id, model, _card(folder))
     client.set_registered_model_alias(registered_name, _CANDIDATE, version)
     return f"models:/{registered_name}/{version}"
 
 
-def _version(client: MlflowClient, begun: Begun, name: str, model_id: str, model: Model) -> str:
+def _card(folder: Path) -> str | None:
+    """The model card's text, without what it says to the Hugging Face hub; None: it has none."""
+    card = folder / _CARD
+    if not card.exists():
+        return None
+    text = re.sub(r"\A---\n.*?^---\n+", "", card.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return text if len(text) <= _LONGEST_DESCRIPTION else f"{text[: _LONGEST_DESCRIPTION - 1]}…"
+
+
+def _version(
+    client: MlflowClient,
+    begun: Begun,
+    name: str,
+    model_id: str,
+    model: Model,
+    description: str | None,
+) -> str:
     """Of a registered model: a new one, unless an answer got lost."""
     of_run = client.search_model_versions(f"name = '{name}' and run_id = '{begun.run_id}'")
     for one in of_run:
@@ -196,6 +214,7 @@ def _version(client: MlflowClient, begun: Begun, name: str, model_id: str, model
         f"models:/{model_id}",
         begun.run_id,
         tags=tags,
+        description=description,
         await_creation_for=0,
         model_id=model_id,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from flagscale.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+# MLflow reads them where a program names nothing itself; here the recipe does.
+_RECIPE_NAMES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 
 
 @contextmanager
@@ -117,6 +124,15 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def _start(recipe: Recipe, runs: Path) -> PipelineRun:
+    for name in _RECIPE_NAMES:
+        if value := os.environ.get(name):
+            logger.warning(
+                "%s=%s is not followed: the run is tracked in the recipe's experiment, "
+                "tracking.experiment=%s",
+                name,
+                value,
+                recipe.tracking.experiment,
+            )
     uri, client, experiment_id = connect(recipe, runs)
     try:
         _end_dead_runs(client, experiment_id)

@@ -102,11 +102,13 @@ def test_an_export_is_the_candidate_and_its_files_come_back(
 ) -> None:
     if is_large:
         monkeypatch.setattr(models, "_MOST_BYTES_UPLOADED", 4000)
-        monkeypatch.setattr(models, "_SMALL", 3000)
+        monkeypatch.setattr(models, "_SMALL", 8000)
     name = "large.student" if is_large else "small.student"
     with new_artifact(tmp_path / "export", "export", {}) as staging:
-        (staging.path / "model.safetensors").write_bytes(b"w" * 5000)
+        (staging.path / "model.safetensors").write_bytes(b"w" * 9000)
         (staging.path / "config.json").write_text("{}")
+        card = f"---\nlicense: mit\n---\n\n# {name}\n\n---\n\nIt is. " + "x" * 6000 * is_large
+        (staging.path / "README.md").write_text(card)
     assert staging.manifest
     with tracking.step_run("export-student", {}) as run:
         points = run.log_metrics({"distilled/kl": 0.5})
@@ -117,6 +119,8 @@ def test_an_export_is_the_candidate_and_its_files_come_back(
     version = client.get_model_version(name, "1")
     assert version.aliases == ["candidate"]
     assert version.tags["flagscale.weights"] == "s3://there"
+    text = f"# {name}\n\n---\n\nIt is. "
+    assert version.description == (f"{text:x<4999}…" if is_large else text)
     [found] = logged(client, experiment).values()
     assert version.source == f"models:/{found.model_id}"
     assert found.params == {"step": "9", "dtype": "float32"}
@@ -126,13 +130,13 @@ def test_an_export_is_the_candidate_and_its_files_come_back(
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}@candidate"))
     files = {path.name for path in folder.iterdir()}
     if not is_large:
-        assert files == {"model.safetensors", "config.json", "manifest.json"}
+        assert files == {"model.safetensors", "config.json", "manifest.json", "README.md"}
         return
-    assert files == {"weights.json", "config.json", "manifest.json"}
+    assert files == {"weights.json", "config.json", "manifest.json", "README.md"}
     hashes = staging.manifest.files
     assert json.loads((folder / "weights.json").read_text()) == {
         "weights": "s3://there",
-        "files": {"model.safetensors": {"bytes": 5000, "hash": hashes["model.safetensors"]}},
+        "files": {"model.safetensors": {"bytes": 9000, "hash": hashes["model.safetensors"]}},
     }
 
     assert aliases.promote(uri) is None  # nobody was it before

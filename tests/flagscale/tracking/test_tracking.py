@@ -97,6 +97,23 @@ def test_parent_and_child(runs: Path, client: mlflow.MlflowClient, tmp_path: Pat
     assert not os.environ.get("MLFLOW_RUN_ID") or mlflow.active_run() is None
 
 
+def test_an_experiment_of_the_environment_is_told_not_to_be_the_runs(
+    runs: Path, client: mlflow.MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.pipeline_run(RECIPE, runs):
+        pass
+    assert not caplog.records
+    os.environ["MLFLOW_EXPERIMENT_NAME"] = "mine"
+    with tracking.pipeline_run(RECIPE, runs) as parent:
+        pass
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "MLFLOW_EXPERIMENT_NAME=mine is not followed: the run is tracked in the recipe's "
+        "experiment, tracking.experiment=flagscale-distillation"
+    )
+    assert client.get_experiment(parent.experiment_id).name == "flagscale-distillation"
+
+
 def test_a_manifest_comes_with_the_most_memory_a_rank_held(
     runs: Path, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
