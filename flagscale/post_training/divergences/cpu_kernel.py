@@ -83,7 +83,7 @@ def one_pass(
     count = student_nv.size(0)
     normalise, add_up = norms is None, sums is None and with_sums
     norms = torch.empty(4, count) if norms is None else norms.contiguous()
-    sums = torch.empty(2, count) if sums is None else sums.contiguous()
+    sums = torch.empty(divergence.number_of_sums, count) if sums is None else sums.contiguous()
     _each_row(
         "one_pass",
         divergence.temperature,
@@ -94,7 +94,7 @@ def one_pass(
         _address(norms),
         ctypes.c_int64(norms.stride(0)),
         _address(sums),
-        ctypes.c_int64(sums.stride(0) if sums.size(0) > 1 else 0),
+        ctypes.c_int64(sums.stride(0)),
         *(ctypes.c_int32(flag) for flag in (normalise, add_up, with_gradient)),
     )
     return norms, sums

@@ -108,6 +108,8 @@ class FDivergence(Divergence):
     normalisers of the whole vocabulary, in a way that no few sums over a slice can stand for.
     """
 
+    number_of_sums = 1
+
     @abstractmethod
     def sums(self, rows: Rows) -> torch.Tensor:
         """Sums over the columns, [S, n]: the divergence, and what else its gradient needs."""

@@ -90,5 +90,5 @@ def in_chunks(
             known = made[-1] if sums is None else sums[:, chunk.at]
             chunk.write(divergence.gradient(rows, known), divergence.temperature)
     if sums is None:
-        sums = torch.cat(made, 1) if made else norms.new_empty(1, 0)
+        sums = torch.cat(made, 1) if made else norms.new_empty(divergence.number_of_sums, 0)
     return norms, sums

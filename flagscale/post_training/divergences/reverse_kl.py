@@ -32,6 +32,6 @@ class ReverseKL(ChainRule):
 
     def _log_ratio(self, rows: Rows) -> torch.Tensor:
         """log(q / p)."""
-        if rows.kept is None:
-            rows.kept = rows.log_ratio.neg_()
-        return rows.kept
+        if not rows.kept:
+            rows.kept = (rows.log_ratio.neg_(),)
+        return rows.kept[0]

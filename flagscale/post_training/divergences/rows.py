@@ -10,7 +10,7 @@ Logits of -inf in both models (columns that are no token) count for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol, TypeGuard
 
@@ -31,7 +31,7 @@ class Rows:
         p: float32 [n, V], the teacher's probabilities.
         q: the student's.
         spare: a buffer of the same shape.
-        kept: what a formula's sums found and its gradient wants again; a place for it.
+        kept: what a formula's sums found and its gradient wants again; empty: nothing yet.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Rows:
     ) -> None:
         """Take them; `log_ratio` is called once it is wanted."""
         self.p, self.q, self.spare = p, q, spare
-        self.kept: torch.Tensor | None = None
+        self.kept: Sequence[torch.Tensor] = ()
         self._log_ratio = log_ratio
 
     @cached_property
@@ -62,9 +62,10 @@ class Formula(Protocol):
     """What of a divergence a pass over rows needs; see `divergence.FDivergence`."""
 
     temperature: float
+    number_of_sums: int
 
     def sums(self, rows: Rows) -> torch.Tensor:
-        """Sums over the columns, [S, n]."""
+        """Sums over the columns, [S, n], S the `number_of_sums`."""
 
     def gradient(self, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
         """By the student's scaled logits, [n, V]."""

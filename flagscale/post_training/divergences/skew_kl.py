@@ -11,14 +11,14 @@ import math
 
 import torch
 
-from flagscale.post_training.divergences.divergence import FDivergence
+from flagscale.post_training.divergences.bounded import Bounded
 from flagscale.post_training.divergences.forward_kl import kl
 from flagscale.post_training.divergences.mixtures import logs_of_mixture
 from flagscale.post_training.divergences.rows import Rows
 
 
-class SkewKL(FDivergence):
-    """`KL(p || alpha p + (1 - alpha) q)`."""
+class SkewKL(Bounded):
+    """`KL(p || alpha p + (1 - alpha) q)`; `Bounded` with `e = (1 - alpha) (1 - p / m)`."""
 
     def __init__(self, temperature: float = 1.0, alpha: float = 0.1) -> None:
         """Keep both.
@@ -36,22 +36,18 @@ class SkewKL(FDivergence):
         self.alpha = alpha
 
     def sums(self, rows: Rows) -> torch.Tensor:
-        """The divergence, and the sum of `_tilted`."""
-        tilted = self._tilted(rows).sum(-1)
+        """The divergence, and those of `Bounded`."""
+        rows.kept = self.excess_and_room(rows)
+        excess, room = (part.sum(-1) for part in rows.kept)
         to_p, _ = logs_of_mixture(rows, self.alpha)
         difference = torch.sub(rows.q, rows.p, out=rows.spare).mul_(1 - self.alpha)  # m - p
-        return torch.stack([kl(rows.p, to_p, difference), tilted])
+        return torch.stack([kl(rows.p, to_p, difference), excess, room])
 
-    def gradient(self, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
-        """`(1 - alpha) (q sum(u) - u)`, u the tilted difference."""
-        tilted = self._tilted(rows)
-        return rows.q.mul_(sums[1, :, None]).sub_(tilted).mul_(1 - self.alpha)
-
-    def _tilted(self, rows: Rows) -> torch.Tensor:
-        """`u = (p - q) (1 - alpha) q / m`, which is `q (p / m - 1)`: nothing in it overflows."""
-        if rows.kept is None:
-            rows.kept = rows.p - rows.q
-            if self.alpha > 0:
-                logit = math.log(self.alpha / (1 - self.alpha))
-                rows.kept.mul_(torch.sigmoid(-logit - rows.log_ratio))
-        return rows.kept
+    def excess_and_room(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """`s (q - p)` and `s p`, s the student's share `(1 - alpha) q / m` of the mixture."""
+        excess = rows.q - rows.p
+        if self.alpha == 0:
+            return excess, rows.p
+        logit = math.log(self.alpha / (1 - self.alpha))
+        share = torch.sigmoid(-logit - rows.log_ratio)
+        return excess.mul_(share), share.mul_(rows.p)

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import torch
 
-from flagscale.post_training.divergences.divergence import FDivergence
+from flagscale.post_training.divergences.bounded import Bounded
 from flagscale.post_training.divergences.rows import Rows
 
 
-class TotalVariation(FDivergence):
-    """`sum |p - q| / 2`."""
+class TotalVariation(Bounded):
+    """`sum |p - q| / 2`; `Bounded` with e 1 where q is above p, 1/2 where equal, 0 where below."""
 
     def sums(self, rows: Rows) -> torch.Tensor:
-        """The divergence, and `sum q sign(q - p) / 2`."""
-        sign = self._sign(rows)
-        student = torch.linalg.vecdot(rows.q, sign) / 2
-        return torch.stack([student - torch.linalg.vecdot(rows.p, sign) / 2, student])
+        """The divergence, and those of `Bounded`."""
+        rows.kept = self.excess_and_room(rows)
+        excess, room = (part.sum(-1) for part in rows.kept)
+        sign = rows.log_ratio  # by now its sign
+        loss = (torch.linalg.vecdot(rows.p, sign) + (excess - room)) / 2
+        return torch.stack([loss, excess, room])
 
-    def gradient(self, rows: Rows, sums: torch.Tensor) -> torch.Tensor:
-        """`q (sign(q - p) / 2 - sum q sign(q - p) / 2)`."""
-        return self._sign(rows).mul_(0.5).sub_(sums[1, :, None]).mul_(rows.q)
-
-    def _sign(self, rows: Rows) -> torch.Tensor:
-        """Of q - p, but exact where the two are close."""
-        if rows.kept is None:
-            rows.kept = rows.log_ratio.sign_().neg_()
-        return rows.kept
+    def excess_and_room(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of q where it is above p, and where it is below; equal ones half and half."""
+        sign = rows.log_ratio.sign_()  # of p - q, but exact where the two are close
+        half = rows.q.div_(2)
+        room = torch.addcmul(half, half, sign, out=rows.spare)
+        return torch.addcmul(half, half, sign, value=-1), room

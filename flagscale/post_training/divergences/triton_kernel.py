@@ -23,6 +23,7 @@ FORWARD_KL = tl.constexpr(_FORWARD_KL)
 REVERSE_KL = tl.constexpr(_REVERSE_KL)
 JENSEN_SHANNON = tl.constexpr(_JENSEN_SHANNON)
 SKEW_KL = tl.constexpr(_SKEW_KL)
+TOTAL_VARIATION = tl.constexpr(_TOTAL_VARIATION)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
 NEAR = tl.constexpr(0.1)
@@ -51,7 +52,9 @@ def one_pass(
     if norms is None:
         norms = torch.empty(4, count, dtype=torch.float32, device=student_nv.device)
     if sums is None:
-        sums = torch.empty(2, count, dtype=torch.float32, device=student_nv.device)
+        sums = torch.empty(
+            divergence.number_of_sums, count, dtype=torch.float32, device=student_nv.device
+        )
     block = min(4096, triton.next_power_of_2(width))
     if count:
         _rows_kernel[(count,)](
@@ -60,7 +63,7 @@ def one_pass(
             norms,
             sums,
             norms.stride(0),
-            sums.stride(0) if sums.size(0) > 1 else 0,  # where there is but one
+            sums.stride(0),
             student_nv.stride(0),
             teacher_nv.stride(0),
             width,
@@ -128,7 +131,7 @@ def _rows_kernel(
     )
     shift = (m_s - m_t) * scale + (log_z_s - log_z_t)
 
-    first, second = 0.0, 0.0
+    loss, all_excess, all_room = 0.0, 0.0, 0.0
     # The one gradient that needs no sum is written along.
     write_along: tl.constexpr = WRITE and KIND == FORWARD_KL
     if ADD_UP or write_along:
@@ -138,26 +141,24 @@ def _rows_kernel(
                 student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
             )
             if ADD_UP:
-                one, two = _summands(p, q, x, weight, KIND)
-                first += tl.sum(one)
-                second += tl.sum(two)
+                excess, room = _excess_and_room(p, q, x, weight, KIND)
+                loss += tl.sum(_loss(p, q, x, weight, KIND))
+                all_excess += tl.sum(excess)
+                all_room += tl.sum(room)
             if write_along:
                 _store(student, at, width, (q - p) * factor)
     if ADD_UP:
-        if KIND == JENSEN_SHANNON:
-            first = weight * first + (1 - weight) * second
-        tl.store(sums, first)
-        tl.store(sums + sums_stride, second)
-    elif WRITE and KIND != FORWARD_KL:
-        first = tl.load(sums)
-        second = tl.load(sums + sums_stride)
+        _store_sums(sums, sums_stride, loss, all_excess, all_room, KIND)
+    elif WRITE:
+        loss, all_excess, all_room = _load_sums(sums, sums_stride, KIND)
     if WRITE and KIND != FORWARD_KL:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
             p, q, x = _columns(
                 student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, scale
             )
-            _store(student, at, width, _gradient(p, q, x, weight, first, second, KIND) * factor)
+            gradient = _gradient(p, q, x, weight, loss, all_excess, all_room, KIND)
+            _store(student, at, width, gradient * factor)
 
 
 @triton.jit
@@ -213,44 +214,77 @@ def _columns(student, teacher, at, width, m_t, log_z_t, m_s, log_z_s, shift, sca
 
 
 @triton.jit
+def _store_sums(sums, stride, loss, excess, room, KIND: tl.constexpr):
+    tl.store(sums, loss)
+    if KIND != FORWARD_KL and KIND != REVERSE_KL:
+        tl.store(sums + stride, excess)
+        tl.store(sums + 2 * stride, room)
+
+
+@triton.jit
+def _load_sums(sums, stride, KIND: tl.constexpr):
+    loss, excess, room = tl.load(sums), 0.0, 0.0
+    if KIND != FORWARD_KL and KIND != REVERSE_KL:
+        excess = tl.load(sums + stride)
+        room = tl.load(sums + 2 * stride)
+    return loss, excess, room
+
+
+@triton.jit
 def _store(student, at, width, gradient):
     tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
-def _summands(p, q, x, weight, KIND: tl.constexpr):
-    """What a column adds to the two sums."""
-    two = p * 0
+def _loss(p, q, x, weight, KIND: tl.constexpr):
+    """What a column adds to the divergence."""
     if KIND == FORWARD_KL:
-        one = _kl(p, x, q - p)
+        loss = _kl(p, x, q - p)
     elif KIND == REVERSE_KL:
-        one = _kl(q, -x, p - q)
+        loss = _kl(q, -x, p - q)
     elif KIND == JENSEN_SHANNON:
         to_p, to_q = _logs_of_mixture(x, weight)
-        one, two = p * to_p, q * to_q
+        loss = weight * (p * to_p) + (1 - weight) * (q * to_q)
     elif KIND == SKEW_KL:
-        to_p, to_q = _logs_of_mixture(x, weight)
-        one = _kl(p, to_p, (1 - weight) * (q - p))
-        two = _tilted(p, q, to_q, weight)
+        to_p, _ = _logs_of_mixture(x, weight)
+        loss = _kl(p, to_p, (1 - weight) * (q - p))
     else:
-        one = (q - p) * _sign(-x) / 2
-        two = q * _sign(-x) / 2
-    return one, two
+        loss = tl.where(x > 0, p - q, q - p) / 2
+    return loss
 
 
 @triton.jit
-def _gradient(p, q, x, weight, first, second, KIND: tl.constexpr):
-    """By the student's scaled logit, given both sums of whole rows."""
-    if KIND == REVERSE_KL:
-        gradient = q * (tl.maximum(-x, SMALLEST) - first)
-    elif KIND == JENSEN_SHANNON:
+def _excess_and_room(p, q, x, weight, KIND: tl.constexpr):
+    """As `bounded.Bounded`; of the KLs there is none."""
+    excess, room = p * 0, p * 0
+    if KIND == JENSEN_SHANNON:
         _, to_q = _logs_of_mixture(x, weight)
-        gradient = (1 - weight) * q * (to_q - second)
+        odds = weight / (1 - weight) * tl.exp(tl.minimum(x, 0.0))
+        limit = -_log1p(-weight, 1 - weight)
+        room = _log1p(odds, 1 + odds) - tl.minimum(to_q, 0.0)
+        excess, room = q * to_q, q * room * ((1 - weight) / limit)
     elif KIND == SKEW_KL:
         _, to_q = _logs_of_mixture(x, weight)
-        gradient = (1 - weight) * (q * second - _tilted(p, q, to_q, weight))
+        share = (1 - weight) * tl.exp(to_q)
+        excess, room = (q - p) * share, p * share
+    elif KIND == TOTAL_VARIATION:
+        excess = tl.where(x > 0, 0.0, tl.where(x < 0, q, q / 2))
+        room = q - excess
+    return excess, room
+
+
+@triton.jit
+def _gradient(p, q, x, weight, loss, all_excess, all_room, KIND: tl.constexpr):
+    """By the student's scaled logit, given the sums of whole rows."""
+    if KIND == REVERSE_KL:
+        gradient = q * (tl.maximum(-x, SMALLEST) - loss)
+    elif KIND == TOTAL_VARIATION:
+        # What is below, written so that a fused product cannot leave a rounding of equal models.
+        equal = (all_room - all_excess) / 2
+        gradient = q * tl.where(x < 0, all_room, tl.where(x > 0, -all_excess, equal))
     else:
-        gradient = q * (_sign(-x) / 2 - second)
+        excess, room = _excess_and_room(p, q, x, weight, KIND)
+        gradient = excess * all_room - room * all_excess
     return gradient
 
 
@@ -275,17 +309,6 @@ def _logs_of_mixture(x, weight):
 
 
 @triton.jit
-def _tilted(p, q, to_q, weight):
-    """`(p - q) (1 - weight) q / m`."""
-    return (p - q) * (1 - weight) * tl.exp(to_q)
-
-
-@triton.jit
-def _sign(x):
-    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
-
-
-@triton.jit
 def _expm1(x):
     """`exp(x) - 1` for x <= 0."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
@@ -294,8 +317,8 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(y, whole):
-    """`log(1 + y)` for -1 < y <= 0, and `whole`, which is 1 + y, where that is far from 1."""
+    """`log(1 + y)` for y > -1, and `whole`, which is 1 + y, where that is far from 1."""
     r = y / (2 + y)
     square = r * r
     series = 2 * r * (1 + square * (1 / 3 + square * (1 / 5 + square / 7)))
-    return tl.where(y > -0.25, series, tl.log(whole))
+    return tl.where(tl.abs(y) < 0.25, series, tl.log(whole))

@@ -6,7 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.divergences.jensen_shannon import JensenShannon
+from flagscale.post_training.divergences.passing import in_chunks
 from flagscale.post_training.divergences.reference import reference_gradient, reference_loss
+from flagscale.post_training.divergences.rows import merged
 from flagscale.post_training.divergences.skew_kl import SkewKL
 from flagscale.post_training.divergences.top_k_kl import TopKKL
 from flagscale.recipe import DistillationRecipe
@@ -93,6 +95,25 @@ def test_a_student_near_its_teacher(name, distance):
     exact = reference_loss(student, teacher, recipe)
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
     assert error(gradient, reference_gradient(student, teacher, recipe)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["jensen_shannon", "skew_kl", "total_variation"])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_models_that_hardly_overlap(name, slices):
+    """Gradients of 1e-8 where probabilities are 1; slices are what tensor-parallel ranks have."""
+    teacher, student = (logits((16, 5000), 3, seed) for seed in (0, 1))
+    recipe = recipe_of(name, temperature=0.25)
+    divergence = divergence_of(recipe)
+    exact = reference_loss(student, teacher, recipe)
+    exact_gradient = reference_gradient(student, teacher, recipe)
+    parts = list(zip(student.chunk(slices, 1), teacher.chunk(slices, 1), strict=True))
+    local = [in_chunks(divergence, *part, None, None, False, False)[0] for part in parts]
+    norms, _ = merged(torch.stack(local), 0.25)
+    sums = sum(in_chunks(divergence, *part, norms, None, True, False)[1] for part in parts)
+    for part in parts:
+        in_chunks(divergence, *part, norms, sums, False, True)
+    torch.testing.assert_close(sums[0].double() / 16, exact, rtol=1e-5, atol=0)
+    assert error(student, exact_gradient) < 1e-5
 
 
 @each_divergence

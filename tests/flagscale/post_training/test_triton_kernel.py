@@ -39,7 +39,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("distance", [None, 0.01])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.25])  # of the last they hardly overlap
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_equal_float64(name, temperature, distance):
     recipe, student, teacher = inputs(name, temperature, distance)
@@ -50,6 +50,15 @@ def test_value_and_gradient_equal_float64(name, temperature, distance):
     if distance is None or name != "total_variation":  # whose gradient jumps where p is q
         assert error(student[:, :-9], exact_gradient[:, :-9]) < (1e-5 if distance is None else 1e-4)
     assert student[:, -9:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_logits_give_exactly_zero(name):
+    recipe, _, teacher = inputs(name, 1.0, None)
+    student = teacher.clone()
+    _, sums = one_pass(divergence_of(recipe), student, teacher, None, None, True, True)
+    assert sums[0].abs().max() == 0
+    assert student.abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -85,9 +94,10 @@ def test_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slices_of_the_vocabulary_make_the_whole(name):
+@pytest.mark.parametrize("temperature", [2.0, 0.25])
+def test_slices_of_the_vocabulary_make_the_whole(name, temperature):
     """What tensor-parallel ranks do, the last slice without any token."""
-    recipe, student, teacher = inputs(name, 2.0, None)
+    recipe, student, teacher = inputs(name, temperature, None)
     exact = reference_loss(student, teacher, recipe)
     exact_gradient = reference_gradient(student, teacher, recipe)
     divergence = divergence_of(recipe)
@@ -96,11 +106,11 @@ def test_slices_of_the_vocabulary_make_the_whole(name):
         for columns in (slice(0, 2000), slice(2000, 4991), slice(4991, 5000))
     ]
     local = [one_pass(divergence, *part, None, None, False, False)[0] for part in slices]
-    norms, _ = merged(torch.stack(local), 2.0)
+    norms, _ = merged(torch.stack(local), temperature)
     sums = sum(one_pass(divergence, *part, norms, None, True, False)[1] for part in slices)
     for part in slices:
         one_pass(divergence, *part, norms, sums, False, True)
-    assert error(sums[0] * 4, exact) < 1e-5
+    assert error(sums[0] * temperature**2, exact) < 1e-5
     gradient = torch.cat([student_part for student_part, _ in slices], 1)
     assert error(gradient[:, :-9], exact_gradient[:, :-9]) < 1e-5
 

@@ -9,13 +9,27 @@ constexpr float NEAR = 0.1f;      // log ratios up to which a series is exact in
 
 enum Kind { FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, SKEW_KL, TOTAL_VARIATION };
 
+// Of a mixture m = p's weight p + q's weight q.
+struct Weights {
+  float p, q, odds;
+  float limit;  // of log(q / m), where p is 0
+  float apart;  // log(p / q) below which the distance from that limit is what is small
+
+  explicit Weights(float weight)
+      : p(weight), q(1 - weight), odds(p / q), limit(-std::log1p(-weight)),
+        apart(std::log(std::min(0.5f, 0.4f / odds))) {}
+};
+
 struct Mixture {
   float to_p, to_q;  // log(p / m) and log(q / m)
+  float room;        // from log(q / m) to its limit
   float q_share;     // q / m
 };
 
-// m = weight p + (1 - weight) q; x = log(p / q). See mixtures.py.
-INLINE Mixture mixture(float x, float weight) {
+// x = log(p / q). See mixtures.py. With ROOM that is made too, and the logarithms from it where
+// it is what is small.
+template <bool ROOM>
+INLINE Mixture mixture(float x, const Weights& weights) {
   x = std::min(std::max(x, -FLT_MAX), FLT_MAX);
   const float d = -std::fabs(x);
   const float less = exponential(d);  // the smaller of p and q over the larger
@@ -24,13 +38,18 @@ INLINE Mixture mixture(float x, float weight) {
   series = fused(series, d, 1.0f / 6);
   series = fused(series, d, 0.5f);
   series = d * fused(series, d, 1.0f);
-  const float share = x > 0 ? 1 - weight : weight, other = x > 0 ? weight : 1 - weight;
-  const float y = share * (d > -0.25f ? series : less - 1);
-  const float over_larger = fused(share, less, other);  // m over the larger: 1 + y
-  const float log_m = logarithm(over_larger, y);
+  const bool apart = ROOM && x < weights.apart;
+  const float share = x > 0 ? weights.q : weights.p, other = x > 0 ? weights.p : weights.q;
+  const float over_larger = fused(share, less, other);  // m over the larger
+  // m = (1 + y) times the larger, or where p is next to nothing, times the limit's weight q.
+  const float y = apart ? weights.odds * less : share * (d > -0.25f ? series : less - 1);
+  const float log_1_y = logarithm(apart ? 1 + y : over_larger, y);
+  const float log_m = apart ? log_1_y - weights.limit : log_1_y;
+  const float room = apart ? log_1_y : log_1_y + std::max(x, 0.0f) + weights.limit;
   const float q_share = (x > 0 ? less : 1.0f) / over_larger;
-  return weight == 0 ? Mixture{x, 0, 1}
-                     : Mixture{std::min(x, 0.0f) - log_m, -log_m - std::max(x, 0.0f), q_share};
+  return weights.p == 0
+             ? Mixture{x, 0, 0, 1}
+             : Mixture{std::min(x, 0.0f) - log_m, -log_m - std::max(x, 0.0f), room, q_share};
 }
 
 // p x + (q - p), x = log(p / q): a series where both are close.
@@ -41,8 +60,6 @@ INLINE float kl(float p, float x, float difference) {
   series = p * x * x * (0.5f - x * series);
   return std::fabs(x) < NEAR ? series : p * x + difference;
 }
-
-INLINE float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
 
 struct Column {
   float p, q, x;
@@ -69,108 +86,113 @@ struct Row {
   }
 };
 
-struct Sums {
-  double first, second;
-};
-
-// What a column adds to the two sums, and what its gradient wants beside q.
+// What a column adds to the sums, and the latter two are what its gradient wants of it: see
+// bounded.py. Of the KLs they are what their own gradients want, and nobody their sums.
 struct Summands {
-  float one, two, kept;
+  float value, excess, room;
 };
 
 template <Kind KIND>
-INLINE Summands summands(const Column c, float weight) {
-  const float difference = c.q - c.p;
-  if (KIND == FORWARD_KL) return {kl(c.p, c.x, difference), 0, difference};
-  if (KIND == REVERSE_KL) return {kl(c.q, -c.x, -difference), 0, std::max(-c.x, -FLT_MAX)};
-  if (KIND == TOTAL_VARIATION) {
-    const float half = sign(-c.x) / 2;
-    return {difference * half, c.q * half, half};
-  }
-  const Mixture m = mixture(c.x, weight);
-  if (KIND == JENSEN_SHANNON) {
-    const float student = c.q * m.to_q;
-    return {weight * (c.p * m.to_p) + (1 - weight) * student, student, m.to_q};
-  }
-  const float tilted = -difference * (1 - weight) * m.q_share;
-  return {kl(c.p, m.to_p, (1 - weight) * difference), tilted, tilted};
-}
+constexpr bool BOUNDED = KIND != FORWARD_KL && KIND != REVERSE_KL;
 
-// By the student's scaled logit, given both sums of whole rows.
 template <Kind KIND>
-INLINE float gradient(float q, float kept, float weight, float first, float second) {
-  if (KIND == FORWARD_KL) return kept;
-  if (KIND == REVERSE_KL) return q * (kept - first);
-  if (KIND == TOTAL_VARIATION) return q * (kept - second);
-  if (KIND == JENSEN_SHANNON) return (1 - weight) * q * (kept - second);
-  return (1 - weight) * (q * second - kept);
+INLINE Summands summands(const Column c, const Weights& weights) {
+  const float difference = c.q - c.p;
+  if (KIND == FORWARD_KL) return {kl(c.p, c.x, difference), difference, 0};
+  if (KIND == REVERSE_KL)
+    return {kl(c.q, -c.x, -difference), std::max(-c.x, -FLT_MAX), c.q};
+  if (KIND == TOTAL_VARIATION) {
+    const float excess = c.x > 0 ? 0.0f : c.x < 0 ? c.q : c.q / 2;
+    return {(c.x > 0 ? -difference : difference) / 2, excess, c.q - excess};
+  }
+  const Mixture m = mixture<KIND == JENSEN_SHANNON>(c.x, weights);
+  if (KIND == JENSEN_SHANNON) {
+    const float excess = c.q * m.to_q;
+    return {weights.p * (c.p * m.to_p) + weights.q * excess, excess,
+            c.q * m.room * (weights.q / weights.limit)};
+  }
+  const float share = weights.q * m.q_share;
+  return {kl(c.p, m.to_p, weights.q * difference), difference * share, c.p * share};
 }
 
-// Sums of a row; with KEEP, also q and what is kept of each column, for `write_kept`.
+// By the student's scaled logit, given the sums of whole rows.
+template <Kind KIND>
+INLINE float gradient(float excess, float room, const Summands& sums) {
+  if (KIND == FORWARD_KL) return excess;
+  if (KIND == REVERSE_KL) return room * (excess - sums.value);
+  return excess * sums.room - room * sums.excess;
+}
+
+// Sums of a row; with KEEP, what its gradient wants of each column is kept for `write_kept`: excess
+// in the place of the student's logits, so that fewer numbers have to stay in the cache.
 template <Kind KIND, bool KEEP>
-Sums add_up(const Row row, int64_t width, float weight, float* q, float* kept) {
-  Sums sums{0, 0};
+Summands add_up(const Row row, int64_t width, const Weights weights, float* room) {
+  double value = 0, excesses = 0, rooms = 0;
   for (int64_t start = 0; start < width; start += BLOCK) {
     const int64_t stop = std::min(start + BLOCK, width);
-    float one = 0, two = 0;
-#pragma omp simd reduction(+ : one, two)
+    float one = 0, two = 0, three = 0;
+#pragma omp simd reduction(+ : one, two, three)
     for (int64_t j = start; j < stop; ++j) {
-      const Column column = row.column(j);
-      const Summands both = summands<KIND>(column, weight);
-      one += both.one;
-      two += both.two;
+      const Summands column = summands<KIND>(row.column(j), weights);
+      one += column.value;
+      if (BOUNDED<KIND>) {
+        two += column.excess;
+        three += column.room;
+      }
       if (KEEP) {
-        q[j] = column.q;
-        kept[j] = both.kept;
+        row.student[j] = column.excess;
+        room[j] = column.room;
       }
     }
-    sums.first += one;
-    sums.second += two;
+    value += one;
+    excesses += two;
+    rooms += three;
   }
-  return sums;
+  return {static_cast<float>(value), static_cast<float>(excesses), static_cast<float>(rooms)};
 }
 
 template <Kind KIND>
-void write_kept(float* out, const float* q, const float* kept, int64_t width, float weight,
-                float first, float second, float factor) {
+void write_kept(float* out, const float* room, int64_t width, const Summands sums, float factor) {
 #pragma omp simd
   for (int64_t j = 0; j < width; ++j)
-    out[j] = gradient<KIND>(q[j], kept[j], weight, first, second) * factor;
+    out[j] = gradient<KIND>(out[j], room[j], sums) * factor;
 }
 
 template <Kind KIND>
-void write(const Row row, int64_t width, float weight, float first, float second, float factor) {
+void write(const Row row, int64_t width, const Weights weights, const Summands sums,
+           float factor) {
 #pragma omp simd
   for (int64_t j = 0; j < width; ++j) {
-    const Column column = row.column(j);
-    const float kept = summands<KIND>(column, weight).kept;
-    row.student[j] = gradient<KIND>(column.q, kept, weight, first, second) * factor;
+    const Summands column = summands<KIND>(row.column(j), weights);
+    row.student[j] = gradient<KIND>(column.excess, column.room, sums) * factor;
   }
 }
 
 // The one gradient that needs no sum is written along.
-Sums add_up_and_write_forward_kl(const Row row, int64_t width, float factor) {
-  Sums sums{0, 0};
+Summands add_up_and_write_forward_kl(const Row row, int64_t width, const Weights weights,
+                                     float factor) {
+  double value = 0;
   for (int64_t start = 0; start < width; start += BLOCK) {
     const int64_t stop = std::min(start + BLOCK, width);
     float one = 0;
 #pragma omp simd reduction(+ : one)
     for (int64_t j = start; j < stop; ++j) {
-      const Summands both = summands<FORWARD_KL>(row.column(j), 0);
-      one += both.one;
-      row.student[j] = both.kept * factor;
+      const Summands column = summands<FORWARD_KL>(row.column(j), weights);
+      one += column.value;
+      row.student[j] = column.excess * factor;
     }
-    sums.first += one;
+    value += one;
   }
-  return sums;
+  return {static_cast<float>(value), 0, 0};
 }
 
 template <Kind KIND>
 void pass(const Logits& logits, int64_t begin, int64_t end, float weight, float* norms,
           int64_t norms_stride, float* sums, int64_t sums_stride, bool normalise, bool sum,
           bool with_gradient) {
-  std::vector<float> student_space, teacher_space, q(logits.width), kept(logits.width);
+  std::vector<float> student_space, teacher_space, room(logits.width);
   const float scale = 1 / logits.temperature, factor = logits.temperature;
+  const Weights weights(weight);
   for (int64_t i = begin; i < end; ++i) {
     const Widened s = logits.student_row(i, student_space);
     const Widened t = logits.teacher_row(i, teacher_space);
@@ -187,26 +209,34 @@ void pass(const Logits& logits, int64_t begin, int64_t end, float weight, float*
     }
     const Row row(s.row, t.row, of_student, of_teacher, scale);
     const bool both = sum && with_gradient, along = both && KIND == FORWARD_KL;
+    Summands whole{0, 0, 0};
     if (sum) {
-      const Sums made =
-          along  ? add_up_and_write_forward_kl(row, logits.width, factor)
-          : both ? add_up<KIND, true>(row, logits.width, weight, q.data(), kept.data())
-                 : add_up<KIND, false>(row, logits.width, weight, nullptr, nullptr);
-      sums[i] = static_cast<float>(made.first);
-      if (sums_stride) sums[i + sums_stride] = static_cast<float>(made.second);
+      whole = along  ? add_up_and_write_forward_kl(row, logits.width, weights, factor)
+              : both ? add_up<KIND, true>(row, logits.width, weights, room.data())
+                     : add_up<KIND, false>(row, logits.width, weights, nullptr);
+      sums[i] = whole.value;
+      if (BOUNDED<KIND>) {
+        sums[i + sums_stride] = whole.excess;
+        sums[i + 2 * sums_stride] = whole.room;
+      }
+    } else if (with_gradient) {
+      whole.value = sums[i];
+      if (BOUNDED<KIND>) {
+        whole.excess = sums[i + sums_stride];
+        whole.room = sums[i + 2 * sums_stride];
+      }
     }
-    const float second = sums_stride ? sums[i + sums_stride] : 0;
     if (both && !along)
-      write_kept<KIND>(s.row, q.data(), kept.data(), logits.width, weight, sums[i], second, factor);
+      write_kept<KIND>(s.row, room.data(), logits.width, whole, factor);
     else if (with_gradient && !along)
-      write<KIND>(row, logits.width, weight, sums[i], second, factor);
+      write<KIND>(row, logits.width, weights, whole, factor);
     if (with_gradient) s.write_back(logits.width);
   }
 }
 
 }  // namespace
 
-// As `passing.one_pass`, over rows `begin` to `end`; a `sums_stride` of 0: there is but one sum.
+// As `passing.one_pass`, over rows `begin` to `end`.
 extern "C" void one_pass(const Logits* logits, int64_t begin, int64_t end, int32_t kind, float weight,
               float* norms, int64_t norms_stride, float* sums, int64_t sums_stride,
               int32_t normalise, int32_t sum, int32_t with_gradient) {

@@ -39,10 +39,10 @@ INLINE int32_t bits_of(float value) {
   return bits;
 }
 
-// exp(x) to a unit in the last place; 0 where it would be subnormal, NaN for NaN. Cephes' expf.
+// exp(x) of x up to 88, to a unit in the last place; 0 where it would be subnormal, NaN for NaN.
+// Cephes' expf.
 INLINE float exponential(float x) {
-  float z = x < -87.0f ? -87.0f : x;
-  z = z > 88.0f ? 88.0f : z;
+  const float z = x < -87.0f ? -87.0f : x;
   const float n = std::nearbyint(z * 1.44269504088896341f);
   float r = fused(n, -0.693359375f, z);
   r = fused(n, 2.12194440e-4f, r);
