@@ -23,7 +23,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in PRODUCTS and args[0].dtype is torch.bfloat16:
-            # A CPU without instructions for bf16 takes ten times as long. These copies are not seen.
+            # A CPU without instructions for bf16 takes ten times as long. The copies are not seen.
             result = func(*(factor.float() for factor in args)).bfloat16()
         else:
             result = func(*args, **(kwargs or {}))
