@@ -1,6 +1,7 @@
 """A tiny teacher and the artifacts of a tiny run, made once by the real steps."""
 
 import fcntl
+import gc
 import importlib.util
 import json
 import os
@@ -85,6 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: garbage is looked for in what comes after, not there each time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
