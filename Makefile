@@ -56,7 +56,7 @@ images: $(VENV)/.run  ## container images (IMAGES='cpu gpu mlflow', REGISTRY=...
 		BUILD_OPTIONS='$(BUILD_OPTIONS)' images/build.sh $(IMAGES)
 
 test: $(VENV)/.test  ## all tests, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A bundle of `make gpu-bundle` has packages/ beside the sources, and takes torch from the machine.
 ifneq ($(wildcard packages/lib),)

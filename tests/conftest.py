@@ -1,8 +1,8 @@
 """A tiny teacher and the artifacts of a tiny run, made once by the real steps."""
 
 import fcntl
+import gc
 import importlib.util
-import inspect
 import json
 import os
 import pydoc_data.topics
@@ -42,30 +42,42 @@ if is_installed("hypothesis"):
 if is_installed("kfp"):
     import kfp.dsl.pipeline_task
 
-    # KFP asks for its caller's name with `inspect.stack()` at each setting of each task. That reads
-    # the source of every frame, and looks through all modules for that of pytest-xdist's, which is
-    # in no file: seconds a pipeline once torch is loaded. Names are enough.
-    kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0))
+    # KFP asks for its caller's name with `inspect.stack()[1][3]` at each setting of each task. That
+    # reads the source of every frame, and looks through all modules for those that are in no file:
+    # seconds a pipeline once torch is loaded. Names are enough.
+    def names_of_callers() -> list[tuple[None, None, None, str]]:
+        frame = sys._getframe(1)
+        return [(None, None, None, at.f_code.co_name) for at in (frame, frame.f_back)]
+
+    kfp.dsl.pipeline_task.inspect = SimpleNamespace(stack=names_of_callers)
 
 SEQ_LENGTH = 64
 # What takes longest begins first, or one worker ends long after the others. Longest first.
 LONGEST = (
     "pipelines/local/test_end_to_end.py",
     "pipelines/local/test_sweep_end_to_end.py",
-    "pipelines/local/test_local_loops.py",
-    "pipelines/local/test_local.py",
-    "flagscale/execution/test_trainjob.py",
-    "flagscale/sizes/test_model_steps_memory.py",
-    "flagscale/train/test_layouts.py",
-    "flagscale/sizes/test_training_memory.py",
-    "flagscale/execution/test_launch.py",
     "flagscale/execution/test_trainjob_training.py",
-    "flagscale/steps/test_family_on_ranks.py",
+    "flagscale/sizes/test_model_steps_memory.py",
+    "flagscale/sizes/test_training_memory.py",
+    "flagscale/tracking/test_outage.py",
+    "flagscale/execution/test_trainjob.py",
+    "flagscale/steps/test_pods.py",
+    "flagscale/train/test_layouts.py",
+    "pipelines/local/test_local.py",
+    "flagscale/execution/test_launch.py",
     "flagscale/train/checkpoints/test_resume_layouts.py",
     "flagscale/train/test_divergences_on_layouts.py",
-    "flagscale/train/test_cached_teacher.py",
+    "flagscale/steps/test_family_on_ranks.py",
+    "flagscale/steps/test_quantized_student.py",
+    "flagscale/steps/test_evaluate_tasks.py",
+    "flagscale/steps/test_step_imports.py",
+    "flagscale/train/test_loop.py",
+    "flagscale/steps/test_prepare_teacher.py",
+    "flagscale/models/test_planted_defects.py",
+    "pipelines/cluster/test_cluster_checks.py",
+    "pipelines/local/test_local_loops.py",
     "flagscale/steps/test_export_student.py",
-    "flagscale/steps/test_pods.py",
+    "flagscale/train/test_cached_teacher.py",
 )
 
 
@@ -74,6 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: garbage is looked for in what comes after, not there each time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import yaml
 from kfp import compiler
 
 from components.__main__ import all_components
+from pipelines.compiling import LOADER
 
 FOUND = all_components()
 folders = pytest.mark.parametrize("folder", list(FOUND), ids=lambda folder: folder.name)
@@ -114,7 +115,7 @@ def test_the_example_compiles(folder: Path, tmp_path: Path) -> None:
     example = getattr(importlib.import_module(name), f"{folder.name}_example")
     path = tmp_path / "example.yaml"
     compiler.Compiler().compile(example, str(path))
-    spec = next(yaml.safe_load_all(path.read_text()))
+    spec = next(yaml.load_all(path.read_text(), LOADER))
     tasks = spec["root"]["dag"]["tasks"]
     step = FOUND[folder].name
     assert tasks[step]["componentRef"]["name"] == f"comp-{step}"

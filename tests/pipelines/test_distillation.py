@@ -12,7 +12,7 @@ from flagscale.recipe import Recipe, TasksRecipe, load_recipe
 from flagscale.run_values import SECTIONS
 from pipelines import golden
 from pipelines.__main__ import main
-from pipelines.compiling import compile_recipe
+from pipelines.compiling import LOADER, compile_recipe
 from pipelines.distillation import build_pipeline, source_version
 from pipelines.platform import Platform, load_platform
 
@@ -33,7 +33,7 @@ def own_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(recipe: Recipe, folder: Path) -> dict[str, Any]:
     path = compile_recipe(recipe, load_platform("gke-h100"), folder / "p.yaml")
-    return next(yaml.safe_load_all(path.read_text()))
+    return next(yaml.load_all(path.read_text(), LOADER))
 
 
 def test_what_is_compiled_in_the_repository_is_current(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_command_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     overrides = ["--set", "distillation.temperature=3"]
     assert main(["compile", str(DEFAULT), "-o", str(output), *overrides]) == 0
     assert capsys.readouterr().out.endswith(f"\nwrote {output}\n")
-    spec = next(yaml.safe_load_all(output.read_text()))
+    spec = next(yaml.load_all(output.read_text(), LOADER))
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["distillation"]["defaultValue"]["temperature"] == 3
 
@@ -138,7 +138,7 @@ def test_the_command_writes_kubernetes_objects(
     command = ["compile", str(DEFAULT), "--format", "kubernetes", "--namespace", "ml"]
     assert main([*command, "-o", str(output)]) == 0
     assert "kubectl apply -f" in capsys.readouterr().out
-    pipeline, version = yaml.safe_load_all(output.read_text())
+    pipeline, version = yaml.load_all(output.read_text(), LOADER)
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
     assert pipeline["metadata"] == {
         "name": "distillation-smollm2-135m-to-22-layers",
@@ -148,7 +148,7 @@ def test_the_command_writes_kubernetes_objects(
     json_format.ParseDict(version["spec"]["pipelineSpec"], pipeline_spec_pb2.PipelineSpec())
     assert set(version["spec"]["platformSpec"]["platforms"]) == {"kubernetes"}
     assert main([*command, "-o", str(output), "--set", "distillation.temperature=2"]) == 0
-    _, other = yaml.safe_load_all(output.read_text())
+    _, other = yaml.load_all(output.read_text(), LOADER)
     assert other["metadata"]["name"] != version["metadata"]["name"]
 
 

@@ -8,7 +8,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from flagscale.recipe import load_recipe
-from pipelines.compiling import compile_manifests, compile_recipe
+from pipelines.compiling import LOADER, compile_manifests, compile_recipe
 from pipelines.platform import load_platform
 
 SMALL = ["training.micro_batch_size=1"]
@@ -22,9 +22,9 @@ def specs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         arguments = (load_recipe(f"recipes/{name}.yaml", SMALL), load_platform("gke-h100"))
         output = folder / f"{name}.yaml"
         if request.param == "file":
-            spec = next(yaml.safe_load_all(compile_recipe(*arguments, output).read_text()))
+            spec = next(yaml.load_all(compile_recipe(*arguments, output).read_text(), LOADER))
         else:
-            _, version = yaml.safe_load_all(compile_manifests(*arguments, output).read_text())
+            _, version = yaml.load_all(compile_manifests(*arguments, output).read_text(), LOADER)
             spec = version["spec"]["pipelineSpec"]
         found.append(spec)
     return found

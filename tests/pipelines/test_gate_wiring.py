@@ -10,7 +10,7 @@ from references import unresolved
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster.run_parameters import read_parameters
-from pipelines.compiling import compile_recipe
+from pipelines.compiling import LOADER, compile_recipe
 from pipelines.distillation import build_pipeline
 from pipelines.local.step_cache import StepCache
 from pipelines.platform import load_platform
@@ -36,7 +36,7 @@ def test_it_judges_the_student_that_was_exported(
     name: str, exporter: str, evaluator: str, tmp_path: Path
 ) -> None:
     output = compile_recipe(asking(name), load_platform("on-prem-a100"), tmp_path / "p.yaml")
-    spec, platform = yaml.safe_load_all(output.read_text())
+    spec, platform = yaml.load_all(output.read_text(), LOADER)
     assert unresolved(spec, platform) == []
     tasks = spec["root"]["dag"]["tasks"]
     task = tasks["promote"]
@@ -67,7 +67,7 @@ def test_without_the_section_there_is_no_step_and_no_parameter() -> None:
 def test_a_run_may_ask_something_else(tmp_path: Path) -> None:
     recipe, platform = asking("tiny"), load_platform("on-prem-a100")
     output = compile_recipe(recipe, platform, tmp_path / "p.yaml")
-    definitions = next(yaml.safe_load_all(output.read_text()))["root"]["inputDefinitions"]
+    definitions = next(yaml.load_all(output.read_text(), LOADER))["root"]["inputDefinitions"]
     given = "promote.conditions=['{} <= 2 at 90%']"
     found = read_parameters(
         [given.format("distilled/kl")], definitions["parameters"], recipe, platform

@@ -15,7 +15,7 @@ from flagscale.errors import UserError
 from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, load_recipe
 from pipelines import placement, where
-from pipelines.compiling import compile_recipe
+from pipelines.compiling import LOADER, compile_recipe
 from pipelines.platform import FOLDER, Platform, Runs, Shared, Trainer, load_platform
 from pipelines.pods import Pods
 
@@ -38,7 +38,7 @@ class Compiled:
     """A compiled pipeline: its two documents, and what a step's pod would get with the defaults."""
 
     def __init__(self, path: Path) -> None:
-        self.spec, self.platform = yaml.safe_load_all(path.read_text())
+        self.spec, self.platform = yaml.load_all(path.read_text(), LOADER)
         self.executors: dict[str, Any] = self.spec["deploymentSpec"]["executors"]
         executors = self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         self.kubernetes: dict[str, Any] = executors

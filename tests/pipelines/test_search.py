@@ -14,7 +14,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from flagscale.run_values import MEASURED, check_run
 from pipelines import form
-from pipelines.compiling import compile_recipe
+from pipelines.compiling import LOADER, compile_recipe
 from pipelines.platform import load_platform
 from pipelines.search import build_search
 
@@ -34,7 +34,7 @@ def compiled(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     found = {}
     for name in PLATFORMS:
         output = compile_recipe(recipe, load_platform(name), folder / f"{name}.yaml")
-        found[name] = tuple(yaml.safe_load_all(output.read_text()))
+        found[name] = tuple(yaml.load_all(output.read_text(), LOADER))
     return found
 
 

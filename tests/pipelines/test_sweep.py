@@ -13,7 +13,7 @@ from references import unresolved
 
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
-from pipelines.compiling import compile_recipe
+from pipelines.compiling import LOADER, compile_recipe
 from pipelines.golden import COMPILED, FOLDER
 from pipelines.platform import load_platform
 from pipelines.sweep import build_sweep
@@ -35,7 +35,7 @@ def compiled(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     found = {}
     for name in PLATFORMS:
         output = compile_recipe(recipe, load_platform(name), folder / f"{name}.yaml")
-        spec, platform = yaml.safe_load_all(output.read_text())
+        spec, platform = yaml.load_all(output.read_text(), LOADER)
         found[name] = (spec, platform)
     return found
 
@@ -60,7 +60,7 @@ def test_every_reference_leads_somewhere(compiled: dict[str, Compiled], name: st
 def test_every_reference_of_the_golden_files_leads_somewhere() -> None:
     files = [f"{recipe}-{p}.yaml" for recipe, platforms in COMPILED.items() for p in platforms]
     for file in files:
-        spec, *platform = yaml.safe_load_all((FOLDER / file).read_text())
+        spec, *platform = yaml.load_all((FOLDER / file).read_text(), LOADER)
         assert unresolved(spec, *platform) == [], file
 
 
@@ -190,6 +190,6 @@ def test_a_sweep_of_trainings_on_several_nodes_resolves_too(
     values["resources"] = {"nodes": 2, "accelerator_count": 2}
     several = Recipe.model_validate(values)
     output = compile_recipe(several, load_platform(name), tmp_path / "p.yaml")
-    spec, platform = yaml.safe_load_all(output.read_text())
+    spec, platform = yaml.load_all(output.read_text(), LOADER)
     assert "distil-student-on-nodes" in body_of(spec)["dag"]["tasks"]
     assert unresolved(spec, platform) == []

@@ -10,6 +10,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe, load_recipe
 from pipelines.cluster import run_parameters
 from pipelines.cluster.package import Package, make_package
+from pipelines.compiling import LOADER
 from pipelines.platform import Platform, Trainer, load_platform
 from tests.pipelines.cluster.kfp_api import check_inputs
 
@@ -191,7 +192,7 @@ def test_a_tokenizer_that_would_be_replaced_is_refused(
 def test_without_cache_nothing_nested_is_taken_from_it(package: Package, tmp_path: Path) -> None:
     import yaml
 
-    spec, platforms = yaml.safe_load_all(package.path.read_text(encoding="utf-8"))
+    spec, platforms = yaml.load_all(package.path.read_text(encoding="utf-8"), LOADER)
     inner = {"dag": {"tasks": {"inner": {"cachingOptions": {"enableCache": True}}}}}
     spec["components"]["comp-loop"] = inner
     path = tmp_path / "pipeline.yaml"

@@ -14,6 +14,7 @@ from components.image import VERSION
 from flagscale.recipe import load_recipe
 from pipelines.__main__ import main
 from pipelines.cluster.package import version_tags
+from pipelines.compiling import LOADER
 from tests.pipelines.cluster.kfp_server import KfpServer
 
 RECIPE = "recipes/tiny.yaml"
@@ -315,7 +316,7 @@ def test_the_packages_documents_are_the_ones_that_were_checked(kfp: KfpServer) -
     from tests.pipelines.cluster.kfp_api import Refused, parse_package
 
     (data,) = kfp.packages.values()
-    documents = list(yaml.safe_load_all(data))
+    documents = list(yaml.load_all(data, LOADER))
     executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     next(iter(executors.values()))["tolerationz"] = []
     with pytest.raises(Refused, match="tolerationz"):
