@@ -15,7 +15,8 @@ from flagscale.recipe.models import TeacherRecipe
 from flagscale.recipe.promote import PromoteRecipe, check_promotion
 from flagscale.recipe.quantized_training import check_quantization, check_quantized_on_cpu
 from flagscale.recipe.results import EvaluationRecipe, ExportRecipe, ResourcesRecipe, TrackingRecipe
-from flagscale.recipe.search import SearchRecipe, check_search
+from flagscale.recipe.search import SearchRecipe
+from flagscale.recipe.search_checks import check_search
 from flagscale.recipe.section import Section
 from flagscale.recipe.student import StudentRecipe
 from flagscale.recipe.sweep import SweepRecipe, with_first_values

@@ -21,7 +21,8 @@ from flagscale.recipe import (
     TeacherRecipe,
     parse_section,
 )
-from flagscale.recipe.search import check_search, ranking_metrics
+from flagscale.recipe.search import ranking_metrics
+from flagscale.recipe.search_checks import check_search
 from flagscale.recipe.sweep import VARIED
 from flagscale.recipe.teacher_outputs import decided, met_by, reads_outputs
 from flagscale.recipe.variants import check_distinct
