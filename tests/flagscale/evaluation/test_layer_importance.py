@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser
 from importance_worker import importance_on_rank
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -193,7 +194,7 @@ def _layers(found: dict[str, Any]) -> list[int]:
     return [removal["layer"] for removal in found["removals"]]
 
 
-def test_page_shows_order_and_figures() -> None:
+def test_page_shows_order_and_figures(browser: Browser) -> None:
     removals = (Removal(2, 0.125, 0.81), Removal(0, 0.5, 0.62))
     found = LayerImportance("kl", (0.4, 3.0, 0.125), removals, 512)
     assert found.kept == (1,)
@@ -209,6 +210,8 @@ def test_page_shows_order_and_figures() -> None:
     narrower = render(cut, None, shares)
     assert "Which channels went" in narrower
     assert "2 of 3 hidden_size have 90.0%; 1 of 2 ffn_hidden_size have 75.0%" in narrower
+    for shown in (page, narrower):
+        browser.check(shown)
     plain = render(facts, None)
     assert "<svg" not in plain
     assert "Which layers went" not in plain
