@@ -181,7 +181,8 @@ def test_speed_and_memory_are_of_each_model(output: Path) -> None:
         assert speed["decode_tokens_per_second"] > 0
         assert speed["peak_memory"] > 1e7
     held = open_artifact(output, "task-evaluation").peak_memory["host"][0]
-    assert held >= max(found[model][0]["peak_memory"] for model in found)
+    counted_late = 2**20  # bytes: each core tells the kernel of its pages some at a time
+    assert held >= max(found[model][0]["peak_memory"] for model in found) - counted_late
 
 
 def test_a_student_in_megatrons_format_is_asked_by_megatron_core(
