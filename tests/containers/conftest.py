@@ -110,21 +110,27 @@ def tracking(
 
 
 @pytest.fixture(scope="session")
+def tracked(engine: Engine, planted: dict[str, str], tracking: Tracking) -> dict[str, str]:
+    """The environment of runs that track there."""
+    return {
+        **engine.environment,
+        "MLFLOW_TRACKING_URI": tracking.uri,
+        "MLFLOW_TRACKING_USERNAME": "distil",
+        "MLFLOW_TRACKING_PASSWORD": planted["MLFLOW_TRACKING_PASSWORD"],
+    }
+
+
+@pytest.fixture(scope="session")
 def contained(
     place: Path,
     engine: Engine,
     images: dict[str, str],
     sets: tuple[str, ...],
     planted: dict[str, str],
-    tracking: Tracking,
+    tracked: dict[str, str],
 ) -> Containers:
     """A training killed with -9, then stopped by SIGTERM, then let be, each in a container."""
-    environment = {
-        **engine.environment,
-        **planted,
-        "MLFLOW_TRACKING_URI": tracking.uri,
-        "MLFLOW_TRACKING_USERNAME": "distil",
-    }
+    environment = {**tracked, **planted}
     del environment["PGPASSWORD"]  # the server's own
     runs = Containers(place / "runs", sets, environment, images["cpu"], engine=engine)
     for blow in (signal.SIGKILL, signal.SIGTERM, None):

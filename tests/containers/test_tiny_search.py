@@ -35,21 +35,14 @@ def searched(
     engine: Engine,
     images: dict[str, str],
     sets: tuple[str, ...],
-    planted: dict[str, str],
-    tracking: Tracking,
+    tracked: dict[str, str],
 ) -> Containers:
     """Killed with -9, then let be."""
-    environment = {
-        **engine.environment,
-        "MLFLOW_TRACKING_URI": tracking.uri,
-        "MLFLOW_TRACKING_USERNAME": "distil",
-        "MLFLOW_TRACKING_PASSWORD": planted["MLFLOW_TRACKING_PASSWORD"],
-    }
     files = tuple(text for text in sets if ".source=" in text)
     runs = Containers(
         place / "search",
         (*files, *CHANGES),
-        environment,
+        tracked,
         images["cpu"],
         "recipes/tiny-search.yaml",
         engine=engine,
