@@ -27,45 +27,48 @@ struct Mixture {
 };
 
 // x = log(p / q). See mixtures.py. With ROOM that is made too, and the logarithms from it where
-// it is what is small.
+// it is what is small. Where there is no p or no q, they may be infinite or NaN.
 template <bool ROOM>
-INLINE Mixture mixture(float x, const Weights& weights) {
-  x = std::min(std::max(x, -FLT_MAX), FLT_MAX);
+INLINE Mixture mixture(float p, float q, float x, const Weights& weights) {
   const float d = -std::fabs(x);
-  const float less = exponential(d);  // the smaller of p and q over the larger
   float series = fused(d, 1.0f / 720, 1.0f / 120);
   series = fused(series, d, 1.0f / 24);
   series = fused(series, d, 1.0f / 6);
   series = fused(series, d, 0.5f);
   series = d * fused(series, d, 1.0f);
-  const bool apart = ROOM && x < weights.apart;
-  const float share = x > 0 ? weights.q : weights.p, other = x > 0 ? weights.p : weights.q;
+  // The smaller of p and q over the larger. A quotient has fewer digits, which `room` would show.
+  const float less = ROOM ? exponential(d) : (p < q ? p : q) / (p < q ? q : p);
+  const bool up = x > 0;
+  const float above = up ? x : 0, below = up ? 0 : x;
+  const float share = up ? weights.q : weights.p, other = up ? weights.p : weights.q;
   const float over_larger = fused(share, less, other);  // m over the larger
   // m = (1 + y) times the larger, or where p is next to nothing, times the limit's weight q.
-  const float y = apart ? weights.odds * less : share * (d > -0.25f ? series : less - 1);
-  const float log_1_y = logarithm(apart ? 1 + y : over_larger, y);
-  const float log_m = apart ? log_1_y - weights.limit : log_1_y;
-  const float room = apart ? log_1_y : log_1_y + std::max(x, 0.0f) + weights.limit;
-  const float q_share = (x > 0 ? less : 1.0f) / over_larger;
-  return weights.p == 0
-             ? Mixture{x, 0, 0, 1}
-             : Mixture{std::min(x, 0.0f) - log_m, -log_m - std::max(x, 0.0f), room, q_share};
+  const bool apart = ROOM && x < weights.apart;
+  const float near_1 = share * (d > -0.25f ? series : less - 1);
+  const float log_1_y = logarithm(over_larger, apart ? weights.odds * less : near_1);
+  const float to_limit = apart ? weights.limit : 0;  // what log(1 + y) is short of log(m)
+  const float short_of = log_1_y + above;
+  return {(below - log_1_y) + to_limit, to_limit - short_of,
+          short_of + (apart ? 0 : weights.limit), (up ? less : 1) / over_larger};
 }
+
+// A probability times what may be infinite or NaN where there is none.
+INLINE float times(float probability, float x) { return probability == 0 ? 0.0f : probability * x; }
 
 // p x + (q - p), x = log(p / q): a series where both are close.
 INLINE float kl(float p, float x, float difference) {
-  x = std::max(x, -FLT_MAX);
   float series = fused(x, 1.0f / 120, -1.0f / 24);
   series = fused(series, x, 1.0f / 6);
   series = p * x * x * (0.5f - x * series);
-  return std::fabs(x) < NEAR ? series : p * x + difference;
+  return std::fabs(x) < NEAR ? series : times(p, x) + difference;
 }
 
+// Both as probabilities, and x = log(p / q): infinite where one is 0, NaN where both are.
 struct Column {
   float p, q, x;
 };
 
-// Both rows as probabilities, and the log of their ratio, 0 where neither has any.
+// Both models' logits of a token, of which columns are made.
 struct Row {
   float* student;
   const float* teacher;
@@ -81,8 +84,7 @@ struct Row {
     const float s = student[j], t = teacher[j];
     const float p = exponential((t - of_teacher.m) * scale) * of_teacher.weight;
     const float q = exponential((s - of_student.m) * scale) * of_student.weight;
-    const float x = (t - s) * scale + shift;
-    return {p, q, (p == 0) & (q == 0) ? 0 : x};
+    return {p, q, (t - s) * scale + shift};
   }
 };
 
@@ -100,19 +102,21 @@ INLINE Summands summands(const Column c, const Weights& weights) {
   const float difference = c.q - c.p;
   if (KIND == FORWARD_KL) return {kl(c.p, c.x, difference), difference, 0};
   if (KIND == REVERSE_KL)
-    return {kl(c.q, -c.x, -difference), std::max(-c.x, -FLT_MAX), c.q};
+    return {kl(c.q, -c.x, -difference), c.q == 0 ? 0.0f : -c.x, c.q};
   if (KIND == TOTAL_VARIATION) {
-    const float excess = c.x > 0 ? 0.0f : c.x < 0 ? c.q : c.q / 2;
+    const float excess = c.x > 0 ? 0.0f : c.x < 0 ? c.q : (c.q + difference) / 2;  // p may be NaN
     return {(c.x > 0 ? -difference : difference) / 2, excess, c.q - excess};
   }
-  const Mixture m = mixture<KIND == JENSEN_SHANNON>(c.x, weights);
+  const Mixture m = mixture<KIND == JENSEN_SHANNON>(c.p, c.q, c.x, weights);
   if (KIND == JENSEN_SHANNON) {
-    const float excess = c.q * m.to_q;
-    return {weights.p * (c.p * m.to_p) + weights.q * excess, excess,
-            c.q * m.room * (weights.q / weights.limit)};
+    const float excess = times(c.q, m.to_q);
+    return {weights.p * times(c.p, m.to_p) + weights.q * excess, excess,
+            times(c.q, m.room) * (weights.q / weights.limit)};
   }
-  const float share = weights.q * m.q_share;
-  return {kl(c.p, m.to_p, weights.q * difference), difference * share, c.p * share};
+  const bool neither = (c.p == 0) & (c.q == 0);
+  const float to_p = weights.p == 0 ? c.x : m.to_p, q_share = weights.p == 0 ? 1 : m.q_share;
+  const float share = neither ? 0 : weights.q * q_share;
+  return {kl(c.p, to_p, weights.q * difference), difference * share, c.p * share};
 }
 
 // By the student's scaled logit, given the sums of whole rows.

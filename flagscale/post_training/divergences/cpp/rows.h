@@ -27,24 +27,24 @@ INLINE float fused(float a, float b, float c) {
 #endif
 }
 
-INLINE float of_bits(int32_t bits) {
+INLINE float of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-INLINE int32_t bits_of(float value) {
-  int32_t bits;
+INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
 // exp(x) of x up to 88, to a unit in the last place; 0 where it would be subnormal, NaN for NaN.
-// Cephes' expf.
+// Cephes' expf. Above 2^23 a float32 is a whole number, which its last bits are.
 INLINE float exponential(float x) {
-  const float z = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyint(z * 1.44269504088896341f);
-  float r = fused(n, -0.693359375f, z);
+  constexpr float WHOLE = 1.5f * (1 << 23) + 127;  // 127: the exponent's bits of 2^0
+  const float whole = fused(x, 1.44269504088896341f, WHOLE), n = whole - WHOLE;
+  float r = fused(n, -0.693359375f, x);
   r = fused(n, 2.12194440e-4f, r);
   float series = 1.9875691500e-4f;
   series = fused(series, r, 1.3981999507e-3f);
@@ -53,15 +53,16 @@ INLINE float exponential(float x) {
   series = fused(series, r, 1.6666665459e-1f);
   series = fused(series, r, 5.0000001201e-1f);
   series = fused(series, r * r, r) + 1.0f;
-  const float result = series * of_bits((static_cast<int32_t>(n) + 127) * (1 << 23));
+  const float result = series * of_bits(bits_of(whole) << 23);
   return x < -87.0f ? 0.0f : result;
 }
 
 // log(z) of a positive z = 1 + y, exact also where z is near 1 and y says by how much it is not.
 INLINE float logarithm(float z, float y) {
-  const bool near = y > -0.29f;
-  const int32_t exponent = near ? 0 : (bits_of(z) - 0x3f3504f3) >> 23;
-  const float above_1 = near ? y : of_bits(bits_of(z) - exponent * (1 << 23)) - 1;
+  const bool far = y <= -0.29f;  // NaN is not, and stays
+  const int32_t exponent = far ? static_cast<int32_t>(bits_of(z) - 0x3f3504f3) >> 23 : 0;
+  const uint32_t bits = static_cast<uint32_t>(exponent) << 23;
+  const float above_1 = far ? of_bits(bits_of(z) - bits) - 1 : y;
   const float r = above_1 / (2 + above_1), square = r * r;
   float series = fused(square, 1.0f / 9, 1.0f / 7);
   series = fused(series, square, 0.2f);
@@ -119,14 +120,14 @@ struct Widened {
     row = space.data();
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j)
-      row[j] = of_bits(static_cast<int32_t>(static_cast<uint32_t>(narrow[j]) << 16));
+      row[j] = of_bits(static_cast<uint32_t>(narrow[j]) << 16);
   }
 
   void write_back(int64_t width) const {
     if (narrow == nullptr) return;
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
-      const uint32_t bits = static_cast<uint32_t>(bits_of(row[j]));
+      const uint32_t bits = bits_of(row[j]);
       const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest even
       narrow[j] = static_cast<uint16_t>(row[j] != row[j] ? 0x7fc0 : rounded);
     }
