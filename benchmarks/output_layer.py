@@ -6,9 +6,10 @@ With `--peers FOLDER`, into which `benchmarks/peers-requirements.txt` was instal
 divergence (forward KL) and Liger's fused Jensen-Shannon take turns with ours.
 
 Forward and backward from hidden states of student and teacher, on the GPU where there is one. The
-floor is the four matrix products alone, in buffers that are there already. Cases take turns, so
-that what else the machine does meets all of them; each time is the shortest. Where others compute
-on the same cores, only the processor's time says anything.
+floor is the four matrix products alone, in buffers that are there already, of all tokens and of as
+many at once as the fused form takes. Cases take turns, so that what else the machine does meets all
+of them; each time is the shortest. Where others compute on the same cores, only the processor's
+time says anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ import torch
 from flagscale.megatron import platform
 from flagscale.post_training.divergences import divergence_of
 from flagscale.post_training.divergences.reference import reference_gradient
-from flagscale.post_training.linear_divergence import HeadInput, Terms, linear_divergence
+from flagscale.post_training.linear_divergence import (
+    HeadInput,
+    Terms,
+    chunk_rows,
+    linear_divergence,
+)
 from flagscale.recipe import DistillationRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,19 +68,28 @@ def heads(options: argparse.Namespace) -> tuple[HeadInput, HeadInput]:
     return student, teacher
 
 
-def products(student: HeadInput, teacher: HeadInput) -> Callable[[], None]:
-    """The floor: both models' logits, and the gradients of hidden states and weight."""
+def products(student: HeadInput, teacher: HeadInput, rows: int) -> Callable[[], None]:
+    """The floor: both models' logits, and the gradients of hidden states and weight.
+
+    Args:
+        student: its logits stand for their gradient.
+        teacher: has none.
+        rows: tokens at once.
+    """
     (hidden, weight), (their_hidden, their_weight) = (
         (head.hidden_nh.detach(), head.weight_vh.detach()) for head in (student, teacher)
     )
-    logits = torch.empty(2, len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    logits = torch.empty(2, rows, len(weight), dtype=hidden.dtype, device=hidden.device)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
-        torch.mm(hidden, weight.t(), out=logits[0])
-        torch.mm(their_hidden, their_weight.t(), out=logits[1])
-        torch.mm(logits[0], weight, out=grad_hidden)
-        torch.mm(logits[0].t(), hidden, out=grad_weight)
+        for start in range(0, len(hidden), rows):
+            some = slice(start, min(start + rows, len(hidden)))
+            ours, theirs = logits[:, : some.stop - start]
+            torch.mm(hidden[some], weight.t(), out=ours)
+            torch.mm(their_hidden[some], their_weight.t(), out=theirs)
+            torch.mm(ours, weight, out=grad_hidden[some])
+            grad_weight.addmm_(ours.t(), hidden[some], beta=float(start > 0))
 
     return run
 
@@ -184,8 +199,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     student, teacher = heads(options)
+    rows = chunk_rows(options.tokens, options.vocabulary, 2, platform.device().type)
     cases = {
-        "floor: four products": Case(products(student, teacher)),
+        "floor: four products": Case(products(student, teacher, options.tokens)),
+        f"the same, {rows} tokens at once": Case(products(student, teacher, rows)),
         "apart": Case(lambda: apart(student, teacher), FORWARD),
         "fused": Case(lambda: fused(student, teacher, FORWARD), FORWARD),
     }
