@@ -14,7 +14,7 @@ from flagscale.errors import UserError
 from flagscale.execution.trainjob.nodes import NodePods
 from flagscale.recipe import Recipe, parse_section
 from pipelines.platform import Platform
-from tests.flagscale.test_recipe import MINIMAL
+from tests.flagscale.minimal_recipe import MINIMAL
 
 # Looked through by validators of their own.
 ANY = {

@@ -12,7 +12,7 @@ from flagscale.evaluation.figures import AFTER, BEFORE, DETAILS, SHOWN
 from flagscale.recipe import PromoteRecipe, Recipe, parse_section
 from flagscale.recipe import promote as section
 from flagscale.recipe.conditions import parse_condition
-from tests.flagscale.test_recipe import MINIMAL
+from tests.flagscale.minimal_recipe import MINIMAL
 
 VALUES = {
     "distilled/kl": 0.3,

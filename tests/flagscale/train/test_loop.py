@@ -1,7 +1,8 @@
+"""The training loop: its figures, where it goes on, when it validates and saves."""
+
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,36 +13,18 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
+from six_steps import RECIPE
 
 from flagscale.checkpoint import load_weights
 from flagscale.data.loader import train_iterator
 from flagscale.errors import Interrupted, UserError
 from flagscale.megatron.arguments import training_arguments, with_teacher
 from flagscale.megatron.global_vars import use_args
-from flagscale.recipe import ArchitectureRecipe, DistillationRecipe, TrainingRecipe
+from flagscale.recipe import DistillationRecipe
 from flagscale.train.checkpoints import TrainingCheckpoints, TrainingState
-from flagscale.train.loop import SuspiciousResultError, evaluate_loss, train, train_step
+from flagscale.train.loop import train
 from flagscale.train.rank_batches import RankBatches
-from flagscale.train.schedule import reduce_reports
 from flagscale.train.setup import build_model_chunks, setup_training
-
-RECIPE = TrainingRecipe(
-    train_iters=6,
-    micro_batch_size=2,
-    global_batch_size=4,
-    lr=1e-3,
-    min_lr=1e-4,
-    lr_warmup_iters=2,
-    # Adam takes full steps along gradients far above eps. At the rounding level fp32 and float64
-    # have different ones, so that level must not be above eps.
-    adam_eps=1e-5,
-    weight_decay=0.1,
-    clip_grad=0.1,
-    eval_interval=3,
-    eval_iters=2,
-    save_interval=2,
-    seed=5,
-)
 
 
 class Records:
@@ -255,12 +238,6 @@ def test_wsd_schedule(run):
     assert rates[5] < recipe.lr
 
 
-def test_reports_are_weighted_by_their_tokens(runtime):
-    reports = [{"lm loss": torch.tensor([6.0, 3.0])}, {"lm loss": torch.tensor([4.0, 1.0])}]
-    assert reduce_reports(reports) == {"lm loss": 2.5}
-    assert reduce_reports([{"lm loss": torch.zeros(2)}]) == {"lm loss": 0.0}
-
-
 def test_fresh_folder_starts_at_zero(runtime, tmp_path):
     assert TrainingCheckpoints(tmp_path / "none").restore(None) == TrainingState()
 
@@ -272,46 +249,6 @@ def test_recompute_changes_no_loss(run, tmp_path):
     )
     for ours, theirs in zip(recomputed.losses(), plain.losses(), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-class FlakyDevice:
-    """Adds an error to the model's output, the first time or every time."""
-
-    def __init__(self, always):
-        self.always, self.calls = always, 0
-
-    def __call__(self, module, inputs, output):
-        self.calls += 1
-        if self.calls == 1 or self.always:
-            return output * float("nan")
-        return output
-
-
-@pytest.mark.parametrize("always", [False, True])
-def test_suspicious_step_is_computed_again(runtime, args, student, dataset, tmp_path, always):
-    """A result that differs the second time was a fault; the step is not taken either way."""
-    machine = get_rerun_state_machine()
-    machine.set_mode(RerunMode.VALIDATE_RESULTS)
-    try:
-        chosen = training_arguments(args.shape, args.seq_length, RECIPE)
-        with use_args(chosen):
-            chunks = build_model_chunks(chosen)
-            load_weights(chunks, student / "weights")
-            trainer = setup_training(chunks, chosen, RECIPE)
-            batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE).train(0)
-            # Megatron-Core trusts the first step of a process: it has nothing to compare with.
-            train_step(trainer, batches)
-            before = [p.clone() for p in trainer.chunks[0].parameters()]
-            device = FlakyDevice(always)
-            chunks[0].register_forward_hook(device)
-            with pytest.raises(SuspiciousResultError, match="the step was not taken"):
-                train_step(trainer, batches)
-            assert device.calls > 2  # two micro-batches, and again
-            for ours, theirs in zip(trainer.chunks[0].parameters(), before, strict=True):
-                assert torch.equal(ours, theirs)
-    finally:
-        destroy_rerun_state_machine()
-        initialize_rerun_state_machine(mode=RerunMode.DISABLED)
 
 
 def test_checked_steps_are_the_same(run, tmp_path):
@@ -327,49 +264,6 @@ def test_checked_steps_are_the_same(run, tmp_path):
         initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     assert checked.losses() == plain.losses()
     assert checked.validation == plain.validation
-
-
-@pytest.mark.parametrize(
-    ("architecture", "name"),
-    [
-        (ArchitectureRecipe(num_experts=4, moe_aux_loss_coeff=0.1), "load balancing loss"),
-        (ArchitectureRecipe(mtp_num_layers=1), "mtp_1 loss"),
-    ],
-)
-def test_losses_of_layers_are_reported(runtime, args, dataset, tmp_path, architecture, name):
-    chosen = training_arguments(
-        replace(args.shape, architecture=architecture), args.seq_length, RECIPE
-    )
-    with use_args(chosen):
-        trainer = setup_training(build_model_chunks(chosen), chosen, RECIPE)
-        batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE)
-        evaluate_loss(trainer.chunks, batches.validation(), 1)
-        stream = batches.train(0)
-        first, second = train_step(trainer, stream), train_step(trainer, stream)
-    # Random weights: experts are drawn evenly (1 is even), and any token is as likely as another.
-    expected = 1.0 if name == "load balancing loss" else math.log(args.shape.vocab_size)
-    for record in (first, second):
-        assert record[name] / expected == pytest.approx(1, rel=0.2)
-
-
-def masked(batches, number):
-    """The micro-batches, of which one has no loss anywhere."""
-    for index, batch in enumerate(batches):
-        yield {**batch, "loss_mask": batch["loss_mask"] * (index != number)}
-
-
-def test_a_masked_micro_batch_leaves_no_nan(runtime, args, dataset, tmp_path):
-    """Not even of further tokens, whose mean Megatron-Core takes over a micro-batch's tokens."""
-    shape = replace(args.shape, architecture=ArchitectureRecipe(mtp_num_layers=1))
-    chosen = training_arguments(shape, args.seq_length, RECIPE)
-    with use_args(chosen):
-        trainer = setup_training(build_model_chunks(chosen), chosen, RECIPE)
-        batches = RankBatches(dataset, tmp_path / "data", chosen, RECIPE)
-        stream = [masked(batches.train(0)[0], 1)]
-        first, second = train_step(trainer, stream), train_step(trainer, stream)
-    assert all(math.isfinite(value) for value in (*first.values(), *second.values()))
-    assert "mtp_1 loss" not in first
-    assert "mtp_1 loss" in second
 
 
 def test_gradient_norm_is_told_without_a_limit(run, tmp_path):
