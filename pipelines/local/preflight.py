@@ -18,6 +18,7 @@ from flagscale.errors import UserError
 from flagscale.recipe import Recipe, SourceRecipe, parse_section
 from flagscale.recipe.data import CorpusRecipe
 from flagscale.recipe.training import OVERLAPS_AND_FUSIONS
+from pipelines.local.recipe_files import LOCAL_URL
 
 if TYPE_CHECKING:
     from flagscale.megatron.shape import ModelShape
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "package:"
-_LOCAL = re.compile("^(file|local):(//)?")  # as fsspec reads them
 # Fields of `training` whose values, but for the defaults, not every machine can honour.
 _OF_THE_MACHINE = {
     *OVERLAPS_AND_FUSIONS,
@@ -143,7 +143,7 @@ def fingerprint(source: str) -> str | None:
         spec = importlib.util.find_spec(module)
         roots = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
     else:
-        path = Path(_LOCAL.sub("", source)).expanduser()
+        path = Path(LOCAL_URL.sub("", source)).expanduser()
         roots = [path] if path.exists() else sorted(_glob(path))
     if not roots:
         return None

@@ -1,11 +1,12 @@
-"""The files of this machine that a recipe names: containers see these, and no others."""
+"""The files of this machine that a recipe names: the steps see these, in containers no others."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,35 @@ from fsspec.implementations.local import LocalFileSystem
 from flagscale.errors import UserError
 from flagscale.recipe import Recipe
 
-_WITH_FILES = {"data", "teacher", "student", "distillation", "training", "sweep"}
+# Sections that may name files; others hold what is any text.
+_WITH_FILES = {"data", "teacher", "student", "distillation", "training", "sweep", "search", "tasks"}
+LATEST = "latest"  # in the folder of runs: a link to the run that began last
+LOCAL_URL = re.compile("^(file|local):(//)?")  # as fsspec reads them
+
+
+def before_this_run(recipe: Recipe, runs: Path) -> Recipe:
+    """The recipe, with what it names by way of `latest` in the run that is so called now.
+
+    A run that begins takes that link over, and would look in its own folder for what an earlier one
+    made: a student that is to be the next one's teacher, for one.
+
+    Args:
+        recipe: validated.
+        runs: folder of all runs, absolute.
+    """
+    latest = runs / LATEST
+    if not latest.is_symlink():
+        return recipe
+
+    def lasting(text: str) -> str:
+        path = Path(os.path.abspath(LOCAL_URL.sub("", text)))
+        return str(latest.resolve() / path.relative_to(latest)) if latest in path.parents else text
+
+    before = recipe.model_dump(mode="json", include=_WITH_FILES, exclude_unset=True)
+    after = {section: _mapped(values, lasting) for section, values in before.items()}
+    if after == before:
+        return recipe
+    return Recipe.model_validate(recipe.model_dump(mode="json", exclude_unset=True) | after)
 
 
 def local_files(recipe: Recipe) -> set[str]:
@@ -61,6 +90,14 @@ def check_readable(files: Iterable[str], user: int) -> None:
                     f"{path}: user {user}, as whom the steps run when root calls, cannot "
                     "read it: `chmod -R a+rX`, or call as another user"
                 )
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON

@@ -32,6 +32,7 @@ from pipelines.distillation import build_pipeline, build_preparation, source_ver
 from pipelines.local.containers import Containers
 from pipelines.local.output import quiet_kfp
 from pipelines.local.preflight import SourceCheck, with_fingerprints
+from pipelines.local.recipe_files import LATEST, before_this_run
 from pipelines.local.step_cache import kfp_local
 from pipelines.local.steps import Plan, RunResult, Steps, read_scalars, read_summary
 from pipelines.local.stopping import Stopper
@@ -64,7 +65,8 @@ def run_recipe(
             recipe.check_on_cpu()
         except ValueError as error:
             raise UserError(f"--image {image}: {error}") from error
-    recipe, runs = with_fingerprints(recipe), _writable(runs)
+    runs = _writable(runs)
+    recipe = with_fingerprints(before_this_run(recipe, runs))
     code = source_version()
     containers = None
     if image is not None:
@@ -95,7 +97,8 @@ def prepare_recipe(recipe: Recipe, runs: Path) -> RunResult:
         StepFailed: see there.
         Stopped: see there.
     """
-    recipe, runs = with_fingerprints(recipe), _writable(runs)
+    runs = _writable(runs)
+    recipe = with_fingerprints(before_this_run(recipe, runs))
     _check(recipe, runs)
     pipeline = build_preparation(recipe, code_version=source_version())
     # What a whole run would be given, so that it finds these steps in the cache.
@@ -244,7 +247,7 @@ def _point_latest(folder: Path) -> None:
     link = folder.parent / f".latest-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    os.replace(link, folder.parent / "latest")
+    os.replace(link, folder.parent / LATEST)
 
 
 @contextmanager

@@ -76,6 +76,21 @@ def test_local_files_are_mounted_by_the_recipes_own_names(
     assert found == {str(tmp_path / name) for name in names}
 
 
+def test_candidates_and_tasks_name_files_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tasks", "small", "smaller"):
+        (tmp_path / name).mkdir()
+    search = "{vary: {student.source: [small, smaller]}}"
+    found = files(
+        "student={init: pretrained, source: small}",
+        "tasks={names: [own_task], include_path: tasks}",
+        f"search={{candidates: [{search}], rungs: [{{steps: 10}}]}}",
+    )
+    assert found == {str(tmp_path / name) for name in ("tasks", "small", "smaller")}
+
+
 def test_a_pattern_mounts_what_the_step_would_read(tmp_path: Path) -> None:
     """A file left out would be text that the students are not trained on, and nobody told."""
     for name in ("0.txt", "a/1.txt", "a/b/2.txt", "a/.hidden.txt", "a/b/2.jsonl"):
