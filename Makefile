@@ -37,7 +37,7 @@ doctor: $(VENV)/.run  ## check that a recipe's distillation computes what it say
 
 baseline: $(VENV)/.run  ## the same student, the same steps, no teacher; then both side by side
 	$(BIN)/python -m pipelines run $(RECIPE) --runs $(RUNS) --set 'distillation={loss: none}' $(ARGS)
-	$(BIN)/python -m pipelines compare $(RECIPE) --runs $(RUNS) $(filter-out --no-cache,$(ARGS))
+	$(BIN)/python -m pipelines compare $(RUNS)/latest/recipe.yaml --runs $(RUNS)
 
 tiny: $(VENV)/.run build/tiny-teacher/config.json  ## the whole pipeline in two minutes, on a teacher of toy size
 	$(BIN)/python -m pipelines run recipes/tiny.yaml --runs $(RUNS) $(ARGS)

@@ -23,7 +23,7 @@ def compare_with_baseline(recipe: Recipe, runs: Path) -> str:
     newest run of each other seed.
 
     Args:
-        recipe: both runs have its teacher, student, data, training and evaluation.
+        recipe: of either; both have its teacher, student, data, training and evaluation.
         runs: folder of all runs.
 
     Returns:
@@ -37,21 +37,21 @@ def compare_with_baseline(recipe: Recipe, runs: Path) -> str:
     from flagscale.evaluation.report.other_runs import with_others
     from flagscale.evaluation.report.page import render
 
-    distilled = _newest(recipe, runs, baseline=False)
-    baseline = _newest(recipe, runs, baseline=True)
+    taught, distilled = _newest(recipe, runs, baseline=False)
+    _, baseline = _newest(recipe, runs, baseline=True)
     tables = compare(distilled, baseline, ("Distilled", "Baseline")).markdown()
-    others = {"Baseline": baseline, **_seeds(recipe, runs)}
+    others = {"Baseline": baseline, **_seeds(taught, runs)}
     report = runs / _REPORT
     data = with_others(ReportData.load(distilled), distilled, others)
     report.write_text(render(data), encoding="utf-8")
     return f"{tables}\nReport with both: {report}\n"
 
 
-def _newest(recipe: Recipe, runs: Path, baseline: bool) -> Path:
-    """The evaluation of the newest finished run that fits."""
+def _newest(recipe: Recipe, runs: Path, baseline: bool) -> tuple[Recipe, Path]:
+    """Recipe and evaluation of the newest finished run that fits."""
     for found, evaluation in _finished(runs):
         if _shared(found) == _shared(recipe) and _is_baseline(found) == baseline:
-            return evaluation
+            return found, evaluation
     loss = "none" if baseline else "logits"
     raise UserError(
         f"{runs}: no finished run of {recipe.name} with distillation.loss={loss}; make one with: "

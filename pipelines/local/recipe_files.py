@@ -34,10 +34,11 @@ def before_this_run(recipe: Recipe, runs: Path) -> Recipe:
     latest = runs / LATEST
     if not latest.is_symlink():
         return recipe
+    run = runs / latest.readlink()
 
     def lasting(text: str) -> str:
         path = Path(os.path.abspath(LOCAL_URL.sub("", text)))
-        return str(latest.resolve() / path.relative_to(latest)) if latest in path.parents else text
+        return str(run / path.relative_to(latest)) if latest in path.parents else text
 
     before = recipe.model_dump(mode="json", include=_WITH_FILES, exclude_unset=True)
     after = {section: _mapped(values, lasting) for section, values in before.items()}
@@ -53,7 +54,8 @@ def local_files(recipe: Recipe) -> set[str]:
         UserError: one is named relative to a home.
     """
     found: set[str] = set()
-    for text in _texts(recipe.model_dump(mode="json", include=_WITH_FILES)):
+    for written in _texts(recipe.model_dump(mode="json", include=_WITH_FILES)):
+        text = LOCAL_URL.sub("", written)
         if text.startswith("~"):
             raise UserError(f"{text}: with --image give the path in full; a container has no home")
         for place in _places(text):

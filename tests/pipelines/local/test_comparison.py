@@ -5,7 +5,7 @@ import pytest
 
 from flagscale import tracking
 from flagscale.errors import UserError
-from flagscale.recipe import Recipe
+from flagscale.recipe import Recipe, load_recipe
 from pipelines.local.comparison import _newest, compare_with_baseline
 
 RECIPE = Recipe.model_validate(
@@ -45,9 +45,11 @@ def test_the_newest_runs_of_the_same_recipe_are_taken(tmp_path: Path) -> None:
     unfinished = finished(tmp_path, "2026-01-05", RECIPE)
     (unfinished / "summary.json").unlink()
     (tmp_path / "latest").symlink_to(wanted)
-    assert _newest(RECIPE, tmp_path, baseline=False) == wanted / "results"
-    assert _newest(RECIPE, tmp_path, baseline=True) == baseline / "results"
-    assert _newest(BASELINE, tmp_path, baseline=False) == wanted / "results"
+    for recipe in (RECIPE, BASELINE, load_recipe(baseline / "recipe.yaml")):
+        found, evaluation = _newest(recipe, tmp_path, baseline=False)
+        assert evaluation == wanted / "results"
+        assert found.distillation == RECIPE.distillation
+        assert _newest(recipe, tmp_path, baseline=True)[1] == baseline / "results"
 
 
 def test_a_missing_run_comes_with_its_command(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_local_files_are_mounted_by_the_recipes_own_names(
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "model.safetensors").symlink_to("../blobs/1")
-    found = files("teacher.source=teacher", "data.source='*.jsonl'")
+    found = files("teacher.source=teacher", f"data.source='file://{tmp_path}/*.jsonl'")
     names = ("teacher", "a.jsonl", "b.jsonl", "blobs/1")
     assert found == {str(tmp_path / name) for name in names}
 
