@@ -142,7 +142,7 @@ def documents(before_d: np.ndarray, after_d: np.ndarray) -> Chart:
 
     better = int((after_d < before_d).sum())
     text = (
-        f"{better} of {len(after_d)} documents are closer to the teacher after distillation. "
+        f"{better} of {len(after_d)} documents are closer to the teacher after training. "
         f"Median KL before {np.median(before_d):.3g}, after {np.median(after_d):.3g}."
     )
     return chart("documents", "KL to the teacher, document by document", text, draw)

@@ -84,6 +84,12 @@ class ReportData:
     others: Sequence[Other] = ()
     generation: Mapping[str, Sequence[Speed]] = field(default_factory=dict)
 
+    @property
+    def method(self) -> str:
+        """`distillation`, or `training` where the student saw the text alone."""
+        loss = self.manifests["distilled"].recipe.get("distillation", {}).get("loss")
+        return "training" if loss == "none" else "distillation"
+
     def save(self, folder: Path) -> None:
         """Write report.json."""
         values = {name: getattr(self, name) for name in _PLAIN}

@@ -40,6 +40,7 @@ def render(data: ReportData, tasks: Sequence[TaskScores] = ()) -> str:
     )
     return template("report/report.html.j2").render(
         headline=whole_verdict(data, tasks),
+        method=data.method,
         lead=f"{headline(data.metrics)}. {_subtitle(data)}",
         tiles=_tiles(data),
         columns=[(figure.label, figure.meaning) for figure in SHOWN.values()],
@@ -96,8 +97,13 @@ def _subtitle(data: ReportData) -> str:
     layers, metrics = data.layers, data.metrics
     origin = data.manifests["teacher"].facts.get("origin", {})
     teacher = origin.get("base_model") or data.manifests["teacher"].recipe["teacher"]["source"]
+    whose = (
+        f"taught a student of {layers[AFTER]}"
+        if data.method == "distillation"
+        else f"beside a student of {layers[AFTER]} that was trained on the text alone"
+    )
     return (
-        f"{teacher}, {layers[TEACHER]} layers, taught a student of {layers[AFTER]}. Measured on "
+        f"{teacher}, {layers[TEACHER]} layers, {whose}. Measured on "
         f"{metrics['documents']:,} held-out documents, {metrics['tokens']:,} tokens."
     )
 

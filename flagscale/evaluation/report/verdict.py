@@ -139,7 +139,7 @@ def runner_up(data: ReportData) -> str:
     Seeds of the same recipe are no rivals. Without other runs it is the student before training.
     """
     rivals = [one for one in data.others if one.kind != "seed"]
-    before = Other("it was before distillation", "before", data.fidelity.sums[BEFORE])
+    before = Other(f"it was before {data.method}", "before", data.fidelity.sums[BEFORE])
     rows = others_figures(replace(data, others=rivals or [before]))
     best = next(row for row in rows if row.kind != "own")
     assert best.difference is not None, "of another run"

@@ -11,6 +11,7 @@ from test_report import make_data
 
 from flagscale.evaluation.fidelity import Fidelity
 from flagscale.evaluation.report.data import Other, ReportData
+from flagscale.evaluation.report.page import render
 from flagscale.evaluation.report.summary import summary_markdown
 from flagscale.evaluation.report.verdict import kept, percent, seeds_spread, verdict
 from flagscale.evaluation.tasks.scores import TaskScores
@@ -45,6 +46,17 @@ def test_without_tasks_it_is_token_accuracy(data: ReportData) -> None:
     assert text.startswith(f"Keeps {percent(share)} [")
     assert "of the teacher's token accuracy on 40 held-out documents at 47% of its size" in text
     assert text.endswith("clearly closer to the teacher than it was before distillation")
+
+
+def test_what_no_teacher_taught_is_not_called_distilled(data: ReportData) -> None:
+    trained = replace(data.manifests["distilled"], recipe={"distillation": {"loss": "none"}})
+    alone = replace(data, manifests={**data.manifests, "distilled": trained})
+    assert verdict(alone).endswith("clearly closer to the teacher than it was before training")
+    page = render(alone)
+    assert "Training report" in page
+    assert "a student of 10 that was trained on the text alone" in page
+    assert "after distillation" not in page
+    assert "Distillation report" in render(data)
 
 
 def test_of_tasks_it_is_the_mean_that_is_kept(data: ReportData) -> None:
